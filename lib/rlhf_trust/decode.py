@@ -254,12 +254,22 @@ def _option_batch(model, contexts, options, cache: DynamicCache, shared: int, pa
             start = stop
     states = backbone(model)(input_ids=ids, attention_mask=_option_mask(segments, shared, model.dtype), position_ids=positions,
                              past_key_values=cache, use_cache=True).last_hidden_state
-    logits = output_head(model)(states[row_of, predicting]).float()
+    logits = _logits_in_float32(model, states[row_of, predicting])
     logps = logits.gather(-1, torch.tensor(targets, device=device)[:, None]).squeeze(-1) - logits.logsumexp(-1)
     sums: dict[tuple[int, int], float] = {}
     for key, value in zip(owner, logps.double().tolist()):
         sums[key] = sums.get(key, 0.0) + value
     return [[sums[row, number] for number in range(1, len(of_row) + 1)] for row, of_row in enumerate(options)]
+
+
+def _logits_in_float32(model, states: torch.Tensor) -> torch.Tensor:
+    """Logits [tokens, V] of a few states [tokens, hidden], whatever the weights' format.
+
+    In bfloat16 a logit of 20 is rounded to the next eighth, so that options which differ by less would tie. (Against a
+    float32 model: root mean square error of 120 log-odds 0.10 nats with such logits and 0.07 with these, 135M weights.)
+    """
+    head = output_head(model)
+    return torch.nn.functional.linear(states.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
 def _option_mask(segments: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
@@ -325,7 +335,7 @@ class Generations:
 
     def option_logps(self, model, fingerprint: str, name: str, choices: Seq[Choice]) -> list[np.ndarray]:
         """Summed log-probabilities of options, one array [options] a choice (:func:`option_logps`), in order."""
-        path, kept = self._kept(f"{name}.{content_key(fingerprint, 'options')}.jsonl")
+        path, kept = self._kept(f"{name}.{content_key(fingerprint, 'options', 'logits in float32')}.jsonl")
         keys = [content_key(choice.context, choice.options) for choice in choices]
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
