@@ -169,6 +169,8 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
     try:
         tokenizer = load_tokenizer(directory)
         model, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=kind, output_loading_info=True)
+        for parameter in model.parameters():  # out of the mapped file, whose small pages can cost more than the arithmetic
+            parameter.data = parameter.data.clone()
         model = model.to(device())
         if loading["missing_keys"]:  # else they would stay random numbers
             raise StudyError(f"model {source}: {directory} lacks the weights {sorted(loading['missing_keys'])[0]}; "
