@@ -8,7 +8,7 @@ import pytest
 from rlhf_trust import ROOT
 from rlhf_trust.compare import REFERENCE, differences, with_results
 
-PROFILES = sorted(path.name for path in REFERENCE.iterdir()) if REFERENCE.is_dir() else []
+PROFILES = sorted(path.name for path in REFERENCE.iterdir() if path.is_dir()) if REFERENCE.is_dir() else []
 
 
 def row(model: str, value: float, low: float, high: float) -> dict:

@@ -8,6 +8,7 @@ prompt are a cluster of their own. What is right for such a mean depends on what
 - other values: bootstrap over items or clusters, studentised (bootstrap-t), which also holds for skewed values and few
   clusters; percentiles where so few values differ that resamples have no spread to divide by;
 - a change between two models: paired by item, with a sign-flip permutation test over items or clusters.
+- how far two scores rank alike: Spearman's correlation with a bootstrap over items.
 
 ``tests/test_stats.py`` simulates studies and counts how often the intervals hold the truth.
 """
@@ -215,6 +216,27 @@ def agresti_min(gained: int, lost: int, n: int, level: float = LEVEL) -> tuple[f
     value = (gained - lost) / n
     error = sqrt(gained + lost - (gained - lost) ** 2 / n) / n
     return max(-1.0, value - z * error), min(1.0, value + z * error), error
+
+
+def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Interval:
+    """Spearman's rank correlation of two arrays of scores, both [items] or [items, samples]; NaN where there is none.
+
+    The interval resamples items, since samples of one item are alike; ``n`` counts pairs of scores.
+    """
+    first, second = (np.asarray(x, dtype=float) for x in (first, second))
+    both = ~(np.isnan(first) | np.isnan(second))
+
+    def spearman(rows: np.ndarray) -> float:
+        kept = both[rows]
+        a, b = (scipy_stats.rankdata(values[rows][kept]) for values in (first, second))
+        return float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) and np.ptp(b) else float("nan")
+
+    items_drawn = generator(f"rank agreement/{name}").integers(len(first), size=(DRAWS, len(first)))
+    value, n = spearman(np.arange(len(first))), int(both.sum())
+    resampled = np.array([spearman(rows) for rows in items_drawn])
+    resampled = resampled[~np.isnan(resampled)]  # one item drawn over and over may hold one score only
+    low, high = np.quantile(resampled, TAILS) if len(resampled) else (float("nan"), float("nan"))
+    return Interval(value, float(low), float(high), n)
 
 
 def generator(name: str) -> np.random.Generator:

@@ -2,7 +2,8 @@
 
 The paper's number is the mean of the *normalised* scores. It hangs on one outlier, since the largest score sets the
 scale, so conclusions use ``standardised = Σ score / √(Σ score²)`` with its interval and p-value. Negative: the
-stage's training data drive the change on this vertical; positive: they oppose it (:mod:`.solvers`).
+stage's training data drive the change on this vertical; positive: they oppose it (:mod:`.solvers`). How far two sets
+of scores rank the examples alike is :func:`..stats.rank_agreement`'s to say.
 """
 
 from __future__ import annotations
@@ -116,3 +117,24 @@ def example_z(by_layer: np.ndarray) -> np.ndarray:
     deviations = (blocks - blocks.mean(1, keepdims=True)).sum(0)
     spread = np.sqrt(blocks.var(1).sum())
     return deviations / spread if spread > 1e-12 else np.zeros(by_layer.shape[1])
+
+
+def example_p(by_layer: np.ndarray, seed: int = 0, draws: int = 100_000) -> np.ndarray:
+    """Two-sided p-values of single examples under the null of :func:`example_z`: [layers, n] → [n].
+
+    Under that null every example's score has one and the same distribution, that of one block drawn from each layer, so
+    ``draws`` of it serve all examples and no normal tails are assumed (a layer's scores are heavy-tailed):
+    p = (1 + count of draws as far from the mean score) / (1 + draws). Of n examples some look striking by chance:
+    ``scipy.stats.false_discovery_control(p)`` is Benjamini and Hochberg's correction over examples, and ``draws`` has to
+    be well above n for it to find any. (What is small where layers merely agree is said at :func:`example_z`.)
+    """
+    by_layer = np.asarray(by_layer, dtype=float)
+    deviations = by_layer - by_layer.mean(1, keepdims=True)
+    rng = np.random.default_rng(seed)
+    null = np.zeros(draws)
+    for layer in deviations:
+        null += rng.choice(layer, draws)
+    null = np.sort(np.abs(null))
+    # Rounding must not tell a draw from the example that it repeats.
+    reached = draws - np.searchsorted(null, np.abs(deviations.sum(0)) * (1 - 1e-9) - 1e-12 * np.abs(by_layer).max(initial=0.0))
+    return (1 + reached) / (1 + draws)

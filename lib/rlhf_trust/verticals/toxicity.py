@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 
 from ..data.benchmarks import ToxicityPrompt
 from ..decode import Prompt
-from ..stats import DRAWS, TAILS, Interval, generator, item_means, mean_interval
+from ..stats import DRAWS, generator, item_means, mean_interval, rank_agreement  # the last for the notebook
 from .common import Answers, Measure, unparsable, within
 from .scorers import Scorer
 
@@ -198,26 +198,6 @@ def spread_p(found: list[Measure], key: str = "wording") -> float:
 
 
 # --- scorers held against each other -------------------------------------------------------------------------------
-
-
-def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Interval:
-    """Spearman's rank correlation of two scorers over continuations, both [prompts, continuations].
-
-    The interval resamples prompts, since continuations of one prompt are alike; ``n`` counts continuations.
-    """
-    both = ~(np.isnan(first) | np.isnan(second))
-
-    def spearman(rows: np.ndarray) -> float:
-        kept = both[rows]
-        a, b = (rankdata(values[rows][kept]) for values in (first, second))
-        return float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) and np.ptp(b) else float("nan")
-
-    prompts_drawn = generator(f"rank agreement/{name}").integers(len(first), size=(DRAWS, len(first)))
-    value, n = spearman(np.arange(len(first))), int(both.sum())
-    resampled = np.array([spearman(rows) for rows in prompts_drawn])
-    resampled = resampled[~np.isnan(resampled)]  # one prompt drawn over and over may hold one score only
-    low, high = np.quantile(resampled, TAILS) if len(resampled) else (float("nan"), float("nan"))
-    return Interval(value, float(low), float(high), n)
 
 
 def furthest_apart(first: np.ndarray, second: np.ndarray, n: int) -> list[tuple[int, ...]]:

@@ -1,0 +1,408 @@
+"""Solvers against the spec's equations in plain loops, dense inverses and dattri; the nulls against what they claim to be."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from parity.dattri_datainf import LAMBDAS, REFERENCE, gradients
+from scipy.stats import false_discovery_control, spearmanr
+
+from rlhf_trust import StudyError
+from rlhf_trust.attribution import solvers
+from rlhf_trust.attribution.contribution import contribution, example_p, example_z, normalised, standardised
+from rlhf_trust.attribution.gradients import Example, NextTokenLoss
+from rlhf_trust.attribution.solvers import (
+    SOLVERS,
+    Damping,
+    damping_sweep,
+    datainf,
+    exact_joint,
+    exact_layerwise,
+    gradient_cosine,
+    gradient_dot,
+    random_scores,
+    tfidf,
+)
+from rlhf_trust.attribution.store import InMemory
+from rlhf_trust.chat import Sequence
+from rlhf_trust.models import new_adapter
+from rlhf_trust.stats import rank_agreement
+
+PAD = 0
+LAYERWISE = {"datainf", "exact_layerwise", "gradient_dot"}
+
+
+def some_gradients(n: int, m: int, widths=(7, 3, 40), common: float = 0.5, seed: int = 0) -> tuple[InMemory, InMemory]:
+    """Random gradients, sizes of layers and examples far apart, with a direction in common."""
+    rng = np.random.default_rng(seed)
+    train, queries = {}, {}
+    for index, width in enumerate(widths):
+        direction = common * rng.standard_normal(width)
+        for tensors, count in ((train, n), (queries, m)):
+            sizes = 10.0 ** rng.uniform(-1, 1, (count, 1)) * 10.0 ** (index - 2)
+            tensors[f"layer{index}"] = torch.from_numpy(sizes * (direction + rng.standard_normal((count, width)))).float()
+    return InMemory(train, [f"e{i}" for i in range(n)]), InMemory(queries, [f"q{j}" for j in range(m)])
+
+
+def tensor(some: InMemory, layer: str) -> torch.Tensor:
+    return torch.cat([block for _, block in some.blocks(layer)])
+
+
+def changed(some: InMemory, **tensors: torch.Tensor) -> InMemory:
+    """The same gradients, some layers replaced."""
+    return InMemory({layer: tensors.get(layer, tensor(some, layer)) for layer in some.layers}, some.ids)
+
+
+def rows(some: InMemory, kept) -> InMemory:
+    return InMemory({layer: tensor(some, layer)[kept] for layer in some.layers}, np.array(some.ids)[kept])
+
+
+class InBlocks(InMemory):
+    """Read as from a disk: blocks of three rows, each gone when the next is read."""
+
+    def blocks(self, layer):
+        whole, block = self._tensors[layer], torch.empty(3, self.width(layer))
+        for start in range(0, len(self), 3):
+            part = whole[start : start + 3]
+            yield slice(start, start + len(part)), block[: len(part)].copy_(part)
+            block.fill_(math.nan)
+
+
+def relative(got, expected) -> float:
+    """Largest difference in an item's scores, relative to its largest score."""
+    return float((np.abs(got - expected).max(0) / np.abs(expected).max(0)).max())
+
+
+# ------------------------------------------------------------------------------------------------------- DataInf
+
+
+def literal_datainf(train, queries, damping=0.1):
+    """The spec's equations, letter by letter: scores [n][m]."""
+    n, m = len(train), len(queries)
+    influence = np.zeros((n, m))
+    for layer in train.layers:
+        g = [row.double().numpy() for row in tensor(train, layer)]
+        lam = damping * sum((g[i] ** 2).mean() for i in range(n)) / n
+        for j in range(m):
+            v = tensor(queries, layer)[j].double().numpy()
+            r = np.zeros_like(v)
+            for i in range(n):
+                r += v - np.dot(v, g[i]) / (lam + np.dot(g[i], g[i])) * g[i]
+            r /= n * lam
+            for k in range(n):
+                influence[k, j] -= np.dot(r, g[k])
+    return influence
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0, 1000.0])
+def test_datainf_equals_the_equations(common, monkeypatch):
+    """Also where gradients are nearly parallel, so that the two terms of r cancel and float32 would not do."""
+    train, queries = some_gradients(30, 4, widths=(4000, 40), common=common)
+    expected = literal_datainf(train, queries)
+    assert relative(datainf(train, queries).by_item, expected) < 1e-5
+    assert relative(datainf(train, queries, Damping(10.0)).by_item, literal_datainf(train, queries, 10.0)) < 1e-5
+    monkeypatch.setattr(solvers, "PRECISION", math.inf)  # float32 alone
+    assert (relative(datainf(train, queries).by_item, expected) > 1e-5) == (common == 1000)
+
+
+def test_datainf_equals_dattris():
+    """dattri 0.3.0's scores on the same gradients, kept by ``tests/parity/dattri_datainf.py``."""
+    theirs, (train, queries) = pd.read_csv(REFERENCE), gradients()
+    for lam in LAMBDAS:
+        wanted = theirs[theirs["lambda"] == lam].set_index("example").loc[list(train.ids), list(queries.ids)].to_numpy()
+        own = datainf(train, queries, Damping(value=lam)).by_item
+        assert own == pytest.approx(-wanted, rel=1e-5, abs=1e-6 * np.abs(wanted).max())
+
+
+def test_sign_and_scale_against_real_steps(tiny_llama):
+    """Steps that up-weight one example move the evaluation loss the way, and as far as, the scores say."""
+    model = new_adapter(tiny_llama, rank=4, alpha=8).eval().double()  # small steps drown in float32
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if ".lora_B." in name:
+                weight.normal_(std=0.1)
+    rng, loss = random.Random(0), NextTokenLoss()
+    examples = [Example(f"e{i}", "random", (Sequence(tuple(rng.randrange(3, 290) for _ in range(12)), 4),)) for i in range(8)]
+    items = [examples[2], examples[7]]  # evaluation: one training example's own text, and one of none
+    examples.pop()
+
+    def gradients_of(some) -> InMemory:
+        found = [torch.autograd.grad(loss.loss(model, [e], PAD)[0], list(weights.values())) for e in some]
+        return InMemory({name: torch.stack([g[k].flatten() for g in found]).float() for k, name in enumerate(weights)},
+                        [e.id for e in some])
+
+    train, queries = gradients_of(examples), gradients_of(items)
+
+    @torch.no_grad()
+    def change_after(step: dict[str, torch.Tensor]) -> float:
+        values = [loss.loss(model, items, PAD).double().mean().item()]
+        for sign in (1, -1):  # there, and back again
+            for name, weight in weights.items():
+                weight += sign * step[name].view_as(weight)
+            values.append(loss.loss(model, items, PAD).double().mean().item())
+        assert values[2] == pytest.approx(values[0], abs=1e-4)
+        return values[1] - values[0]
+
+    # Plain SGD on the example that every solver calls the strongest driver: the evaluation text itself.
+    for name, solver in SOLVERS.items():
+        influence = solver(train, queries).influence
+        assert influence.min() < 0 and influence.argmin() == 2, name
+    strongest = {name: tensor(train, name)[2].double() for name in weights}
+    size = 1e-2 / sum(block.square().sum().item() for block in strongest.values())
+    assert change_after({name: -size * block for name, block in strongest.items()}) < -1e-3
+
+    # With heavy damping H is λ_l I, and the score is the change, to first order, after a step of - g_{l,i} / λ_l.
+    heavy = Damping(1e6)
+    for solver in (datainf, exact_layerwise):
+        influence = solver(train, queries, heavy).influence
+        size = 1e-2 / np.abs(influence).max()
+        changes = [change_after({name: -size * tensor(train, name)[i].double() / heavy.of(train.squares[:, k], train.width(name))
+                                 for k, name in enumerate(train.layers)}) for i in range(len(examples))]
+        assert changes == pytest.approx(size * influence, abs=1e-4)
+    # With one λ for all layers, that step is gradient descent's.
+    joint = exact_joint(train, queries, Damping(value=1e6)).influence
+    assert joint == pytest.approx(gradient_dot(train, queries).influence / 1e6, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- other solvers
+
+
+@pytest.mark.parametrize("n", [5, 60])  # fewer and more examples than entries
+def test_exact_solvers_equal_dense_inverses(n):
+    train, queries = some_gradients(n, 4)
+
+    def dense(g, v, lam):
+        return -(g @ np.linalg.solve(g.T @ g / n + lam * np.eye(g.shape[1]), v.T))
+
+    of_layers = {layer: tuple(tensor(some, layer).double().numpy() for some in (train, queries)) for layer in train.layers}
+    for factor in (0.1, 1e-3):
+        found = exact_layerwise(train, queries, Damping(factor))
+        parts = [dense(g, v, factor * np.square(g).mean()) for g, v in of_layers.values()]
+        assert relative(found.by_item, sum(parts)) < 1e-6
+        assert found.by_layer == pytest.approx(np.array(parts).mean(2), rel=1e-6, abs=1e-6 * np.abs(parts).max())
+        g, v = (np.concatenate(x, 1) for x in zip(*of_layers.values()))
+        joint = exact_joint(train, queries, Damping(factor))
+        assert relative(joint.by_item, dense(g, v, factor * np.square(g).mean())) < 1e-6
+        assert relative(exact_joint(train, queries, Damping(value=0.3)).by_item, dense(g, v, 0.3)) < 1e-6
+
+
+def test_datainf_is_exact_where_its_swap_is():
+    """With one gradient over and over, the mean of inverses is the inverse of the mean."""
+    train, queries = some_gradients(2, 3)
+    same = rows(train, [0, 0, 0, 0])
+    assert relative(datainf(same, queries).by_item, exact_layerwise(same, queries).by_item) < 1e-5
+
+
+def test_dot_and_cosine():
+    train, queries = some_gradients(6, 3)
+    g, v = (np.concatenate([tensor(some, layer).double().numpy() for layer in some.layers], 1) for some in (train, queries))
+    assert relative(gradient_dot(train, queries).by_item, -g @ v.T) < 1e-5
+    lengths = np.linalg.norm(g, axis=1)[:, None] * np.linalg.norm(v, axis=1)
+    assert gradient_cosine(train, queries).by_item == pytest.approx(-g @ v.T / lengths, abs=1e-6)
+    own = gradient_cosine(train, train).by_item
+    assert np.diag(own) == pytest.approx(-np.ones(6))
+    nothing = InMemory({layer: tensor(queries, layer) * 0 for layer in queries.layers}, queries.ids)
+    assert not gradient_cosine(train, nothing).by_item.any() and not datainf(train, nothing).by_item.any()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_blocks_groups_and_layers(name):
+    """Scores do not depend on how gradients are stored; groups and layers are parts of the whole."""
+    solver, (train, queries) = SOLVERS[name], some_gradients(10, 5)
+    whole = solver(train, queries)
+    in_blocks = solver(InBlocks({k: tensor(train, k) for k in train.layers}, train.ids),
+                       InBlocks({k: tensor(queries, k) for k in reversed(queries.layers)}, queries.ids))
+    assert relative(in_blocks.by_item, whole.by_item) < 1e-6
+    labels = ["b", "a", "b", "b", "a"]
+    grouped = solver(train, queries, Damping(), labels)
+    assert list(grouped.groups) == ["b", "a"] and (grouped.by_item == whole.by_item).all()
+    for label, part in grouped.groups.items():
+        alone = solver(train, rows(queries, [j for j in range(5) if labels[j] == label]))
+        assert relative(part.by_item, alone.by_item) < 1e-5
+        assert part.layers == whole.layers and part.by_layer.shape == whole.by_layer.shape
+        assert part.by_layer == pytest.approx(alone.by_layer, rel=1e-4, abs=1e-6 * np.abs(alone.by_item).max())
+    if name in LAYERWISE:
+        assert whole.layers == train.layers and whole.by_layer.sum(0) == pytest.approx(whole.influence, rel=1e-9)
+        # What example_z assumes: permuting a layer's blocks between examples permutes its scores, and no other layer's.
+        order = np.random.default_rng(1).permutation(10)
+        dealt = solver(changed(train, layer1=tensor(train, "layer1")[order]), queries).by_layer
+        expected = np.stack([whole.by_layer[0], whole.by_layer[1][order], whole.by_layer[2]])
+        assert dealt == pytest.approx(expected, rel=1e-4, abs=1e-6 * np.abs(expected).max())
+    else:
+        assert whole.layers == () and whole.by_layer.shape == (0, 10)
+
+
+@pytest.mark.parametrize("name", ["datainf", "exact_layerwise", "exact_joint"])
+def test_damping_sweep_equals_one_by_one(name):
+    train, queries = some_gradients(9, 4)
+    found = damping_sweep(train, queries, name, [0.01, 0.1, 10.0], list("aabb"))
+    assert list(found) == [0.01, 0.1, 10.0]
+    for factor, scores in found.items():
+        alone = SOLVERS[name](train, queries, Damping(factor), list("aabb"))
+        assert relative(scores.by_item, alone.by_item) < 1e-5
+        assert scores.groups["b"].by_layer == pytest.approx(alone.groups["b"].by_layer, rel=1e-4)
+
+
+def test_text_and_random_baselines():
+    train = ["The cat sat on the mat.", "Stock prices fell on Monday.", "A recipe for apple pie", "cats, mats and hats"]
+    queries = ["The cat sat on the mat.", "Prices of apple stock fell!", "zyxw"]
+    found = tfidf(train, queries, ["x", "y", "y"])
+    assert found.by_item[0, 0] == pytest.approx(-1) and (found.by_item <= 0).all()
+    assert found.by_item[:, :2].argmin(0).tolist() == [0, 1] and not found.by_item[:, 2].any()
+    assert found.groups["x"].by_item == pytest.approx(tfidf(train, queries[:1]).by_item)
+    drawn = random_scores(2000, 2, seed=1).by_item
+    assert (drawn == random_scores(2000, 2, seed=1).by_item).all() and (drawn != random_scores(2000, 2, seed=2).by_item).all()
+    assert abs(spearmanr(drawn[:, 0], drawn[:, 1]).statistic) < 0.1 and drawn.std() == pytest.approx(1, abs=0.05)
+    for bad in (([], queries), (train, []), (["?", "!"], queries)):
+        with pytest.raises(StudyError, match="TF-IDF"):
+            tfidf(*bad)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_bad_input(name):
+    solver, (train, queries) = SOLVERS[name], some_gradients(4, 2)
+    nan, wide = tensor(queries, "layer1").clone(), torch.randn(2, 8)
+    nan[1, 0] = math.nan
+    with pytest.raises(StudyError, match="1 training example"):
+        solver(rows(train, [0]), queries)
+    with pytest.raises(StudyError, match="gradient of layer1 is zero"):
+        solver(changed(train, layer1=torch.zeros(4, 3)), queries)
+    with pytest.raises(StudyError, match="no evaluation item"):
+        solver(train, rows(queries, []))
+    with pytest.raises(StudyError, match=r"layers \(layer1\)"):
+        solver(train, InMemory({k: tensor(queries, k) for k in ("layer0", "layer2")}, queries.ids))
+    with pytest.raises(StudyError, match="layer1 has 3 entries in training gradients and 8"):
+        solver(train, changed(queries, layer1=wide))
+    with pytest.raises(StudyError, match="evaluation gradient of example 'q1' is not finite in layer1"):
+        solver(train, changed(queries, layer1=nan))
+    with pytest.raises(StudyError, match="training gradient of example 'e0' is not finite in layer2"):
+        solver(changed(train, layer2=tensor(train, "layer2") / 0.0), queries)
+    with pytest.raises(StudyError, match="3 group labels for 2"):
+        solver(train, queries, Damping(), ["a", "b", "c"])
+
+
+def test_bad_damping():
+    train, queries = some_gradients(4, 2)
+    for bad in ({"factor": 0.0}, {"factor": -1.0}, {"value": 0.0}, {"value": math.nan}, {"factor": math.inf}):
+        with pytest.raises(StudyError, match="damping: must be a number above 0"):
+            Damping(**bad)
+    with pytest.raises(StudyError, match="damping: must be"):
+        damping_sweep(train, queries, "datainf", [0.1, 0.0])
+    with pytest.raises(StudyError, match="'gradient_dot' has no damping"):
+        damping_sweep(train, queries, "gradient_dot", [0.1])
+    with pytest.raises(StudyError, match="no factor"):
+        damping_sweep(train, queries, "datainf", [])
+    with pytest.raises(StudyError, match="too small"):  # rows repeat, so K has no inverse of its own
+        exact_joint(rows(train, [0, 0, 1, 1]), queries, Damping(value=1e-300))
+
+
+# -------------------------------------------------------------------------------------------------- contribution
+
+
+def test_normalised_attains_both_ends():
+    scores = np.array([4.0, 1.0, 0.0, -0.5, -2.0])
+    assert normalised(scores).tolist() == [1.0, 0.25, 0.0, -0.25, -1.0]
+    assert normalised(scores * 1e-300).tolist() == normalised(scores).tolist()
+    assert normalised(np.array([1.0, 2.0])).tolist() == [0.5, 1.0]
+    assert normalised(np.array([-1.0, -2.0])).tolist() == [-0.5, -1.0]
+    assert normalised(np.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    drawn = normalised(np.random.default_rng(0).standard_cauchy(100))
+    assert drawn.min() == -1 and drawn.max() == 1
+
+
+def test_contribution_numbers():
+    by_item = np.array([[3.0, 5.0], [-1.0, -3.0], [1.0, 1.0]])  # means 4, -2, 1
+    found = contribution(by_item)
+    assert found.contribution == pytest.approx((1 - 1 + 0.25) / 3)
+    assert found.standardised == pytest.approx(3 / math.sqrt(21))
+    assert found.n == 2 and found == contribution(by_item) and found.ci_low <= found.standardised <= found.ci_high
+    assert contribution(-by_item).standardised == pytest.approx(-found.standardised)
+    assert contribution(by_item * 1e-200).standardised == pytest.approx(found.standardised)
+    alone = contribution(by_item[:, :1])  # one item: nothing is known of the spread
+    assert (alone.p_null, alone.ci_high, alone.ci_low) == (1.0, math.sqrt(3), -math.sqrt(3))
+    nothing = contribution(np.zeros((3, 4)))
+    assert (nothing.contribution, nothing.standardised, nothing.p_null) == (0.0, 0.0, 1.0)
+    assert standardised(np.ones(9)) == pytest.approx(3.0)
+    for bad in (np.zeros((3, 0)), np.array([[math.nan]])):
+        with pytest.raises(StudyError):
+            contribution(bad)
+
+
+def test_interval_covers_the_standardised_score_of_all_items():
+    """The bootstrap's interval holds the value of the population its items were drawn from about 95 % of the time."""
+    rng = np.random.default_rng(0)
+    mean = rng.normal(0.5, 1.0, 30)  # of each example's score over all possible items
+    covered = 0
+    for _ in range(200):
+        found = contribution(mean[:, None] + rng.normal(0, 1.0, (1, 40)) + rng.normal(0, 0.3, (30, 40)), draws=300)
+        covered += found.ci_low <= standardised(mean) <= found.ci_high
+    assert 0.87 <= covered / 200 <= 0.99
+
+
+def test_sign_flip_null():
+    rng = np.random.default_rng(0)
+    common = rng.standard_normal((20, 1))  # items share a direction, each with a sign and size of its own
+    p = [contribution(common * rng.standard_normal(12) + 0.3 * rng.standard_normal((20, 12)), seed=k, draws=200).p_null
+         for k in range(300)]
+    assert 0.02 <= np.mean(np.array(p) <= 0.05) <= 0.09
+    assert 0.42 <= np.mean(np.array(p) <= 0.5) <= 0.58
+    # Consistent columns: noisy ones, and ones that are exactly proportional (which the ratio alone could not see).
+    pattern = rng.standard_normal((20, 1)) - 0.5
+    assert contribution(pattern + 0.3 * rng.standard_normal((20, 12))).p_null < 0.01
+    assert contribution(pattern * rng.uniform(0.5, 1.5, 12)).p_null < 0.01
+    # The smallest p that three items allow is a quarter: 2 of their 8 sign patterns reach the observed size.
+    assert contribution(np.ones((4, 3)), draws=4000).p_null == pytest.approx(0.25, abs=0.03)
+
+
+def test_example_z_against_all_permutations():
+    rng = np.random.default_rng(0)
+    by_layer = rng.standard_normal((3, 4)) * [[1.0], [5.0], [0.1]] + 2.0
+    dealt = [sum(layer[list(order)] for layer, order in zip(by_layer, (a, b, c)))
+             for a in permutations(range(4)) for b in permutations(range(4)) for c in permutations(range(4))]
+    dealt = np.array(dealt)  # every outcome of the null [24³, examples]
+    expected = (by_layer.sum(0) - dealt.mean(0)) / dealt.std(0)
+    assert example_z(by_layer) == pytest.approx(expected)
+    assert example_z(by_layer * 1e-200) == pytest.approx(expected)
+    assert example_z(np.ones((3, 4)) * [[0.1], [0.7], [3.0]]).tolist() == [0.0] * 4
+    # Layers that agree spread z out by √layers, independent ones leave it at 1.
+    one = rng.standard_normal(500)
+    assert example_z(np.tile(one, (25, 1))).std() == pytest.approx(5.0)
+    assert example_z(rng.standard_normal((25, 500))).std() == pytest.approx(1.0, abs=0.1)
+
+
+def test_rank_agreement_of_two_scores():
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal(60)
+    second = first + rng.standard_normal(60)
+    found = rank_agreement(first, second, "here")
+    assert found.value == pytest.approx(spearmanr(first, second).statistic) and found.n == 60
+    # About as wide as Fisher's z says (Bonett and Wright 2000), and where it says.
+    half = 1.96 * math.sqrt((1 + found.value**2 / 2) / 57)
+    expected = np.tanh(np.arctanh(found.value) + np.array([-half, half]))
+    assert [found.low, found.high] == pytest.approx(expected, abs=0.08)
+    assert rank_agreement(first, first**3).low == pytest.approx(1)
+
+
+def test_example_p_against_all_permutations():
+    rng = np.random.default_rng(0)
+    by_layer = rng.standard_normal((3, 4)) ** 3 + 2.0
+    blocks = by_layer - by_layer.mean(1, keepdims=True)
+    dealt = np.abs(blocks[0][:, None, None] + blocks[1][:, None] + blocks[2])  # an example's 4³ outcomes, equally likely
+    expected = [(dealt >= abs(score) - 1e-9).mean() for score in blocks.sum(0)]
+    assert example_p(by_layer) == pytest.approx(expected, abs=0.01)
+    assert (example_p(by_layer * 1e-9) == example_p(by_layer)).all()
+    assert (example_p(np.ones((3, 4))) == 1).all()
+    # Independent heavy-tailed layers: nothing to find; one example on which they agree: found.
+    layers = rng.standard_t(3, (40, 500))
+    p = example_p(layers)
+    assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.03) and (false_discovery_control(p) > 0.05).all()
+    layers[:, 7] = 2.0
+    assert (false_discovery_control(example_p(layers)) < 0.05).nonzero()[0].tolist() == [7]
