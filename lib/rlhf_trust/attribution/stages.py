@@ -8,6 +8,7 @@ from ..chat import Chat
 from ..data.preferences import PreferencePair
 from ..decode import Prompt
 from .gradients import Example
+from .solvers import Scores, of_items, tfidf
 
 LOSSES = {"sft": "next-token", "ppo": "reward", "dpo": "dpo"}
 """The loss through which a stage's training data acted; PPO's is the reward model's."""
@@ -44,3 +45,19 @@ def evaluation_examples(items: Seq[Changed], chat: Chat, stage: str, vertical: s
                       for answer in ((after,) if stage == "sft" else (after, before))))
         for prompt, before, after in items
     ]
+
+
+def text_scores(train: Seq[Example], queries: Seq[Example], tokenizer, raises: bool = False,
+                groups: Seq[str] | None = None) -> Scores:
+    """What likeness of texts alone says, with the sign of influence scores (``solvers.tfidf``): [examples, items].
+
+    An example stands for the text that it makes likelier, its first sequence with the prompt. It lowers an item's loss by
+    being like the item's first sequence, and raises it by being like the second, where there is one; ``raises``: the
+    other way round, where the loss is the log-odds of the first.
+    """
+    def decoded(examples: Seq[Example], side: int) -> list[str]:
+        return [tokenizer.decode(e.sequences[side].input_ids, skip_special_tokens=True) for e in examples]
+
+    by_item = sum(sign * tfidf(decoded(train, 0), decoded(queries, side)).by_item
+                  for side, sign in zip(range(len(queries[0].sequences)), (1.0, -1.0)))
+    return of_items(-by_item if raises else by_item, groups)
