@@ -10,6 +10,7 @@ from rlhf_trust.artifacts import Build
 from rlhf_trust.report import (
     at_a_glance,
     attribution_words,
+    contributions_of,
     correlations,
     over_runs,
     readable_answers,
@@ -18,6 +19,7 @@ from rlhf_trust.report import (
     trade_off_words,
     trade_offs,
     trust_words,
+    validation_words,
     wording_spreads,
 )
 from rlhf_trust.verticals import HEADLINE
@@ -87,11 +89,32 @@ def test_attribution_words():
     dull = {"stage": "dpo", "standardised": 5.0, "ci_low": -9.0, "ci_high": 9.0, "p_null": 0.3, "n": 20}
     said = attribution_words(pd.DataFrame([row, row | {"vertical": "privacy"} | clear, row | dull]))
     assert said == ["Of 2 combinations of stage and vertical, 1 have p < 0.05, where 0.1 would by chance alone.",
-                    "The largest of these is sft on privacy (-3.00, interval -4.00 to -2.00, n = 20 answers): its pairs drive "
+                    "The largest of these is sft on privacy (-3.00, interval -4.00 to -2.00, n = 20 items): its pairs drive "
                     "the change."]
     opposing = clear | {"standardised": 3.0, "ci_low": 2.0, "ci_high": 4.0}
     assert attribution_words(pd.DataFrame([row | opposing]))[1].endswith("its pairs oppose the change.")
+    assert attribution_words(pd.DataFrame([row | opposing]), ("help", "harm"))[1].endswith("its pairs harm.")
     assert len(attribution_words(pd.DataFrame([row | dull]))) == 1
+
+
+def test_contributions_are_datainfs_by_proxy_or_metric():
+    rows = [{"solver": s, "loss": loss} for s in ("datainf", "tfidf") for loss in ("next-token", "next-token, token mean", "dpo", "metric")]
+    summary = pd.DataFrame(rows)
+    assert contributions_of(summary)["loss"].tolist() == ["next-token", "dpo"]
+    assert contributions_of(summary, metric=True)[["solver", "loss"]].values.tolist() == [["datainf", "metric"]]
+
+
+def test_validation_words():
+    rows = [("lds", "answers", "datainf", 0.3, 0.1, 0.5, NAN), ("lds", "answers", "gradient_dot", 0.4, 0.2, 0.6, NAN),
+            ("lds", "answers", "random", 0.0, -0.1, 0.1, NAN),
+            ("above_random", "answers", "datainf", 0.3, 0.1, 0.5, 0.01), ("above_tfidf", "answers", "datainf", 0.1, -0.1, 0.3, 0.2),
+            ("mislabelled_auc", "pairs", "datainf", 0.8, 0.7, 0.9, NAN), ("mislabelled_auc", "pairs", "ceiling", 0.9, 0.8, 0.95, NAN)]
+    table = pd.DataFrame(rows, columns=["test", "target", "solver", "value", "ci_low", "ci_high", "p"]).assign(n=10)
+    lds, areas = validation_words(table)
+    assert "correlation of 0.30 (0.10 to 0.50), above random scores and not clearly above likeness of texts; best is gradient dot with 0.40" in lds
+    assert "area of 0.80 (0.70 to 0.90)" in areas and "ceiling of 0.90" in areas
+    table.loc[(table["test"] == "above_tfidf"), ["value", "p"]] = -0.1, 0.01
+    assert "below likeness of texts" in validation_words(table)[0]
 
 
 def test_minutes_leave_out_the_report_itself():

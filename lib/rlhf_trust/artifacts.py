@@ -36,10 +36,14 @@ TABLES = {
     "attribution": ["stage", "vertical", "solver", "loss", "example_id", "source", "influence", "normalised", "z"],
     "attribution_summary": ["stage", "vertical", "solver", "loss", "contribution", "standardised", "ci_low",
                             "ci_high", "p_null", "n"],
+    "validation": ["test", "target", "solver", "value", "ci_low", "ci_high", "p", "n"],
+    "pruning": ["target", "share", "removed", "arm", "vertical", "change", "items_low", "items_high", "p_items", "draws_low",
+                "draws_high", "p_draws", "p", "p_holm", "draws", "n", "seed"],
     "checks": ["stage", "check", "holds", "value", "ci_low", "ci_high", "n", "sentence"],
 }
 """The tables of the study and their columns. ``checks`` says, per training stage, whether it did what it is for;
-``distance`` how strange each kind of text is to each model."""
+``distance`` how strange each kind of text is to each model; ``validation`` whether influence scores foretell what
+retraining does; ``pruning`` what leaving out the pairs called harmful changed."""
 
 
 @dataclass(frozen=True)

@@ -159,3 +159,85 @@ def contributions(summary: pd.DataFrame, stages: Sequence[str], verticals: Seque
     axis.set_xticklabels([TITLES[v] for v in verticals], rotation=20, ha="right")
     axis.set_yticklabels(stages, rotation=0)
     return figure
+
+
+def forest(table: pd.DataFrame, panel: str, row: str, title: str, xlabel: str, lines: dict[str, float] | None = None):
+    """Point and interval of every ``row``, a panel each for the values of ``panel``: columns value, ci_low, ci_high and the
+    two named. ``lines``: label → where a vertical line stands (default: one at zero)."""
+    panels, rows = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table[row]))
+    columns = min(3, len(panels))
+    height = -(-len(panels) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(max(5.6, 2.9 * columns), (0.7 + 0.26 * len(rows)) * height + 0.4),
+                                squeeze=False, sharex=True, sharey=True)
+    for axis, name in zip(axes.flat, panels):
+        part = table[table[panel] == name].set_index(row).reindex(rows)
+        for place, (_, point) in enumerate(part.iterrows()):
+            axis.plot([point["ci_low"], point["ci_high"]], [place, place], color="#0072B2", linewidth=2)
+            axis.plot(point["value"], place, "o", color="#0072B2", markersize=5)
+        for (label, where), style in zip((lines or {"": 0.0}).items(), ("-", "--", ":")):
+            axis.axvline(where, color="black", linewidth=0.8, linestyle=style, label=label or None)
+        axis.set(title=name)
+        axis.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows])
+    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    if lines:
+        axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(title, fontweight="bold", fontsize=11)
+    figure.supxlabel(xlabel, fontsize=10)
+    return figure
+
+
+def agreements(tables: dict[str, np.ndarray], names: Sequence[str]):
+    """Heat maps of rank correlations between solvers, one a stage."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(3.4 * len(tables) + 1.4, 3.9), squeeze=False, sharey=True)
+    for axis, (title, table) in zip(axes.flat, tables.items()):
+        sns.heatmap(table, annot=True, fmt=".1f", cmap="RdBu_r", vmin=-1, vmax=1, ax=axis, linewidths=1, cbar=False,
+                    xticklabels=names, yticklabels=names, annot_kws={"fontsize": 8.5}, square=True)
+        axis.set_title(title)
+        axis.tick_params(axis="x", rotation=60)
+    return figure
+
+
+def effects(tables: dict[str, pd.DataFrame]):
+    """Effect of each feature with its interval, a panel a stage: columns feature, kind, effect, ci_low, ci_high, p_holm.
+    Filled where p_holm < 0.05."""
+    features = list(dict.fromkeys(feature for table in tables.values() for feature in table["feature"]))
+    figure, axes = plt.subplots(1, len(tables), figsize=(2.6 * len(tables) + 2.6, 0.9 + 0.27 * len(features)), squeeze=False, sharey=True)
+    for axis, (title, table) in zip(axes.flat, tables.items()):
+        for place, (_, point) in enumerate(table.set_index("feature").reindex(features).iterrows()):
+            clear = point["p_holm"] < 0.05
+            shade = (WORSE if point["effect"] > 0 else BETTER) if clear else UNCLEAR
+            axis.plot([point["ci_low"], point["ci_high"]], [place, place], color=shade, linewidth=2)
+            axis.plot(point["effect"], place, "o", color=shade, markersize=6, markerfacecolor=shade if clear else "white")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=title, xlabel="effect, 95 % interval")
+        axis.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(range(len(features)), [feature.replace("_", " ") for feature in features])
+    axes[0, 0].set_ylim(len(features) - 0.5, -0.5)
+    return figure
+
+
+def pruning(table: pd.DataFrame, outcomes: Sequence[str], target: str):
+    """Change of every outcome in every arm against removing as many at random: interval over items (dark) and over draws
+    (light). Columns as of ``validate.pruning_table``; log-odds on the left axis, shares of errors on the right one."""
+    arms = list(dict.fromkeys(table["arm"]))
+    odds, shares = [o for o in outcomes if o != "ranking errors"], [o for o in outcomes if o == "ranking errors"]
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 0.9 + 0.24 * len(odds) * len(arms)), width_ratios=(3, 2))
+    for axis, names, unit in zip(axes, (odds, shares), ("log-odds of the bad answer, nats", "share of pairs ranked wrongly")):
+        for row, name in enumerate(names):
+            for place, arm in enumerate(arms):
+                point = table[(table["arm"] == arm) & (table["vertical"] == name)].iloc[0]
+                y, shade = row + 0.7 * ((place + 0.5) / len(arms) - 0.5), ("#666666", "#D55E00", "#0072B2")[place % 3]
+                axis.plot([point["draws_low"], point["draws_high"]], [y, y], color=shade, linewidth=5, alpha=0.25, solid_capstyle="butt")
+                axis.plot([point["items_low"], point["items_high"]], [y, y], color=shade, linewidth=2)
+                axis.plot(point["change"], y, "o", color=shade, markersize=5, label=arm if row == 0 else None)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(names)), [TITLES.get(n, n) + (" (target)" if n == target else "") for n in names])
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set(xlabel=f"change against random removal:\n{unit}")
+        axis.grid(axis="y", visible=False)
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle("What removing pairs changes", fontweight="bold", fontsize=11)
+    return figure

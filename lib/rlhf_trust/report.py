@@ -165,8 +165,14 @@ def training_words(checks: pd.DataFrame) -> list[str]:
     return [f"**{row.stage}.** {row.sentence}\n\n" for row in checks.itertuples()]
 
 
-def attribution_words(summary: pd.DataFrame) -> list[str]:
-    """How many cells of the contribution table are clear, and which is largest."""
+def contributions_of(summary: pd.DataFrame, metric: bool = False) -> pd.DataFrame:
+    """DataInf's rows of ``attribution_summary.csv``: for the answers that changed, or for the verticals' own metric."""
+    of_metric = summary["loss"] == "metric"
+    return summary[(summary["solver"] == "datainf") & (of_metric if metric else ~of_metric & ~summary["loss"].str.contains("token mean"))]
+
+
+def attribution_words(summary: pd.DataFrame, verbs: tuple[str, str] = ("drive the change", "oppose the change")) -> list[str]:
+    """How many cells of a contribution table are clear, and which is largest; ``verbs``: what negative and positive mean."""
     measured = summary[summary["n"] > 0]
     if measured.empty:
         return ["No answer changed between stages, so there was nothing to attribute."]
@@ -177,9 +183,32 @@ def attribution_words(summary: pd.DataFrame) -> list[str]:
     if len(clear):
         top = clear.loc[clear["standardised"].abs().idxmax()]
         sentences.append(f"The largest of these is {top['stage']} on {top['vertical']} ({top['standardised']:+.2f}, interval "
-                         f"{top['ci_low']:+.2f} to {top['ci_high']:+.2f}, n = {top['n']} answers): its pairs "
-                         f"{'drive' if top['standardised'] < 0 else 'oppose'} the change.")
+                         f"{top['ci_low']:+.2f} to {top['ci_high']:+.2f}, n = {top['n']} items): its pairs "
+                         f"{verbs[int(top['standardised'] > 0)]}.")
     return sentences
+
+
+def validation_words(validation: pd.DataFrame) -> list[str]:
+    """What retraining says about the scores, from ``validation.csv``: DataInf first, then the others and the baselines."""
+    def row(test: str, target: str, solver: str = "datainf") -> pd.Series:
+        return validation[(validation["test"] == test) & (validation["target"] == target) & (validation["solver"] == solver)].iloc[0]
+
+    words = []
+    scored = validation[validation["test"] == "lds"]
+    for target in dict.fromkeys(scored["target"]):
+        own, best = row("lds", target), scored[scored["target"] == target].sort_values("value").iloc[-1]
+        held = []
+        for baseline in ("random", "tfidf"):
+            gap = row(f"above_{baseline}", target)
+            held.append(f"{'above' if gap['p'] < 0.05 and gap['value'] > 0 else 'below' if gap['p'] < 0.05 else 'not clearly above'} "
+                        f"{'random scores' if baseline == 'random' else 'likeness of texts'}")
+        also = "" if best["solver"] == "datainf" else f"; best is {best['solver'].replace('_', ' ')} with {best['value']:.2f}"
+        words.append(f"**{target}**: DataInf foretells retraining with a rank correlation of {own['value']:.2f} ({own['ci_low']:.2f} to "
+                     f"{own['ci_high']:.2f}), {' and '.join(held)}{also}.\n\n")
+    area, ceiling = row("mislabelled_auc", "pairs"), row("mislabelled_auc", "pairs", "ceiling")
+    words.append(f"Mislabelled pairs are found with an area of {area['value']:.2f} ({area['ci_low']:.2f} to {area['ci_high']:.2f}); the reward "
+                 f"model's held-out accuracy sets a ceiling of {ceiling['value']:.2f} for pairs that it has not seen.")
+    return words
 
 
 def provenance(manifests: dict[str, dict], preferences: str, benchmarks: str) -> list[str]:
