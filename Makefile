@@ -82,6 +82,7 @@ parity: .parity/.installed ## hold DataInf against dattri, MC1 and MC2 against l
 
 bench: $(INSTALLED) parity ## sampling, training and attribution as ratios against the plain way
 	$(BIN)/python tests/benchmarks/throughput.py
+	$(BIN)/python tests/benchmarks/gradients.py
 	$(BIN)/python tests/benchmarks/scoring.py
 
 # An environment of its own that sees .venv's packages and adds to them.
