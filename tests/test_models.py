@@ -48,9 +48,10 @@ def two_adapters(tiny_directories, tmp_path):
         source, folders, seen = f"path:{tiny_directories[kind]}", {}, {}
         seen["start"] = logits(load_base(source, "float32").model)
         for seed, name in enumerate(("sft", "dpo")):
-            wrapped = trained(load_base(source, "float32"), seed)
+            base = load_base(source, "float32")
+            wrapped = trained(base, seed)
             folders[name] = tmp_path / kind / name
-            save_adapter(wrapped, folders[name])
+            save_adapter(base, wrapped, folders[name])
             seen[name] = logits(wrapped)
         return source, folders, seen
 
@@ -95,7 +96,7 @@ def test_only_the_named_adapter_trains_and_saves_again_alike(two_adapters, tmp_p
     base = load_base(source, "float32")
     wrapped = load_adapters(base, folders, trainable="dpo")
     assert {name.rsplit(".", 2)[1] for name, p in wrapped.named_parameters() if p.requires_grad} == {"dpo"}
-    save_adapter(wrapped, tmp_path / "again", head=torch.ones(1, 32), adapter="dpo")
+    save_adapter(base, wrapped, tmp_path / "again", head=torch.ones(1, 32), adapter="dpo")
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (folders["dpo"], tmp_path / "again"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert torch.equal(load_reward_head(tmp_path / "again"), torch.ones(32))
@@ -110,9 +111,25 @@ def other_llama(directory, **changes):
     return f"path:{directory}"
 
 
+def forget_base(folder):
+    """As other tools save adapters: the file does not say what it was trained on."""
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+
+
+def test_an_adapter_of_a_model_of_the_same_size_is_refused(two_adapters, tmp_path):
+    source, folders, _ = two_adapters("llama")
+    other = other_llama(tmp_path / "other")
+    with pytest.raises(StudyError, match=r"sft/adapter_model.safetensors: was trained on another model .* set model:"):
+        load_adapters(load_base(other, "float32"), {"sft": folders["sft"]})
+    load_adapters(load_base(source, "bfloat16"), {"sft": folders["sft"]})  # the same weights in another number format
+    forget_base(folders["sft"])
+    load_adapters(load_base(other, "float32"), {"sft": folders["sft"]})
+
+
 @pytest.mark.parametrize("changes", [{"hidden_size": 64}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}], ids=str)
 def test_an_adapter_of_another_size_of_model_is_refused(two_adapters, tmp_path, changes):
     _, folders, _ = two_adapters("llama")
+    forget_base(folders["sft"])
     base = load_base(other_llama(tmp_path / "other", **changes), "float32")
     with pytest.raises(StudyError, match="does not fit this backbone"):
         load_adapters(base, {"sft": folders["sft"]})
@@ -121,6 +138,7 @@ def test_an_adapter_of_another_size_of_model_is_refused(two_adapters, tmp_path, 
 def test_an_adapter_of_another_architecture_or_none_is_refused(two_adapters, tiny_directories, tmp_path):
     _, folders, _ = two_adapters("llama")
     base = load_base(f"path:{tiny_directories['gpt_neox']}", "float32")
+    forget_base(folders["sft"])
     with pytest.raises(StudyError, match="gpt_neox has no layer"):
         load_adapters(base, {"sft": folders["sft"]})
     with pytest.raises(StudyError, match="absent: no adapter there; run the stage that trains 'absent'"):

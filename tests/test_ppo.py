@@ -41,7 +41,7 @@ def write_adapters(base, directory):
                 if ".lora_B." in key:
                     parameter.normal_(std=0.1)
         head = torch.randn(1, base.model.config.hidden_size) if name == "reward" else None
-        models.save_adapter(wrapped, directory / name, head=head)
+        models.save_adapter(base, wrapped, directory / name, head=head)
         wrapped.unload()
     return directory / "sft", directory / "reward"
 
@@ -193,10 +193,10 @@ def test_training_moves_the_policy_and_nothing_else(tiny, tmp_path, monkeypatch)
     kept = {}
     save = models.save_adapter
 
-    def spy(model, *args, **more):
+    def spy(base, model, *args, **more):
         if more.get("adapter") == "policy":
             kept.update({name: p.detach().clone() for name, p in model.named_parameters()})
-        save(model, *args, **more)
+        save(base, model, *args, **more)
 
     monkeypatch.setattr(models, "save_adapter", spy)
     run(tiny, tmp_path, QUICK)

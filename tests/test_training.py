@@ -44,7 +44,7 @@ def perturbed_sft(base, directory):
         for name, parameter in wrapped.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.1)
-    models.save_adapter(wrapped, directory)
+    models.save_adapter(base, wrapped, directory)
     wrapped.unload()
     return directory
 
@@ -135,7 +135,7 @@ def test_trl_pools_the_token_that_we_read(tiny, chat):
 def test_a_reward_model_read_from_its_files_is_the_one_that_was_trained(tiny, chat, fresh, tmp_path, monkeypatch):
     trained = []
     save = reward.save_adapter
-    monkeypatch.setattr(reward, "save_adapter", lambda model, *args, **more: (trained.append(model), save(model, *args, **more)))
+    monkeypatch.setattr(reward, "save_adapter", lambda base, model, *args, **more: (trained.append(model), save(base, model, *args, **more)))
     curve = reward.train(tiny, chat, PAIRS, ALL, 4, 8, None, tmp_path / "reward")
     assert values(curve, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)  # a head of zeros has no preference
     loaded = models.load_adapters(fresh(), {"reward": tmp_path / "reward"})
@@ -179,7 +179,7 @@ def test_the_dpo_loss_is_ours(tiny, chat, fresh, tmp_path):
     batch = whole_batch(trainer)
     with torch.no_grad():
         loss = float(trainer.compute_loss(trainer.model, dict(batch)))
-    models.save_adapter(trainer.model, tmp_path / "dpo")
+    models.save_adapter(tiny, trainer.model, tmp_path / "dpo")
     model = models.load_adapters(fresh(), {"sft": directory, "dpo": tmp_path / "dpo"})
     logps = {}
     for name in ("sft", "dpo"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -44,12 +44,14 @@ WHEELS = {
 class Base:
     """A frozen backbone, its tokenizer and what identifies them.
 
-    ``fingerprint`` is a hash of the weights' file and of the number format: it keys every cached result.
+    ``weights`` is a hash of the weights' file, which adapters keep to know their backbone by; ``fingerprint``, of the
+    number format too, keys every cached result.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
+    weights: str
     fingerprint: str
 
     @property
@@ -185,14 +187,14 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
     model.eval()
-    fingerprint = hashlib.sha256(f"{_weights_hash(directory)}:{kind}".encode()).hexdigest()[:16]
-    return Base(model, tokenizer, source, fingerprint)
+    weights = _weights_hash(directory)
+    return Base(model, tokenizer, source, weights, hashlib.sha256(f"{weights}:{kind}".encode()).hexdigest()[:16])
 
 
 def _weights_hash(directory: Path) -> str:
     """Hash of the config and of the weights' bytes."""
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    return "".join(sha256_of(file) for file in files)
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:16]
 
 
 def lora_config(model: PreTrainedModel, rank: int, alpha: int, targets: list[str] | None = None, **more):
@@ -233,9 +235,14 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
         path = directory / "adapter_model.safetensors"
         try:
             saved, stored = json.loads((directory / CONFIG_NAME).read_text()), load_file(path)
+            with safe_open(path, "pt") as file:
+                trained_on = (file.metadata() or {}).get("base_weights", base.weights)  # other tools' adapters don't say
         except (OSError, ValueError, SafetensorError) as error:
             reason = (str(error).splitlines() or ["no message"])[0]
             raise StudyError(f"{directory}: cannot be read ({reason}); delete the folder and run again") from None
+        if trained_on != base.weights:
+            raise StudyError(f"{path}: was trained on another model (weights {trained_on}) than {base.source} ({base.weights}); "
+                             f"run the stage that trains {directory.name!r} again, or set model: to the one it was trained on")
         config = lora_config(base.model, saved["r"], saved["lora_alpha"], saved["target_modules"],
                              task_type="CAUSAL_LM")
         if wrapped is None:
@@ -256,9 +263,10 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     return wrapped
 
 
-def save_adapter(wrapped, directory: Path, head: torch.Tensor | None = None, adapter: str = "default") -> None:
+def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None = None, adapter: str = "default") -> None:
     """Save one adapter as ``adapter_model.safetensors`` + ``adapter_config.json``, whole or not at all.
 
+    ``base``, on which it was trained, is named in the file; :func:`load_adapters` holds it to that.
     ``head``: a reward model's weight, shape [1, hidden], kept beside it as ``head.safetensors``.
     """
     from peft import get_peft_model_state_dict
@@ -268,7 +276,7 @@ def save_adapter(wrapped, directory: Path, head: torch.Tensor | None = None, ada
     config = wrapped.peft_config[adapter]
     with replacing(directory) as aside:
         aside.mkdir()
-        save_file(weights, aside / "adapter_model.safetensors")
+        save_file(weights, aside / "adapter_model.safetensors", {"format": "pt", "base_weights": base.weights})
         (aside / "adapter_config.json").write_text(json.dumps({
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
             "lora_dropout": 0.0, "target_modules": sorted(config.target_modules), "bias": "none",

@@ -54,7 +54,7 @@ def train(base: Base, chat: Chat, pairs: Sequence[PreferencePair], config: Train
     trainer = make_trainer(base, chat, pairs, config, beta, sft)
     curve = run(trainer, Curve("dpo", ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen",
                                        "logps/rejected", "grad_norm")))
-    save_adapter(trainer.model, out)
+    save_adapter(base, trainer.model, out)
     return curve
 
 

@@ -312,7 +312,7 @@ def train(
     model = models.load_adapters(base, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy")
     try:
         tables = _run(model, head, chat, prompts, held_out, config)
-        models.save_adapter(model, out, adapter="policy")
+        models.save_adapter(base, model, out, adapter="policy")
     finally:
         model.unload()  # adapters sit inside the backbone: leave it as it came
     return tables

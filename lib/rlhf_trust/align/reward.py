@@ -47,7 +47,7 @@ def train(base: Base, chat: Chat, pairs: Sequence[PreferencePair], config: Train
         train_dataset=reward_dataset(pairs, chat, config), processing_class=chat.tokenizer,
     )
     curve = run(trainer, Curve("reward", ("loss", "accuracy", "margin", "grad_norm")))
-    save_adapter(model, out, head=reward_head(model))
+    save_adapter(base, model, out, head=reward_head(model))
     return curve
 
 

@@ -39,7 +39,7 @@ def train(base: Base, chat: Chat, pairs: Sequence[PreferencePair], config: Train
         train_dataset=sft_dataset(pairs, chat, config), processing_class=chat.tokenizer,
     )
     curve = run(trainer, Curve("sft", ("loss", "grad_norm", "learning_rate")))
-    save_adapter(model, out)
+    save_adapter(base, model, out)
     return curve
 
 
