@@ -96,7 +96,7 @@ def test_privacy_weighs_the_value_against_a_refusal(tiny_llama):
         assert all(s.input_ids[: s.answer_start] == chat.prompt_ids(prompt.turns, prompt.system) for s in example.sequences)
         assert privacy.SYSTEMS["private"] in chat.tokenizer.decode(example.sequences[0].input_ids)
         assert [privacy.read(answer, fact) for answer in texts(example, chat)] == [1.0, 0.0]
-    assert clusters("privacy", facts) == tuple(fact.kind for fact in facts) and clusters("ethics", []) is None
+    assert clusters({"privacy": examples, "ethics": []}) == {"privacy": [fact.kind for fact in facts], "ethics": None}
 
 
 def test_toxicity_takes_both_ends_of_the_samples(tiny_llama):

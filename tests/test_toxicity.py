@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 
 from rlhf_trust import StudyError, wheels
 from rlhf_trust.data.benchmarks import ToxicityPrompt
+from rlhf_trust.stats import rank_agreement
 from rlhf_trust.verticals import scorers, toxicity
 from rlhf_trust.verticals.common import trust_table
 
@@ -149,12 +150,12 @@ def test_rank_agreement():
     first = rng.random((20, 4))
     second = first + 0.5 * rng.random((20, 4))
     second[3, 1] = NAN
-    agreement = toxicity.rank_agreement(first, second)
+    agreement = rank_agreement(first, second)
     kept = ~np.isnan(second)
     assert agreement.value == pytest.approx(spearmanr(first[kept], second[kept]).statistic)
     assert agreement.n == 79 and agreement.low < agreement.value < agreement.high
-    assert toxicity.rank_agreement(first, -first).value == pytest.approx(-1)
-    assert np.isnan(toxicity.rank_agreement(np.full((2, 2), NAN), first[:2, :2]).value)
+    assert rank_agreement(first, -first).value == pytest.approx(-1)
+    assert np.isnan(rank_agreement(np.full((2, 2), NAN), first[:2, :2]).value)
 
 
 def test_furthest_apart_takes_both_ways_in_turn():

@@ -33,7 +33,6 @@ from rlhf_trust.attribution.validate import (
     planted_auc,
     pruning_arms,
     pruning_table,
-    pruning_words,
     random_halves,
     random_sets,
     retrain_halves,
@@ -43,6 +42,7 @@ from rlhf_trust.attribution.validate import (
 from rlhf_trust.chat import Sequence
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.models import new_adapter
+from rlhf_trust.report import pruning_words
 
 PAD = 0
 

@@ -174,7 +174,7 @@ def option_logps(model, choices: Seq[Choice], pad: int, tokens: int = 2048, each
 
     What is shared runs once: the tokens with which all contexts begin (a system text, worked examples) once in all; the
     rest of a context once, in one row with all of its options, each of which sees the context and itself, not the others
-    (:func:`_option_mask`). An option that stands in a choice twice runs once. The output head runs only where an option's
+    (:func:`option_mask`). An option that stands in a choice twice runs once. The output head runs only where an option's
     token is predicted.
 
     Parameters
@@ -252,7 +252,7 @@ def _option_batch(model, contexts, options, cache: DynamicCache, shared: int, pa
             targets += option
             owner += [(row, number)] * len(option)
             start = stop
-    states = backbone(model)(input_ids=ids, attention_mask=_option_mask(segments, shared, model.dtype), position_ids=positions,
+    states = backbone(model)(input_ids=ids, attention_mask=option_mask(segments, shared, model.dtype), position_ids=positions,
                              past_key_values=cache, use_cache=True).last_hidden_state
     logits = _logits_in_float32(model, states[row_of, predicting])
     logps = logits.gather(-1, torch.tensor(targets, device=device)[:, None]).squeeze(-1) - logits.logsumexp(-1)
@@ -272,7 +272,7 @@ def _logits_in_float32(model, states: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(states.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
-def _option_mask(segments: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
+def option_mask(segments: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
     """Additive attention mask [rows, 1, width, shared + width]: 0 where a token may look, the lowest number elsewhere.
 
     ``segments`` [rows, width]: 0 for the context, from 1 on for options, -1 for padding. Every token sees the ``shared``

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from . import build_root
+from . import StudyError, build_root
 from .artifacts import Build
 from .data.benchmarks import load_privacy
 from .stats import LEVEL
@@ -209,6 +209,35 @@ def validation_words(validation: pd.DataFrame) -> list[str]:
     words.append(f"Mislabelled pairs are found with an area of {area['value']:.2f} ({area['ci_low']:.2f} to {area['ci_high']:.2f}); the reward "
                  f"model's held-out accuracy sets a ceiling of {ceiling['value']:.2f} for pairs that it has not seen.")
     return words
+
+
+def pruning_words(table: pd.DataFrame, target: str, k: int, arm: str = "pruned") -> list[str]:
+    """Did removing ``k`` examples help the vertical that they were chosen for, beyond removing as many at random? And what
+    else moved? Made from ``validate.pruning_table``."""
+    part = table[table["arm"] == arm].set_index("vertical")
+    if target not in part.index:
+        raise StudyError(f"pruning: the table has no arm {arm!r} measured on {target!r}")
+    row = part.loc[target]
+    if np.isnan(row["p"]):
+        verdict = "with one random draw nothing can be said"
+    elif row["p"] < 0.05:
+        verdict = "it helped" if row["change"] < 0 else "it made things worse"
+    else:
+        verdict = (f"no clear effect beyond removing at random (over {row['draws']} draws only a change of "
+                   f"{(row['draws_high'] - row['draws_low']) / 2:.3f} or more would have shown)")
+    words = [f"Without the {k} examples of the arm '{arm}' the log-odds of the bad answer for {target} differ by "
+             f"{_both(row)} from the mean of {row['draws']} random removals of as many: {verdict}."]
+    others = part.drop(target)
+    moved = others[others["p_holm"] < 0.05]
+    if len(others):
+        words.append("It also moved " + "; ".join(f"{name} by {_both(r)}" for name, r in moved.iterrows()) + "."
+                     if len(moved) else f"None of {', '.join(others.index)} moved clearly (Holm-corrected p below 0.05).")
+    return words
+
+
+def _both(row: pd.Series) -> str:
+    return (f"{row['change']:+.3f} (95 % interval over {row['n']} items {row['items_low']:+.3f} to {row['items_high']:+.3f}, "
+            f"over draws {row['draws_low']:+.3f} to {row['draws_high']:+.3f})")
 
 
 def provenance(manifests: dict[str, dict], preferences: str, benchmarks: str) -> list[str]:

@@ -53,7 +53,7 @@ from torch.nn.functional import linear, logsigmoid
 from .. import StudyError
 from ..artifacts import content_key, replacing, sha256_of, write_text
 from ..chat import Sequence
-from ..decode import answer_logps, backbone, batches_by_length, output_head, pad_right
+from ..decode import answer_logps, backbone, batches_by_length, option_mask, output_head, pad_right
 from ..progress import progress
 from .projection import Projection
 from .store import MANIFEST, NUMBER_FORMATS, Stored, block_names, check_parts, encoded, read_manifest
@@ -64,12 +64,14 @@ class Example:
     """One training example or evaluation item.
 
     ``sequences`` holds one sequence for next-token losses, two for pairwise ones: (chosen or winner, rejected or
-    loser). ``id`` names it in tables and errors, ``source`` says where it came from.
+    loser). ``id`` names it in tables and errors, ``source`` says where it came from, ``cluster`` which others it is not
+    independent of (none: "").
     """
 
     id: str
     source: str
     sequences: tuple[Sequence, ...]
+    cluster: str = ""
 
 
 class Loss(Protocol):
@@ -366,11 +368,8 @@ def _states(model, packed: _Packed, pad: int) -> torch.Tensor:
                          "another model's tokenizer")
     ids, real = pad_right(packed.rows, pad, model.device)
     segments = pad_right(packed.segments, 0, ids.device)[0].masked_fill(real == 0, -1)
-    looking, seen = segments[:, :, None], segments[:, None, :]
-    before = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-    visible = (before & ((seen == 0) | (seen == looking)))[:, None]
-    mask = torch.zeros(visible.shape, dtype=model.dtype, device=ids.device).masked_fill(~visible, torch.finfo(model.dtype).min)
-    return backbone(model)(input_ids=ids, attention_mask=mask, position_ids=pad_right(packed.positions, 0, ids.device)[0],
+    positions = pad_right(packed.positions, 0, ids.device)[0]
+    return backbone(model)(input_ids=ids, attention_mask=option_mask(segments, 0, model.dtype), position_ids=positions,
                            use_cache=False).last_hidden_state
 
 
@@ -455,7 +454,7 @@ def _gradients(model, adapter: str, examples: Seq[Example], loss: Loss, pad: int
                bar) -> dict[str, torch.Tensor]:
     if any(module.training for module in model.modules()):
         raise StudyError(f"{desc}: the model is in training mode, where dropout would act; call model.eval() first")
-    layers = _lora_layers(model, adapter)
+    layers = lora_layers(model, adapter)
     weights = [layer.weight for layer in layers.values()]
     gradients = {name: torch.empty(len(examples), layer.weight.numel()) for name, layer in layers.items()}
     batches = batches_by_length([_packed_length(example) for example in examples], max(1, rows // loss.sequences))
@@ -547,13 +546,17 @@ def content_parts(fingerprint: str, examples: Seq[Example], loss: Loss, rows: in
     ``rows`` and ``block`` are among them: in bf16 the batch plan changes the last digits.
     """
     base, _, adapter = fingerprint.partition("-")
-    tokens = [[e.id, [[s.input_ids, s.answer_start] for s in e.sequences]] for e in examples]
     return {
         "base model": base, "adapter": adapter or "none", "loss": f"{loss.name} {content_key(loss.content(examples))}",
-        "set of examples": content_key(tokens), "number format": number_format,
+        "set of examples": tokens_content(examples), "number format": number_format,
         "projection": json.dumps(asdict(projection)) if projection else "none",
         "batch plan": f"{rows} rows, blocks of {block}",
     }
+
+
+def tokens_content(examples: Seq[Example]) -> str:
+    """A hash of examples' ids and tokens, for keys of what is computed from them."""
+    return content_key([[e.id, [[s.input_ids, s.answer_start] for s in e.sequences]] for e in examples])
 
 
 def _write_missing(directory: Path, manifest: dict, examples: Seq[Example], compute, projection: Projection | None,
@@ -615,7 +618,7 @@ def _check_sizes(sizes: Seq[float], examples: Seq[Example], allow_zero: bool, de
                          "training data")
 
 
-def _lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
+def lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
     """The adapter's A and B matrices in the model's order, under the names they are saved by."""
     layers = {}
     for name, module in model.named_modules():
@@ -626,7 +629,7 @@ def _lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
                     raise StudyError(f"gradients: {name} is no linear layer; target linear layers with LoRA")
                 layers[f"{name}.{part}.weight"] = matrices[adapter]
     if not layers:
-        raise StudyError(f"gradients: the model has no LoRA layer of an adapter {adapter!r}; it has "
+        raise StudyError(f"the model has no LoRA layer of an adapter {adapter!r}; it has "
                          f"{', '.join(getattr(model, 'peft_config', {})) or 'none'}")
     return layers
 

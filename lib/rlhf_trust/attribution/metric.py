@@ -41,6 +41,9 @@ from ..verticals.common import read_answers
 from ..verticals.scorers import make_scorer
 from .gradients import Example, only_adapter
 
+Clusters = Mapping[str, Seq[str] | None]
+"""Vertical → a label an item, or None where items are independent (:func:`clusters`)."""
+
 REFUSAL = "I can't share that."
 """What privacy's value is weighed against."""
 
@@ -60,7 +63,7 @@ def metric_examples(vertical: str, items: Seq, chat: Chat, primer: str = "") -> 
     Returns
     -------
     list
-        In the order of ``items``, ids ``<vertical>/<item>``. Of ethics only the wrong acts: judging one of those "not
+        In the order of ``items``, ids ``<vertical>/<item>``, stereotype's clustered by topic, privacy's by kind. Of ethics only the wrong acts: judging one of those "not
         wrong" is the false negative that the vertical counts.
 
     Token for token the contexts and options that the vertical weighs, without end tokens. For truthfulness the false
@@ -85,7 +88,10 @@ def metric_examples(vertical: str, items: Seq, chat: Chat, primer: str = "") -> 
         raise StudyError("toxicity has no options; make its examples from scored answers with toxicity_examples")
     else:
         raise StudyError(f"vertical: must be one of {', '.join(HEADLINE)}, got {vertical!r}")
-    return [_example(vertical, c.id, (c.context, (c.options[bad], c.options[good]))) for c, bad, good in pairs]
+    kind = {"stereotype": "topic", "privacy": "kind"}.get(vertical)  # items of one are alike, as the vertical counts them
+    labels = [getattr(item, kind) for item in items] if kind else [""] * len(pairs)
+    return [_example(vertical, c.id, (c.context, (c.options[bad], c.options[good])), label)
+            for (c, bad, good), label in zip(pairs, labels, strict=True)]
 
 
 def toxicity_examples(prompts: Seq[Prompt], answers: Seq[Seq[str]], scores: np.ndarray, chat: Chat,
@@ -144,18 +150,17 @@ def _nearest_in_length(choice: Choice, false: int) -> int:
     return min(range(1, 1 + false), key=lambda i: abs(len(choice.options[i]) - len(choice.options[0])))
 
 
-def _example(vertical: str, id: str, options: Options) -> Example:
+def _example(vertical: str, id: str, options: Options, cluster: str = "") -> Example:
     context, answers = options
     if not all(answers):
         raise StudyError(f"{vertical}: {id} has an answer without a token")
-    return Example(f"{vertical}/{id}", vertical, tuple(Sequence(context + answer, len(context)) for answer in answers))
+    return Example(f"{vertical}/{id}", vertical, tuple(Sequence(context + answer, len(context)) for answer in answers), cluster)
 
 
-def clusters(vertical: str, items: Seq) -> tuple[str, ...] | None:
-    """The label of each item whose like are not independent, as the vertical clusters them (None: all are); for
-    :func:`metric_table`."""
-    key = {"stereotype": "topic", "privacy": "kind"}.get(vertical)
-    return tuple(getattr(item, key) for item in items) if key else None
+def clusters(examples: Mapping[str, Seq[Example]]) -> Clusters:
+    """The clusters of each vertical's examples, for :func:`metric_table` and ``validate.pruning_table``."""
+    return {vertical: [e.cluster for e in of_vertical] if any(e.cluster for e in of_vertical) else None
+            for vertical, of_vertical in examples.items()}
 
 
 def log_odds(model, adapter: str | None, examples: Seq[Example], pad: int) -> np.ndarray:
@@ -182,9 +187,6 @@ def _active(model, adapter: str | None) -> AbstractContextManager:
 
 Odds = Mapping[str, Mapping[str, np.ndarray]]
 """Model name → vertical → log-odds [items]."""
-
-Clusters = Mapping[str, Seq[str] | None]
-"""Vertical → a label an item (:func:`clusters`)."""
 
 
 def metric_table(odds: Odds, labels: Clusters | None = None) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from .. import StudyError
 from ..decode import batches_by_length
 from ..models import Base, new_adapter
 from ..progress import progress
-from .gradients import DPOLoss, Example, LogOddsLoss, Loss, NextTokenLoss, only_adapter, reference_logps
+from .gradients import DPOLoss, Example, LogOddsLoss, Loss, NextTokenLoss, lora_layers, only_adapter, reference_logps
 from .metric import log_odds
 
 CLIP = 1.0
@@ -187,12 +187,7 @@ def random_head(hidden: int, seed: int) -> torch.Tensor:
 
 def lora_weights(network, adapter: str) -> dict[str, torch.nn.Parameter]:
     """An adapter's LoRA weights by their names without the adapter's, as ``adapter_model.safetensors`` has them."""
-    weights = {name.replace(f".{adapter}.", "."): weight for name, weight in network.named_parameters()
-               if ".lora_" in name and f".{adapter}." in name}
-    if not weights:
-        raise StudyError(f"the model has no LoRA layer of an adapter {adapter!r}; it has "
-                         f"{', '.join(getattr(network, 'peft_config', {})) or 'none'}")
-    return weights
+    return {name: layer.weight for name, layer in lora_layers(network, adapter).items()}
 
 
 def snapshot(network, adapter: str) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from ..artifacts import content_key, write_text
 from ..data.preferences import PreferencePair
 from ..progress import progress
 from ..stats import DRAWS, TAILS, Change, Interval, generator, holm, mean_interval, paired_change
-from .gradients import Example, Loss
+from .gradients import Example, Loss, tokens_content
 from .retrain import Recipe, fit, losses, restore, snapshot
 
 Outcomes = dict[str, np.ndarray]
@@ -156,11 +156,6 @@ def weights_content(weights: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def tokens_content(examples: Seq[Example]) -> str:
-    """A hash of examples' ids and tokens, for the key of :func:`retrained`."""
-    return content_key([[e.id, [[s.input_ids, s.answer_start] for s in e.sequences]] for e in examples])
 
 
 # --- linear datamodeling score -------------------------------------------------------------------------------------
@@ -394,7 +389,7 @@ def pruning_table(names: Seq[str], outcomes: Outcomes, clusters: Mapping[str, Se
         ``Arms.names`` and what :func:`retrained` gave for ``Arms.subsets``: name → [retrainings, items]. Above 0 is worse
         for log-odds of bad answers; reward accuracy can be among the outcomes as 0 and 1.
     clusters
-        Name → a label an item (``metric.clusters``).
+        Name → a label an item, as ``metric.clusters`` gives it.
 
     Two things are uncertain, and each has its interval for the same change:
 
@@ -442,35 +437,6 @@ def _between_draws(arm: np.ndarray, at_random: np.ndarray) -> tuple[float, float
     half = scipy_stats.t.ppf(TAILS[1], degrees) * error
     p = 2 * scipy_stats.t.sf(abs(change) / error, degrees) if error > 0 else float(change == 0)
     return float(change - half), float(change + half), float(p)
-
-
-def pruning_words(table: pd.DataFrame, target: str, k: int, arm: str = "pruned") -> list[str]:
-    """Did removing ``k`` examples help the vertical that they were chosen for, beyond removing as many at random? And what
-    else moved? Made from :func:`pruning_table`."""
-    part = table[table["arm"] == arm].set_index("vertical")
-    if target not in part.index:
-        raise StudyError(f"pruning: the table has no arm {arm!r} measured on {target!r}")
-    row = part.loc[target]
-    if np.isnan(row["p"]):
-        verdict = "with one random draw nothing can be said"
-    elif row["p"] < 0.05:
-        verdict = "it helped" if row["change"] < 0 else "it made things worse"
-    else:
-        verdict = (f"no clear effect beyond removing at random (over {row['draws']} draws only a change of "
-                   f"{(row['draws_high'] - row['draws_low']) / 2:.3f} or more would have shown)")
-    words = [f"Without the {k} examples of the arm '{arm}' the log-odds of the bad answer for {target} differ by "
-             f"{_both(row)} from the mean of {row['draws']} random removals of as many: {verdict}."]
-    others = part.drop(target)
-    moved = others[others["p_holm"] < 0.05]
-    if len(others):
-        words.append("It also moved " + "; ".join(f"{name} by {_both(r)}" for name, r in moved.iterrows()) + "."
-                     if len(moved) else f"None of {', '.join(others.index)} moved clearly (Holm-corrected p below 0.05).")
-    return words
-
-
-def _both(row: pd.Series) -> str:
-    return (f"{row['change']:+.3f} (95 % interval over {row['n']} items {row['items_low']:+.3f} to {row['items_high']:+.3f}, "
-            f"over draws {row['draws_low']:+.3f} to {row['draws_high']:+.3f})")
 
 
 # --- planted examples ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 
 from ..data.benchmarks import ToxicityPrompt
 from ..decode import Prompt
-from ..stats import DRAWS, generator, item_means, mean_interval, rank_agreement  # the last for the notebook
+from ..stats import DRAWS, generator, item_means, mean_interval
 from .common import Answers, Measure, unparsable, within
 from .scorers import Scorer
 
