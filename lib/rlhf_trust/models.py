@@ -276,7 +276,8 @@ def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None
     config = wrapped.peft_config[adapter]
     with replacing(directory) as aside:
         aside.mkdir()
-        save_file(weights, aside / "adapter_model.safetensors", {"format": "pt", "base_weights": base.weights})
+        # One entry: safetensors writes several in an order that changes from process to process, and with it the file's hash.
+        save_file(weights, aside / "adapter_model.safetensors", {"base_weights": base.weights})
         (aside / "adapter_config.json").write_text(json.dumps({
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
             "lora_dropout": 0.0, "target_modules": sorted(config.target_modules), "bias": "none",
