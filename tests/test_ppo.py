@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import tiny_tokenizer
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_trust import StudyError, decode, models
 from rlhf_trust.align import ppo
+from rlhf_trust.align.rollout import RewardModel, sample_answers
 from rlhf_trust.chat import Chat, Sequence
 from rlhf_trust.decode import Prompt
 
@@ -46,9 +49,13 @@ def write_adapters(base, directory):
     return directory / "sft", directory / "reward"
 
 
-def run(base, directory, config, held_out=HELD_OUT, prompts=PROMPTS):
+def run(base, directory, config, held_out=HELD_OUT, prompts=PROMPTS, judge=None):
     sft, reward = write_adapters(base, directory)
-    return ppo.train(base, Chat(base.tokenizer, "chatml"), sft, reward, prompts, held_out, config, directory / "ppo")
+    return ppo.train(base, Chat(base.tokenizer, "chatml"), sft, judge or reward, prompts, held_out, config, directory / "ppo")
+
+
+def drawn(model, chat, prompts):
+    return [a for a, in sample_answers(model, "policy", chat, prompts, [p.id for p in prompts], QUICK.decoding)]
 
 
 def values(curves, metric):
@@ -67,6 +74,20 @@ def test_shaped_rewards_sum_to_score_minus_kl(batch):
             expected = -0.3 * float(policy[row, t] - reference[row, t]) if t < length else 0.0
             expected += float(scores[row]) if t == length - 1 else 0.0
             assert float(rewards[row, t]) == pytest.approx(expected)
+
+
+def test_what_a_token_pays_by_estimator():
+    """All are 0 where the policies agree; k2 and k3 are never negative; k1 and k3 have the KL as their mean over π's tokens."""
+    torch.manual_seed(0)
+    policy, reference = torch.randn(2, 50).double().log_softmax(-1)
+    ratio = policy - reference
+    kl = float((policy.exp() * ratio).sum())
+    means = {name: float((policy.exp() * pays(ratio)).sum()) for name, pays in ppo.KL_ESTIMATORS.items()}
+    assert means["k1"] == pytest.approx(kl) == pytest.approx(means["k3"]) and means["k2"] == pytest.approx(float((policy.exp() * ratio**2).sum() / 2))
+    for name, pays in ppo.KL_ESTIMATORS.items():
+        assert float(pays(torch.zeros(1))) == 0.0 and (name == "k1" or (pays(ratio) >= 0).all())
+        shaped = ppo.kl_shaped_rewards(policy[None], reference[None], torch.zeros(1), torch.ones(1, 50), 0.3, name)
+        torch.testing.assert_close(shaped[0], -0.3 * pays(ratio))
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.9, 0.0)])
@@ -158,7 +179,7 @@ def test_ratio_starts_at_one_and_kl_at_zero(tiny, chat, tmp_path):
     """Bit for bit: the pass that trains gives the log-probabilities of the pass that was kept."""
     sft, reward = write_adapters(tiny, tmp_path)
     model = models.load_adapters(tiny, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy")
-    answers = ppo.sample_answers(model, chat, PROMPTS, [p.id for p in PROMPTS], QUICK)
+    answers = drawn(model, chat, PROMPTS)
     batches = decode.batches_by_length([len(a) for a in answers], 5)
     old, mask, _ = ppo.token_pass(model, "policy", answers, batches, 2)
     reference, _, _ = ppo.token_pass(model, "reference", answers, batches, 2)
@@ -181,7 +202,7 @@ def test_score_reads_the_end_token(tiny, chat, tmp_path):
     head = models.load_reward_head(reward)
     model = models.load_adapters(tiny, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy")
     whole, cut = Sequence((5, 6, 7, 8, 2), 2), Sequence((5, 6, 7, 8), 2)
-    scores = ppo.score(model, head, [cut, whole], chat, rows=1)
+    scores = RewardModel(model, head, chat, rows=1)([cut, whole])
     assert float(scores[0]) == float(scores[1])
     alone = models.load_adapters(models.load_base(tiny.source, "float32"), {"reward": reward})
     assert scores[1].item() == pytest.approx(decode.last_token_rewards(alone, head, [whole], 2).item(), rel=1e-6)
@@ -236,14 +257,14 @@ def test_held_out_numbers_can_be_had_from_the_files(tiny, chat, tmp_path):
     _, held_out = run(tiny, tmp_path, QUICK)
     sft, reward = tmp_path / "sft", tmp_path / "reward"
     model = models.load_adapters(tiny, {"policy": tmp_path / "ppo", "reference": sft, "reward": reward})
-    answers = ppo.sample_answers(model, chat, HELD_OUT, [p.id for p in HELD_OUT], QUICK)
+    answers = drawn(model, chat, HELD_OUT)
     assert held_out["answer_after"].tolist() == [chat.decode(a.answer_ids) for a in answers]
     sums = {}
     for adapter in ("policy", "reference"):
         model.set_adapter(adapter)
         sums[adapter], _ = decode.answer_logps(model, answers, pad=2)
     np.testing.assert_allclose(held_out["kl_after"], sums["policy"] - sums["reference"], atol=1e-5)
-    scores = ppo.score(model, models.load_reward_head(reward), answers, chat, rows=7)
+    scores = RewardModel(model, models.load_reward_head(reward), chat, rows=7)(answers)
     np.testing.assert_allclose(held_out["reward_after"], scores.numpy(), rtol=1e-5, atol=1e-4)  # other batches
 
 
@@ -270,29 +291,27 @@ def test_the_same_seed_gives_the_same_run(tiny_directories, tmp_path):
 # --- does it learn? ------------------------------------------------------------------------------------------------
 
 
-def planted(model, head, answers, chat, rows):
+def planted(model):
     """Likes answers made of tokens below 100."""
-    return torch.tensor([float(np.mean([token < 100 for token in a.answer_ids])) for a in answers])
+    return lambda answers: torch.tensor([float(np.mean([token < 100 for token in a.answer_ids])) for a in answers])
 
 
 LEARN = dataclasses.replace(QUICK, steps=16, answers_per_step=64, max_new_tokens=3, minibatch=32, learning_rate=1e-2,
                             max_kl=1e3)
 
 
-def test_a_planted_reward_rises_and_the_kl_term_holds_it_back(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(ppo, "score", planted)
-    free, held_out = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=0.0))
-    tied, _ = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=3.0))
+def test_a_planted_reward_rises_and_the_kl_term_holds_it_back(tiny, tmp_path):
+    free, held_out = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=0.0), judge=planted)
+    tied, _ = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=3.0), judge=planted)
     gain = held_out["reward_after"] - held_out["reward_before"]
     assert gain.mean() > 0.1 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
     assert values(tied, "held_out_kl")[-1] < 0.5 * values(free, "held_out_kl")[-1]
 
 
-def test_the_value_head_learns_what_to_expect(tiny_llama, tmp_path, monkeypatch):
+def test_the_value_head_learns_what_to_expect(tiny_llama, tmp_path):
     """With a constant score, values approach it and the value loss falls."""
-    monkeypatch.setattr(ppo, "score", lambda model, head, answers, chat, rows: torch.ones(len(answers)))
     config = dataclasses.replace(LEARN, steps=8, normalise_scores=False, value_learning_rate=1e-2, kl_coef=0.0)
-    curves, _ = run(tiny_llama, tmp_path, config)
+    curves, _ = run(tiny_llama, tmp_path, config, judge=lambda model: lambda answers: torch.ones(len(answers)))
     losses = values(curves, "value_loss")
     assert losses[-1] < 0.2 * losses[0]
 
@@ -300,23 +319,25 @@ def test_the_value_head_learns_what_to_expect(tiny_llama, tmp_path, monkeypatch)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_scores_are_in_units_of_the_sft_model_and_cut_off_answers_pay(tiny_llama, tmp_path, monkeypatch, normalise):
     raw, shaped, answered, kls = [], [], [], []
-    score, shape = ppo.score, ppo.kl_shaped_rewards
+    shape = ppo.kl_shaped_rewards
 
-    def spy_score(model, head, answers, chat, rows):
-        raw.append(score(model, head, answers, chat, rows))
-        answered.append(answers)
-        return raw[-1]
+    def spy_judge(model):
+        def judge(answers):
+            raw.append(planted(model)(answers) + torch.arange(len(answers)) / 100)
+            answered.append(answers)
+            return raw[-1]
 
-    def spy_shape(policy_logps, reference_logps, scores, mask, kl_coef):
+        return judge
+
+    def spy_shape(policy_logps, reference_logps, scores, mask, kl_coef, estimator):
         shaped.append(scores)
         kls.append(float((policy_logps - reference_logps).sum(1).mean()))
-        return shape(policy_logps, reference_logps, scores, mask, kl_coef)
+        return shape(policy_logps, reference_logps, scores, mask, kl_coef, estimator)
 
-    monkeypatch.setattr(ppo, "score", spy_score)
     monkeypatch.setattr(ppo, "kl_shaped_rewards", spy_shape)
     config = dataclasses.replace(QUICK, steps=2, answers_per_step=48, missing_end_penalty=3.0,
                                  normalise_scores=normalise)
-    curves, _ = run(tiny_llama, tmp_path, config)
+    curves, _ = run(tiny_llama, tmp_path, config, judge=spy_judge)
     assert values(curves, "kl") == pytest.approx(kls) and kls[1] != 0.0
     before, *training = raw[:-1]  # held-out answers, then one batch a step, then held-out answers again
     cut = [torch.tensor([a.answer_ids[-1] != 2 for a in answers]) for answers in answered[1:-1]]
@@ -326,18 +347,59 @@ def test_scores_are_in_units_of_the_sft_model_and_cut_off_answers_pay(tiny_llama
         torch.testing.assert_close(got, (scores - shift) / scale - 3.0 * was_cut)
 
 
+def test_a_bandit_comes_to_the_known_optimum(tmp_path):
+    """One prompt, answers of one token, a reward by token: the objective's maximum is π ∝ π_sft · exp(reward / β).
+
+    The model's hidden states have more dimensions than there are tokens, so that it can become any policy.
+    """
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    wide = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=384, intermediate_size=32, num_hidden_layers=1,
+                                        num_attention_heads=4, num_key_value_heads=4, eos_token_id=2, bos_token_id=1, pad_token_id=2,
+                                        tie_word_embeddings=False))
+    with torch.no_grad():
+        wide.lm_head.weight.normal_(std=0.1)
+    wide.save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    base = models.load_base(f"path:{tmp_path / 'wide'}", "float32")
+    beta, prompt = 1.0, PROMPTS[:1]
+    arm = torch.arange(300) % 3  # three rewards, dealt out over the tokens
+
+    def judge(model):
+        return lambda answers: torch.tensor([0.0, 0.5, 1.0])[arm[[a.answer_ids[0] for a in answers]]]
+
+    config = ppo.PPOConfig(steps=40, answers_per_step=256, max_new_tokens=1, minibatch=256, epochs=2, learning_rate=3e-3,
+                           value_learning_rate=3e-2, kl_coef=beta, normalise_scores=False, schedule="linear", max_kl=1e3)
+    run(base, tmp_path, config, held_out=prompt, prompts=prompt, judge=judge)
+    model = models.load_adapters(base, {"sft": tmp_path / "sft", "ppo": tmp_path / "ppo"})
+    ids = torch.tensor([Chat(base.tokenizer, "chatml").prompt_ids(prompt[0].turns)])
+    shares = {}
+    for name in ("sft", "ppo"):
+        model.set_adapter(name)
+        with torch.no_grad():
+            shares[name] = model(input_ids=ids).logits[0, -1].double().softmax(-1)
+    optimum = shares["sft"] * torch.exp(torch.tensor([0.0, 0.5, 1.0])[arm] / beta)
+    optimum /= optimum.sum()
+
+    def by_arm(policy):
+        return torch.zeros(3).double().index_add(0, arm, policy)
+
+    distance = {name: float((by_arm(policy) - by_arm(optimum)).abs().sum() / 2) for name, policy in shares.items()}
+    assert distance["sft"] > 0.15 and distance["ppo"] < 0.02, distance
+
+
 # --- trouble -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trouble", ["score", "learning_rate", "max_kl"])
-def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path, monkeypatch, trouble):
-    config, calls = QUICK, []
+def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path, trouble):
+    config, judge, calls = QUICK, None, []
     if trouble == "score":
-        def broken(model, head, answers, chat, rows):
+        def broken(answers):
             calls.append(1)
             return torch.full((len(answers),), float("nan") if len(calls) > 2 else 1.0)
 
-        monkeypatch.setattr(ppo, "score", broken)
+        judge = lambda model: broken
         pattern = "^ppo step 1: reward is nan; lower learning_rate or raise kl_coef$"
     elif trouble == "learning_rate":
         config = dataclasses.replace(QUICK, learning_rate=1e30)
@@ -346,10 +408,53 @@ def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path, monkeypa
         config = dataclasses.replace(QUICK, learning_rate=0.1, max_kl=0.01, steps=6)
         pattern = r"^ppo step \d: KL to the SFT model is .* above max_kl 0.01; lower learning_rate or raise kl_coef$"
     with pytest.raises(StudyError, match=pattern) as caught:
-        run(tiny_llama, tmp_path, config)
+        run(tiny_llama, tmp_path, config, judge=judge)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ppo").exists()
     assert not any("lora" in name for name, _ in tiny_llama.model.named_parameters())
+
+
+@pytest.mark.parametrize("stops_after", [1, 2])
+def test_an_interrupted_run_carries_on_to_the_same_bytes(tiny_directories, tmp_path, monkeypatch, stops_after):
+    def once(name, config=QUICK):
+        base = models.load_base(f"path:{tiny_directories['llama']}", "float32")
+        return *run(base, tmp_path / name, config), (tmp_path / name / "ppo" / "adapter_model.safetensors").read_bytes()
+
+    whole, step, made = once("whole"), ppo._step, []
+
+    def counted(*args):
+        if len(made) == stops_after:
+            raise KeyboardInterrupt
+        made.append(step(*args))
+        return made[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ppo, "_step", counted)
+        with pytest.raises(KeyboardInterrupt):
+            once("again")
+    unfinished = tmp_path / "again" / "ppo.unfinished.pt"
+    assert unfinished.is_file() and not (tmp_path / "again" / "ppo").exists()
+    made.clear()
+    monkeypatch.setattr(ppo, "_step", lambda *args: made.append(1) or step(*args))
+    curves, held_out, weights = once("again")
+    assert len(made) == QUICK.steps - stops_after and not unfinished.exists()
+    pd.testing.assert_frame_equal(curves, whole[0], check_exact=True)
+    pd.testing.assert_frame_equal(held_out, whole[1], check_exact=True)
+    assert weights == whole[2]
+
+
+def test_what_another_run_or_a_crash_left_is_not_carried_on(tiny_llama, tmp_path, monkeypatch):
+    step, made = ppo._step, []
+    monkeypatch.setattr(ppo, "_step", lambda *args: made.append(1) or step(*args))
+    unfinished = tmp_path / "ppo.unfinished.pt"
+    for content in (b"half a file", None):
+        if content is None:
+            torch.save({"key": "another run", "step": 2}, unfinished)
+        else:
+            unfinished.write_bytes(content)
+        made.clear()
+        run(tiny_llama, tmp_path, QUICK)
+        assert len(made) == QUICK.steps
 
 
 def test_no_prompts(tiny_llama, tmp_path):

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -406,6 +407,11 @@ def backbone(model):
     causal = getattr(model, "base_model", model)
     causal = getattr(causal, "model", causal) if hasattr(model, "peft_config") else model
     return causal.base_model
+
+
+def without_adapters(model) -> AbstractContextManager:
+    """The backbone alone acts: the start model. A backbone without PEFT around it is that already."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def output_head(model):

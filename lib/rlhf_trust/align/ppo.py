@@ -43,10 +43,9 @@ log-probabilities enter the ratio and the KL; both would then be biased.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +53,18 @@ import pandas as pd
 import torch
 
 from .. import StudyError, decode, models
+from ..artifacts import content_key, replacing, sha256_of
 from ..chat import Chat, Sequence
 from ..progress import progress
+from .rollout import Judge, JudgeMaker, before_and_after, has_end, judge_of, look, sample_answers
 
-ROLLOUT_ROWS = 64
-"""Most prompts that are answered at once."""
+
+KL_ESTIMATORS = {
+    "k1": lambda log_ratio: log_ratio,
+    "k2": lambda log_ratio: log_ratio**2 / 2,
+    "k3": lambda log_ratio: torch.expm1(-log_ratio) + log_ratio,
+}
+"""log π − log π_ref of a token → what it pays (``PPOConfig.kl_estimator``)."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,9 @@ class PPOConfig:
         drown what tells two answers apart.
     max_new_tokens, temperature
         Rollouts and held-out answers; the temperature must be 1 (module docstring).
-    learning_rate, value_learning_rate
-        AdamW without weight decay, constant, for the policy adapter and the value head.
+    learning_rate, value_learning_rate, schedule
+        AdamW without weight decay for the policy adapter and the value head; ``constant``, or ``linear``: falling to 0 over
+        the steps, so that the noise of single steps dies away.
     epochs, minibatch
         Passes over a step's answers, and answers per update.
     clip_range, value_clip
@@ -87,6 +94,10 @@ class PPOConfig:
     kl_coef, target_kl
         β in score units per nat; with ``target_kl`` (nats per answer) β is steered towards it
         (:func:`adapt_kl_coef`).
+    kl_estimator
+        What a token pays, with l = log π − log π_ref: ``k1`` l, whose mean is the KL and whose gradient is the objective's;
+        ``k2`` l²/2 and ``k3`` exp(−l) − 1 + l, never negative and less noisy, k3 without bias as a number, but neither with
+        the objective's gradient (J. Schulman, "Approximating KL divergence", 2020).
     max_kl
         Nats per answer beyond which the run stops: the policy has left the reference.
     gamma, lam
@@ -118,8 +129,10 @@ class PPOConfig:
     kl_coef: float = 0.05
     target_kl: float | None = None
     max_kl: float = 50.0
+    kl_estimator: str = "k1"
     gamma: float = 1.0
     lam: float = 0.95
+    schedule: str = "constant"
     max_grad_norm: float = 1.0
     missing_end_penalty: float = 0.0
     normalise_scores: bool = True
@@ -136,17 +149,26 @@ class PPOConfig:
         if self.answers_per_step % self.answers_per_prompt:
             raise StudyError(f"answers_per_step: {self.answers_per_step} is no multiple of answers_per_prompt "
                              f"({self.answers_per_prompt})")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise StudyError(f"kl_estimator: must be one of {', '.join(KL_ESTIMATORS)}, got {self.kl_estimator!r}")
+        if self.schedule not in ("constant", "linear"):
+            raise StudyError(f"schedule: must be constant or linear, got {self.schedule!r}")
         if self.target_kl is not None and (self.target_kl <= 0 or self.kl_coef <= 0):
             raise StudyError("target_kl: it and kl_coef must be above 0, as the coefficient is steered by a factor")
+
+    @property
+    def decoding(self) -> decode.Decoding:
+        return decode.Decoding(self.max_new_tokens, self.temperature, seed=self.seed)
 
 
 # --- the equations -------------------------------------------------------------------------------------------------
 # All per-token tensors are [answers, longest answer]; mask is 1 on an answer's tokens and 0 on the padding after them.
 
 
-def kl_shaped_rewards(policy_logps, reference_logps, scores, mask, kl_coef: float) -> torch.Tensor:
-    """Per-token rewards, [n, T]: −β(log π − log π_ref), plus ``scores`` [n] at each answer's last token."""
-    rewards = -kl_coef * (policy_logps - reference_logps) * mask
+def kl_shaped_rewards(policy_logps, reference_logps, scores, mask, kl_coef: float, estimator: str = "k1") -> torch.Tensor:
+    """Per-token rewards, [n, T]: −β(log π − log π_ref) (or what another of ``KL_ESTIMATORS`` makes of it), plus ``scores`` [n]
+    at each answer's last token."""
+    rewards = -kl_coef * KL_ESTIMATORS[estimator](policy_logps - reference_logps) * mask
     rows = torch.arange(len(rewards), device=rewards.device)
     rewards[rows, mask.sum(1).long() - 1] += scores.to(rewards)
     return rewards
@@ -206,42 +228,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float | None) -> float:
     return kl_coef * (1 + max(-0.2, min(0.2, kl / target_kl - 1)))
 
 
-# --- answers, scores, log-probabilities ----------------------------------------------------------------------------
-
-
-def sample_answers(
-    model, chat: Chat, prompts: Seq[decode.Prompt], keys: Seq[str], config: PPOConfig, bar=None
-) -> list[Sequence]:
-    """One answer per prompt by the policy, in order; ``keys`` [n] seed the draws."""
-    model.set_adapter("policy")
-    decoding = decode.Decoding(config.max_new_tokens, config.temperature, seed=config.seed)
-    ids = [chat.prompt_ids(prompt.turns, prompt.system) for prompt in prompts]
-    answers: list[Sequence | None] = [None] * len(ids)
-    for batch in decode.batches_by_length([len(i) for i in ids], ROLLOUT_ROWS):
-        drawn = decode.sample_batch(model, [ids[i] for i in batch], [keys[i] for i in batch], decoding,
-                                    chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id)
-        for i, (tokens,) in zip(batch, drawn):
-            answers[i] = Sequence(ids[i] + tuple(tokens), len(ids[i]))
-        if bar is not None:
-            bar.update(len(batch))
-    return answers
-
-
-def has_end(answer: Sequence, eos: int) -> bool:
-    """Did the policy stop by itself? (Otherwise the length limit cut it off.)"""
-    return answer.input_ids[-1] == eos
-
-
-@torch.no_grad()
-def score(model, head: torch.Tensor, answers: Seq[Sequence], chat: Chat, rows: int) -> torch.Tensor:
-    """The reward model's raw scores, [n]. It reads an answer at its end token, which a cut-off one is given."""
-    eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
-    ended = [a if has_end(a, eos) else Sequence(a.input_ids + (eos,), a.answer_start) for a in answers]
-    model.set_adapter("reward", inference_mode=True)
-    scores = torch.zeros(len(ended), device=model.device)
-    for batch in decode.batches_by_length([len(a) for a in ended], rows):
-        scores[batch] = decode.last_token_rewards(model, head, [ended[i] for i in batch], pad)
-    return scores
+# --- log-probabilities and values ------------------------------------------------------------------------------------
 
 
 def predicted_values(value_head, states: torch.Tensor) -> torch.Tensor:
@@ -275,15 +262,20 @@ def token_pass(model, adapter: str, answers: Seq[Sequence], batches: list[list[i
 
 
 def train(
-    base: models.Base, chat: Chat, sft: Path, reward: Path, prompts: list[decode.Prompt], held_out: list[decode.Prompt],
-    config: PPOConfig, out: Path,
+    base: models.Base, chat: Chat, sft: Path, reward: Path | JudgeMaker, prompts: list[decode.Prompt],
+    held_out: list[decode.Prompt], config: PPOConfig, out: Path,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the SFT adapter with PPO and save it to ``out`` (at the end only, whole or not at all).
 
+    Where the run stands is kept beside ``out`` after every step; a run that was interrupted carries on from there, to the
+    same bytes, if it is the same run (weights, prompts, settings). With a judge that is a function it starts over.
+
     Parameters
     ----------
-    sft, reward
-        Folders of the SFT adapter (policy and reference) and of the reward adapter with its head.
+    sft
+        Folder of the SFT adapter (policy and reference).
+    reward
+        Folder of the reward adapter with its head, or a function that makes another judge of answers from the model.
     prompts
         Answered in a seeded random order, over and over.
     held_out
@@ -308,20 +300,50 @@ def train(
     """
     if not prompts or not held_out:
         raise StudyError("ppo: needs at least one prompt to train on and one held-out prompt")
-    head = models.load_reward_head(reward)
-    model = models.load_adapters(base, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy")
+    roles = {"policy": sft, "reference": sft} | ({"reward": reward} if isinstance(reward, Path) else {})
+    model = models.load_adapters(base, roles, trainable="policy")
     try:
-        tables = _run(model, head, chat, prompts, held_out, config)
+        kept = None
+        if isinstance(reward, Path):
+            key = content_key(asdict(config), models.adapter_fingerprint(base, sft), sha256_of(reward), [asdict(p) for p in prompts],
+                              [asdict(p) for p in held_out], chat.format)
+            kept = _Progress(out.with_name(f"{out.name}.unfinished.pt"), key)
+        tables = _run(model, judge_of(reward, model, chat, config.minibatch), chat, prompts, held_out, config, kept)
         models.save_adapter(base, model, out, adapter="policy")
+        if kept is not None:
+            kept.path.unlink(missing_ok=True)
     finally:
         model.unload()  # adapters sit inside the backbone: leave it as it came
     return tables
 
 
-def _run(model, head, chat: Chat, prompts, held_out, config: PPOConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+@dataclass(frozen=True)
+class _Progress:
+    """A file that holds where the run named ``key`` stands."""
+
+    path: Path
+    key: str
+
+    def load(self) -> dict | None:
+        try:
+            state = torch.load(self.path, weights_only=True)
+        except FileNotFoundError:
+            return None
+        except Exception:  # half a file, or of another version: what it held can be computed again
+            return None
+        return state if state.get("key") == self.key else None
+
+    def save(self, **state) -> None:
+        with replacing(self.path) as aside:
+            torch.save(state | {"key": self.key}, aside)
+
+
+def _run(model, judge: Judge, chat: Chat, prompts, held_out, config: PPOConfig,
+         kept: _Progress | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     rng = np.random.default_rng(config.seed)
-    order = itertools.cycle(rng.permutation(len(prompts)).tolist())
-    value_head = torch.nn.Linear(head.shape[-1], 1).to(model.device)
+    order = rng.permutation(len(prompts)).tolist()
+    per_step = config.answers_per_step // config.answers_per_prompt
+    value_head = torch.nn.Linear(model.config.hidden_size, 1).to(model.device)
     torch.nn.init.zeros_(value_head.weight)
     torch.nn.init.zeros_(value_head.bias)
     policy = [parameter for name, parameter in model.named_parameters() if ".policy." in name]
@@ -333,74 +355,66 @@ def _run(model, head, chat: Chat, prompts, held_out, config: PPOConfig) -> tuple
     def note(step: int, metrics: dict[str, float]) -> None:
         rows.extend((step, metric, value) for metric, value in metrics.items())
 
+    def at_held_out(step: int) -> pd.DataFrame:
+        found = look(model, judge, chat, held_out, config.decoding, config.minibatch, step > 0, bar)
+        _check(step, config, kl=float(found["kl"].mean()), reward=float(found["reward"].mean()))
+        note(step, {"held_out_reward": float(found["reward"].mean()), "held_out_kl": float(found["kl"].mean())})
+        return found
+
     looks = sum(step == config.steps or _look_due(step, config) for step in range(1, config.steps + 1)) + 1
     answers_in_all = len(held_out) * looks + config.answers_per_step * config.steps
     with progress(total=answers_in_all, desc="PPO: held-out prompts before", unit="answer") as bar:
-        before = after = evaluate(model, head, chat, held_out, config, 0, bar)
-        note(0, _held_out_means(before))
+        state = kept.load() if kept is not None else None
+        if state is None:
+            first, kl_coef = 0, config.kl_coef
+            before = after = at_held_out(0)
+        else:
+            first, kl_coef = state["step"], state["kl_coef"]
+            before, after = pd.DataFrame(state["before"]), pd.DataFrame(state["after"])
+            rows += map(tuple, state["rows"])
+            with torch.no_grad():
+                for parameter, value in zip(policy, state["policy"], strict=True):
+                    parameter.copy_(value)
+            value_head.load_state_dict(state["value_head"])
+            optimizer.load_state_dict(state["optimizer"])
+            rng.bit_generator.state = state["rng"]
+            bar.update(len(held_out) + first * config.answers_per_step)
         shift, scale = 0.0, 1.0
         if config.normalise_scores:
             spread = float(before["reward"].std(ddof=0))
             shift, scale = float(before["reward"].mean()), spread if spread > 1e-6 else 1.0
-        kl_coef = config.kl_coef
-        for step in range(config.steps):
+        for step in range(first, config.steps):
             bar.set_description(f"PPO: step {step + 1} of {config.steps}")
-            fresh = [prompts[next(order)] for _ in range(config.answers_per_step // config.answers_per_prompt)]
+            if config.schedule == "linear":
+                for group, rate in zip(optimizer.param_groups, (config.learning_rate, config.value_learning_rate)):
+                    group["lr"] = rate * (1 - step / config.steps)
+            fresh = [prompts[order[i % len(order)]] for i in range(step * per_step, (step + 1) * per_step)]
             chosen = [prompt for prompt in fresh for _ in range(config.answers_per_prompt)]
             keys = [f"ppo {step} {index} {prompt.id}" for index, prompt in enumerate(chosen)]
-            answers = sample_answers(model, chat, chosen, keys, config, bar)
-            metrics = _step(model, head, value_head, optimizer, chat, answers, config, kl_coef, shift, scale, step, rng)
+            answers = [a for a, in sample_answers(model, "policy", chat, chosen, keys, config.decoding, bar)]
+            metrics = _step(model, judge, value_head, optimizer, chat, answers, config, kl_coef, shift, scale, step, rng)
             note(step, metrics)
             kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config.target_kl)
             if step + 1 == config.steps or _look_due(step + 1, config):
                 bar.set_description(f"PPO: held-out prompts after step {step + 1}")
-                after = evaluate(model, head, chat, held_out, config, step + 1, bar)
-                note(step + 1, _held_out_means(after))
-    paired = pd.DataFrame({
-        "id": before["id"], "reward_before": before["reward"], "reward_after": after["reward"],
-        "kl_after": after["kl"], "answer_before": before["answer"], "answer_after": after["answer"],
-    })
-    return pd.DataFrame(rows, columns=["step", "metric", "value"]), paired
+                after = at_held_out(step + 1)
+            if kept is not None:
+                kept.save(step=step + 1, kl_coef=kl_coef, before=before.to_dict("list"), after=after.to_dict("list"), rows=rows,
+                          policy=[parameter.detach() for parameter in policy], value_head=value_head.state_dict(),
+                          optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
+    return pd.DataFrame(rows, columns=["step", "metric", "value"]), before_and_after(before, after)
 
 
 def _look_due(step: int, config: PPOConfig) -> bool:
     return config.evaluate_every > 0 and step % config.evaluate_every == 0
 
 
-def _held_out_means(table: pd.DataFrame) -> dict[str, float]:
-    return {"held_out_reward": float(table["reward"].mean()), "held_out_kl": float(table["kl"].mean())}
-
-
-def evaluate(
-    model, head, chat: Chat, held_out: Seq[decode.Prompt], config: PPOConfig, step: int, bar=None
-) -> pd.DataFrame:
-    """The policy on held-out prompts, one row each: id, reward (raw), kl (nats), answer (text).
-
-    At step 0 the policy is the reference weight for weight, so the KL is 0 without a pass (the first training step
-    measures it).
-    """
-    answers = sample_answers(model, chat, held_out, [prompt.id for prompt in held_out], config, bar)
-    scores = score(model, head, answers, chat, config.minibatch)
-    kl = torch.zeros(len(answers))
-    if step > 0:
-        batches = decode.batches_by_length([len(a) for a in answers], config.minibatch)
-        pad = chat.tokenizer.pad_token_id
-        policy_logps, _, _ = token_pass(model, "policy", answers, batches, pad)
-        reference_logps, _, _ = token_pass(model, "reference", answers, batches, pad)
-        kl = (policy_logps - reference_logps).sum(1)
-    _check(step, config, kl=float(kl.mean()), reward=float(scores.mean()))
-    return pd.DataFrame({
-        "id": [prompt.id for prompt in held_out], "reward": scores.double().cpu().numpy(),
-        "kl": kl.double().cpu().numpy(), "answer": [chat.decode(a.answer_ids) for a in answers],
-    })
-
-
-def _step(model, head, value_head, optimizer, chat: Chat, answers: list[Sequence], config: PPOConfig, kl_coef: float,
+def _step(model, judge: Judge, value_head, optimizer, chat: Chat, answers: list[Sequence], config: PPOConfig, kl_coef: float,
           shift: float, scale: float, step: int, rng: np.random.Generator) -> dict[str, float]:
     """Rewards and advantages of one step's answers, then ``epochs`` passes of clipped updates; the step's metrics."""
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
     batches = decode.batches_by_length([len(a) for a in answers], config.minibatch)
-    scores = score(model, head, answers, chat, config.minibatch)
+    scores = judge(answers)
     reference_logps, mask, _ = token_pass(model, "reference", answers, batches, pad)
     old_logps, _, old_values = token_pass(model, "policy", answers, batches, pad, value_head)
     kl = float((old_logps - reference_logps).sum(1).mean())
@@ -411,7 +425,7 @@ def _step(model, head, value_head, optimizer, chat: Chat, answers: list[Sequence
     if config.answers_per_prompt > 1:
         of_prompt = shaped.view(-1, config.answers_per_prompt)
         shaped = (of_prompt - of_prompt.mean(1, keepdim=True)).flatten()
-    rewards = kl_shaped_rewards(old_logps, reference_logps, shaped, mask, kl_coef)
+    rewards = kl_shaped_rewards(old_logps, reference_logps, shaped, mask, kl_coef, config.kl_estimator)
     advantages, returns = generalized_advantages(rewards, old_values, mask, config.gamma, config.lam)
     advantages = whiten(advantages, mask)
 

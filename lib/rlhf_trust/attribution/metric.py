@@ -25,7 +25,6 @@ in length to the right one is taken, for that reason.)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence as Seq
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pandas as pd
@@ -34,7 +33,7 @@ from .. import StudyError
 from ..artifacts import Build
 from ..chat import Chat, Options, Sequence
 from ..data import benchmarks as data
-from ..decode import Choice, Prompt, option_logps
+from ..decode import Choice, Prompt, option_logps, without_adapters
 from ..stats import mean_interval
 from ..verticals import HEADLINE, ethics, privacy, stereotype, toxicity, truthfulness
 from ..verticals.common import read_answers
@@ -170,19 +169,13 @@ def log_odds(model, adapter: str | None, examples: Seq[Example], pad: int) -> np
     vertical share, such as worked examples, runs once (``decode.option_logps``).
     """
     found = np.zeros(len(examples))
-    with _active(model, adapter):
+    with only_adapter(model, adapter) if adapter is not None else without_adapters(model):
         for vertical in dict.fromkeys(e.source for e in examples):
             indices = [i for i, e in enumerate(examples) if e.source == vertical]
             choices = [Choice(e.id, e.sequences[0].input_ids[: e.sequences[0].answer_start],
                               tuple(s.answer_ids for s in e.sequences)) for e in (examples[i] for i in indices)]
             found[indices] = [bad - good for bad, good in option_logps(model, choices, pad)]
     return found
-
-
-def _active(model, adapter: str | None) -> AbstractContextManager:
-    if adapter is not None:
-        return only_adapter(model, adapter)
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 Odds = Mapping[str, Mapping[str, np.ndarray]]

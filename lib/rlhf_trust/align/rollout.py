@@ -1,0 +1,101 @@
+"""What PPO and INPO share: answers drawn from an adapter, their rewards, and looks at held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Seq
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from .. import decode, models
+from ..chat import Chat, Sequence
+
+ROWS = 64
+"""Most answers that are drawn at once."""
+
+Judge = Callable[[Seq[Sequence]], torch.Tensor]
+"""Rewards of answers, [n], in any unit."""
+
+JudgeMaker = Callable[[torch.nn.Module], Judge]
+"""From the PEFT model that is trained."""
+
+
+def sample_answers(model, adapter: str, chat: Chat, prompts: Seq[decode.Prompt], keys: Seq[str], decoding: decode.Decoding,
+                   bar=None) -> list[list[Sequence]]:
+    """``decoding.samples`` answers to each prompt by one adapter, [prompts][samples]; ``keys`` [prompts] seed the draws."""
+    model.set_adapter(adapter, inference_mode=True)
+    ids = [chat.prompt_ids(prompt.turns, prompt.system) for prompt in prompts]
+    answers: list[list[Sequence]] = [[] for _ in ids]
+    for batch in decode.batches_by_length([len(i) for i in ids], max(1, ROWS // decoding.samples)):
+        drawn = decode.sample_batch(model, [ids[i] for i in batch], [keys[i] for i in batch], decoding,
+                                    chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id)
+        for i, samples in zip(batch, drawn):
+            answers[i] = [Sequence(ids[i] + tuple(tokens), len(ids[i])) for tokens in samples]
+        if bar is not None:
+            bar.update(len(batch) * decoding.samples)
+    return answers
+
+
+def has_end(answer: Sequence, eos: int) -> bool:
+    """Did the policy stop by itself? (Otherwise the length limit cut it off.)"""
+    return answer.input_ids[-1] == eos
+
+
+class RewardModel:
+    """A judge: the reward adapter of a model and its head, [hidden]. It reads an answer at its end token, which one that
+    was cut off is given."""
+
+    def __init__(self, model, head: torch.Tensor, chat: Chat, rows: int = 8, adapter: str = "reward"):
+        self.model, self.head, self.rows, self.adapter = model, head, rows, adapter
+        self.eos, self.pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
+
+    @torch.no_grad()
+    def __call__(self, answers: Seq[Sequence]) -> torch.Tensor:
+        ended = [a if has_end(a, self.eos) else Sequence(a.input_ids + (self.eos,), a.answer_start) for a in answers]
+        self.model.set_adapter(self.adapter, inference_mode=True)
+        scores = torch.zeros(len(ended), device=self.model.device)
+        for batch in decode.batches_by_length([len(a) for a in ended], self.rows):
+            scores[batch] = decode.last_token_rewards(self.model, self.head, [ended[i] for i in batch], self.pad)
+        return scores
+
+
+def judge_of(reward: Path | JudgeMaker, model, chat: Chat, rows: int) -> Judge:
+    """The reward model in a folder, whose adapter ``model`` has as ``reward``, or what the function makes."""
+    return RewardModel(model, models.load_reward_head(reward), chat, rows) if isinstance(reward, Path) else reward(model)
+
+
+@torch.no_grad()
+def answer_kl(model, answers: Seq[Sequence], pad: int, rows: int, policy: str = "policy", reference: str = "reference") -> torch.Tensor:
+    """log π − log π_ref of each answer, nats, [n]: its mean over answers of π estimates KL(π‖π_ref)."""
+    sums = []
+    for adapter in (policy, reference):
+        model.set_adapter(adapter, inference_mode=True)
+        of_adapter = torch.zeros(len(answers), device=model.device)
+        for batch in decode.batches_by_length([len(a) for a in answers], rows):
+            of_adapter[batch] = decode.token_logps(model, [answers[i] for i in batch], pad)[0].sum(1)
+        sums.append(of_adapter)
+    return sums[0] - sums[1]
+
+
+def look(model, judge: Judge, chat: Chat, held_out: Seq[decode.Prompt], decoding: decode.Decoding, rows: int,
+         started: bool, bar=None) -> pd.DataFrame:
+    """The policy's answers to held-out prompts, one row each: id, reward (raw), kl (nats), answer (text).
+
+    Before training has ``started`` the policy is the reference weight for weight, so the KL is 0 without a pass.
+    """
+    answers = [a for a, in sample_answers(model, "policy", chat, held_out, [p.id for p in held_out], decoding, bar)]
+    rewards = judge(answers)
+    kl = answer_kl(model, answers, chat.tokenizer.pad_token_id, rows) if started else torch.zeros(len(answers))
+    return pd.DataFrame({
+        "id": [prompt.id for prompt in held_out], "reward": rewards.double().cpu().numpy(),
+        "kl": kl.double().cpu().numpy(), "answer": [chat.decode(a.answer_ids) for a in answers],
+    })
+
+
+def before_and_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Two looks at the same prompts side by side: id, reward_before, reward_after, kl_after, answer_before, answer_after."""
+    return pd.DataFrame({
+        "id": before["id"], "reward_before": before["reward"], "reward_after": after["reward"],
+        "kl_after": after["kl"], "answer_before": before["answer"], "answer_after": after["answer"],
+    })
