@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 from .artifacts import replacing
+from .stats import mean_interval
 
 # Okabe and Ito's palette, told apart with any colour vision.
 COLOURS = {"start": "#666666", "sft": "#0072B2", "ppo": "#D55E00", "dpo": "#009E73", "inpo": "#CC79A7"}
@@ -165,7 +166,7 @@ def forest(table: pd.DataFrame, panel: str, row: str, title: str, xlabel: str, l
     """Point and interval of every ``row``, a panel each for the values of ``panel``: columns value, ci_low, ci_high and the
     two named. ``lines``: label → where a vertical line stands (default: one at zero)."""
     panels, rows = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table[row]))
-    columns = min(3, len(panels))
+    columns = len(panels) if len(panels) <= 4 else 3
     height = -(-len(panels) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(max(5.6, 2.9 * columns), (0.7 + 0.26 * len(rows)) * height + 0.4),
                                 squeeze=False, sharex=True, sharey=True)
@@ -186,6 +187,48 @@ def forest(table: pd.DataFrame, panel: str, row: str, title: str, xlabel: str, l
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(title, fontweight="bold", fontsize=11)
     figure.supxlabel(xlabel, fontsize=10)
+    return figure
+
+
+def learners(found: pd.DataFrame, metric: str, title: str, ylabel: str):
+    """``metric`` against the share of right labels: a line a learner, a panel for each choice (row) and number (column) of
+    pairs; mean and 95 % interval over seeds. Columns as of ``order_consistency.sweep``."""
+    choices, amounts = list(dict.fromkeys(found["pairs"])), sorted(set(found["amount"]))
+    figure, axes = plt.subplots(len(choices), len(amounts), figsize=(3.2 * len(amounts) + 1.6, 2.5 * len(choices) + 0.6), squeeze=False,
+                                sharex=True, sharey=True)
+    for row, how in zip(axes, choices):
+        for axis, amount in zip(row, amounts):
+            part = found[(found["pairs"] == how) & (found["amount"] == amount)]
+            for tone, (learner, of_learner) in zip(("#666666", "#0072B2", "#009E73", "#D55E00"), part.groupby("learner", sort=False)):
+                by_beta = of_learner.groupby("beta")
+                x, points = by_beta["label_accuracy"].mean(), [mean_interval(v.to_numpy(), f"{how}/{amount}/{learner}/{b}", bounds=(-np.inf, np.inf))
+                                                              for b, v in by_beta[metric]]
+                axis.errorbar(x, [p.value for p in points], [[p.value - p.low for p in points], [p.high - p.value for p in points]],
+                              fmt="-o", color=tone, markersize=4, linewidth=1.5, capsize=2, label=learner.replace("_", " "))
+            axis.set(title=f"{how} prompt, {amount} pairs" if how in ("same", "cross") else f"{how}, {amount} pairs")
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(title, fontweight="bold", fontsize=11)
+    figure.supxlabel("share of right labels", fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    return figure
+
+
+def style_matrices(matrices: dict[str, np.ndarray], styles: Sequence[str]):
+    """RM-Bench's 3 × 3 matrix of every reward model: share of items whose right answer (row: its style) scores above the wrong
+    one (column)."""
+    columns = min(3, len(matrices))
+    height = -(-len(matrices) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(2.6 * columns + 1.0, 2.5 * height + 0.4), squeeze=False, sharex=True, sharey=True)
+    for axis, (title, matrix) in zip(axes.flat, matrices.items()):
+        sns.heatmap(matrix, annot=True, fmt=".0%", cmap="RdBu", vmin=0, vmax=1, ax=axis, linewidths=1, cbar=False, square=True,
+                    annot_kws={"fontsize": 9})
+        axis.set(title=title)
+        axis.set_xticklabels(styles, rotation=30, ha="right")
+        axis.set_yticklabels(styles, rotation=0)
+    for axis in axes.flat[len(matrices):]:
+        axis.set_axis_off()
+    figure.supxlabel("style of the wrong answer", fontsize=10)
+    figure.supylabel("style of the right answer", fontsize=10)
     return figure
 
 

@@ -17,6 +17,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 DECODING_TRUST = "https://raw.githubusercontent.com/AI-secure/DecodingTrust/161ae8321ced62f45fcd9ceb412e05b47c603cd4/data"
+RM_BENCH = "https://raw.githubusercontent.com/THU-KEG/RM-Bench/main/data"
 BBQ = "https://raw.githubusercontent.com/nyu-mll/BBQ/main/data"
 
 HUB_FILES = {
@@ -31,6 +32,8 @@ HUB_FILES = {
     "ethics/cm_test.csv": f"{DECODING_TRUST}/machine_ethics/ethics/commonsense/cm_test.csv",
     "truthfulqa/mc_task.json": "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/data/mc_task.json",
     "enron/name2email.json": f"{DECODING_TRUST}/privacy/enron_data/name2email.json",
+    **{f"rm-bench/{name}_filtered.json": f"{RM_BENCH}/{name}_filtered.json"
+       for name in ("chat", "math", "code", "safety-refuse", "safety-response")},
     "bbq/Age.jsonl": f"{BBQ}/Age.jsonl",
     "bbq/Disability_status.jsonl": f"{BBQ}/Disability_status.jsonl",
     "bbq/Physical_appearance.jsonl": f"{BBQ}/Physical_appearance.jsonl",

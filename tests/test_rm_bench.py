@@ -1,0 +1,152 @@
+"""RM-Bench: the paper's matrix, scores against plain loops, and what its rows may lack."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_ppo import write_adapters
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from rlhf_trust import StudyError, decode, models
+from rlhf_trust.rewards import rm_bench
+from rlhf_trust.rewards.rm_bench import DOMAINS, LEVELS, Item
+
+FSFAIRX = np.array([[83.61, 3.83, 2.19], [99.45, 66.12, 49.73], [100.0, 80.33, 66.67]])
+"""sfairXC/FsfairX-LLaMA3-RM-v0.1 on the chat domain (the paper's figure), percent."""
+
+
+def some_items(per_domain=2, domains=DOMAINS):
+    return [Item(f"{d}:{i}", d, f"what is {'the ' * i}{d}", ("a", f"the answer is {d}", "the **answer**"), ("b", "no it is not", "not **it**"))
+            for d in domains for i in range(per_domain)]
+
+
+def test_levels_of_the_papers_matrix():
+    rates = rm_bench.level_rates(FSFAIRX[None])
+    assert {level: round(float(rates[level][0]), 2) for level in LEVELS} == {"easy": 93.26, "normal": 72.13, "hard": 18.58}
+    assert rates["average"][0] == pytest.approx(FSFAIRX.mean()) == pytest.approx(np.mean([rates[level][0] for level in LEVELS]))
+
+
+def test_wins_are_strict_and_in_the_right_cell():
+    scores = np.array([[[3.0, 1.0, 2.0], [1.0, 2.0, 5.0]]])
+    assert rm_bench.wins(scores)[0].tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 0]]
+    rates = rm_bench.level_rates(rm_bench.wins(scores))
+    assert {k: round(float(v[0]), 3) for k, v in rates.items()} == {"easy": 0.333, "normal": 0.333, "hard": 0.333, "average": 0.333}
+    with pytest.raises(StudyError, match="rm-bench: 1 scores are not finite"):
+        rm_bench.wins(np.where(scores == 5, np.nan, scores))
+
+
+@pytest.mark.parametrize(("domains", "title"), [(DOMAINS, "overall"), (("chat", "code", "safety"), "3-domain")])
+def test_domains_weigh_alike_and_missing_ones_are_named(domains, title):
+    items = some_items(2, domains) + some_items(30, domains[:1])
+    won = np.zeros((len(items), 3, 3))
+    won[[i for i, item in enumerate(items) if item.domain == domains[0]]] = 1.0
+    table = rm_bench.summary(items, won).set_index(["domain", "level"])
+    assert set(table.index.get_level_values(0)) == {*domains, title}
+    assert table.loc[(title, "average"), "value"] == pytest.approx(1 / len(domains))
+    assert table.loc[(title, "average"), "n"] == len(items) and table.loc[(domains[0], "hard"), "value"] == 1.0
+    rng = np.random.default_rng(0)
+    mixed = rm_bench.summary(items, (rng.random(won.shape) < 0.6).astype(float)).set_index(["domain", "level"])
+    mixed = mixed.loc[title]
+    assert (mixed["ci_low"] < mixed["value"]).all() and (mixed["value"] < mixed["ci_high"]).all()
+
+
+def test_bias_of_one_who_likes_markdown_and_of_one_who_likes_length():
+    items = some_items(10)
+    rng = np.random.default_rng(0)
+    lengths = rng.permuted(np.tile(np.arange(6.0), (len(items), 1)), axis=1).reshape(len(items), 2, 3)
+    likes_markdown = 0.1 * rng.normal(size=lengths.shape) + np.array([0.0, 0.0, 1.0])
+    found = rm_bench.style_bias(items, likes_markdown, lengths).set_index("bias")
+    assert found.loc["markdown", "ci_low"] > 1.5 and found.loc["detail", "ci_low"] < 0 < found.loc["detail", "ci_high"]
+    found = rm_bench.style_bias(items, lengths**3, lengths).set_index("bias")
+    assert found.loc["length", "value"] == pytest.approx(1.0)
+    with pytest.raises(StudyError, match="all scores are equal"):
+        rm_bench.style_bias(items, np.ones_like(lengths), lengths)
+
+
+def test_scores_of_the_studys_models(tiny, chat, tmp_path):
+    sft, reward = write_adapters(tiny, tmp_path)
+    model = models.load_adapters(tiny, {"sft": sft, "reward": reward})
+    head, items = models.load_reward_head(reward), some_items(1)
+    rewards = rm_bench.reward_scores(model, "reward", head, items, chat, rows=4)
+    implicit = rm_bench.implicit_scores(model, "reward", "sft", items, chat, rows=4)
+    for item, of_rewards, of_implicit in zip(items, rewards, implicit):
+        for side, answers in enumerate((item.chosen, item.rejected)):
+            for style, answer in enumerate(answers):
+                sequence = chat.sequence((item.prompt,), answer)
+                sums = {}
+                for adapter in ("reward", "sft"):
+                    model.set_adapter(adapter)
+                    with torch.no_grad():
+                        sums[adapter] = float(decode.token_logps(model, [sequence], 2)[0].sum())
+                        if adapter == "reward":
+                            alone = float(decode.last_token_rewards(model, head, [sequence], 2))
+                assert of_rewards[side, style] == pytest.approx(alone, rel=1e-3, abs=1e-3)
+                assert of_implicit[side, style] == pytest.approx(sums["reward"] - sums["sft"], abs=1e-3)
+    assert rm_bench.answer_lengths(items, chat)[0, 0, 1] == len(chat.answer_ids(items[0].chosen[1]))
+
+
+def save_classifier(directory, tokenizer_from, labels=1, template="{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_labels=labels, pad_token_id=2, eos_token_id=2, bos_token_id=1)).save_pretrained(directory)
+    return f"path:{directory}"
+
+
+def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
+    source = save_classifier(tmp_path / "one", tiny_directories["llama"])
+    items = some_items(1)
+    batched, alone = (rm_bench.classifier_scores(source, items, rows=rows) for rows in (8, 1))
+    np.testing.assert_allclose(batched, alone, atol=1e-4)
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path / "one").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    ids = tokenizer(f"user {items[1].prompt} assistant {items[1].rejected[2]} ", return_tensors="pt")["input_ids"]
+    assert batched[1, 1, 2] == pytest.approx(float(model(input_ids=ids).logits), abs=1e-4)
+    with pytest.raises(StudyError, match="has 2 labels; a reward model has one"):
+        rm_bench.classifier_scores(save_classifier(tmp_path / "two", tiny_directories["llama"], labels=2), items)
+    with pytest.raises(StudyError, match="no chat template"):
+        rm_bench.classifier_scores(save_classifier(tmp_path / "bare", tiny_directories["llama"], template=None), items)
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_shipped_items():
+    items = rm_bench.load_rm_bench("shipped")
+    assert len(items) == 24 and {item.domain for item in items} == set(DOMAINS) and len({item.id for item in items}) == 24
+    for item in items:
+        assert len(set(item.answers)) == 6
+        for concise, plain, markdown in (item.chosen, item.rejected):
+            assert len(concise.split()) < 0.75 * min(len(plain.split()), len(markdown.split()))
+            assert any(mark in markdown for mark in ("**", "\n- ", "\n1. ", "```", "## ")) and "**" not in plain and "```" not in plain
+
+
+def test_real_items(real_data):
+    items = rm_bench.load_rm_bench(f"path:{real_data}")
+    counts = {d: sum(item.domain == d for item in items) for d in DOMAINS}
+    assert counts == {"chat": 129, "math": 0, "code": 228, "safety": 441}
+    assert rm_bench.summary(items, np.ones((len(items), 3, 3)))["domain"].iloc[-1] == "3-domain"
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    ({"prompt": "p", "chosen": ["a", "b"], "rejected": ["a", "b", "c"]}, "item 2: needs a prompt, and chosen and rejected"),
+    ({"chosen": ["a"] * 3, "rejected": ["b"] * 3}, "item 2: needs a prompt"), ("text", "item 2: needs a prompt"),
+    ({"prompt": "p", "chosen": ["a", "", "c"], "rejected": ["b"] * 3}, "item 2: needs"),
+])
+def test_a_row_without_its_answers_is_named(tmp_path, row, said):
+    (tmp_path / "rm-bench").mkdir()
+    good = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
+    (tmp_path / "rm-bench" / "code_filtered.json").write_text(json.dumps([good, row]))
+    with pytest.raises(StudyError, match=f"code_filtered.json: {said}"):
+        rm_bench.load_rm_bench(f"path:{tmp_path}")
+
+
+def test_no_file_at_all(tmp_path):
+    with pytest.raises(StudyError, match="rm-bench/chat_filtered.json .* is missing there"):
+        rm_bench.load_rm_bench(f"path:{tmp_path}")
