@@ -107,15 +107,16 @@ $(STAGES:%=$(BUILD)/params/%.yaml): resolve ;
 $(N)/%.ipynb: notebooks/%.ipynb $(BUILD)/params/%.yaml
 	$(LAUNCH) stage $* $(OF_RUN)
 
-TRAINED := $(addprefix $(N)/,01-sft.ipynb 03-ppo.ipynb 04-dpo.ipynb)
+TRAINED := $(addprefix $(N)/,01-sft.ipynb 03-ppo.ipynb 04-dpo.ipynb 05-inpo.ipynb)
 VERTICALS := $(filter $(N)/1%,$(STAGES:%=$(N)/%.ipynb))
 
-$(N)/03-ppo.ipynb: $(N)/01-sft.ipynb $(N)/02-reward.ipynb
+$(N)/03-ppo.ipynb $(N)/05-inpo.ipynb: $(N)/01-sft.ipynb $(N)/02-reward.ipynb
 $(N)/04-dpo.ipynb: $(N)/01-sft.ipynb
 $(VERTICALS): $(TRAINED)
 $(N)/20-attribution.ipynb: $(N)/02-reward.ipynb $(VERTICALS)
 # These train models of their own; of the verticals they only read the toxic continuations.
 $(N)/21-attribution-validation.ipynb $(N)/22-pruning.ipynb: $(N)/10-toxicity.ipynb
+$(N)/30-reward-models.ipynb: $(N)/02-reward.ipynb $(TRAINED)
 $(N)/90-report.ipynb: $(filter-out $(N)/90-report.ipynb,$(STAGES:%=$(N)/%.ipynb))
 ifndef SEED
 $(N)/90-report.ipynb: $(wildcard $(BUILD)-seed*/tables/trust_change.csv)

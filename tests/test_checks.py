@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhf_trust.align.checks import dpo_check, ppo_check, reward_check, sft_check
+from rlhf_trust.align.checks import dpo_check, reward_check, reward_rise_check, sft_check
 
 NOISE = np.random.default_rng(0).normal(size=80)
 
@@ -39,5 +39,5 @@ def test_dpo_holds_above_zero_and_says_what_could_have_been_seen(margin, holds):
 ])
 def test_ppo_holds_when_reward_rises_nearby(rise, kl, holds, said):
     table = pd.DataFrame({"reward_before": NOISE, "reward_after": NOISE + rise + 0.2 * NOISE[::-1], "kl_after": kl})
-    (row,) = ppo_check(table).itertuples()
+    (row,) = reward_rise_check("ppo", table).itertuples()
     assert row.holds is holds and said in row.sentence

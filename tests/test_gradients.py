@@ -21,6 +21,7 @@ from rlhf_trust.attribution import gradients as module
 from rlhf_trust.attribution.gradients import (
     DPOLoss,
     Example,
+    INPOLoss,
     LogOddsLoss,
     NextTokenLoss,
     PPOSurrogateLoss,
@@ -36,7 +37,7 @@ from rlhf_trust.chat import Sequence
 from rlhf_trust.models import load_base, new_adapter
 
 BETA, PAD = 0.1, 0
-LOSSES = ("next_token_sum", "next_token_mean", "reward", "dpo_sum", "dpo_mean", "log_odds", "ppo_surrogate")
+LOSSES = ("next_token_sum", "next_token_mean", "reward", "dpo_sum", "dpo_mean", "log_odds", "ppo_surrogate", "inpo")
 
 
 def with_adapters(base):
@@ -85,6 +86,8 @@ def setting(model, name: str, count: int = 7, seed: int = 0, prefix: str = "e"):
         old = {e.id: plain_logps(model, e.sequences[0]).detach().numpy() for e in examples}
         return PPOSurrogateLoss({k: (v + noise.normal(0, 0.3, len(v))).tolist() for k, v in old.items()},
                                 {k: noise.normal(size=len(v)).tolist() for k, v in old.items()}), examples
+    if name == "inpo":
+        return INPOLoss(0.02, reference_logps(model, "sft", examples, PAD)), examples
     kind, reduction = name.rsplit("_", 1)
     if kind == "next_token":
         return NextTokenLoss(reduction), examples
@@ -123,8 +126,10 @@ def plain_loss(model, loss, example: Example) -> torch.Tensor:
         return -logsigmoid(reward(chosen) - reward(rejected))
     ratios = []
     for sequence, reference in zip(example.sequences, loss.reference[example.id]):
-        scale = len(sequence.answer_ids) if loss.reduction == "mean" else 1
+        scale = len(sequence.answer_ids) if getattr(loss, "reduction", "sum") == "mean" else 1
         ratios.append(logp(sequence) - reference / scale)
+    if isinstance(loss, INPOLoss):
+        return (ratios[0] - ratios[1] - 1 / (2 * loss.eta)) ** 2
     return -logsigmoid(loss.beta * (ratios[0] - ratios[1]))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from rlhf_trust import StudyError
+from rlhf_trust.align.inpo import Pair
 from rlhf_trust.attribution.gradients import Example, LogOddsLoss, RewardGapLoss, per_example_gradients
 from rlhf_trust.attribution.retrain import fresh_adapters, lora_weights, snapshot
 from rlhf_trust.attribution.solvers import tfidf
-from rlhf_trust.attribution.stages import changed_items, evaluation_examples, text_scores, training_examples
+from rlhf_trust.attribution.stages import changed_items, evaluation_examples, inpo_examples, text_scores, training_examples
 from rlhf_trust.attribution.store import InMemory, Scaled
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import PreferencePair
@@ -31,6 +34,16 @@ def test_each_stage_sees_its_part_of_a_pair(tiny_llama):
         assert ([prompt.id for prompt, _, _ in items], same) == (kept, identical)
     (example,) = evaluation_examples(items, chat, "dpo", "ethics")
     assert [chat.tokenizer.decode(s.answer_ids).removesuffix("<|im_end|>") for s in example.sequences] == ["z", "x"]  # after wins
+
+
+def test_inpo_is_attributed_to_its_own_answers(tiny_llama):
+    chat, asked = Chat(tiny_llama.tokenizer, "chatml"), pairs()
+    won, lost = (chat.sequence(asked[2].prompt, text) for text in ("question", "answers the"))
+    own, (example,) = inpo_examples([Pair(3, "p2", won, lost, (-1.0, -2.0))], asked, chat)
+    assert (own[0].id, own[0].chosen, own[0].rejected, own[0].source) == ("round 3, p2", "question", "answers the", "helpful")
+    assert example == Example("round 3, p2", "helpful", (won, lost)) and own[0].prompt == asked[2].prompt
+    with pytest.raises(StudyError, match="'p2', a prompt that it answered, is not among the 1 training pairs"):
+        inpo_examples([Pair(3, "p2", won, lost, (-1.0, -2.0))], asked[:1], chat)
 
 
 def test_text_scores_have_the_sign_of_influence(tiny_llama):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -263,11 +264,13 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     return wrapped
 
 
-def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None = None, adapter: str = "default") -> None:
+def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None = None, adapter: str = "default",
+                 files: Mapping[str, str] | None = None) -> None:
     """Save one adapter as ``adapter_model.safetensors`` + ``adapter_config.json``, whole or not at all.
 
     ``base``, on which it was trained, is named in the file; :func:`load_adapters` holds it to that.
-    ``head``: a reward model's weight, shape [1, hidden], kept beside it as ``head.safetensors``.
+    ``head``: a reward model's weight, shape [1, hidden], kept beside it as ``head.safetensors``. ``files``: name → text of
+    what else belongs to it.
     """
     from peft import get_peft_model_state_dict
 
@@ -284,6 +287,8 @@ def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None
         }, indent=1))
         if head is not None:
             save_file({"weight": head.detach().float().cpu().contiguous()}, aside / "head.safetensors")
+        for name, text in (files or {}).items():
+            (aside / name).write_text(text)
 
 
 def load_reward_head(directory: Path) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Training stages: from a base model to SFT, reward model, PPO and DPO."""
+"""Training stages: from a base model to SFT, reward model, PPO, DPO and INPO."""

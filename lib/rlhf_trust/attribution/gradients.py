@@ -190,21 +190,49 @@ class DPOLoss:
 
     def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
         policy = _answer_logps(model, examples, pad, self.reduction)
-        reference = torch.tensor(self._reference_of(examples), dtype=torch.float64)
+        reference = torch.tensor(_reference_of(self, examples), dtype=torch.float64)
         if self.reduction == "mean":
             reference = reference / torch.tensor([[len(s.answer_ids) for s in e.sequences] for e in examples])
         ratios = policy - reference.to(policy)
         return -logsigmoid(self.beta * (ratios[:, 0] - ratios[:, 1]))
 
     def content(self, examples: Seq[Example]) -> list:
-        return [self.name, self.beta, self._reference_of(examples)]
+        return [self.name, self.beta, _reference_of(self, examples)]
 
-    def _reference_of(self, examples: Seq[Example]) -> list[tuple[float, float]]:
-        missing = [e.id for e in examples if e.id not in self.reference]
-        if missing:
-            raise StudyError(f"{self.name}: no reference log-probabilities for example {missing[0]!r}"
-                             f" ({len(missing)} missing); compute them with reference_logps")
-        return [tuple(map(float, self.reference[e.id])) for e in examples]
+
+@dataclass(frozen=True, eq=False)
+class INPOLoss:
+    """(h - 1/(2 eta))^2 with h = log p(winner)/p(loser) - its mixed reference (arXiv 2407.00617, eq. 8).
+
+    Parameters
+    ----------
+    eta
+        As in training, above 0.
+    reference
+        Example id → (winner, loser): (tau/eta) log p_ref + (1 - tau/eta) log p_t, *summed* answer log-probabilities, of the
+        round that the pair comes from (``align.inpo.mixed_reference``).
+    """
+
+    eta: float
+    reference: Mapping[str, tuple[float, float]]
+    sequences = 2
+    name = "inpo"
+
+    def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
+        ratios = _answer_logps(model, examples, pad, "sum")
+        ratios = ratios - torch.tensor(_reference_of(self, examples), dtype=torch.float64).to(ratios)
+        return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * self.eta)) ** 2
+
+    def content(self, examples: Seq[Example]) -> list:
+        return [self.name, self.eta, _reference_of(self, examples)]
+
+
+def _reference_of(loss: DPOLoss | INPOLoss, examples: Seq[Example]) -> list[tuple[float, float]]:
+    missing = [e.id for e in examples if e.id not in loss.reference]
+    if missing:
+        raise StudyError(f"{loss.name}: no reference log-probabilities for example {missing[0]!r}"
+                         f" ({len(missing)} missing); compute them with reference_logps")
+    return [tuple(map(float, loss.reference[e.id])) for e in examples]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+from .. import StudyError
+from ..align.inpo import Pair
 from ..chat import Chat
 from ..data.preferences import PreferencePair
 from ..decode import Prompt
 from .gradients import Example
 from .solvers import Scores, of_items, tfidf
 
-LOSSES = {"sft": "next-token", "ppo": "reward", "dpo": "dpo"}
+LOSSES = {"sft": "next-token", "ppo": "reward", "dpo": "dpo", "inpo": "inpo"}
 """The loss through which a stage's training data acted; PPO's is the reward model's."""
 
-BEFORE = {"sft": "start", "ppo": "sft", "dpo": "sft"}
+BEFORE = {"sft": "start", "ppo": "sft", "dpo": "sft", "inpo": "sft"}
 """The model that a stage started from."""
 
 Changed = tuple[Prompt, str, str]
@@ -27,6 +29,18 @@ def training_examples(pairs: Seq[PreferencePair], chat: Chat, stage: str) -> lis
                                       for answer in ((p.chosen,) if stage == "sft" else (p.chosen, p.rejected))))
         for p in pairs
     ]
+
+
+def inpo_examples(kept: Seq[Pair], asked: Seq[PreferencePair], chat: Chat) -> tuple[list[PreferencePair], list[Example]]:
+    """INPO's own pairs, to read and as token for token it saw them. ``asked``: the pairs whose prompts it answered."""
+    by_id = {p.id: p for p in asked}
+    missing = [pair.prompt_id for pair in kept if pair.prompt_id not in by_id]
+    if missing:
+        raise StudyError(f"inpo: {missing[0]!r}, a prompt that it answered, is not among the {len(asked)} training pairs; set "
+                         "preferences, n_train, max_tokens and seed as in 05-inpo")
+    pairs = [PreferencePair(pair.id, by_id[pair.prompt_id].prompt, chat.decode(pair.winner.answer_ids),
+                            chat.decode(pair.loser.answer_ids), by_id[pair.prompt_id].source) for pair in kept]
+    return pairs, [Example(p.id, p.source, (pair.winner, pair.loser)) for p, pair in zip(pairs, kept)]
 
 
 def changed_items(answered: Seq[tuple[Prompt, dict[str, list[str]]]], stage: str, n: int) -> tuple[list[Changed], int]:

@@ -1,0 +1,322 @@
+"""Iterative Nash policy optimisation (Zhang et al. 2024, arXiv 2407.00617), in one file.
+
+**The problem.** A preference oracle says with what probability people prefer one answer to another, P(y ≻ y' | x). Nothing
+promises that a reward stands behind it: A may beat B, B beat C and C beat A. What can be asked for is a policy that no
+other policy beats, the equilibrium of the two-player game (eq. 3)
+
+    J(π, π') = E[ P(π ≻ π') ] − τ KL(π‖π_ref) + τ KL(π'‖π_ref),
+
+in which π_ref, the SFT model, keeps both players near text that the oracle can judge. Its fixed point is
+π* ∝ π_ref · exp(P(· ≻ π*) / τ).
+
+**Self-play.** Online mirror descent: each round π_{t+1} answers what π_t does, at a price of η for leaving π_t,
+
+    π_{t+1}(y) ∝ exp(P(y ≻ π_t) / η) · π_ref(y)^{τ/η} · π_t(y)^{1−τ/η}                              :func:`mirror_step`
+
+and π_t approaches π*, whatever η is (η > τ; the smaller, the larger a round's step).
+
+**From pairs.** P(y ≻ π_t) is an expectation nobody computes. Take the logarithm of the step for two answers: the unknown
+normaliser cancels, and π_{t+1} is the policy whose
+
+    h(y, y') = log π(y)/π(y') − (τ/η) log π_ref(y)/π_ref(y') − (1 − τ/η) log π_t(y)/π_t(y')
+
+is (P(y ≻ π_t) − P(y' ≻ π_t)) / η for every pair. With y, y' drawn from π_t and the oracle's own coin deciding which of them
+is the winner y_w, that regression equals, up to a constant, one that needs no expectation (eq. 8, Proposition 6):
+
+    minimise  E[ (h(y_w, y_l) − 1/(2η))² ]                                        ``attribution.gradients.INPOLoss``
+
+Log-probabilities are sums over an answer's tokens. π_ref and π_t enter through one number an answer, the mixed reference
+(τ/η) log π_ref + (1 − τ/η) log π_t, computed once a round.                                       :func:`mixed_reference`
+
+**Two modes.** ``theory`` is what the proposition is about: two answers a prompt, a coin with the oracle's probability.
+``paper`` is what the authors ran: K answers a prompt, a knock-out tournament down to the best and the worst, and the pair
+thrown away unless the one then beats the other (:func:`tournaments`). Best against worst of K is no draw from π_t and a
+majority no coin, so its fixed point is not the game's; it learns faster from few pairs.
+
+τ = 0 drops π_ref: then nothing holds the policies near the SFT model but the number of rounds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence as Seq
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .. import StudyError, decode, models
+from ..attribution.gradients import Example, INPOLoss, reference_logps
+from ..attribution.retrain import Recipe, fit
+from ..chat import Chat, Sequence
+from ..progress import progress
+from .rollout import Judge, JudgeMaker, before_and_after, judge_of, look, sample_answers
+
+MODES = ("paper", "theory")
+
+PAIRS = "pairs.jsonl"
+"""Beside the adapter: the pairs that it was trained on."""
+
+Match = tuple[str, Sequence, Sequence]
+"""A prompt's id and two answers to it."""
+
+Oracle = Callable[[Seq[Match]], np.ndarray]
+"""P(first ≻ second) of every match, [matches]."""
+
+
+@dataclass(frozen=True)
+class INPOConfig:
+    """Settings of an INPO run.
+
+    ``eta``: price of leaving π_t; the loss pulls a pair's log-ratio to 1/(2η) nats. ``tau``: price of leaving π_ref.
+    ``answers_per_prompt``: K, a power of two in ``paper`` mode, 2 in ``theory`` mode. ``prompts_per_round``: each round has
+    prompts of its own as long as there are enough.
+    """
+
+    rounds: int = 3
+    prompts_per_round: int = 48
+    answers_per_prompt: int = 8
+    mode: str = "paper"
+    eta: float = 0.1
+    tau: float = 0.1 / 3
+    max_new_tokens: int = 32
+    learning_rate: float = 1e-3
+    batch: int = 8
+    epochs: int = 1
+    max_kl: float = 50.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise StudyError(f"mode: must be paper or theory, got {self.mode!r}")
+        if not 0 <= self.tau <= self.eta or self.eta == 0:
+            raise StudyError(f"tau: must lie between 0 and eta = {self.eta:g}, got {self.tau:g}; a policy cannot leave the "
+                             "last one at less than it pays for leaving the reference")
+        k = self.answers_per_prompt
+        if self.mode == "theory" and k != 2:
+            raise StudyError(f"answers_per_prompt: theory mode draws 2, got {k}; set it to 2, or mode to paper")
+        if k < 2 or k & (k - 1):
+            raise StudyError(f"answers_per_prompt: a tournament needs 2, 4, 8, … answers, got {k}")
+        for name in ("rounds", "prompts_per_round", "max_new_tokens", "batch", "epochs"):
+            if getattr(self, name) < 1:
+                raise StudyError(f"{name}: must be at least 1, got {getattr(self, name)}")
+
+
+# --- the game on a table -------------------------------------------------------------------------------------------
+
+
+def mirror_step(policy: np.ndarray, reference: np.ndarray, preference: np.ndarray, tau: float, eta: float) -> np.ndarray:
+    """π_{t+1} [answers] from π_t, π_ref [answers] and P [answers, answers], P[i, j] = P(i ≻ j): the closed form above."""
+    log_next = preference @ policy / eta + tau / eta * np.log(reference) + (1 - tau / eta) * np.log(policy)
+    following = np.exp(log_next - log_next.max())
+    return following / following.sum()
+
+
+def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float, eta: float = 1.0, tolerance: float = 1e-14,
+                most: int = 1_000_000) -> np.ndarray:
+    """π* [answers], by mirror steps until π ∝ π_ref · exp(P(· ≻ π)/τ) holds to ``tolerance``."""
+    if not tau > 0:
+        raise StudyError(f"tau: only above 0 is there one equilibrium to find, got {tau}")
+    policy = reference
+    for _ in range(most):
+        if np.abs(mirror_step(policy, reference, preference, tau, tau) - policy).max() < tolerance:
+            return policy
+        policy = mirror_step(policy, reference, preference, tau, eta)
+    raise StudyError(f"equilibrium: not reached to {tolerance:g} in {most} steps; raise eta")
+
+
+# --- from answers to pairs -----------------------------------------------------------------------------------------
+
+
+def tournaments(answers: Seq[tuple[str, Seq[Sequence]]], oracle: Oracle) -> list[tuple[int, int] | None]:
+    """Of every prompt's K answers the best and the worst by a knock-out, as indices; None where that pair was dropped.
+
+    First-round winners play winners down to one, losers play losers down to one; a tie goes to the first listed. At the
+    end the best plays the worst, and the pair is dropped unless it wins (K = 8: 11 matches). All prompts play at once.
+
+    Parameters
+    ----------
+    answers
+        (prompt's id, its K answers), K a power of two.
+    """
+    def play(fields: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """One round of every field, neighbours against each other: (winners, losers) of each."""
+        matches = [(key, of_prompt[a], of_prompt[b]) for (key, of_prompt), field in zip(answers, fields)
+                   for a, b in zip(field[::2], field[1::2])]
+        first_wins = iter(np.asarray(oracle(matches)) >= 0.5)
+        winners, losers = [], []
+        for field in fields:
+            results = [(a, b) if next(first_wins) else (b, a) for a, b in zip(field[::2], field[1::2])]
+            winners.append([winner for winner, _ in results])
+            losers.append([loser for _, loser in results])
+        return winners, losers
+
+    if not answers:
+        return []
+    best, worst = play([list(range(len(of_prompt))) for _, of_prompt in answers])
+    while len(best[0]) > 1:
+        best, _ = play(best)
+        _, worst = play(worst)
+    finals = [(key, of_prompt[w], of_prompt[l]) for (key, of_prompt), (w,), (l,) in zip(answers, best, worst)]
+    return [(w, l) if p > 0.5 else None for (w,), (l,), p in zip(best, worst, np.asarray(oracle(finals)))]
+
+
+def coin_tosses(answers: Seq[tuple[str, Seq[Sequence]]], oracle: Oracle, seed: int) -> list[tuple[int, int] | None]:
+    """Of every prompt's two answers the winner and the loser by a coin with the oracle's probability, as indices; None
+    where both are the same text, which teaches nothing."""
+    chances = np.asarray(oracle([(key, *two) for key, two in answers])) if answers else []
+    draws = np.random.default_rng(seed).random(len(answers))
+    return [None if first == second else (0, 1) if draw < chance else (1, 0)
+            for (_, (first, second)), chance, draw in zip(answers, chances, draws)]
+
+
+def mixed_reference(reference: Mapping[str, tuple[float, float]], current: Mapping[str, tuple[float, float]], tau: float,
+                    eta: float) -> dict[str, tuple[float, float]]:
+    """Example id → (τ/η) log π_ref + (1 − τ/η) log π_t of (winner, loser), for ``INPOLoss``."""
+    share = tau / eta
+    return {key: tuple(share * r + (1 - share) * c for r, c in zip(reference[key], current[key], strict=True)) for key in current}
+
+
+# --- oracles -------------------------------------------------------------------------------------------------------
+
+
+def reward_oracle(judge: Judge) -> Oracle:
+    """P(first ≻ second) = σ(r(first) − r(second)): what the Bradley-Terry loss takes the reward for. An answer is scored
+    once, however many matches it plays."""
+    known: dict[Sequence, float] = {}
+
+    def probabilities(matches: Seq[Match]) -> np.ndarray:
+        fresh = list(dict.fromkeys(a for _, *two in matches for a in two if a not in known))
+        if fresh:
+            rewards = judge(fresh).double().cpu().numpy()
+            if not np.isfinite(rewards).all():
+                raise StudyError(f"inpo: {int((~np.isfinite(rewards)).sum())} of {len(fresh)} rewards are not finite; look at the "
+                                 "reward model's training curve")
+            known.update(zip(fresh, rewards.tolist()))
+        gaps = np.array([known[first] - known[second] for _, first, second in matches])
+        return 1 / (1 + np.exp(-gaps))
+
+    return probabilities
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A training pair and where it came from: round, prompt, and the mixed reference of (winner, loser)."""
+
+    round: int
+    prompt_id: str
+    winner: Sequence
+    loser: Sequence
+    reference: tuple[float, float]
+
+    @property
+    def id(self) -> str:
+        return f"round {self.round}, {self.prompt_id}"
+
+
+def train(
+    base: models.Base, chat: Chat, sft: Path, reward: Path | JudgeMaker, prompts: Seq[decode.Prompt],
+    held_out: Seq[decode.Prompt], config: INPOConfig, out: Path,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train the SFT adapter with INPO and save it to ``out``, its pairs beside it (:func:`load_pairs`), whole or not at all.
+
+    Parameters
+    ----------
+    sft
+        Folder of the SFT adapter, which is π_1 and π_ref.
+    reward
+        Folder of the reward adapter with its head, or a function that makes another judge; it is the oracle
+        (:func:`reward_oracle`) and what held-out answers are judged by.
+
+    Returns
+    -------
+    curves : DataFrame
+        Columns step, metric, value. ``loss`` by optimiser step, counted over all rounds; at each round's last step
+        ``dropped`` (share of its prompts without a pair), ``gap`` (mean h of its pairs after it; 1/(2η) is the goal),
+        ``held_out_reward`` and ``held_out_kl`` (nats an answer), which also stand at step 0.
+    held_out : DataFrame
+        As ``ppo.train`` gives it.
+
+    Raises
+    ------
+    StudyError
+        If no pair is left after a round's tournament, a reward or loss is not finite, or the KL exceeds
+        ``config.max_kl``; nothing is written then.
+    """
+    if not prompts or not held_out:
+        raise StudyError("inpo: needs at least one prompt to train on and one held-out prompt")
+    roles = {"policy": sft, "reference": sft} | ({"reward": reward} if isinstance(reward, Path) else {})
+    model = models.load_adapters(base, roles, trainable="policy")
+    try:
+        judge = judge_of(reward, model, chat, config.batch)
+        *tables, pairs = _run(model, judge, reward_oracle(judge), chat, prompts, held_out, config)
+        models.save_adapter(base, model, out, adapter="policy", files={PAIRS: "".join(json.dumps(asdict(p)) + "\n" for p in pairs)})
+    finally:
+        model.unload()  # adapters sit inside the backbone: leave it as it came
+    return tuple(tables)
+
+
+def _run(model, judge: Judge, oracle: Oracle, chat: Chat, prompts, held_out,
+         config: INPOConfig) -> tuple[pd.DataFrame, pd.DataFrame, list[Pair]]:
+    rng = np.random.default_rng(config.seed)
+    order = itertools.cycle(rng.permutation(len(prompts)).tolist())
+    pad, step = chat.tokenizer.pad_token_id, 0
+    rows: list[tuple[int, str, float]] = []
+    kept: list[Pair] = []
+    decoding = decode.Decoding(config.max_new_tokens, 1.0, seed=config.seed)
+    drawing = decode.Decoding(config.max_new_tokens, 1.0, config.answers_per_prompt, config.seed)
+    answers_in_all = config.rounds * (config.prompts_per_round * config.answers_per_prompt + len(held_out)) + len(held_out)
+    with progress(total=answers_in_all, desc="INPO: held-out prompts before", unit="answer") as bar:
+
+        def at_held_out() -> pd.DataFrame:
+            found = look(model, judge, chat, held_out, decoding, config.batch, step > 0, bar)
+            kl, reward = float(found["kl"].mean()), float(found["reward"].mean())
+            if not (math.isfinite(kl) and math.isfinite(reward)) or kl > config.max_kl:
+                raise StudyError(f"inpo: after step {step} the KL to the SFT model is {kl:.1f} nats per answer and the held-out "
+                                 f"reward {reward:.3g} (max_kl {config.max_kl:g}); lower learning_rate or raise eta")
+            rows.extend([(step, "held_out_reward", reward), (step, "held_out_kl", kl)])
+            return found
+
+        before = after = at_held_out()
+        for number in range(1, config.rounds + 1):
+            bar.set_description(f"INPO: round {number} of {config.rounds}")
+            asked = [prompts[next(order)] for _ in range(config.prompts_per_round)]
+            asked = list({prompt.id: prompt for prompt in asked}.values())  # few prompts come round again
+            drawn = sample_answers(model, "policy", chat, asked, [f"inpo {number} {p.id}" for p in asked], drawing, bar)
+            played = [(prompt.id, answers) for prompt, answers in zip(asked, drawn)]
+            results = (tournaments(played, oracle) if config.mode == "paper" else
+                       coin_tosses(played, oracle, int(rng.integers(2**32))))
+            examples = [Example(f"round {number}, {key}", "inpo", (answers[result[0]], answers[result[1]]))
+                        for (key, answers), result in zip(played, results) if result is not None]
+            if not examples:
+                raise StudyError(f"inpo: no pair is left in round {number}, all {len(asked)} prompts had answers that the oracle "
+                                 "does not tell apart; look at the reward model, or ask for longer answers")
+            current = reference_logps(model, "policy", examples, pad)
+            mixed = mixed_reference(reference_logps(model, "reference", examples, pad), current, config.tau, config.eta)
+            loss = INPOLoss(config.eta, mixed)
+            losses = fit(model, "policy", examples, loss, pad, Recipe(config.learning_rate, config.batch, config.epochs),
+                         config.seed + number)
+            rows += [(step + i, "loss", float(value)) for i, value in enumerate(losses, start=1)]
+            step += len(losses)
+            learnt = reference_logps(model, "policy", examples, pad)
+            gaps = [(learnt[e.id][0] - mixed[e.id][0]) - (learnt[e.id][1] - mixed[e.id][1]) for e in examples]
+            rows += [(step, "dropped", 1 - len(examples) / len(asked)), (step, "gap", float(np.mean(gaps)))]
+            kept += [Pair(number, e.id.partition(", ")[2], *e.sequences, mixed[e.id]) for e in examples]
+            after = at_held_out()
+    return pd.DataFrame(rows, columns=["step", "metric", "value"]), before_and_after(before, after), kept
+
+
+def load_pairs(directory: Path) -> list[Pair]:
+    """The pairs that an INPO adapter was trained on."""
+    path = directory / PAIRS
+    if not path.is_file():
+        raise StudyError(f"{path}: missing; run 05-inpo first")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Pair(r["round"], r["prompt_id"], *(Sequence(tuple(r[side]["input_ids"]), r[side]["answer_start"])
+                                               for side in ("winner", "loser")), tuple(r["reference"])) for r in rows]

@@ -1,0 +1,228 @@
+"""INPO: the game on a table against the paper's equations, tournaments, the loss by hand, and a preference that must win."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.optimize import minimize
+from test_ppo import HELD_OUT, PROMPTS, planted, values, write_adapters
+
+from rlhf_trust import StudyError, models
+from rlhf_trust.align import inpo
+from rlhf_trust.attribution.gradients import Example, INPOLoss, reference_logps
+from rlhf_trust.chat import Chat, Sequence
+from rlhf_trust.decode import Prompt
+
+PREFERENCE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])  # 0 beats 1 beats 2 beats 0
+REFERENCE = np.array([0.6, 0.3, 0.1])
+QUICK = inpo.INPOConfig(rounds=2, prompts_per_round=6, answers_per_prompt=4, max_new_tokens=4, learning_rate=5e-3, batch=4,
+                        epochs=2, seed=1)
+
+
+def run(base, directory, config, judge=None, prompts=PROMPTS, held_out=HELD_OUT):
+    sft, reward = write_adapters(base, directory)
+    return inpo.train(base, Chat(base.tokenizer, "chatml"), sft, judge or reward, prompts, held_out, config, directory / "inpo")
+
+
+# --- the game on a table -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tau", "eta", "rounds", "limit"), [
+    (0.1, 0.3, [(0.7404, 0.1362, 0.1234), (0.7195, 0.0735, 0.2070), (0.6244, 0.0569, 0.3187)], (0.4927, 0.1541, 0.3531)),
+    (0.1, 1.0, [(0.6506, 0.2410, 0.1084)], (0.4927, 0.1541, 0.3531)),
+    (0.05, 1.0, [], (0.3880, 0.2084, 0.4036)),
+])
+def test_rounds_and_limit_of_a_game_of_three_answers(tau, eta, rounds, limit):
+    policy = REFERENCE
+    for wanted in rounds:
+        policy = inpo.mirror_step(policy, REFERENCE, PREFERENCE, tau, eta)
+        assert policy == pytest.approx(wanted, abs=1e-4)
+    found = inpo.equilibrium(REFERENCE, PREFERENCE, tau, eta)
+    assert found == pytest.approx(limit, abs=1e-4)
+    fixed = REFERENCE * np.exp(PREFERENCE @ found / tau)
+    assert np.abs(fixed / fixed.sum() - found).max() < 1e-13
+
+
+def test_the_loss_is_least_at_the_closed_form():
+    """Over all pairs from π_2 and both outcomes of the coin, by its probability: what INPOLoss is the sample of."""
+    tau, eta = 0.1, 0.3
+    second = inpo.mirror_step(REFERENCE, REFERENCE, PREFERENCE, tau, eta)
+
+    def loss(logits):
+        log_policy = logits - np.logaddexp.reduce(logits)
+        mixed = [inpo.mixed_reference({"pair": pair}, {"pair": now}, tau, eta)["pair"]
+                 for pair, now in (((np.log(REFERENCE[w]), np.log(REFERENCE[l])), (np.log(second[w]), np.log(second[l])))
+                                   for w in range(3) for l in range(3))]
+        return sum(second[w] * second[l] * 2 * PREFERENCE[w, l] * (log_policy[w] - log_policy[l] - (at_w - at_l) - 1 / (2 * eta)) ** 2
+                   for (w, l), (at_w, at_l) in zip(np.ndindex(3, 3), mixed))
+
+    assert loss(np.log(second)) == pytest.approx(2.647064, abs=1e-6)
+    found = minimize(loss, np.zeros(3), method="BFGS", options={"gtol": 1e-10}).x
+    third = np.exp(found - np.logaddexp.reduce(found))
+    assert third == pytest.approx(inpo.mirror_step(second, REFERENCE, PREFERENCE, tau, eta), abs=1e-6)
+
+
+def test_no_equilibrium_without_a_reference():
+    with pytest.raises(StudyError, match="tau: only above 0"):
+        inpo.equilibrium(REFERENCE, PREFERENCE, 0.0)
+
+
+# --- from answers to pairs -----------------------------------------------------------------------------------------
+
+
+def answer(number: int) -> Sequence:
+    return Sequence((1, 5, number, 2), 2)
+
+
+def by_strength(strength, asked=None):
+    """An oracle of answers made by :func:`answer`."""
+    def oracle(matches):
+        if asked is not None:
+            asked.append(len(matches))
+        return np.array([0.5 + 0.5 * np.sign(strength[a.input_ids[2]] - strength[b.input_ids[2]]) for _, a, b in matches])
+
+    return oracle
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_a_tournament_finds_best_and_worst_of_a_ranking(k):
+    rng, asked = np.random.default_rng(k), []
+    fields = [(f"p{i}", [answer(10 * i + j) for j in range(k)]) for i in range(5)]
+    strength = rng.permutation(50)
+    results = inpo.tournaments(fields, by_strength(strength, asked))
+    for i, (best, worst) in enumerate(results):
+        own = strength[10 * i : 10 * i + k]
+        assert (best, worst) == (own.argmax(), own.argmin())
+    assert sum(asked) == 5 * {2: 2, 4: 5, 8: 11}[k] and len(asked) == {2: 2, 4: 4, 8: 6}[k]  # in step, not one by one
+
+
+def test_a_pair_is_dropped_where_the_best_does_not_beat_the_worst():
+    field = [("p", [answer(i) for i in range(4)])]
+    assert inpo.tournaments(field, by_strength([1, 1, 1, 1])) == [None]
+    rock = {(0, 1): 1.0, (2, 3): 1.0, (0, 2): 1.0, (1, 3): 1.0, (0, 3): 0.4}  # 3, the worst, beats 0, the best
+
+    def oracle(matches):
+        return np.array([rock[a.input_ids[2], b.input_ids[2]] for _, a, b in matches])
+
+    assert inpo.tournaments(field, oracle) == [None]
+    rock[0, 3] = 0.6
+    assert inpo.tournaments(field, oracle) == [(0, 3)]
+    assert inpo.tournaments([], oracle) == []
+
+
+def test_coins_fall_as_the_oracle_says():
+    fields = [(f"p{i}", [answer(0), answer(1)]) for i in range(4000)]
+    results = inpo.coin_tosses(fields, lambda matches: np.full(len(matches), 0.7), seed=0)
+    assert np.mean([r == (0, 1) for r in results]) == pytest.approx(0.7, abs=0.02) and set(results) == {(0, 1), (1, 0)}
+    assert inpo.coin_tosses([("p", [answer(3), answer(3)])], lambda matches: np.full(len(matches), 0.7), seed=0) == [None]
+
+
+def test_the_reward_oracle_scores_every_answer_once():
+    scored = []
+
+    def judge(answers):
+        scored.extend(answers)
+        return torch.tensor([float(a.input_ids[2]) for a in answers])
+
+    oracle = inpo.reward_oracle(judge)
+    assert oracle([("p", answer(3), answer(1)), ("p", answer(1), answer(3))]) == pytest.approx(
+        [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))])
+    assert oracle([("p", answer(3), answer(4))]) == pytest.approx([1 / (1 + np.exp(1))])
+    assert scored == [answer(3), answer(1), answer(4)]
+    with pytest.raises(StudyError, match="inpo: 1 of 1 rewards are not finite"):
+        inpo.reward_oracle(lambda answers: torch.tensor([float("nan")]))([("p", answer(1), answer(1))])
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_by_hand(tiny, chat, tmp_path):
+    sft, _ = write_adapters(tiny, tmp_path)
+    model = models.load_adapters(tiny, {"policy": sft})
+    pairs = [Example(f"e{i}", "test", tuple(chat.sequence(("why?",), text) for text in two))
+             for i, two in enumerate((("because", "no"), ("the answer is not", "question")))]
+    reference, current = {"e0": (-3.0, -5.0), "e1": (-9.0, -1.0)}, {"e0": (-4.0, -4.5), "e1": (-7.0, -2.0)}
+    eta, tau = 0.2, 0.05
+    found = INPOLoss(eta, inpo.mixed_reference(reference, current, tau, eta)).loss(model, pairs, 2)
+    policy = reference_logps(model, "policy", pairs, 2)
+    for pair, value in zip(pairs, found.tolist()):
+        (w, l), (rw, rl), (cw, cl) = policy[pair.id], reference[pair.id], current[pair.id]
+        h = (w - l) - tau / eta * (rw - rl) - (eta - tau) / eta * (cw - cl)
+        assert value == pytest.approx((h - 1 / (2 * eta)) ** 2, rel=1e-4)
+    assert inpo.mixed_reference(reference, current, 0.0, eta) == current
+
+
+@pytest.mark.parametrize("mode", ["paper", "theory"])
+def test_what_the_oracle_likes_wins(tiny, tmp_path, mode):
+    prompts = [Prompt(f"m{i}", (f"what is {'the ' * (i % 4)}question {i}?",)) for i in range(192)]
+    config = dataclasses.replace(QUICK, rounds=4, max_new_tokens=3, learning_rate=2e-2, mode=mode, max_kl=1e3, eta=0.2, tau=0.05,
+                                 **{"paper": dict(prompts_per_round=64, answers_per_prompt=8, batch=16),
+                                    "theory": dict(prompts_per_round=192, answers_per_prompt=2, batch=32)}[mode])
+    curves, held_out = run(tiny, tmp_path, config, lambda model: lambda answers: 20 * planted(model)(answers), prompts)
+    gain = (held_out["reward_after"] - held_out["reward_before"]) / 20
+    assert gain.mean() > 0.05 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
+    assert np.mean(values(curves, "gap")) > 0.5 / (2 * config.eta) and values(curves, "held_out_kl")[0] == 0.0
+
+
+def test_pairs_are_kept_with_what_the_loss_needs(tiny, chat, tmp_path):
+    """From the files alone: winners beat losers, and the first round's reference is the SFT model."""
+    curves, _ = run(tiny, tmp_path, QUICK)
+    pairs = inpo.load_pairs(tmp_path / "inpo")
+    assert {p.round for p in pairs} == {1, 2} and len({p.id for p in pairs}) == len(pairs)
+    dropped = curves[curves["metric"] == "dropped"].set_index("step")["value"]
+    assert len(pairs) == pytest.approx(QUICK.prompts_per_round * (len(dropped) - dropped.sum()))
+    model = models.load_adapters(tiny, {"sft": tmp_path / "sft", "reward": tmp_path / "reward", "inpo": tmp_path / "inpo"})
+    first = [p for p in pairs if p.round == 1]
+    examples = [Example(p.id, "inpo", (p.winner, p.loser)) for p in first]
+    logps = reference_logps(model, "sft", examples, 2)
+    for pair in first:
+        assert pair.reference == pytest.approx(logps[pair.id], abs=1e-4)
+        assert pair.winner.input_ids[: pair.winner.answer_start] == pair.loser.input_ids[: pair.loser.answer_start]
+    loss = INPOLoss(QUICK.eta, {p.id: p.reference for p in pairs})
+    assert loss.content(examples)[:2] == ["inpo", QUICK.eta]
+    model.set_adapter("sft")
+    np.testing.assert_allclose(loss.loss(model, examples, 2).detach(), (1 / (2 * QUICK.eta)) ** 2, rtol=1e-3)
+    with pytest.raises(StudyError, match=r"sft/pairs.jsonl: missing; run 05-inpo"):
+        inpo.load_pairs(tmp_path / "sft")
+
+
+def test_the_same_seed_gives_the_same_run_and_leaves_the_backbone_bare(tiny_directories, tmp_path):
+    def once(name, seed):
+        base = models.load_base(f"path:{tiny_directories['llama']}", "float32")
+        tables = run(base, tmp_path / name, dataclasses.replace(QUICK, seed=seed))
+        assert not any("lora" in n for n, _ in base.model.named_parameters())
+        return *tables, *((tmp_path / name / "inpo" / f).read_bytes() for f in ("adapter_model.safetensors", "pairs.jsonl"))
+
+    first, second, other = once("a", 1), once("b", 1), once("c", 2)
+    for one, two in zip(first[:2], second[:2]):
+        pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert first[2:] == second[2:] and first[2] != other[2]
+
+
+# --- trouble -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"tau": 0.2, "eta": 0.1}, "tau: must lie between 0 and eta = 0.1, got 0.2"), ({"tau": -0.1}, "tau: must lie"),
+    ({"eta": 0.0, "tau": 0.0}, "tau: must lie"), ({"answers_per_prompt": 1}, "needs 2, 4, 8"),
+    ({"answers_per_prompt": 6}, "needs 2, 4, 8"), ({"mode": "theory"}, "theory mode draws 2, got 8"),
+    ({"mode": "nash"}, "mode: must be paper or theory"), ({"rounds": 0}, "rounds: must be at least 1"),
+])
+def test_wrong_settings(wrong, said):
+    with pytest.raises(StudyError, match=said):
+        inpo.INPOConfig(**wrong)
+
+
+def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path):
+    with pytest.raises(StudyError, match="^inpo: no pair is left in round 1, all 6 prompts .* does not tell apart"):
+        run(tiny_llama, tmp_path, QUICK, lambda model: lambda answers: torch.ones(len(answers)))
+    with pytest.raises(StudyError, match=r"^inpo: after step \d+ the KL .* lower learning_rate or raise eta$"):
+        run(tiny_llama, tmp_path, dataclasses.replace(QUICK, learning_rate=0.3, max_kl=0.01))
+    with pytest.raises(StudyError, match="held-out prompt"):
+        run(tiny_llama, tmp_path, QUICK, held_out=[])
+    assert not (tmp_path / "inpo").exists()
+    assert not any("lora" in name for name, _ in tiny_llama.model.named_parameters())
