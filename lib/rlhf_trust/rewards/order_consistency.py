@@ -162,7 +162,7 @@ def fit_trees(won: np.ndarray, lost: np.ndarray, seed: int) -> Reward:
     try:  # its library finds libgomp through torch's, which is loaded by now
         from lightgbm import LGBMClassifier
     except OSError as error:
-        raise StudyError(f"lightgbm: cannot be loaded ({error}); install OpenMP (macOS: brew install libomp), or leave lightgbm out "
+        raise StudyError(f"lightgbm: cannot be loaded ({error}); install OpenMP (Debian: libgomp1, macOS: libomp), or leave lightgbm out "
                          "of learners") from None
     model = LGBMClassifier(random_state=seed, n_jobs=torch.get_num_threads(), verbose=-1, deterministic=True, force_row_wise=True)
     model.fit(np.concatenate([won, lost]), np.repeat([1, 0], [len(won), len(lost)]))
