@@ -239,6 +239,13 @@ def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Int
     return Interval(value, float(low), float(high), n)
 
 
+def row_rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Spearman's correlation within each row, both [rows, n] → [rows]; NaN where either is constant."""
+    centred = [r - r.mean(1, keepdims=True) for r in (scipy_stats.rankdata(x, axis=1) for x in (first, second))]
+    norms = np.sqrt(np.square(centred[0]).sum(1) * np.square(centred[1]).sum(1))
+    return np.divide((centred[0] * centred[1]).sum(1), norms, out=np.full(len(norms), np.nan), where=norms > 0)
+
+
 def generator(name: str) -> np.random.Generator:
     """A random generator seeded by a name: the same everywhere, whatever ran before."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))

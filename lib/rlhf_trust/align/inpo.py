@@ -42,7 +42,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ from ..attribution.gradients import Example, INPOLoss, reference_logps
 from ..attribution.retrain import Recipe, fit
 from ..chat import Chat, Sequence
 from ..progress import progress
-from .rollout import Judge, JudgeMaker, before_and_after, judge_of, look, sample_answers
+from .rollout import Judge, JudgeMaker, before_and_after, look, policy_and_judge, sample_answers
 
 MODES = ("paper", "theory")
 
@@ -207,13 +207,13 @@ def reward_oracle(judge: Judge) -> Oracle:
 
 @dataclass(frozen=True)
 class Pair:
-    """A training pair and where it came from: round, prompt, and the mixed reference of (winner, loser)."""
+    """A training pair and where it came from: round, prompt, and the mixed reference of (winner, loser), once computed."""
 
     round: int
     prompt_id: str
     winner: Sequence
     loser: Sequence
-    reference: tuple[float, float]
+    reference: tuple[float, float] | None = None
 
     @property
     def id(self) -> str:
@@ -251,14 +251,9 @@ def train(
     """
     if not prompts or not held_out:
         raise StudyError("inpo: needs at least one prompt to train on and one held-out prompt")
-    roles = {"policy": sft, "reference": sft} | ({"reward": reward} if isinstance(reward, Path) else {})
-    model = models.load_adapters(base, roles, trainable="policy")
-    try:
-        judge = judge_of(reward, model, chat, config.batch)
+    with policy_and_judge(base, chat, sft, reward, config.batch) as (model, judge):
         *tables, pairs = _run(model, judge, reward_oracle(judge), chat, prompts, held_out, config)
         models.save_adapter(base, model, out, adapter="policy", files={PAIRS: "".join(json.dumps(asdict(p)) + "\n" for p in pairs)})
-    finally:
-        model.unload()  # adapters sit inside the backbone: leave it as it came
     return tuple(tables)
 
 
@@ -292,8 +287,9 @@ def _run(model, judge: Judge, oracle: Oracle, chat: Chat, prompts, held_out,
             played = [(prompt.id, answers) for prompt, answers in zip(asked, drawn)]
             results = (tournaments(played, oracle) if config.mode == "paper" else
                        coin_tosses(played, oracle, int(rng.integers(2**32))))
-            examples = [Example(f"round {number}, {key}", "inpo", (answers[result[0]], answers[result[1]]))
-                        for (key, answers), result in zip(played, results) if result is not None]
+            pairs = [Pair(number, key, answers[result[0]], answers[result[1]])
+                     for (key, answers), result in zip(played, results) if result is not None]
+            examples = [Example(pair.id, "inpo", (pair.winner, pair.loser)) for pair in pairs]
             if not examples:
                 raise StudyError(f"inpo: no pair is left in round {number}, all {len(asked)} prompts had answers that the oracle "
                                  "does not tell apart; look at the reward model, or ask for longer answers")
@@ -307,7 +303,7 @@ def _run(model, judge: Judge, oracle: Oracle, chat: Chat, prompts, held_out,
             learnt = reference_logps(model, "policy", examples, pad)
             gaps = [(learnt[e.id][0] - mixed[e.id][0]) - (learnt[e.id][1] - mixed[e.id][1]) for e in examples]
             rows += [(step, "dropped", 1 - len(examples) / len(asked)), (step, "gap", float(np.mean(gaps)))]
-            kept += [Pair(number, e.id.partition(", ")[2], *e.sequences, mixed[e.id]) for e in examples]
+            kept += [replace(pair, reference=mixed[pair.id]) for pair in pairs]
             after = at_held_out()
     return pd.DataFrame(rows, columns=["step", "metric", "value"]), before_and_after(before, after), kept
 

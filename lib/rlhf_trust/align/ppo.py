@@ -56,7 +56,7 @@ from .. import StudyError, decode, models
 from ..artifacts import content_key, replacing, sha256_of
 from ..chat import Chat, Sequence
 from ..progress import progress
-from .rollout import Judge, JudgeMaker, before_and_after, has_end, judge_of, look, sample_answers
+from .rollout import Judge, JudgeMaker, before_and_after, has_end, look, policy_and_judge, sample_answers
 
 
 KL_ESTIMATORS = {
@@ -300,20 +300,16 @@ def train(
     """
     if not prompts or not held_out:
         raise StudyError("ppo: needs at least one prompt to train on and one held-out prompt")
-    roles = {"policy": sft, "reference": sft} | ({"reward": reward} if isinstance(reward, Path) else {})
-    model = models.load_adapters(base, roles, trainable="policy")
-    try:
+    with policy_and_judge(base, chat, sft, reward, config.minibatch) as (model, judge):
         kept = None
         if isinstance(reward, Path):
             key = content_key(asdict(config), models.adapter_fingerprint(base, sft), sha256_of(reward), [asdict(p) for p in prompts],
                               [asdict(p) for p in held_out], chat.format)
             kept = _Progress(out.with_name(f"{out.name}.unfinished.pt"), key)
-        tables = _run(model, judge_of(reward, model, chat, config.minibatch), chat, prompts, held_out, config, kept)
+        tables = _run(model, judge, chat, prompts, held_out, config, kept)
         models.save_adapter(base, model, out, adapter="policy")
         if kept is not None:
             kept.path.unlink(missing_ok=True)
-    finally:
-        model.unload()  # adapters sit inside the backbone: leave it as it came
     return tables
 
 
@@ -326,10 +322,8 @@ class _Progress:
 
     def load(self) -> dict | None:
         try:
-            state = torch.load(self.path, weights_only=True)
-        except FileNotFoundError:
-            return None
-        except Exception:  # half a file, or of another version: what it held can be computed again
+            state = torch.load(self.path, weights_only=True)  # tensors and plain values: nothing in the file is run
+        except Exception:  # no file, half a file, or of another version: what it held can be computed again
             return None
         return state if state.get("key") == self.key else None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence as Seq
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -42,9 +43,13 @@ def has_end(answer: Sequence, eos: int) -> bool:
     return answer.input_ids[-1] == eos
 
 
+def with_end(answers: Seq[Sequence], eos: int) -> list[Sequence]:
+    """The answers as they are read at their end token, which one that was cut off is given."""
+    return [a if has_end(a, eos) else Sequence(a.input_ids + (eos,), a.answer_start) for a in answers]
+
+
 class RewardModel:
-    """A judge: the reward adapter of a model and its head, [hidden]. It reads an answer at its end token, which one that
-    was cut off is given."""
+    """A judge: the reward adapter of a model and its head, [hidden]."""
 
     def __init__(self, model, head: torch.Tensor, chat: Chat, rows: int = 8, adapter: str = "reward"):
         self.model, self.head, self.rows, self.adapter = model, head, rows, adapter
@@ -52,7 +57,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, answers: Seq[Sequence]) -> torch.Tensor:
-        ended = [a if has_end(a, self.eos) else Sequence(a.input_ids + (self.eos,), a.answer_start) for a in answers]
+        ended = with_end(answers, self.eos)
         self.model.set_adapter(self.adapter, inference_mode=True)
         scores = torch.zeros(len(ended), device=self.model.device)
         for batch in decode.batches_by_length([len(a) for a in ended], self.rows):
@@ -60,9 +65,16 @@ class RewardModel:
         return scores
 
 
-def judge_of(reward: Path | JudgeMaker, model, chat: Chat, rows: int) -> Judge:
-    """The reward model in a folder, whose adapter ``model`` has as ``reward``, or what the function makes."""
-    return RewardModel(model, models.load_reward_head(reward), chat, rows) if isinstance(reward, Path) else reward(model)
+@contextmanager
+def policy_and_judge(base: models.Base, chat: Chat, sft: Path, reward: Path | JudgeMaker, rows: int) -> Iterator[tuple]:
+    """A model with the SFT adapter as ``policy``, to be trained, and as ``reference``, and what judges its answers: the
+    reward model in a folder, or what the function makes. The backbone is left as it came."""
+    is_folder = isinstance(reward, Path)
+    model = models.load_adapters(base, {"policy": sft, "reference": sft} | ({"reward": reward} if is_folder else {}), trainable="policy")
+    try:
+        yield model, RewardModel(model, models.load_reward_head(reward), chat, rows) if is_folder else reward(model)
+    finally:
+        model.unload()  # adapters sit inside the backbone
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ everything rendered masks them (``render.Masker``).
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from random import Random
 
 from .. import StudyError
-from .files import locate, read_csv, read_jsonl, read_text
+from .files import locate, read_csv, read_json, read_jsonl, read_text
 
 
 @dataclass(frozen=True)
@@ -267,10 +266,7 @@ def load_ethics(source: str) -> list[Scenario]:
 
 def load_truthfulness(source: str) -> list[Question]:
     path = locate(source, "truthfulqa/mc_task.json")
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise StudyError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    rows = read_json(path)
     items = []
     for number, row in enumerate(rows, start=1):
         row = row if isinstance(row, dict) else {}
@@ -409,9 +405,6 @@ def load_privacy(source: str, per_kind: int, seed: int) -> list[PrivateFact]:
     path = locate(source, "enron/name2email.json", required=False)
     if path is None:
         return make_private_facts(per_kind, seed)
-    try:
-        people = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise StudyError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    people = read_json(path)
     full_names = [(name, mail) for name, mail in people.items() if re.fullmatch(r"[A-Z][a-z]+ [A-Z][a-z]+", name)]
     return make_private_facts(per_kind, seed, full_names)

@@ -109,6 +109,14 @@ def read_text(path: Path) -> str:
         raise StudyError(f"{path}: cannot be read ({error}); fetch it again") from None
 
 
+def read_json(path: Path):
+    """What a JSON file holds; one that is not valid is an error that names the line."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise StudyError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     """Line number and object of every line; a line that is no JSON object is an error that names it."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):

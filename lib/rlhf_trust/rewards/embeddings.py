@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .. import decode
-from ..align.rollout import Judge, has_end
+from ..align.rollout import Judge, with_end
 from ..chat import Chat, Sequence
 from ..progress import progress
 from .order_consistency import Reward
@@ -22,7 +22,7 @@ def embed(model, answers: Seq[Sequence], chat: Chat, rows: int = 16, desc: str =
     progress bar of that name.
     """
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
-    ids = [a.input_ids if has_end(a, eos) else a.input_ids + (eos,) for a in answers]
+    ids = [a.input_ids for a in with_end(answers, eos)]
     found = np.zeros((len(ids), model.config.hidden_size), dtype=np.float32)
     batches = decode.batches_by_length([len(i) for i in ids], rows)
     with decode.without_adapters(model):

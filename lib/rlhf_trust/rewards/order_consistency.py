@@ -22,12 +22,12 @@ import pandas as pd
 import torch
 from scipy.integrate import quad
 from scipy.special import expit
-from scipy.stats import norm, rankdata
+from scipy.stats import norm
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from .. import StudyError
 from ..progress import progress
-from ..stats import mean_interval
+from ..stats import mean_interval, row_rank_correlations
 
 Reward = Callable[[np.ndarray], np.ndarray]
 """Embeddings [n, d] → rewards [n]."""
@@ -206,10 +206,8 @@ def best_of_n(learnt: np.ndarray, golden: np.ndarray, n: int) -> np.ndarray:
 
 def rank_correlation(learnt: np.ndarray, golden: np.ndarray) -> np.ndarray:
     """Spearman's correlation within each prompt, [prompts]; 0 where the learnt reward is constant, NaN where the golden one is."""
-    ranks = [rankdata(x, axis=1) for x in (learnt, golden)]
-    centred = [r - r.mean(1, keepdims=True) for r in ranks]
-    norms = np.sqrt(np.square(centred[0]).sum(1) * np.square(centred[1]).sum(1))
-    return np.divide((centred[0] * centred[1]).sum(1), norms, out=np.where(np.ptp(golden, axis=1) > 0, 0.0, np.nan), where=norms > 0)
+    found = row_rank_correlations(learnt, golden)
+    return np.where(np.isnan(found) & (np.ptp(golden, axis=1) > 0), 0.0, found)
 
 
 # --- the sweep -----------------------------------------------------------------------------------------------------

@@ -11,20 +11,18 @@ nobody's average over four.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from .. import StudyError, decode
 from ..attribution.gradients import only_adapter
 from ..chat import Chat, Sequence
-from ..data.files import locate, read_text
-from ..stats import DRAWS, TAILS, generator, mean_interval
+from ..data.files import locate, read_json
+from ..stats import DRAWS, TAILS, generator, mean_interval, row_rank_correlations
 
 STYLES = ("concise", "plain", "markdown")
 FILES = {"chat": "chat", "math": "math", "code": "code", "safety-refuse": "safety", "safety-response": "safety"}
@@ -68,10 +66,7 @@ def load_rm_bench(source: str) -> list[Item]:
 
 
 def _rows(path: Path) -> list:
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise StudyError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise StudyError(f"{path}: expected a list of items")
     return rows
@@ -197,10 +192,7 @@ def style_bias(items: Seq[Item], scores: np.ndarray, lengths: np.ndarray, name: 
     if not spread > 0:
         raise StudyError("rm-bench: all scores are equal; the reward model tells nothing apart")
     standard = scores / spread
-    ranks = [rankdata(x.reshape(len(items), 6), axis=1) for x in (scores, lengths)]
-    centred = [r - r.mean(1, keepdims=True) for r in ranks]
-    norms = np.sqrt(np.square(centred[0]).sum(1) * np.square(centred[1]).sum(1))
-    correlations = np.divide((centred[0] * centred[1]).sum(1), norms, out=np.zeros(len(items)), where=norms > 0)
+    correlations = np.nan_to_num(row_rank_correlations(*(x.reshape(len(items), 6) for x in (scores, lengths))))
     found = {"detail": (standard[:, :, 1] - standard[:, :, 0]).mean(1), "markdown": (standard[:, :, 2] - standard[:, :, 1]).mean(1),
              "length": correlations}
     intervals = {bias: mean_interval(values, f"rm-bench/{name}/{bias}", bounds=(-1.0, 1.0) if bias == "length" else None)
