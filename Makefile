@@ -80,17 +80,21 @@ parity: .parity/.installed ## hold DataInf against dattri, MC1 and MC2 against l
 	.parity/bin/python tests/parity/dattri_datainf.py
 	.parity/bin/python tests/parity/truthfulqa.py --data "$(or $(DATA),shipped)"
 
-bench: $(INSTALLED) parity ## sampling, training and attribution as ratios against the plain way
+bench: $(INSTALLED) .trl-ppo/.installed parity ## sampling, training, PPO and attribution as ratios against the plain way or TRL's
 	$(BIN)/python tests/benchmarks/throughput.py
+	$(BIN)/python tests/benchmarks/ppo.py
 	$(BIN)/python tests/benchmarks/gradients.py
 	$(BIN)/python tests/benchmarks/scoring.py
 
-# An environment of its own that sees .venv's packages and adds to them.
-.parity/.installed: $(INSTALLED) tests/parity/requirements.txt
-	$(PYTHON) -m venv .parity
+# Environments of their own that see .venv's packages and add to them.
+.parity/.installed: ADDED := --constraint lib/constraints.txt --requirement tests/parity/requirements.txt
+.parity/.installed: tests/parity/requirements.txt
+.trl-ppo/.installed: ADDED := --no-deps trl==1.12.0
+.parity/.installed .trl-ppo/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	    > $$(.parity/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/study.pth
-	.parity/bin/python -m pip install $(PIP_ARGS) --quiet --constraint lib/constraints.txt --requirement tests/parity/requirements.txt
+	    > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/study.pth
+	$(@D)/bin/python -m pip install $(PIP_ARGS) --quiet $(ADDED)
 	touch $@
 
 clean: ## remove what PROFILE made (the model and .venv stay)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -25,7 +27,7 @@ from rlhf_trust.models import load_base
 torch.set_num_threads(1)  # tiny tensors gain nothing from threads
 
 REAL_DATA = Path(os.environ.get("RLHF_TRUST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-ARCHITECTURES = ("llama", "gpt_neox")
+ARCHITECTURES = ("llama", "gpt_neox", "gemma3_text")
 
 
 NAN = float("nan")
@@ -58,20 +60,26 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(kind: str, directory: Path) -> Path:
+def save_tiny(kind: str, directory: Path, positions: int = 512) -> Path:
     """Save a random two-layer model of one architecture with its tokenizer."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     size = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=512, eos_token_id=2, bos_token_id=1, pad_token_id=2)
+                num_attention_heads=4, max_position_embeddings=positions, eos_token_id=2, bos_token_id=1, pad_token_id=2)
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=2, tie_word_embeddings=True))
+    elif kind == "gemma3_text":  # every second layer looks back over a few tokens only
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**size, num_key_value_heads=4, head_dim=16, query_pre_attn_scalar=16, sliding_window=24,
+                                                   layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True))
     else:
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**size, attention_dropout=0.0, hidden_dropout=0.0))
     # Random initial weights are so small that every answer looks alike; larger ones tell models apart.
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
+        for name, parameter in model.named_parameters():
+            if kind == "gemma3_text" and "norm" in name:
+                parameter.fill_(1.0)  # to which Gemma adds 1
+            else:
+                parameter.mul_(3.0)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

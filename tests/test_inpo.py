@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.optimize import minimize
-from test_ppo import HELD_OUT, PROMPTS, planted, values, write_adapters
+from test_ppo import HELD_OUT, PROMPTS, QUICK_LEARNERS, planted, values, write_adapters
 
 from rlhf_trust import StudyError, models
 from rlhf_trust.align import inpo
@@ -156,6 +156,7 @@ def test_the_loss_by_hand(tiny, chat, tmp_path):
     assert inpo.mixed_reference(reference, current, 0.0, eta) == current
 
 
+@pytest.mark.parametrize("tiny", QUICK_LEARNERS, indirect=True)
 @pytest.mark.parametrize("mode", ["paper", "theory"])
 def test_what_the_oracle_likes_wins(tiny, tmp_path, mode):
     prompts = [Prompt(f"m{i}", (f"what is {'the ' * (i % 4)}question {i}?",)) for i in range(192)]

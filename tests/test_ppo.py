@@ -300,6 +300,11 @@ LEARN = dataclasses.replace(QUICK, steps=16, answers_per_step=64, max_new_tokens
                             max_kl=1e3)
 
 
+# Gemma scales what a layer adds, whatever an adapter makes of it: tiny steps come to little there.
+QUICK_LEARNERS = ("llama", "gpt_neox")
+
+
+@pytest.mark.parametrize("tiny", QUICK_LEARNERS, indirect=True)
 def test_a_planted_reward_rises_and_the_kl_term_holds_it_back(tiny, tmp_path):
     free, held_out = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=0.0), judge=planted)
     tied, _ = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=3.0), judge=planted)

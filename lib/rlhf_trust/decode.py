@@ -193,7 +193,7 @@ def option_logps(model, choices: Seq[Choice], pad: int, tokens: int = 2048, each
         One array [options] a choice, summed over the option's tokens, nats.
     """
     shared = _common_start([choice.context for choice in choices])
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache()  # of all tokens in every layer: how far a layer looks back is in the mask
     if shared:
         ids = torch.tensor([choices[0].context[:shared]], device=model.device)
         backbone(model)(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -253,7 +253,7 @@ def _option_batch(model, contexts, options, cache: DynamicCache, shared: int, pa
             targets += option
             owner += [(row, number)] * len(option)
             start = stop
-    states = backbone(model)(input_ids=ids, attention_mask=option_mask(segments, shared, model.dtype), position_ids=positions,
+    states = backbone(model)(input_ids=ids, attention_mask=option_mask(model, segments, positions, shared), position_ids=positions,
                              past_key_values=cache, use_cache=True).last_hidden_state
     logits = _logits_in_float32(model, states[row_of, predicting])
     logps = logits.gather(-1, torch.tensor(targets, device=device)[:, None]).squeeze(-1) - logits.logsumexp(-1)
@@ -273,17 +273,31 @@ def _logits_in_float32(model, states: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(states.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
-def option_mask(segments: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
+def option_mask(model, segments: torch.Tensor, positions: torch.Tensor, shared: int = 0) -> torch.Tensor | dict[str, torch.Tensor]:
     """Additive attention mask [rows, 1, width, shared + width]: 0 where a token may look, the lowest number elsewhere.
 
     ``segments`` [rows, width]: 0 for the context, from 1 on for options, -1 for padding. Every token sees the ``shared``
-    first tokens, and of those before it the context and its own option.
+    first tokens, and of those before it the context and its own option. For a model some of whose layers look back over a
+    few tokens only there is one mask for each kind of layer; ``positions`` [rows, width] are counted in the text that a
+    token belongs to.
     """
     looking, seen = segments[:, :, None], segments[:, None, :]
     before = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     visible = before & ((seen == 0) | (seen == looking))
-    visible = torch.cat([visible.new_ones(*segments.shape, shared), visible], -1)[:, None]
-    return torch.zeros(visible.shape, dtype=dtype, device=segments.device).masked_fill(~visible, torch.finfo(dtype).min)
+    visible = torch.cat([visible.new_ones(*segments.shape, shared), visible], -1)
+
+    def additive(visible):
+        zeros = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
+        return zeros.masked_fill(~visible, torch.finfo(model.dtype).min)[:, None]
+
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
+    if not kinds:
+        return additive(visible)
+    if kinds != {"sliding_attention"}:
+        raise StudyError(f"{model.config.model_type}: options cannot be weighed through layers of {', '.join(sorted(kinds))}")
+    at = torch.cat([torch.arange(shared, device=positions.device).expand(len(positions), shared), positions], 1)
+    near = positions[:, :, None] - at[:, None, :] < model.config.sliding_window
+    return {"full_attention": additive(visible), "sliding_attention": additive(visible & near)}
 
 
 def batches_by_length(lengths: Seq[int], rows: int) -> list[list[int]]:

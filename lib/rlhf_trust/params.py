@@ -23,6 +23,8 @@ from . import ROOT, StudyError
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = ROOT / "params"
+ACCEPTS, EXTENDS = "accept_gemma_terms", "extends"
+"""What a profile may say besides parameters: that terms are accepted, and which profile it changes."""
 
 TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
@@ -94,21 +96,41 @@ def notebook_parameters(path: Path) -> dict[str, Parameter]:
     return found
 
 
-def read_profile(profile: str) -> dict[str, dict[str, Any]]:
-    """A profile's overrides by notebook; ``embedded`` without a file of its own is the notebooks' defaults."""
+def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A profile's overrides by notebook; ``embedded`` without a file of its own is the notebooks' defaults.
+
+    With ``extends`` they lie over those of another profile (``below`` are the profiles that led here).
+    """
     path = PROFILES / f"{profile}.yaml"
     if not path.exists():
         if profile == "embedded":
             return {}
         known = sorted(p.stem for p in PROFILES.glob("*.yaml")) + ["embedded"]
-        raise StudyError(f"params/{profile}.yaml: no such profile{_nearest(profile, known)}")
+        where = f"params/{below[-1]}.yaml: {EXTENDS}: " if below else ""
+        raise StudyError(f"{where}params/{profile}.yaml: no such profile{_nearest(profile, known)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise StudyError(f"params/{profile}.yaml: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(v, dict) or k in (ACCEPTS, EXTENDS) for k, v in content.items()):
         raise StudyError(f"params/{profile}.yaml: must map `all` or a notebook's name to its parameters")
-    return content
+    if EXTENDS not in content:
+        return content
+    extended = str(content.pop(EXTENDS))
+    if extended in (*below, profile):
+        raise StudyError(f"params/{profile}.yaml: {EXTENDS}: {' -> '.join((*below, profile, extended))} goes in a circle")
+    return _over(content, read_profile(extended, (*below, profile)))
+
+
+def _over(content: dict[str, Any], extended: dict[str, Any]) -> dict[str, Any]:
+    """One profile's content over another's, parameter by parameter; terms are accepted in the file that is run."""
+    sections = {name: values for name, values in extended.items() if name != ACCEPTS}
+    return sections | {name: sections.get(name, {}) | values if isinstance(values, dict) else values for name, values in content.items()}
+
+
+def terms_accepted(profile: str) -> bool:
+    """Does the profile accept the terms of a model that comes under terms of its own (``models.TERMS``)?"""
+    return read_profile(profile).get(ACCEPTS) is True
 
 
 def resolve(profile: str, overrides: dict[str, Any] | None = None, run: str | None = None) -> dict[str, dict[str, Any]]:
@@ -119,7 +141,7 @@ def resolve(profile: str, overrides: dict[str, Any] | None = None, run: str | No
     and for a wrong type.
     """
     known = {stage: notebook_parameters(NOTEBOOKS / f"{stage}.ipynb") for stage in stages()}
-    content = read_profile(profile)
+    content = {section: values for section, values in read_profile(profile).items() if section != ACCEPTS}
     file = f"params/{profile}.yaml"
     every_name = sorted({name for parameters in known.values() for name in parameters})
     for section in content:

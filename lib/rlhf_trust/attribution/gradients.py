@@ -397,7 +397,7 @@ def _states(model, packed: _Packed, pad: int) -> torch.Tensor:
     ids, real = pad_right(packed.rows, pad, model.device)
     segments = pad_right(packed.segments, 0, ids.device)[0].masked_fill(real == 0, -1)
     positions = pad_right(packed.positions, 0, ids.device)[0]
-    return backbone(model)(input_ids=ids, attention_mask=option_mask(segments, 0, model.dtype), position_ids=positions,
+    return backbone(model)(input_ids=ids, attention_mask=option_mask(model, segments, positions), position_ids=positions,
                            use_cache=False).last_hidden_state
 
 

