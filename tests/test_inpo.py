@@ -137,6 +137,32 @@ def test_the_reward_oracle_scores_every_answer_once():
         inpo.reward_oracle(lambda answers: torch.tensor([float("nan")]))([("p", answer(1), answer(1))])
 
 
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"])
+def test_a_preference_model_is_asked_in_both_orders(tiny, chat, template):
+    tiny.tokenizer.chat_template = template
+    prompts = [Prompt("one", ("why?",)), Prompt("two", ("who?", "you", "why so?"))]
+    answers = {p.id: [chat.sequence(p.turns, text) for text in ("because", "no", "the question is not wrong")] for p in prompts}
+    matches = [(key, of_prompt[i], of_prompt[j]) for key, of_prompt in answers.items() for i, j in ((0, 1), (1, 0), (1, 2))]
+    oracle = inpo.preference_model_oracle(tiny, chat, prompts)
+    found = oracle(matches)
+    letter = [tiny.tokenizer(x, add_special_tokens=False).input_ids[0] for x in "AB"]
+
+    def first_wins(turns, a, b):
+        context = "".join(f"\n<turn> {role}\n {turn}" for role, turn in zip(("user", "assistant", "user"), turns))
+        text = f"[CONTEXT] {context}\n [RESPONSE A] {a} [RESPONSE B] {b} \n"
+        text = text if template is None else f"<|im_start|>{text}<|im_end|><|im_start|>"
+        with torch.no_grad():
+            logits = tiny.model(tiny.tokenizer(text, return_tensors="pt").input_ids).logits[0, -1].double()
+        return torch.softmax(logits[letter], 0)[0].item()
+
+    turns = {p.id: p.turns for p in prompts}
+    for (key, *two), chance in zip(matches, found):
+        a, b = (chat.decode(s.answer_ids) for s in two)
+        assert chance == pytest.approx((first_wins(turns[key], a, b) + 1 - first_wins(turns[key], b, a)) / 2, abs=1e-4)
+    assert found[0] + found[1] == pytest.approx(1) and len(set(found.round(5))) > 3
+    assert (oracle(matches[:1]) == found[:1]).all()
+
+
 # --- training ------------------------------------------------------------------------------------------------------
 
 

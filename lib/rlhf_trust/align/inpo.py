@@ -202,6 +202,49 @@ def reward_oracle(judge: Judge) -> Oracle:
     return probabilities
 
 
+def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Seq[decode.Prompt]) -> Oracle:
+    """P(first ≻ second) as a pairwise preference model sees it, which no reward need agree with.
+
+    A causal model that was trained to name the better of two answers: it reads the conversation and both answers, and the
+    chance that it goes on with "A" rather than "B" is the preference. Asked in both orders and averaged, so that it does not
+    matter which answer stands first. (The wording is that of the model that INPO's authors used,
+    RLHFlow/pair-preference-model-LLaMA3-8B; a model that was taught another one has to be asked in it.)
+
+    Parameters
+    ----------
+    judge
+        The preference model with its own tokenizer and, if it has one, its chat template.
+    chat
+        The policy's, which the answers are read with.
+    prompts
+        Those that matches name by their ids.
+    """
+    tokenizer, of_prompt = judge.tokenizer, {prompt.id: prompt for prompt in prompts}
+    letters = tuple(tuple(tokenizer(letter, add_special_tokens=False).input_ids) for letter in "AB")
+    known: dict[Match, float] = {}
+
+    def question(prompt_id: str, first: Sequence, second: Sequence) -> tuple[int, ...]:
+        turns = of_prompt[prompt_id].turns
+        context = "".join(f"\n<turn> {'assistant' if i % 2 else 'user'}\n {turn}" for i, turn in enumerate(turns))
+        text = f"[CONTEXT] {context}\n [RESPONSE A] {chat.decode(first.answer_ids)} [RESPONSE B] {chat.decode(second.answer_ids)} \n"
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids)
+
+    def probabilities(matches: Seq[Match]) -> np.ndarray:
+        fresh = [match for match in dict.fromkeys(matches) if match not in known]
+        asked = [decode.Choice("", question(*either), letters) for key, *two in fresh for either in ((key, *two), (key, *two[::-1]))]
+        logps = np.array(decode.option_logps(judge.model, asked, tokenizer.pad_token_id)).reshape(-1, 2, 2) if fresh else ()
+        for match, (in_order, reversed_order) in zip(fresh, logps):
+            chances = [1 / (1 + math.exp(b - a)) for a, b in (in_order, reversed_order[::-1])]
+            if not math.isfinite(sum(chances)):
+                raise StudyError(f"inpo: the preference model {judge.source} gives no finite probability for answers to {match[0]}")
+            known[match] = sum(chances) / 2
+        return np.array([known[match] for match in matches])
+
+    return probabilities
+
+
 # --- training ------------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +265,7 @@ class Pair:
 
 def train(
     base: models.Base, chat: Chat, sft: Path, reward: Path | JudgeMaker, prompts: Seq[decode.Prompt],
-    held_out: Seq[decode.Prompt], config: INPOConfig, out: Path,
+    held_out: Seq[decode.Prompt], config: INPOConfig, out: Path, oracle: Oracle | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the SFT adapter with INPO and save it to ``out``, its pairs beside it (:func:`load_pairs`), whole or not at all.
 
@@ -231,8 +274,9 @@ def train(
     sft
         Folder of the SFT adapter, which is π_1 and π_ref.
     reward
-        Folder of the reward adapter with its head, or a function that makes another judge; it is the oracle
-        (:func:`reward_oracle`) and what held-out answers are judged by.
+        Folder of the reward adapter with its head, or a function that makes another judge: what held-out answers are judged by.
+    oracle
+        What decides the matches; by default the reward (:func:`reward_oracle`).
 
     Returns
     -------
@@ -252,7 +296,7 @@ def train(
     if not prompts or not held_out:
         raise StudyError("inpo: needs at least one prompt to train on and one held-out prompt")
     with policy_and_judge(base, chat, sft, reward, config.batch) as (model, judge):
-        *tables, pairs = _run(model, judge, reward_oracle(judge), chat, prompts, held_out, config)
+        *tables, pairs = _run(model, judge, oracle or reward_oracle(judge), chat, prompts, held_out, config)
         models.save_adapter(base, model, out, adapter="policy", files={PAIRS: "".join(json.dumps(asdict(p)) + "\n" for p in pairs)})
     return tuple(tables)
 
