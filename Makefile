@@ -35,7 +35,7 @@ OF_RUN := --profile $(PROFILE) --data "$(DATA)" --seed "$(SEED)"
 # Read by the hub's libraries when they are imported: no usage reports.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup reproduce report params appendix lab test compare parity bench clean resolve
+.PHONY: help setup reproduce flagship report params appendix lab test compare parity bench clean resolve
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -49,7 +49,13 @@ $(INSTALLED): lib/pyproject.toml lib/constraints.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint lib/constraints.txt --editable lib
 	touch $@
 
+# The chapters that the report waits for.
+CHAPTERS = $(filter-out 90-report,$(if $(filter flagship,$(MAKECMDGOALS)),$(filter 0% 1% 2%,$(STAGES)),$(STAGES)))
+
 reproduce: $(N)/90-report.ipynb report appendix ## run the whole study, then its report
+	@echo "report: $(BUILD)/report.html"
+
+flagship: $(N)/90-report.ipynb report appendix ## the same without the companion chapters (30 on)
 	@echo "report: $(BUILD)/report.html"
 
 report: $(BUILD)/report.html ## render the report as one HTML file
@@ -59,7 +65,7 @@ $(BUILD)/report.html: $(N)/90-report.ipynb
 
 appendix: $(BUILD)/appendix/index.html ## render all executed notebooks as linked HTML pages
 
-$(BUILD)/appendix/index.html: $(STAGES:%=$(N)/%.ipynb)
+$(BUILD)/appendix/index.html: $(N)/90-report.ipynb
 	$(BIN)/python -m rlhf_trust.render appendix $(RUN)
 
 params: $(INSTALLED) ## print what every notebook would run with (* = changed by the profile)
@@ -121,7 +127,7 @@ $(N)/20-attribution.ipynb: $(N)/02-reward.ipynb $(VERTICALS)
 # These train models of their own; of the verticals they only read the toxic continuations.
 $(N)/21-attribution-validation.ipynb $(N)/22-pruning.ipynb: $(N)/10-toxicity.ipynb
 $(N)/30-reward-models.ipynb: $(N)/02-reward.ipynb $(TRAINED)
-$(N)/90-report.ipynb: $(filter-out $(N)/90-report.ipynb,$(STAGES:%=$(N)/%.ipynb))
+$(N)/90-report.ipynb: $(CHAPTERS:%=$(N)/%.ipynb)
 ifndef SEED
 $(N)/90-report.ipynb: $(wildcard $(BUILD)-seed*/tables/trust_change.csv)
 endif

@@ -113,3 +113,5 @@ def test_a_table_that_is_not_there_says_what_to_run(build):
         read_table(build, "trust")
     with pytest.raises(StudyError, match="no parts of trust"):
         merge_tables(build, "trust")
+    build.table("rm_bench").write_text("of an earlier run")
+    assert merge_tables(build, "rm_bench", required=False).empty and not build.table("rm_bench").exists()

@@ -148,13 +148,17 @@ def write_table(build: Build, table: str, part: str, frame: pd.DataFrame) -> pd.
     return pd.read_csv(path)
 
 
-def merge_tables(build: Build, table: str) -> pd.DataFrame:
-    """Join the parts of one table in the order of their names and write ``tables/<table>.csv``.
+def merge_tables(build: Build, table: str, required: bool = True) -> pd.DataFrame:
+    """Join the parts of one table in the order of their names and write ``tables/<table>.csv``; without any part an error, or
+    an empty table where none is ``required``.
 
     For ``trust_change`` this is where Holm's correction is made, over the headline metrics of all verticals and models.
     """
     parts = sorted(build.path("tables", "parts", "x").parent.glob(f"{table}.*.csv"))
     if not parts:
+        if not required:
+            build.table(table).unlink(missing_ok=True)
+            return pd.DataFrame(columns=TABLES[table])
         raise StudyError(f"{build.root / 'tables'}: no parts of {table}; run `make reproduce` first")
     frames = [frame for frame in map(pd.read_csv, parts) if len(frame)]
     merged = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TABLES[table])

@@ -65,18 +65,22 @@ def compare(profile: str) -> int:
 
 
 def save(profile: str) -> None:
-    """Copy a finished run's tables, with its parameters, versions and minutes; directories are left out of these."""
+    """Copy a finished run's tables, with its parameters, versions and minutes (of each notebook's last run, which may have
+    found answers and retrainings of an earlier one); directories are left out of these."""
     build, target = Build(profile), REFERENCE / profile
     read_table(build, "trust")
     target.mkdir(parents=True, exist_ok=True)
     for table in SAVED:
-        shutil.copyfile(build.table(table), target / f"{table}.csv")
+        if build.table(table).exists():
+            shutil.copyfile(build.table(table), target / f"{table}.csv")
+        else:  # of a chapter that `make flagship` leaves out
+            (target / f"{table}.csv").unlink(missing_ok=True)
     manifests = read_manifests(build)
     record = {
         "parameters": {stage: {name: _public(value) for name, value in m["parameters"].items()} for stage, m in manifests.items()},
         "dtype": manifests["01-sft"]["facts"]["dtype"],
         "versions": manifests["90-report"]["versions"],
-        "minutes": {stage: round(m["seconds"] / 60, 1) for stage, m in manifests.items()},
+        "minutes_last_run": {stage: round(m["seconds"] / 60, 1) for stage, m in manifests.items()},
     }
     write_text(target / "run.json", json.dumps(record, indent=1) + "\n")
 
@@ -91,8 +95,8 @@ def results_markdown(profile: str) -> str:
     glance = at_a_glance(trust, changes)
     record = json.loads((REFERENCE / profile / "run.json").read_text())
     models = list(dict.fromkeys(glance["model"]))
-    lines = [f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, seed {record['parameters']['01-sft']['seed']}, "
-             f"{sum(record['minutes'].values()):.0f} notebook minutes, two side by side. Change against start, with its 95 % interval paired by item; "
+    lines = [f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, seed {record['parameters']['01-sft']['seed']}. "
+             "Change against start, with its 95 % interval paired by item; "
              "**bold** where it excludes zero, † where fewer than half of the model's answers could be read (its change is "
              "first of all one of format).", "",
              "| vertical | metric (worse when) | n | start | " + " | ".join(models) + " |", "|---" * (4 + len(models)) + "|"]
