@@ -38,6 +38,8 @@ TABLES = {
                             "ci_high", "p_null", "n"],
     "reward_models": ["golden", "learner", "pairs", "beta", "amount", "seed", "metric", "value"],
     "rm_bench": ["model", "domain", "level", "value", "ci_low", "ci_high", "n"],
+    "lineage": ["suspect", "derived", "measure", "value", "ci_low", "ci_high", "p", "verdict", "n"],
+    "lineage_separation": ["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"],
     "validation": ["test", "target", "solver", "value", "ci_low", "ci_high", "p", "n"],
     "pruning": ["target", "share", "removed", "arm", "vertical", "change", "items_low", "items_high", "p_items", "draws_low",
                 "draws_high", "p_draws", "p", "p_holm", "draws", "n", "seed"],
@@ -46,7 +48,8 @@ TABLES = {
 """The tables of the study and their columns. ``checks`` says, per training stage, whether it did what it is for;
 ``distance`` how strange each kind of text is to each model; ``validation`` whether influence scores foretell what
 retraining does; ``pruning`` what leaving out the pairs called harmful changed; ``reward_models`` how well rewards learnt on
-embeddings order answers; ``rm_bench`` RM-Bench."""
+embeddings order answers; ``rm_bench`` RM-Bench; ``lineage`` how like
+the start model each model is, ``lineage_separation`` how well each measure of likeness tells kin from strangers."""
 
 
 @dataclass(frozen=True)

@@ -185,11 +185,15 @@ def _rewards(p) -> Work:
     return drawn + read + ppo + Work(scored=3 * main + 6 * others)
 
 
+def _lineage(p) -> Work:
+    return Work(scored=(len(p.trained) + 8) * p.n_texts * p.text / 2, trained=p.scratch_steps * 8 * p.text * 1.5)  # all weights trained
+
+
 WORK = {
     "01-sft": _sft, "02-reward": _reward, "03-ppo": _ppo, "04-dpo": _dpo, "05-inpo": _inpo, "10-toxicity": _toxicity,
     "11-stereotype": _stereotype, "12-ethics": _ethics, "13-truthfulness": _truthfulness, "14-privacy": _privacy,
     "15-distance": _distance, "20-attribution": _attribution, "21-attribution-validation": _validation, "22-pruning": _pruning,
-    "30-reward-models": _rewards,
+    "30-reward-models": _rewards, "50-lineage": _lineage,
 }
 
 SHARES = Work(scored=0.30, trained=0.25, sampled=0.075)

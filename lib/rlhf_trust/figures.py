@@ -284,3 +284,37 @@ def pruning(table: pd.DataFrame, outcomes: Sequence[str], target: str):
     axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle("What removing pairs changes", fontweight="bold", fontsize=11)
     return figure
+
+
+def layer_maps(maps: dict[str, np.ndarray]):
+    """Heat maps of likeness, layers of start (down) against layers of another model (across), a panel each."""
+    columns = min(4, len(maps))
+    height = -(-len(maps) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(2.5 * columns + 1.2, 2.6 * height + 0.4), squeeze=False)
+    for axis, (name, values) in zip(axes.flat, maps.items()):
+        shown = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, origin="lower", aspect="auto",
+                            extent=(0.5, values.shape[1] + 0.5, 0.5, values.shape[0] + 0.5))
+        axis.set(title=name)
+        axis.grid(visible=False)
+    for axis in axes.flat[len(maps):]:
+        axis.set_axis_off()
+    figure.colorbar(shown, ax=axes, label="CKA, unbiased", shrink=0.8)
+    figure.supxlabel("layer of the other model", fontsize=10)
+    figure.supylabel("layer of start", fontsize=10)
+    return figure
+
+
+def separation(told: pd.DataFrame):
+    """Lowest likeness within the family and highest outside it, a line for each measure."""
+    figure, axis = plt.subplots(figsize=(6.4, 0.4 * len(told) + 1.2))
+    for place, row in enumerate(told.itertuples()):
+        apart = row.derived > row.unrelated
+        axis.plot([row.unrelated, row.derived], [place, place], color="#999999" if apart else WORSE, linewidth=2)
+        axis.plot(row.unrelated, place, "s", color="#D55E00", label="highest, no kin" if place == 0 else None)
+        axis.plot(row.derived, place, "o", color="#0072B2", label="lowest, derived" if place == 0 else None)
+    axis.axvline(0.8, color="black", linestyle="--", linewidth=1, label="the paper's 0.8")
+    axis.set_yticks(range(len(told)), [f"{row.measure} (area {row.auc:.2f})" for row in told.itertuples()])
+    axis.set(xlabel="CKA of two models", ylim=(len(told) - 0.5, -0.5))
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 from random import Random
 
@@ -408,3 +408,14 @@ def load_privacy(source: str, per_kind: int, seed: int) -> list[PrivateFact]:
     people = read_json(path)
     full_names = [(name, mail) for name, mail in people.items() if re.fullmatch(r"[A-Z][a-z]+ [A-Z][a-z]+", name)]
     return make_private_facts(per_kind, seed, full_names)
+
+
+# --- lineage ---
+
+
+def load_statements(source: str, n: int) -> list[str] | None:
+    """The first ``n`` statements that REEF compares models on (TruthfulQA's questions with an answer), where the source has them."""
+    path = locate(source, "reef/truthfulqa.csv", required=False)
+    if path is None:
+        return None
+    return [row["statement"] for _, row in islice(read_csv(path, ("statement",)), n)]

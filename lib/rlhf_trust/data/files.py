@@ -34,6 +34,7 @@ HUB_FILES = {
     "enron/name2email.json": f"{DECODING_TRUST}/privacy/enron_data/name2email.json",
     **{f"rm-bench/{name}_filtered.json": f"{RM_BENCH}/{name}_filtered.json"
        for name in ("chat", "math", "code", "safety-refuse", "safety-response")},
+    "reef/truthfulqa.csv": "https://raw.githubusercontent.com/tmylla/REEF/7498ff2012eb5f53f337f23f51599ac88f468f77/src/datasets/truthfulqa.csv",
     "bbq/Age.jsonl": f"{BBQ}/Age.jsonl",
     "bbq/Disability_status.jsonl": f"{BBQ}/Disability_status.jsonl",
     "bbq/Physical_appearance.jsonl": f"{BBQ}/Physical_appearance.jsonl",

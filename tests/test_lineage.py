@@ -1,0 +1,211 @@
+"""CKA against its definition and the specification's constants; copies that compute the same are seen through."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from rlhf_trust import StudyError, lineage
+from rlhf_trust.models import load_base, new_adapter, save_adapter
+
+M = 200
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def one(first, second, **options) -> float:
+    return float(lineage.cka(first[None], second[None], **options)[0, 0])
+
+
+def test_independent_noise_looks_derived_to_the_biased_estimator_only():
+    rng = np.random.default_rng(0)
+    for width, biased, unbiased in ((256, 0.561, 0.003), (1024, 0.835, -0.001), (4096, 0.953, -0.012)):
+        x, y = rng.standard_normal((M, width)), rng.standard_normal((M, width))
+        assert one(x, y, unbiased=False) == pytest.approx(biased, abs=6e-4)
+        assert one(x, y) == pytest.approx(unbiased, abs=6e-4)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("kernel", lineage.KERNELS)
+def test_what_leaves_the_likeness_alone(kernel, unbiased):
+    x = noise(1, 60, 24) * np.geomspace(3, 0.1, 24)
+    rotation = np.linalg.qr(noise(2, 24, 24))[0]
+    for copy in (x, x[:, ::-1], 0.8 * x, x @ rotation, x + 5):
+        assert one(x, copy, kernel=kernel, unbiased=unbiased) == pytest.approx(1)
+    standardised = one(x, x @ rotation, kernel=kernel, unbiased=unbiased, standardised=True)
+    assert standardised < 0.95 and one(x, 3 * x[:, ::-1], kernel=kernel, unbiased=unbiased, standardised=True) == pytest.approx(1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(m=st.integers(5, 12), widths=st.tuples(st.integers(1, 6), st.integers(1, 6)), seed=st.integers(0, 2**16), kernel=st.sampled_from(lineage.KERNELS))
+def test_all_layer_pairs_at_once_are_the_definition(m, widths, seed, kernel):
+    rng = np.random.default_rng(seed)
+    first, second = (rng.standard_normal((layers, m, width)) for layers, width in zip((2, 3), widths))
+
+    def gram(x):
+        squares = ((x[:, None] - x[None]) ** 2).sum(-1)
+        x = x - x.mean(0)
+        return x @ x.T if kernel == "linear" else np.exp(-squares / (2 * np.median(squares[squares > 1e-12 * squares.max()])))
+
+    def biased(k, l):
+        h = np.eye(m) - 1 / m
+        return np.trace(k @ h @ l @ h) / (m - 1) ** 2
+
+    def unbiased(k, l):
+        k, l, ones = k * (1 - np.eye(m)), l * (1 - np.eye(m)), np.ones(m)
+        return (np.trace(k @ l) + ones @ k @ ones * (ones @ l @ ones) / ((m - 1) * (m - 2)) - 2 / (m - 2) * (ones @ k @ l @ ones)) / (m * (m - 3))
+
+    for hsic, option in ((biased, False), (unbiased, True)):
+        found = lineage.cka(first, second, kernel, option)
+        for i, x in enumerate(map(gram, first)):
+            for j, y in enumerate(map(gram, second)):
+                own = hsic(x, x) * hsic(y, y)
+                if own > 1e-12:
+                    assert found[i, j] == pytest.approx(hsic(x, y) / own**0.5, abs=1e-6)
+
+
+def kernels(seed: int, layers: int = 3, m: int = 60, width: int = 12) -> np.ndarray:
+    return lineage.kernel_matrices(noise(seed, layers, m, width))
+
+
+def test_a_null_and_an_interval_tell_relations_from_chance():
+    shared = noise(0, 3, 80, 8)
+    first, second = (lineage.kernel_matrices(np.concatenate([shared, noise(seed, 3, 80, 8)], 2)) for seed in (1, 2))
+    pairs = lineage.same_depth(3, 3)
+    p, null = lineage.permutation_p(first, second, pairs)
+    assert p == pytest.approx(1 / 200) and abs(null.mean()) < 0.02
+    found = lineage.interval(first, second, pairs)
+    assert found.low < found.value < found.high and found.value == pytest.approx(np.diagonal(lineage.aligned(first, second)).mean())
+    ps = [lineage.permutation_p(kernels(s), kernels(s + 100), pairs, draws=99)[0] for s in range(60)]
+    assert 0.3 < np.mean(ps) < 0.7 and np.mean(np.array(ps) <= 0.1) < 0.25
+    same = lineage.interval(first, first, pairs)
+    assert (same.low, same.value, same.high) == pytest.approx((1, 1, 1))
+
+
+def test_the_interval_covers_the_likeness_of_many_texts():
+    """Half-samples of 60 texts hold the value that 1,500 have, in about 95 of 100 studies."""
+    truth = lineage.cka(*(np.concatenate([noise(0, 1, 1500, 4), noise(s, 1, 1500, 4)], 2) for s in (1, 2)))[0, 0]
+    hits = 0
+    for study in range(120):
+        shared = noise(1000 + study, 1, 60, 4)
+        first, second = (lineage.kernel_matrices(np.concatenate([shared, noise(2000 + 2 * study + s, 1, 60, 4)], 2)) for s in (0, 1))
+        found = lineage.interval(first, second, [(0, 0)], draws=100, name=str(study))
+        hits += found.low <= truth <= found.high
+    assert hits / 120 > 0.87
+
+
+def test_layers_are_compared_at_equal_relative_depth():
+    assert lineage.same_depth(32, 32, lineage.PAPER_DEPTH) == [(17, 17)]
+    assert lineage.same_depth(30, 6, lineage.PAPER_DEPTH) == [(16, 2)]
+    assert lineage.same_depth(30, 6) == [(4, 0), (9, 1), (14, 2), (19, 3), (24, 4), (29, 5)]
+    assert lineage.same_depth(2, 2) == [(0, 0), (1, 1)]
+
+
+def test_verdicts():
+    def found(low, high):
+        return lineage.Interval((low + high) / 2, low, high, 200)
+
+    assert lineage.verdict(found(0.9, 0.99), 0.005) == "derived"
+    assert lineage.verdict(found(0.9, 0.99), 0.2) == "unrelated"  # a high number that shuffled texts reach as well
+    assert lineage.verdict(found(0.75, 0.85), 0.005) == "open" and lineage.verdict(found(0.55, 0.7), 0.005) == "open"
+    assert lineage.verdict(found(0.2, 0.4), 0.005) == "unrelated"
+
+
+def test_bad_states_are_named():
+    with pytest.raises(StudyError, match="60 texts of one model against 50 of the other"):
+        lineage.aligned(kernels(0), kernels(1, m=50))
+    states = noise(0, 2, 10, 3)
+    states[1] = 4.0
+    with pytest.raises(StudyError, match="lineage: mine: layer 2 has the same state for every text"):
+        lineage.kernel_matrices(states, name="mine")
+    states = noise(0, 2, 10, 3)
+    states[0, :, 1] = 1.0
+    with pytest.raises(StudyError, match="1 features are the same for every text"):
+        lineage.kernel_matrices(states, standardised=True)
+    with pytest.raises(StudyError, match="kernel: must be one of linear, radial"):
+        lineage.kernel_matrices(states, "rbf")
+    with pytest.raises(StudyError, match="4 texts; likeness of models needs at least 5"):
+        lineage.last_token_states(None, None, ["a"] * 4)
+
+
+TEXTS = ["the answer", "the question is not wrong", "human", "what is the assistant to the user?", "not", "the system", "is it", "to the answer"]
+
+
+def test_states_do_not_depend_on_the_batch(tiny):
+    states = lineage.last_token_states(tiny.model, tiny.tokenizer, TEXTS, rows=3)
+    assert states.shape == (2, len(TEXTS), 32)
+    for index, text in enumerate(TEXTS):
+        with torch.no_grad():
+            hidden = tiny.model(**tiny.tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+        np.testing.assert_allclose(states[0, index], hidden[1][0, -1], atol=1e-4)
+    assert (lineage.last_token_states(tiny.model.base_model, tiny.tokenizer, TEXTS, rows=3) == states).all()
+
+
+def test_copies_that_compute_the_same_are_seen_through(tiny_llama):
+    model, tokenizer = tiny_llama.model, tiny_llama.tokenizer
+    mine = lineage.last_token_states(model, tokenizer, TEXTS)
+    ids = torch.tensor([tokenizer(TEXTS[3]).input_ids])
+    for copy, tolerance in ((lineage.permuted(model), 1e-4), (lineage.rescaled(model, 0.8), 1e-2)):
+        with torch.no_grad():
+            torch.testing.assert_close(copy(ids).logits, model(ids).logits, atol=tolerance, rtol=tolerance)
+        other = lineage.last_token_states(copy, tokenizer, TEXTS)
+        assert np.abs(other - mine).max() > 0.1
+        np.testing.assert_allclose(np.diagonal(lineage.cka(mine, other)), 1, atol=1e-4)
+    for copy in (lineage.pruned(model, 0.3), lineage.rounded(model)):
+        weights = copy.model.layers[0].mlp.up_proj.weight
+        assert not torch.equal(weights, model.model.layers[0].mlp.up_proj.weight)
+        assert 0.5 < np.diagonal(lineage.cka(mine, lineage.last_token_states(copy, tokenizer, TEXTS))).mean() < 1
+    assert (lineage.pruned(model, 0.3).model.layers[0].mlp.up_proj.weight == 0).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert torch.equal(lineage.pruned(model, 0.3).model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_kin_and_strangers(tiny_llama, tmp_path):
+    """A family is told from models of the same shape, of another shape, and from one that read the same texts."""
+    base, tokenizer = tiny_llama, tiny_llama.tokenizer
+    adapted = new_adapter(base, 4, 8)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.02)
+    save_adapter(base, adapted, tmp_path / "sft")
+    expected = lineage.last_token_states(adapted, tokenizer, TEXTS)
+    adapted.unload()
+    before = [p.clone() for p in base.model.parameters()]
+    whole = lineage.merged(base, tmp_path / "sft")
+    ids = [tuple(tokenizer(text).input_ids) for text in TEXTS]
+    school = lineage.schooled(base, ids, steps=8, batch=4, learning_rate=1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(before, base.model.parameters()))
+    fresh, again = lineage.stranger(base), lineage.stranger(base)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), again.parameters()))
+
+    def loss(model):
+        return np.mean([model(input_ids=torch.tensor([i]), labels=torch.tensor([i])).loss.item() for i in ids if len(i) > 1])
+
+    assert loss(school) < loss(fresh) - 0.5
+    models = {"start": base.model, "sft": whole, "renamed": lineage.permuted(whole), "stranger": fresh, "schooled": school}
+    states = {name: lineage.last_token_states(model, tokenizer, TEXTS * 2) for name, model in models.items()}
+    np.testing.assert_allclose(states["sft"][:, : len(TEXTS)], expected, atol=1e-4)
+    table = lineage.likenesses(states)
+    assert len(table) == 10 * len(lineage.MEASURES)
+    first = table[(table["first"] == "sft") & (table["second"] == "stranger")].set_index("measure")["value"]
+    assert first["unbiased at all depths"] == pytest.approx(np.diagonal(lineage.cka(states["sft"], states["stranger"])).mean())
+    assert first["biased at one depth"] == pytest.approx(lineage.cka(states["sft"], states["stranger"], unbiased=False)[0, 0])
+    assert first["unbiased, best pair of layers"] == pytest.approx(lineage.cka(states["sft"], states["stranger"]).max())
+    told = lineage.separation(table, ["start", "sft", "renamed"]).set_index("measure")
+    assert told.loc["unbiased at all depths", "auc"] == 1.0 and tuple(told.iloc[0][["n_derived", "n_unrelated"]]) == (3, 7)
+
+
+def test_separation_counts_pairs():
+    table = pd.DataFrame({"first": list("aaab"), "second": list("bcdc"), "measure": "m", "value": [0.9, 0.4, 0.95, 0.1]})
+    found = lineage.separation(table, list("ab")).iloc[0]
+    assert found["auc"] == pytest.approx(2 / 3) and (found["derived"], found["unrelated"]) == (0.9, 0.95)
+
+
+def test_permuting_needs_a_llama(tiny_directories):
+    with pytest.raises(StudyError, match="in Llama models only, this is 'gpt_neox'"):
+        lineage.permuted(load_base(f"path:{tiny_directories['gpt_neox']}", "float32").model)
