@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
+from measure import peak_mb
 from torch.nn.functional import logsigmoid
 
 from rlhf_trust.attribution.gradients import (
@@ -125,14 +124,6 @@ def store(n: int) -> None:
         for layer in stored.layers[:4]:
             assert sum(len(block) for _, block in stored.blocks(layer)) == n
     print(f"{n:8}{peak_mb():13.0f}{took:9.0f}", flush=True)
-
-
-def peak_mb() -> float:
-    """Most resident memory so far; from Linux's own count, as ru_maxrss starts there at the parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
 def main() -> None:

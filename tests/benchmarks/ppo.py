@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import peak_mb
 from scipy.stats import t as student
 
 from rlhf_trust import models
@@ -133,8 +133,7 @@ def merge_reward(judge, folder: Path) -> None:
 def one_run(given) -> None:
     """A side's run in this process: its result as the last line."""
     seconds, answers = {"ours": ours, "trl": trl}[given.side](Path(given.folder), given)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mib": peak, "answers": [(a.input_ids, a.answer_start) for a, in answers]}))
+    print(json.dumps({"seconds": seconds, "peak_mb": peak_mb(), "answers": [(a.input_ids, a.answer_start) for a, in answers]}))
 
 
 def launch(python: Path, side: str, folder: Path, given, seed: int, score_std: float) -> dict:
@@ -180,10 +179,10 @@ def main(given) -> None:
             model.unload()
             found.append(sides)
             print(f"seed {seed}: " + "; ".join(
-                f"{name} {given.steps * given.answers / side['seconds']:.2f} samples/s, peak {side['peak_mib']:.0f} MiB, reward {side['gain']:+.3f}"
+                f"{name} {given.steps * given.answers / side['seconds']:.2f} samples/s, peak {side['peak_mb']:.0f} MB, reward {side['gain']:+.3f}"
                 for name, side in sides.items()) + f" at {kl:.2f} nats from SFT", flush=True)
     speed = statistics.median(s["trl"]["seconds"] / s["ours"]["seconds"] for s in found)
-    memory = statistics.median(s["ours"]["peak_mib"] / s["trl"]["peak_mib"] for s in found)
+    memory = statistics.median(s["ours"]["peak_mb"] / s["trl"]["peak_mb"] for s in found)
     print(f"median over seeds: {speed:.1f} times the samples a second, {memory:.2f} of the peak memory")
     print(f"held-out reward, t interval over {len(found)} seeds: ours against SFT {over_seeds([s['ours']['gain'] for s in found])}, "
           f"TRL's {over_seeds([s['trl']['gain'] for s in found])}, ours - TRL's {over_seeds([s['ours']['gain'] - s['trl']['gain'] for s in found])}")
