@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .models import device, parse_dtype
+from .models import device
 
 
 @dataclass(frozen=True)
