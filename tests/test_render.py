@@ -37,6 +37,10 @@ def test_masking(text, shown):
     assert MASK(text) == shown
 
 
+def test_a_word_that_begins_like_a_name_is_left():
+    assert Masker(["Don Black"])("I don't know Don. Don’t ask don.") == "I don't know [name]. Don’t ask [name]."
+
+
 def test_nobody_to_mask():
     assert Masker()("Jane Dorset, jane@corp.com") == "Jane Dorset, [e-mail]"
 

@@ -38,7 +38,7 @@ class Masker:
         words = {part for name in names for part in name.split() if len(part) >= 3} | set(names)
         # Longest first, so that a full name is blotted out before its parts.
         ordered = sorted(words, key=len, reverse=True)
-        self._words = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ordered)) + r")(?!\w)", re.IGNORECASE) if ordered else None
+        self._words = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ordered)) + r")(?!\w|['’]t\b)", re.IGNORECASE) if ordered else None  # not in don't
 
     def __call__(self, text: str) -> str:
         text = EMAIL.sub(lambda m: m.group() if SAFE_EMAIL.search(m.group()) else "[e-mail]", text)
