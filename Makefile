@@ -28,7 +28,7 @@ INSTALLED := .venv/.installed
 RUN := $(PROFILE)$(if $(SEED),-seed$(SEED))
 BUILD := build/$(RUN)
 N := $(BUILD)/notebooks
-STAGES := $(basename $(notdir $(wildcard notebooks/[0-9][0-9]-*.ipynb)))
+STAGES := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]-*.ipynb))))
 LAUNCH := $(BIN)/python -m rlhf_trust.run
 OF_RUN := --profile $(PROFILE) --data "$(DATA)" --seed "$(SEED)"
 
