@@ -455,7 +455,13 @@ def rewards(model, head: torch.Tensor, sequences: Seq[Sequence], pad: int, rows:
 
 def last_token_rewards(model, head: torch.Tensor, sequences: Seq[Sequence], pad: int) -> torch.Tensor:
     """Rewards of one batch, shape [rows], with gradients."""
+    states = end_states(model, sequences, pad)
+    return states @ head.to(states.device)
+
+
+def end_states(model, sequences: Seq[Sequence], pad: int) -> torch.Tensor:
+    """Last hidden state at each sequence's last token, [rows, hidden], float32, with gradients."""
     ids, attention = pad_right([s.input_ids for s in sequences], pad, model.device)
     states = backbone(model)(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
     last = torch.tensor([len(s) - 1 for s in sequences], device=ids.device)
-    return states[torch.arange(len(sequences), device=ids.device), last].float() @ head.to(ids.device)
+    return states[torch.arange(len(sequences), device=ids.device), last].float()

@@ -26,6 +26,7 @@ import copy
 import math
 import shutil
 from collections.abc import Mapping, Sequence as Seq
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -141,14 +142,17 @@ def centred(kernels: np.ndarray, unbiased: bool) -> np.ndarray:
     return (off - rows - rows.swapaxes(-1, -2) + rows.sum(-2, keepdims=True) / (m - 1)) * (1 - np.eye(m))
 
 
+def directions(kernels: np.ndarray, unbiased: bool) -> np.ndarray:
+    """Kernel matrices [layers, m, m] centred and of length 1, as rows [layers, m²]: the product of two rows is a CKA."""
+    flat = centred(kernels, unbiased).reshape(len(kernels), -1)
+    return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+
 def aligned(first: np.ndarray, second: np.ndarray, unbiased: bool = True) -> np.ndarray:
     """CKA of all layer pairs, [layers of first, layers of second], from their kernel matrices [layers, m, m]."""
     if first.shape[1] != second.shape[1]:
         raise StudyError(f"lineage: {first.shape[1]} texts of one model against {second.shape[1]} of the other; both must read the same")
-    flat = [centred(kernels, unbiased).reshape(len(kernels), -1) for kernels in (first, second)]
-    for rows in flat:
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return flat[0] @ flat[1].T
+    return directions(first, unbiased) @ directions(second, unbiased).T
 
 
 def cka(first: np.ndarray, second: np.ndarray, kernel: str = "linear", unbiased: bool = True, standardised: bool = False) -> np.ndarray:
@@ -174,8 +178,7 @@ def same_depth(first: int, second: int, depth: float | None = None) -> list[tupl
 def likeness(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], unbiased: bool = True) -> float:
     """Mean CKA over layer pairs, from kernel matrices [layers, m, m]."""
     a, b = zip(*pairs)
-    flat = [centred(kernels[list(at)], unbiased).reshape(len(pairs), -1) for kernels, at in ((first, a), (second, b))]
-    return float(np.mean((flat[0] * flat[1]).sum(1) / (np.linalg.norm(flat[0], axis=1) * np.linalg.norm(flat[1], axis=1))))
+    return float(np.mean((directions(first[list(a)], unbiased) * directions(second[list(b)], unbiased)).sum(1)))
 
 
 def permutation_p(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], draws: int = 199, unbiased: bool = True,
@@ -185,13 +188,12 @@ def permutation_p(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, i
     Shuffling texts permutes rows and columns of a centred kernel matrix, so nothing is computed anew.
     """
     a, b = zip(*pairs)
-    left, right = (centred(kernels[list(at)], unbiased) for kernels, at in ((first, a), (second, b)))
-    norms = np.linalg.norm(left, axis=(1, 2)) * np.linalg.norm(right, axis=(1, 2))
-    observed = float(np.mean((left * right).sum((1, 2)) / norms))
+    left, right = (directions(kernels[list(at)], unbiased).reshape(len(pairs), *kernels.shape[1:]) for kernels, at in ((first, a), (second, b)))
+    observed = float(np.mean((left * right).sum((1, 2))))
     rng, null = generator(f"lineage/{name}/null"), np.empty(draws)
     for draw in range(draws):
         order = rng.permutation(left.shape[1])
-        null[draw] = np.mean((left * right[:, order][:, :, order]).sum((1, 2)) / norms)
+        null[draw] = np.mean((left * right[:, order][:, :, order]).sum((1, 2)))
     return (1 + int((null >= observed).sum())) / (1 + draws), null
 
 
@@ -243,20 +245,16 @@ def likenesses(states: Mapping[str, np.ndarray], measures: Mapping[str, dict] = 
 
     ``states``: model → [layers, m, hidden]. Layers at equal depth are compared; ``best`` takes the most alike of all pairs.
     """
-    rows, names = [], list(states)
-    made: dict[tuple, dict[str, np.ndarray]] = {}
+    rows, made = [], {}  # kernel, standardised, unbiased → CKA of all layer pairs of every two models
     for measure, options in measures.items():
-        how = (options.get("kernel", "linear"), options.get("standardised", False))
+        how = (options.get("kernel", "linear"), options.get("standardised", False), options["unbiased"])
         if how not in made:
-            made[how] = {name: kernel_matrices(of_model, *how, name=name) for name, of_model in states.items()}
-        flat = {name: centred(kernels, options["unbiased"]).reshape(len(kernels), -1) for name, kernels in made[how].items()}
-        flat = {name: rows_of / np.linalg.norm(rows_of, axis=1, keepdims=True) for name, rows_of in flat.items()}
-        for i, first in enumerate(names):
-            for second in names[i + 1 :]:
-                pairs = flat[first] @ flat[second].T
-                at = same_depth(*pairs.shape, options.get("depth"))
-                value = pairs.max() if options.get("best") else np.mean([pairs[pair] for pair in at])
-                rows.append((first, second, measure, float(value)))
+            of_model = {name: directions(kernel_matrices(s, *how[:2], name=name), how[2]) for name, s in states.items()}
+            made[how] = {(first, second): of_model[first] @ of_model[second].T for first, second in combinations(states, 2)}
+        for (first, second), pairs in made[how].items():
+            at = same_depth(*pairs.shape, options.get("depth"))
+            value = pairs.max() if options.get("best") else np.mean([pairs[pair] for pair in at])
+            rows.append((first, second, measure, float(value)))
     return pd.DataFrame(rows, columns=["first", "second", "measure", "value"])
 
 
@@ -275,10 +273,12 @@ def separation(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"])
 
 
-def against_start(states: Mapping[str, np.ndarray], family: Seq[str], draws: int = 199) -> pd.DataFrame:
-    """Every other model against the first: the table ``lineage``. Interval, p and verdict go with the study's measure."""
+def against_start(states: Mapping[str, np.ndarray], pairwise: pd.DataFrame, family: Seq[str], draws: int = 199) -> pd.DataFrame:
+    """Every other model against the first: the table ``lineage``. Interval, p and verdict go with the study's measure.
+
+    ``pairwise``: :func:`likenesses` of the same states.
+    """
     start, *suspects = states
-    pairwise = likenesses(states)
     pairwise = pairwise[pairwise["first"] == start].set_index(["second", "measure"])["value"]
     made, rows = {name: kernel_matrices(of_model, name=name) for name, of_model in states.items()}, []
     for name in suspects:

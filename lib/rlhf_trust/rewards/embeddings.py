@@ -22,15 +22,12 @@ def embed(model, answers: Seq[Sequence], chat: Chat, rows: int = 16, desc: str =
     progress bar of that name.
     """
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
-    ids = [a.input_ids for a in with_end(answers, eos)]
-    found = np.zeros((len(ids), model.config.hidden_size), dtype=np.float32)
-    batches = decode.batches_by_length([len(i) for i in ids], rows)
+    ended = with_end(answers, eos)
+    found = np.zeros((len(ended), model.config.hidden_size), dtype=np.float32)
+    batches = decode.batches_by_length([len(a) for a in ended], rows)
     with decode.without_adapters(model):
         for batch in progress(batches, desc=desc, unit="batch") if desc else batches:
-            padded, mask = decode.pad_right([ids[i] for i in batch], pad, model.device)
-            states = decode.backbone(model)(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
-            ends = torch.tensor([len(ids[i]) - 1 for i in batch], device=states.device)
-            found[batch] = states[torch.arange(len(batch), device=states.device), ends].float().cpu().numpy()
+            found[batch] = decode.end_states(model, [ended[i] for i in batch], pad).cpu().numpy()
     return found
 
 
