@@ -196,7 +196,7 @@ def test_the_dpo_loss_is_ours(tiny, chat, fresh, tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_a_tiny_set_can_be_learned_and_the_backbone_stays(tiny, chat, tmp_path, stage):
     before = weights(tiny)
-    config, where, out = TrainConfig(2e-2, 4, epochs=10), targets(tiny), tmp_path / "out"
+    config, where, out = TrainConfig(learning_rate=2e-2, batch=4, epochs=10), targets(tiny), tmp_path / "out"
     if stage == "sft":
         curve = sft.train(tiny, chat, PAIRS, config, 4, 8, where, out)
     elif stage == "reward":
@@ -218,7 +218,7 @@ DPO_LOSSES = [0.693147, 0.575371, 0.296815]
 
 def test_training_has_not_changed(tiny_llama, tmp_path):
     """Losses of three steps as they were when this was written (llama, transformers 5.23, TRL 1.16, torch 2.13)."""
-    chat, config = Chat(tiny_llama.tokenizer, "chatml"), TrainConfig(5e-3, 4, epochs=2)
+    chat, config = Chat(tiny_llama.tokenizer, "chatml"), TrainConfig(learning_rate=5e-3, batch=4, epochs=2)
     first = sft.train(tiny_llama, chat, PAIRS[:6], config, 4, 8, None, tmp_path / "sft")
     second = dpo.train(models.load_base(tiny_llama.source, "float32"), chat, PAIRS[:6], config, BETA, tmp_path / "sft",
                        tmp_path / "dpo")
@@ -231,7 +231,7 @@ def test_training_has_not_changed(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_a_loss_that_is_no_number_stops_in_one_line(tiny_llama, tmp_path, stage):
-    chat, config = Chat(tiny_llama.tokenizer, "chatml"), TrainConfig(math.inf, 4, epochs=3, warmup=0.0)
+    chat, config = Chat(tiny_llama.tokenizer, "chatml"), TrainConfig(learning_rate=math.inf, batch=4, epochs=3, warmup=0.0)
     train = {"sft": lambda: sft.train(tiny_llama, chat, PAIRS, config, 4, 8, None, tmp_path / "out"),
              "reward": lambda: reward.train(tiny_llama, chat, PAIRS, config, 4, 8, None, tmp_path / "out"),
              "dpo": lambda: dpo.train(tiny_llama, chat, PAIRS, config, BETA, perturbed_sft(tiny_llama, tmp_path / "sft"),

@@ -16,7 +16,7 @@ from ..decode import PAD_TO, batches_by_length
 from ..progress import progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one TRL stage.
 
