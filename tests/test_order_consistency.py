@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from test_ppo import write_adapters
 
 from rlhf_trust import StudyError, models
+from rlhf_trust.artifacts import Kept
 from rlhf_trust.chat import Sequence
 from rlhf_trust.rewards import embeddings, order_consistency as oc
 
@@ -105,11 +106,15 @@ def test_accuracy_and_correlation_by_prompt():
     assert oc.rank_correlation(np.ones((1, 3)), np.array([[1.0, 2, 3]])) == [0.0] and np.isnan(oc.rank_correlation(np.ones((1, 3)), np.ones((1, 3))))
 
 
-def test_the_sweep_is_paired_seeded_and_put_into_words():
+def test_the_sweep_is_paired_seeded_kept_and_put_into_words(tmp_path, monkeypatch):
     bench = linear_bench(prompts=20)
     settings = (["bradley_terry", "classifier"], ["same", "cross"], [0.5, np.inf], [200], [0, 1, 2], [2, 8], QUICK)
     found = oc.sweep(bench, *settings)
-    pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings))
+    kept = Kept(tmp_path / f"sweep.{bench.fingerprint}.jsonl")
+    pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=kept))
+    monkeypatch.setattr(oc, "LEARNERS", {})  # interrupted and started again, it learns nothing anew
+    pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=Kept(kept.path)))
+    assert linear_bench(prompts=21).fingerprint != bench.fingerprint == linear_bench(prompts=20).fingerprint
     assert len(found) == 2 * 2 * 2 * 3 and found.groupby(["pairs", "beta", "seed"])["label_accuracy"].nunique().eq(1).all()
     assert found[found["beta"] == np.inf]["spearman"].mean() > found[found["beta"] == 0.5]["spearman"].mean()
     differences = oc.against_bradley_terry(found, "gain_8")

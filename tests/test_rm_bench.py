@@ -70,8 +70,12 @@ def test_scores_of_the_studys_models(tiny, chat, tmp_path):
     sft, reward = write_adapters(tiny, tmp_path)
     model = models.load_adapters(tiny, {"sft": sft, "reward": reward})
     head, items = models.load_reward_head(reward), some_items(1)
-    rewards = rm_bench.reward_scores(model, "reward", head, items, chat, rows=4)
-    implicit = rm_bench.implicit_scores(model, "reward", "sft", items, chat, rows=4)
+    kept = decode.Generations(tmp_path / "kept", chat)
+    rewards = rm_bench.reward_scores(model, "reward", head, items, kept, "reward of today")
+    implicit = rm_bench.implicit_scores(model, "reward", "sft", items, kept, {"reward": "of today", "sft": "too"})
+    # What is kept is not computed again: no model is needed.
+    assert (rm_bench.reward_scores(None, "reward", None, items, kept, "reward of today") == rewards).all()
+    assert (rm_bench.implicit_scores(None, "reward", "sft", items, kept, {"reward": "of today", "sft": "too"}) == implicit).all()
     for item, of_rewards, of_implicit in zip(items, rewards, implicit):
         for side, answers in enumerate((item.chosen, item.rejected)):
             for style, answer in enumerate(answers):

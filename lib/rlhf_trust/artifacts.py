@@ -100,6 +100,44 @@ def content_key(*parts: object, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
+class Kept:
+    """Results of a long computation, one line each in a JSONL file: an interrupted run goes on where it stopped.
+
+    The file's name says what all its results have in common (weights, settings), a row's ``key`` what it is about. With
+    ``RLHF_TRUST_CACHE=off`` nothing kept is read.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if os.environ.get("RLHF_TRUST_CACHE") == "off":
+            self.path.unlink(missing_ok=True)
+        self._rows = {row["key"]: row for row in _complete_lines(self.path)}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: str) -> dict:
+        return self._rows[key]
+
+    def add(self, key: str, **row: object) -> None:
+        """Keep what was found for ``key``; written before it returns."""
+        self._rows[key] = {"key": key, **row}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(self._rows[key], ensure_ascii=False) + "\n")
+
+
+def _complete_lines(path: Path) -> list[dict]:
+    """Rows of a JSONL file; a last line cut off by an interruption is removed from the file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()  # the cut may go through a character
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
     """Write a file or folder aside, and move it into place when the block ends without an error.

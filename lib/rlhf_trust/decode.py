@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import os
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 from transformers import DynamicCache
 
 from . import StudyError
-from .artifacts import content_key
+from .artifacts import Kept, content_key
 from .chat import Chat, Sequence
 from .progress import progress
 
@@ -300,6 +298,10 @@ def option_mask(model, segments: torch.Tensor, positions: torch.Tensor, shared: 
     return {"full_attention": additive(visible), "sliding_attention": additive(visible & near)}
 
 
+Each = Callable[[int, float], None]
+Measure = Callable[[Seq[Sequence], Each], object]
+
+
 def batches_by_length(lengths: Seq[int], rows: int) -> list[list[int]]:
     """Indices in batches of at most ``rows``, longest first, neighbours of like length together (little padding)."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -326,64 +328,48 @@ class Generations:
         """Answers as text, ``[prompt][sample]``, in the order of ``prompts``. ``name`` is for the file and the bar."""
         if len({p.id for p in prompts}) < len(prompts):
             raise StudyError(f"{name}: two items have the same id")
-        key = content_key(fingerprint, self.chat.name, asdict(decoding))
-        path, rows = self._kept(f"{name}.{key}.jsonl")
-        kept = {key: row["answers"] for key, row in rows.items()}
-        prompt_keys = {p.id: content_key(p.id, p.turns, p.system) for p in prompts}
-        missing = [p for p in prompts if prompt_keys[p.id] not in kept]
+        kept = self._kept(name, fingerprint, self.chat.name, asdict(decoding))
+        keys = [content_key(p.id, p.turns, p.system) for p in prompts]
+        missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
-            ids = [self.chat.prompt_ids(p.turns, p.system) for p in missing]
+            ids = {index: self.chat.prompt_ids(prompts[index].turns, prompts[index].system) for index in missing}
             tokenizer = self.chat.tokenizer
-            with path.open("a", encoding="utf-8") as handle, progress(total=len(missing), desc=name, unit="item") as bar:
-                for batch in batches_by_length([len(i) for i in ids], max(1, self.rows // decoding.samples)):
-                    drawn = sample_batch(model, [ids[i] for i in batch], [missing[i].id for i in batch], decoding,
+            with progress(total=len(missing), desc=name, unit="item") as bar:
+                for places in batches_by_length([len(ids[index]) for index in missing], max(1, self.rows // decoding.samples)):
+                    batch = [missing[place] for place in places]
+                    drawn = sample_batch(model, [ids[index] for index in batch], [prompts[index].id for index in batch], decoding,
                                          tokenizer.eos_token_id, tokenizer.pad_token_id)
                     for index, answers in zip(batch, drawn):
-                        prompt = missing[index]
-                        texts = [self.chat.decode(answer) for answer in answers]
-                        kept[prompt_keys[prompt.id]] = texts
-                        row = {"key": prompt_keys[prompt.id], "id": prompt.id, "answers": texts}
-                        handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    handle.flush()
+                        kept.add(keys[index], id=prompts[index].id, answers=[self.chat.decode(answer) for answer in answers])
                     bar.update(len(batch))
-        return [kept[prompt_keys[p.id]] for p in prompts]
+        return [kept[key]["answers"] for key in keys]
 
     def option_logps(self, model, fingerprint: str, name: str, choices: Seq[Choice]) -> list[np.ndarray]:
         """Summed log-probabilities of options, one array [options] a choice (:func:`option_logps`), in order."""
-        path, kept = self._kept(f"{name}.{content_key(fingerprint, 'options', 'logits in float32')}.jsonl")
+        kept = self._kept(name, fingerprint, "options", "logits in float32")
         keys = [content_key(choice.context, choice.options) for choice in choices]
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
-            with path.open("a", encoding="utf-8") as handle, progress(total=len(missing), desc=name, unit="item") as bar:
+            with progress(total=len(missing), desc=name, unit="item") as bar:
                 def keep(place: int, values: np.ndarray) -> None:
-                    index = missing[place]
-                    row = {"key": keys[index], "id": choices[index].id, "logps": values.tolist()}
-                    kept[keys[index]] = row
-                    handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    handle.flush()
+                    kept.add(keys[missing[place]], id=choices[missing[place]].id, logps=values.tolist())
                     bar.update()
 
                 option_logps(model, [choices[i] for i in missing], self.chat.tokenizer.pad_token_id, each=keep)
         return [np.array(kept[key]["logps"]) for key in keys]
 
-    def _kept(self, name: str) -> tuple[Path, dict[str, dict]]:
-        """The file of that name and what it holds so far, by key."""
-        path = self.directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if os.environ.get("RLHF_TRUST_CACHE") == "off":
-            path.unlink(missing_ok=True)
-        return path, {row["key"]: row for row in _read_complete_lines(path)}
+    def numbers(self, fingerprint: str, name: str, sequences: Seq[Sequence], measure: Measure) -> np.ndarray:
+        """One number a sequence, [n], in order. ``measure(sequences, each)`` computes those that are not kept and calls
+        ``each(place, value)`` as soon as it has one (:func:`answer_logps`, :func:`rewards`)."""
+        kept = self._kept(name, fingerprint, "numbers")
+        keys = [content_key(s.input_ids, s.answer_start) for s in sequences]
+        missing = [index for index, key in enumerate(keys) if key not in kept]
+        if missing:
+            measure([sequences[index] for index in missing], lambda place, value: kept.add(keys[missing[place]], value=float(value)))
+        return np.array([kept[key]["value"] for key in keys])
 
-
-def _read_complete_lines(path: Path) -> Iterable[dict]:
-    """Rows of a JSONL file; a last line cut off by an interruption is removed from the file."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()  # the cut may go through a character
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    def _kept(self, name: str, *common: object) -> Kept:
+        return Kept(self.directory / f"{name}.{content_key(*common)}.jsonl")
 
 
 def token_logps(model, sequences: Seq[Sequence], pad: int, hidden: bool = False):
@@ -433,23 +419,30 @@ def output_head(model):
 
 
 @torch.no_grad()
-def answer_logps(model, sequences: Seq[Sequence], pad: int, rows: int = 16, desc: str = "log-likelihoods"):
-    """Summed answer log-probabilities and answer lengths of many sequences, in the given order: two arrays [n]."""
+def answer_logps(model, sequences: Seq[Sequence], pad: int, rows: int = 16, desc: str = "log-likelihoods", each: Each | None = None):
+    """Summed answer log-probabilities and answer lengths of many sequences, in the given order: two arrays [n]. ``each(index,
+    sum)`` is called as soon as a sequence has one."""
     sums, counts = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=int)
     batches = batches_by_length([len(s) for s in sequences], rows)
     for batch in progress(batches, desc=desc, unit="batch"):
         logps, mask = token_logps(model, [sequences[i] for i in batch], pad)
         sums[batch] = logps.double().sum(1).cpu().numpy()
         counts[batch] = mask.sum(1).long().cpu().numpy()
+        for index in batch if each else ():
+            each(index, sums[index])
     return sums, counts
 
 
 @torch.no_grad()
-def rewards(model, head: torch.Tensor, sequences: Seq[Sequence], pad: int, rows: int = 16, desc: str = "rewards") -> np.ndarray:
-    """Scalar rewards [n] with the active (reward) adapter: head · hidden state of each sequence's last token."""
+def rewards(model, head: torch.Tensor, sequences: Seq[Sequence], pad: int, rows: int = 16, desc: str = "rewards",
+            each: Each | None = None) -> np.ndarray:
+    """Scalar rewards [n] with the active (reward) adapter: head · hidden state of each sequence's last token. ``each`` as for
+    :func:`answer_logps`."""
     values = np.zeros(len(sequences))
     for batch in progress(batches_by_length([len(s) for s in sequences], rows), desc=desc, unit="batch"):
         values[batch] = last_token_rewards(model, head, [sequences[i] for i in batch], pad).double().cpu().numpy()
+        for index in batch if each else ():
+            each(index, values[index])
     return values
 
 

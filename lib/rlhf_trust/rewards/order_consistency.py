@@ -12,6 +12,7 @@ people: it annotates pairs, rightly with probability σ(β|Δr|), and it judges 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from scipy.stats import norm
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from .. import StudyError
+from ..artifacts import Kept, content_key
 from ..progress import progress
 from ..stats import mean_interval, row_rank_correlations
 
@@ -238,29 +240,43 @@ class Bench:
     test: np.ndarray
     test_golden: np.ndarray
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all numbers in it."""
+        arrays = (self.train, self.train_golden, self.test, self.test_golden)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
+
 
 def sweep(bench: Bench, learners: Seq[str], choices: Seq[str], betas: Seq[float], amounts: Seq[int], seeds: Iterable[int],
-          best_of: Seq[int], network: Network | None = None, desc: str = "reward models") -> pd.DataFrame:
-    """Every learner on every combination, each with each seed: one row each.
+          best_of: Seq[int], network: Network | None = None, desc: str = "reward models", kept: Kept | None = None) -> pd.DataFrame:
+    """Every learner on every combination, each with each seed: one row each. ``kept`` holds what an interrupted sweep had.
 
     Columns learner, pairs, beta, amount, seed, label_accuracy, mean_gap (mean |Δr| of the annotated pairs), pair_accuracy,
     spearman, gain_<n> for every n of ``best_of`` (golden units): means over test prompts. Of a combination all learners see
     the same annotated pairs.
     """
     combinations = list(itertools.product(choices, betas, amounts, seeds))
-    rows = []
+    rows, network = [], network or Network()
     for how, beta, amount, seed in progress(combinations, desc=desc, unit="set of pairs"):
+        key = content_key(how, beta, amount, seed, learners, best_of, network)
+        if kept is not None and key in kept:
+            rows += kept[key]["rows"]
+            continue
+        of_pairs: list[dict] = []
         rng = np.random.default_rng([seed, CHOICES.index(how), amount])
         pairs, right = annotate(bench.train_golden, choose_pairs(bench.train_golden, how, amount, rng), beta, rng)
         won, lost = (bench.train[pairs[:, side, 0], pairs[:, side, 1]] for side in (0, 1))
         gaps = np.abs(np.diff(bench.train_golden[pairs[..., 0], pairs[..., 1]], axis=1))
         for learner in learners:
-            reward = LEARNERS[learner](won, lost, network or Network(), seed)
+            reward = LEARNERS[learner](won, lost, network, seed)
             learnt = reward(bench.test.reshape(-1, bench.test.shape[-1])).reshape(bench.test.shape[:2])
-            rows.append({"learner": learner, "pairs": how, "beta": beta, "amount": amount, "seed": seed, "label_accuracy": right,
-                         "mean_gap": float(gaps.mean()), "pair_accuracy": float(np.nanmean(pair_accuracy(learnt, bench.test_golden))),
-                         "spearman": float(np.nanmean(rank_correlation(learnt, bench.test_golden)))}
-                        | {f"gain_{n}": float(best_of_n(learnt, bench.test_golden, n).mean()) for n in best_of})
+            of_pairs.append({"learner": learner, "pairs": how, "beta": beta, "amount": amount, "seed": seed, "label_accuracy": right,
+                             "mean_gap": float(gaps.mean()), "pair_accuracy": float(np.nanmean(pair_accuracy(learnt, bench.test_golden))),
+                             "spearman": float(np.nanmean(rank_correlation(learnt, bench.test_golden)))}
+                            | {f"gain_{n}": float(best_of_n(learnt, bench.test_golden, n).mean()) for n in best_of})
+        rows += of_pairs
+        if kept is not None:
+            kept.add(key, rows=of_pairs)
     return pd.DataFrame(rows)
 
 

@@ -82,6 +82,10 @@ def _item(row, id: str, domain: str, path: Path, number: int) -> Item:
     return Item(id, domain, row["prompt"], *map(tuple, sides))
 
 
+ROWS = 8
+"""Answers read at once: they are long."""
+
+
 # --- scores --------------------------------------------------------------------------------------------------------
 
 
@@ -90,21 +94,32 @@ def answers_of(items: Seq[Item], chat: Chat) -> list[Sequence]:
     return [chat.sequence((item.prompt,), answer) for item in items for answer in item.answers]
 
 
-def reward_scores(model, adapter: str, head, items: Seq[Item], chat: Chat, rows: int = 8) -> np.ndarray:
-    """Scores [items, 2, 3] (right and wrong, styles) of a reward model: an adapter and its head."""
-    with only_adapter(model, adapter):
-        found = decode.rewards(model, head, answers_of(items, chat), chat.tokenizer.pad_token_id, rows)
-    return found.reshape(len(items), 2, 3)
+def reward_scores(model, adapter: str, head, items: Seq[Item], generations: decode.Generations, fingerprint: str) -> np.ndarray:
+    """Scores [items, 2, 3] (right and wrong, styles) of a reward model: an adapter and its head. ``fingerprint``: of both, under
+    which ``generations`` keeps them."""
+    chat = generations.chat
+
+    def measure(sequences, each):
+        with only_adapter(model, adapter):
+            decode.rewards(model, head, sequences, chat.tokenizer.pad_token_id, ROWS, f"RM-Bench, {adapter}", each)
+
+    return generations.numbers(fingerprint, f"rm-bench.{adapter}", answers_of(items, chat), measure).reshape(len(items), 2, 3)
 
 
-def implicit_scores(model, policy: str, reference: str, items: Seq[Item], chat: Chat, rows: int = 8) -> np.ndarray:
+def implicit_scores(model, policy: str, reference: str, items: Seq[Item], generations: decode.Generations,
+                    fingerprints: Mapping[str, str]) -> np.ndarray:
     """Scores [items, 2, 3] of a policy's implicit reward: Σ log π − log π_ref over an answer's tokens (DPO's β would not
     change an order)."""
-    sums = []
-    for adapter in (policy, reference):
-        with only_adapter(model, adapter):
-            sums.append(decode.answer_logps(model, answers_of(items, chat), chat.tokenizer.pad_token_id, rows, adapter)[0])
-    return (sums[0] - sums[1]).reshape(len(items), 2, 3)
+    chat = generations.chat
+
+    def of(adapter: str) -> np.ndarray:
+        def measure(sequences, each):
+            with only_adapter(model, adapter):
+                decode.answer_logps(model, sequences, chat.tokenizer.pad_token_id, ROWS, f"RM-Bench, {adapter}", each)
+
+        return generations.numbers(fingerprints[adapter], f"rm-bench.{adapter}", answers_of(items, chat), measure)
+
+    return (of(policy) - of(reference)).reshape(len(items), 2, 3)
 
 
 def classifier_scores(source: str, items: Seq[Item], max_length: int = 2048, rows: int = 8) -> np.ndarray:
