@@ -18,6 +18,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 DECODING_TRUST = "https://raw.githubusercontent.com/AI-secure/DecodingTrust/161ae8321ced62f45fcd9ceb412e05b47c603cd4/data"
 RM_BENCH = "https://raw.githubusercontent.com/THU-KEG/RM-Bench/main/data"
+TRUST_SCORE = "https://huggingface.co/datasets/declare-lab/Trust-Data/resolve/main/Trust-Score"
 BBQ = "https://raw.githubusercontent.com/nyu-mll/BBQ/main/data"
 
 HUB_FILES = {
@@ -35,6 +36,8 @@ HUB_FILES = {
     **{f"rm-bench/{name}_filtered.json": f"{RM_BENCH}/{name}_filtered.json"
        for name in ("chat", "math", "code", "safety-refuse", "safety-response")},
     "reef/truthfulqa.csv": "https://raw.githubusercontent.com/tmylla/REEF/7498ff2012eb5f53f337f23f51599ac88f468f77/src/datasets/truthfulqa.csv",
+    **{f"trust-score/{name}_eval_top100_calibrated.json": f"{TRUST_SCORE}/{name}_eval_top100_calibrated.json"
+       for name in ("asqa", "qampari", "eli5", "expertqa")},
     "bbq/Age.jsonl": f"{BBQ}/Age.jsonl",
     "bbq/Disability_status.jsonl": f"{BBQ}/Disability_status.jsonl",
     "bbq/Physical_appearance.jsonl": f"{BBQ}/Physical_appearance.jsonl",
