@@ -86,11 +86,12 @@ parity: .parity/.installed ## hold DataInf against dattri, MC1 and MC2 against l
 	.parity/bin/python tests/parity/dattri_datainf.py
 	.parity/bin/python tests/parity/truthfulqa.py --data "$(or $(DATA),shipped)"
 
-bench: $(INSTALLED) .trl-ppo/.installed parity ## sampling, training, PPO and attribution as ratios against the plain way or TRL's
+bench: $(INSTALLED) .trl-ppo/.installed parity ## sampling, training, PPO, attribution and lineage as ratios against the plain way or TRL's
 	$(BIN)/python tests/benchmarks/throughput.py
 	$(BIN)/python tests/benchmarks/ppo.py --preferences "$(if $(DATA),path:$(DATA),shipped)"
 	$(BIN)/python tests/benchmarks/gradients.py
 	$(BIN)/python tests/benchmarks/scoring.py
+	$(BIN)/python tests/benchmarks/lineage.py
 
 # Environments of their own that see .venv's packages and add to them.
 .parity/.installed: ADDED := --constraint lib/constraints.txt --requirement tests/parity/requirements.txt
@@ -127,7 +128,8 @@ $(N)/20-attribution.ipynb: $(N)/02-reward.ipynb $(VERTICALS)
 # These train models of their own; of the verticals they only read the toxic continuations.
 $(N)/21-attribution-validation.ipynb $(N)/22-pruning.ipynb: $(N)/10-toxicity.ipynb
 $(N)/30-reward-models.ipynb: $(N)/02-reward.ipynb $(TRAINED)
-$(N)/50-lineage.ipynb: $(TRAINED)
+$(N)/40-rag-trust.ipynb: $(TRAINED)
+$(N)/50-lineage.ipynb: $(TRAINED) $(N)/40-rag-trust.ipynb
 $(N)/90-report.ipynb: $(CHAPTERS:%=$(N)/%.ipynb)
 ifndef SEED
 $(N)/90-report.ipynb: $(wildcard $(BUILD)-seed*/tables/trust_change.csv)

@@ -18,7 +18,7 @@ from pathlib import Path
 from rlhf_trust import ROOT
 
 # Notebooks with the same letter do not need each other and run side by side, as under make.
-WAVES = {"01": "a", "02": "a", "03": "b", "04": "b", "05": "b", "1": "c", "2": "d", "3": "d", "5": "d", "90": "e"}
+WAVES = {"01": "a", "02": "a", "03": "b", "04": "b", "05": "b", "1": "c", "2": "d", "3": "d", "4": "d", "5": "e", "90": "f"}
 
 
 def wave(notebook: Path) -> str:

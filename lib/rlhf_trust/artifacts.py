@@ -38,6 +38,8 @@ TABLES = {
                             "ci_high", "p_null", "n"],
     "reward_models": ["golden", "learner", "pairs", "beta", "amount", "seed", "metric", "value"],
     "rm_bench": ["model", "domain", "level", "value", "ci_low", "ci_high", "n"],
+    "grounding": ["model", "judge", "metric", "value", "ci_low", "ci_high", "n", "seed"],
+    "grounding_change": ["model", "baseline", "judge", "metric", "change", "ci_low", "ci_high", "p", "p_holm", "min_detectable", "n", "seed"],
     "lineage": ["suspect", "derived", "measure", "value", "ci_low", "ci_high", "p", "verdict", "n"],
     "lineage_separation": ["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"],
     "validation": ["test", "target", "solver", "value", "ci_low", "ci_high", "p", "n"],
@@ -48,8 +50,8 @@ TABLES = {
 """The tables of the study and their columns. ``checks`` says, per training stage, whether it did what it is for;
 ``distance`` how strange each kind of text is to each model; ``validation`` whether influence scores foretell what
 retraining does; ``pruning`` what leaving out the pairs called harmful changed; ``reward_models`` how well rewards learnt on
-embeddings order answers; ``rm_bench`` RM-Bench; ``lineage`` how like
-the start model each model is, ``lineage_separation`` how well each measure of likeness tells kin from strangers."""
+embeddings order answers; ``rm_bench`` RM-Bench; ``grounding`` Trust-Score and its parts, by one judge of entailment,
+``grounding_change`` what training did to them; ``lineage`` how like the start model each model is, ``lineage_separation`` how well each measure of likeness tells kin from strangers."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,11 @@ def merge_tables(build: Build, table: str, required: bool = True) -> pd.DataFram
     return merged
 
 
-def read_table(build: Build, table: str) -> pd.DataFrame:
+def read_table(build: Build, table: str, required: bool = True) -> pd.DataFrame:
+    """A merged table; one that is not ``required`` may be missing, and is then empty."""
     path = build.table(table)
+    if not path.exists() and not required:
+        return pd.DataFrame(columns=TABLES[table])
     if not path.exists():
         raise StudyError(f"{path}: not there yet; run `make report PROFILE={build.profile}`")
     return pd.read_csv(path)

