@@ -168,8 +168,9 @@ def main(given) -> None:
                 print(f"{MODEL}, {given.preferences}, {given.dtype}, {torch.get_num_threads()} threads: {given.steps * given.answers} samples in "
                       f"batches of {given.answers}, {TOKENS} tokens, {EPOCHS} epochs; standard deviation of SFT's reward {start.std():.3f}", flush=True)
             model.unload()
-            sides = {side: launch(python, side, folder, given, seed, float(start.std()))
-                     for side, python in (("trl", ROOT / ".trl-ppo" / "bin" / "python"), ("ours", Path(sys.executable)))}
+            pythons = {"trl": ROOT / ".trl-ppo" / "bin" / "python", "ours": Path(sys.executable)}
+            sides = {side: launch(python, side, folder, given, seed, float(start.std())) for side, python in pythons.items()
+                     if side == "ours" or not given.alone}
             model = models.load_adapters(base, judged | {"policy": folder / f"ppo{seed}"})
             judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
             for side in sides.values():
@@ -181,6 +182,9 @@ def main(given) -> None:
             print(f"seed {seed}: " + "; ".join(
                 f"{name} {given.steps * given.answers / side['seconds']:.2f} samples/s, peak {side['peak_mb']:.0f} MB, reward {side['gain']:+.3f}"
                 for name, side in sides.items()) + f" at {kl:.2f} nats from SFT", flush=True)
+    if given.alone:
+        print(f"held-out reward against SFT, t interval over {len(found)} seeds: {over_seeds([s['ours']['gain'] for s in found])}")
+        return
     speed = statistics.median(s["trl"]["seconds"] / s["ours"]["seconds"] for s in found)
     memory = statistics.median(s["ours"]["peak_mb"] / s["trl"]["peak_mb"] for s in found)
     print(f"median over seeds: {speed:.1f} times the samples a second, {memory:.2f} of the peak memory")
@@ -195,6 +199,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--preferences", default="shipped", help="shipped or path:<directory>")
+    parser.add_argument("--alone", action="store_true", help="without TRL: what ours learns, over seeds")
     parser.add_argument("--side", choices=("ours", "trl"), help="run one side in this process (used by the bench itself)")
     parser.add_argument("--folder")
     parser.add_argument("--seed", type=int, default=0)
