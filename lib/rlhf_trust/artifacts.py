@@ -51,7 +51,8 @@ TABLES = {
 ``distance`` how strange each kind of text is to each model; ``validation`` whether influence scores foretell what
 retraining does; ``pruning`` what leaving out the pairs called harmful changed; ``reward_models`` how well rewards learnt on
 embeddings order answers; ``rm_bench`` RM-Bench; ``grounding`` Trust-Score and its parts, by one judge of entailment,
-``grounding_change`` what training did to them; ``lineage`` how like the start model each model is, ``lineage_separation`` how well each measure of likeness tells kin from strangers."""
+``grounding_change`` what training did to them; ``lineage`` how like the start model each model is, ``lineage_separation`` how
+well each measure of likeness tells kin from strangers."""
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,9 @@ def merge_tables(build: Build, table: str, required: bool = True) -> pd.DataFram
 def read_table(build: Build, table: str, required: bool = True) -> pd.DataFrame:
     """A merged table; one that is not ``required`` may be missing, and is then empty."""
     path = build.table(table)
-    if not path.exists() and not required:
-        return pd.DataFrame(columns=TABLES[table])
     if not path.exists():
+        if not required:
+            return pd.DataFrame(columns=TABLES[table])
         raise StudyError(f"{path}: not there yet; run `make report PROFILE={build.profile}`")
     return pd.read_csv(path)
 

@@ -8,10 +8,10 @@ ratio, its median over rounds.
 from __future__ import annotations
 
 import statistics
-import time
 import tracemalloc
 
 import numpy as np
+from measure import timed
 
 from rlhf_trust.lineage import cka
 
@@ -34,19 +34,13 @@ def pair_at_a_time(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.array([[one_pair(a, b) for b in second] for a in first])
 
 
-def timed(work, *given) -> tuple[float, np.ndarray]:
-    start = time.perf_counter()
-    found = work(*given)
-    return time.perf_counter() - start, found
-
-
 def main() -> None:
     first, second = np.random.default_rng(0).standard_normal((2, LAYERS, TEXTS, HIDDEN))
-    ratios = []
+    ratios, found = [], {}
     for _ in range(ROUNDS):
-        slow, theirs = timed(pair_at_a_time, first, second)
-        fast, ours = timed(lambda a, b: cka(a, b, unbiased=False), first, second)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+        slow = timed(lambda: found.update(theirs=pair_at_a_time(first, second)))
+        fast = timed(lambda: found.update(ours=cka(first, second, unbiased=False)))
+        np.testing.assert_allclose(found["ours"], found["theirs"], rtol=1e-9)
         ratios.append(slow / fast)
     print(f"CKA of {LAYERS} x {LAYERS} layer pairs on {TEXTS} texts: {slow:.1f} s a pair at a time, {fast:.2f} s together; "
           f"ratio {statistics.median(ratios):.0f} (median of {ROUNDS})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from pathlib import Path
 
 
@@ -12,3 +13,10 @@ def peak_mb() -> float:
     if status.exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
+
+
+def timed(work) -> float:
+    """Seconds that ``work()`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -11,13 +11,12 @@ Cost by n is measured in a process of its own each, on gradients that are made a
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
+from measure import peak_mb, timed
 
 from rlhf_trust.attribution.solvers import SOLVERS, datainf
 from rlhf_trust.attribution.store import InMemory
@@ -25,17 +24,6 @@ from rlhf_trust.attribution.store import InMemory
 WIDTHS = {f"{layer:02d}.{name}": width for layer in range(30)
           for name, width in {"q.A": 8 * 576, "q.B": 576 * 8, "v.A": 8 * 576, "v.B": 192 * 8}.items()}
 N, ITEMS, ROUNDS, BLOCK, SIZES = 1000, 5 * 8, 3, 250, (250, 1000, 4000)
-
-
-def timed(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def peak_mb() -> float:
-    """Most resident memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def random_gradients(n: int) -> dict[str, torch.Tensor]:

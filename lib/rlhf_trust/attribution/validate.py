@@ -32,7 +32,7 @@ from .. import StudyError
 from ..artifacts import content_key, write_text
 from ..data.preferences import PreferencePair
 from ..progress import progress
-from ..stats import DRAWS, TAILS, Change, Interval, generator, holm, mean_interval, paired_change
+from ..stats import DETECTED, DRAWS, TAILS, Change, Interval, generator, holm, mean_interval, paired_change
 from .gradients import Example, Loss, tokens_content
 from .retrain import Recipe, fit, losses, restore, snapshot
 
@@ -268,8 +268,7 @@ def _lds_change(a: np.ndarray, b: np.ndarray, drawn_a: np.ndarray, drawn_b: np.n
     difference, resampled = (a - b)[~np.isnan(a)], (drawn_a - drawn_b)[~np.isnan(drawn_a)]
     low, high = np.quantile(resampled, TAILS)
     p = 2 * (1 + min((resampled <= 0).sum(), (resampled >= 0).sum())) / (1 + len(resampled))
-    power = scipy_stats.norm.ppf(TAILS[1]) + scipy_stats.norm.ppf(0.8)
-    return Change(float(difference.mean()), float(low), float(high), float(min(1.0, p)), float(power * resampled.std()),
+    return Change(float(difference.mean()), float(low), float(high), float(min(1.0, p)), float(DETECTED * resampled.std()),
                   len(difference))
 
 

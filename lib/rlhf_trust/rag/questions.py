@@ -14,12 +14,11 @@ from pathlib import Path
 from .. import StudyError
 from ..data.files import locate, read_json, read_jsonl
 from ..decode import Prompt
-from .trust_score import DOCUMENTS, REFUSAL, Claim, Document, Question, citations, items, sentences, without_citations
+from .trust_score import DOCUMENTS, KINDS, REFUSAL, Claim, Document, Question, citations, items, sentences, without_citations
 
-SETS = {"short": "short", "list": "list", "long": "long"}
-"""The shipped files, ``trust-score/<name>.json``, and how their claims are matched."""
 OFFICIAL = {"asqa": "short", "qampari": "list", "eli5": "long", "expertqa": "long"}
-"""The authors' files, ``trust-score/<name>_eval_top100_calibrated.json``."""
+"""The authors' files, ``trust-score/<name>_eval_top100_calibrated.json``, and how their claims are matched; a shipped file,
+``trust-score/<kind>.json``, is named after that."""
 
 ASKED = {
     "short": "Answer in one or two sentences. End every sentence with the numbers of the documents that support it, like [1] or [2][3].",
@@ -36,14 +35,13 @@ def load_questions(source: str) -> list[Question]:
     Of the authors' sets those are read that a directory has; at least one must be there. A bad row is an error.
     """
     if source == "shipped":
-        found = {name: locate(source, f"trust-score/{name}.json") for name in SETS}
+        found = {name: locate(source, f"trust-score/{name}.json") for name in KINDS}
     else:
         found = {name: locate(source, f"trust-score/{name}_eval_top100_calibrated.json", required=source.startswith("hub:"))
                  for name in OFFICIAL}
         if not any(found.values()):
             raise StudyError(f"data source {source}: none of trust-score/{{{','.join(OFFICIAL)}}}_eval_top100_calibrated.json is there")
-    kinds = SETS | OFFICIAL
-    return [question for name, path in found.items() if path for question in _read(path, name, kinds[name])]
+    return [question for name, path in found.items() if path for question in _read(path, name, OFFICIAL.get(name, name))]
 
 
 def _read(path: Path, name: str, kind: str) -> list[Question]:

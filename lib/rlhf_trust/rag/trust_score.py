@@ -25,10 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from rapidfuzz import fuzz
-from scipy.stats import norm
 
 from .. import StudyError
-from ..stats import DRAWS, TAILS, generator, holm
+from ..stats import DETECTED, DRAWS, TAILS, generator, holm
 
 KINDS = ("short", "list", "long")
 """How claims are matched: short answers with aliases (as ASQA), a list of names (QAMPARI), prose (ELI5, ExpertQA)."""
@@ -156,8 +155,9 @@ def items(response: str) -> list[str]:
 @dataclass(frozen=True)
 class Scores:
     """What one response earns. ``correct``: AC of the question (0 where it is unanswerable or refused); ``parametric``: share of
-    gold claims that the response holds and no document does (exact match over all gold less over what documents hold, both out of all); ``recall`` and ``precision`` of its citations; how many
-    ``sentences`` it has, and how many citations were judged (``cited``)."""
+    gold claims that the response holds and no document does (exact match over all gold less over what documents hold, both out
+    of all); ``recall`` and ``precision`` of its citations; how many ``sentences`` it has, and how many citations were judged
+    (``cited``)."""
 
     answered: bool
     answerable: bool
@@ -294,11 +294,11 @@ def trust_score_change(after: Seq[Scores], before: Seq[Scores], name: str = "", 
     both, once = [*after, *before], np.ones((1, n))
     change, resampled = (_differences(_metrics(after, w), _metrics(before, w)) for w in (once, weights))
     null = _differences(_metrics(both, np.hstack([1 - exchanged, exchanged])), _metrics(both, np.hstack([exchanged, 1 - exchanged])))
-    power, rows = norm.ppf(TAILS[1]) + norm.ppf(0.8), []
+    rows = []
     for metric in METRICS:
         value = float(change[metric][0])
         p = (1 + int((np.abs(null[metric]) >= abs(value) - 1e-12).sum())) / (1 + draws)
-        smallest = float(power * resampled[metric].std()) or float("nan")
+        smallest = float(DETECTED * resampled[metric].std()) or float("nan")
         rows.append((metric, value, *np.quantile(resampled[metric], TAILS), p, smallest, n))
     return pd.DataFrame(rows, columns=["metric", "change", "ci_low", "ci_high", "p", "min_detectable", "n"])
 
