@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import trl.trainer.utils
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -108,6 +109,31 @@ def test_sft_learns_answer_tokens_only(tiny, chat):
         assert labels == [-100] * sequence.answer_start + list(sequence.answer_ids) + [-100] * padding
         assert attention == [1] * len(sequence) + [0] * padding
         assert labels[len(sequence) - 1] == chat.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_trl_runs_the_output_head_at_answers_only(tiny, chat, tmp_path, monkeypatch, stage):
+    """On a CPU TRL would run it at every position; the first loss is the same and there is less to compute."""
+    kernel, rows = trl.trainer.utils._ChunkedLogProbFunction, []
+
+    class Spy:
+        @staticmethod
+        def apply(states, *args):
+            rows.append(len(states))
+            return kernel.apply(states, *args)
+
+    config = TrainConfig(learning_rate=1e-3, batch=4, warmup=0.0)
+    make = {"sft": lambda: sft_trainer(tiny, chat, PAIRS, config),
+            "dpo": lambda: dpo.make_trainer(tiny, chat, PAIRS, config, BETA, perturbed_sft(tiny, tmp_path / "sft"))}[stage]
+    trainer = make()
+    everywhere = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(
+        trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))))
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Spy)
+    curve = run(trainer, Curve(stage, ("loss",)))
+    answers = [chat.answer_ids(text) for p in PAIRS for text in ([p.chosen] if stage == "sft" else [p.chosen, p.rejected])]
+    passes = 1 if stage == "sft" else 2  # policy and reference
+    assert sum(rows) == passes * sum(map(len, answers))
+    assert values(curve, "loss")[0] == pytest.approx(everywhere, abs=1e-4)
 
 
 # --- the reward model ----------------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from unittest.mock import patch
 
 import pandas as pd
+import trl.trainer.utils
 from transformers import Trainer, TrainerCallback
 
 from .. import StudyError
@@ -92,11 +94,16 @@ class Curve(TrainerCallback):
 
 
 def run(trainer: Trainer, curve: Curve) -> pd.DataFrame:
-    """Train with the curve as the only thing that is shown."""
+    """Train with the curve as the only thing that is shown.
+
+    TRL runs the output head at positions that have a label where it has a Triton kernel, and elsewhere at all of them, so that
+    devices which compile for every shape need not. A CPU does not, and prompts are more than half of a batch.
+    """
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(curve)
-    trainer.train()
+    with patch.object(trl.trainer.utils, "_use_triton", lambda device: True):
+        trainer.train()
     trainer.model.eval()
     return curve.table()
