@@ -13,6 +13,7 @@ from test_ppo import HELD_OUT, PROMPTS, QUICK_LEARNERS, planted, values, write_a
 
 from rlhf_trust import StudyError, models
 from rlhf_trust.align import inpo
+from rlhf_trust.align.rollout import RewardModel, before_and_after
 from rlhf_trust.attribution.gradients import Example, INPOLoss, reference_logps
 from rlhf_trust.chat import Chat, Sequence
 from rlhf_trust.decode import Prompt
@@ -23,9 +24,9 @@ QUICK = inpo.INPOConfig(rounds=2, prompts_per_round=6, answers_per_prompt=4, max
                         epochs=2, seed=1)
 
 
-def run(base, directory, config, judge=None, prompts=PROMPTS, held_out=HELD_OUT):
+def run(base, directory, config, judge=None, prompts=PROMPTS, held_out=HELD_OUT, oracle=None):
     sft, reward = write_adapters(base, directory)
-    return inpo.train(base, Chat(base.tokenizer, "chatml"), sft, judge or reward, prompts, held_out, config, directory / "inpo")
+    return inpo.train(base, Chat(base.tokenizer, "chatml"), sft, judge or reward, prompts, held_out, config, directory / "inpo", oracle)
 
 
 # --- the game on a table -------------------------------------------------------------------------------------------
@@ -133,8 +134,6 @@ def test_the_reward_oracle_scores_every_answer_once():
         [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))])
     assert oracle([("p", answer(3), answer(4))]) == pytest.approx([1 / (1 + np.exp(1))])
     assert scored == [answer(3), answer(1), answer(4)]
-    with pytest.raises(StudyError, match="inpo: 1 of 1 rewards are not finite"):
-        inpo.reward_oracle(lambda answers: torch.tensor([float("nan")]))([("p", answer(1), answer(1))])
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"])
@@ -189,25 +188,36 @@ def test_what_the_oracle_likes_wins(tiny, tmp_path, mode):
     config = dataclasses.replace(QUICK, rounds=4, max_new_tokens=3, learning_rate=2e-2, mode=mode, max_kl=1e3, eta=0.2, tau=0.05,
                                  **{"paper": dict(prompts_per_round=64, answers_per_prompt=8, batch=16),
                                     "theory": dict(prompts_per_round=192, answers_per_prompt=2, batch=32)}[mode])
-    curves, held_out = run(tiny, tmp_path, config, lambda model: lambda answers: 20 * planted(model)(answers), prompts)
+    curves, looks = run(tiny, tmp_path, config, lambda model: lambda answers: 20 * planted(model)(answers), prompts)
+    held_out = before_and_after(looks)
     gain = (held_out["reward_after"] - held_out["reward_before"]) / 20
     assert gain.mean() > 0.05 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
     assert np.mean(values(curves, "gap")) > 0.5 / (2 * config.eta) and values(curves, "held_out_kl")[0] == 0.0
 
 
 def test_pairs_are_kept_with_what_the_loss_needs(tiny, chat, tmp_path):
-    """From the files alone: winners beat losers, and the first round's reference is the SFT model."""
-    curves, _ = run(tiny, tmp_path, QUICK)
+    """From the files alone: winners beat losers, and a round's reference is the SFT model mixed with the last round's policy,
+    which a run of one round less leaves."""
+    run(tiny, tmp_path, dataclasses.replace(QUICK, rounds=1))
+    (tmp_path / "inpo").rename(tmp_path / "second")
+    curves, looks = run(tiny, tmp_path, QUICK)
+    assert sorted(set(looks["step"])) == sorted(set(curves.loc[curves["metric"] == "held_out_kl", "step"]))
     pairs = inpo.load_pairs(tmp_path / "inpo")
     assert {p.round for p in pairs} == {1, 2} and len({p.id for p in pairs}) == len(pairs)
     dropped = curves[curves["metric"] == "dropped"].set_index("step")["value"]
     assert len(pairs) == pytest.approx(QUICK.prompts_per_round * (len(dropped) - dropped.sum()))
-    model = models.load_adapters(tiny, {"sft": tmp_path / "sft", "reward": tmp_path / "reward", "inpo": tmp_path / "inpo"})
-    first = [p for p in pairs if p.round == 1]
-    examples = [Example(p.id, "inpo", (p.winner, p.loser)) for p in first]
-    logps = reference_logps(model, "sft", examples, 2)
-    for pair in first:
-        assert pair.reference == pytest.approx(logps[pair.id], abs=1e-4)
+    model = models.load_adapters(tiny, {name: tmp_path / name for name in ("sft", "reward", "inpo", "second")})
+    judge = RewardModel(model, models.load_reward_head(tmp_path / "reward"), chat)
+    share = QUICK.tau / QUICK.eta
+    for number, current in ((2, "second"), (1, "sft")):
+        of_round = [p for p in pairs if p.round == number]
+        examples = [Example(p.id, "inpo", (p.winner, p.loser)) for p in of_round]
+        logps, before = (reference_logps(model, adapter, examples, 2) for adapter in ("sft", current))
+        for pair in of_round:
+            wanted = share * np.array(logps[pair.id]) + (1 - share) * np.array(before[pair.id])
+            assert pair.reference == pytest.approx(wanted, abs=1e-4)
+            assert float(judge([pair.winner])) > float(judge([pair.loser]))
+    for pair in of_round:
         assert pair.winner.input_ids[: pair.winner.answer_start] == pair.loser.input_ids[: pair.loser.answer_start]
     loss = INPOLoss(QUICK.eta, {p.id: p.reference for p in pairs})
     assert loss.content(examples)[:2] == ["inpo", QUICK.eta]
@@ -235,7 +245,8 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_backbone_bare(tiny_dire
 
 @pytest.mark.parametrize(("wrong", "said"), [
     ({"tau": 0.2, "eta": 0.1}, "tau: must lie between 0 and eta = 0.1, got 0.2"), ({"tau": -0.1}, "tau: must lie"),
-    ({"eta": 0.0, "tau": 0.0}, "tau: must lie"), ({"answers_per_prompt": 1}, "needs 2, 4, 8"),
+    ({"eta": 0.0, "tau": 0.0}, "eta: must be above 0"), ({"max_kl": float("nan")}, "max_kl: must be above 0"),
+    ({"learning_rate": 0.0}, "learning_rate: must be above 0"), ({"answers_per_prompt": 1}, "needs 2, 4, 8"),
     ({"answers_per_prompt": 6}, "needs 2, 4, 8"), ({"mode": "theory"}, "theory mode draws 2, got 8"),
     ({"mode": "nash"}, "mode: must be paper or theory"), ({"rounds": 0}, "rounds: must be at least 1"),
 ])
@@ -245,8 +256,12 @@ def test_wrong_settings(wrong, said):
 
 
 def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path):
-    with pytest.raises(StudyError, match="^inpo: no pair is left in round 1, all 6 prompts .* does not tell apart"):
+    with pytest.raises(StudyError, match="^inpo: no pair is left in round 1 of 6 prompts: of no prompt does the tournament's best"):
+        run(tiny_llama, tmp_path, QUICK, oracle=lambda matches: np.full(len(matches), 0.5))
+    with pytest.raises(StudyError, match=f"^the rewards of all {len(HELD_OUT)} held-out answers are alike"):
         run(tiny_llama, tmp_path, QUICK, lambda model: lambda answers: torch.ones(len(answers)))
+    with pytest.raises(StudyError, match="^1 of .* rewards are not finite"):
+        run(tiny_llama, tmp_path, QUICK, lambda model: lambda answers: torch.tensor([*range(1, len(answers)), float("nan")]))
     with pytest.raises(StudyError, match=r"^inpo: after step \d+ the KL .* lower learning_rate or raise eta$"):
         run(tiny_llama, tmp_path, dataclasses.replace(QUICK, learning_rate=0.3, max_kl=0.01))
     with pytest.raises(StudyError, match="held-out prompt"):

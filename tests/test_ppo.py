@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_trust import StudyError, decode, models
 from rlhf_trust.align import ppo
-from rlhf_trust.align.rollout import RewardModel, sample_answers
+from rlhf_trust.align.rollout import RewardModel, before_and_after, sample_answers
 from rlhf_trust.chat import Chat, Sequence
 from rlhf_trust.decode import Prompt
 
@@ -166,9 +166,13 @@ def test_kl_coefficient_follows_its_target():
     assert ppo.adapt_kl_coef(0.1, 0.0, 5.0) == pytest.approx(0.08)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.7}, {"steps": 0}, {"kl_coef": 0.0, "target_kl": 5.0}])
+@pytest.mark.parametrize("wrong", [
+    {"temperature": 0.7}, {"steps": 0}, {"learning_rate": -1.0}, {"clip_range": -0.2}, {"max_kl": float("nan")}, {"kl_coef": -1.0},
+    {"gamma": 1.5}, {"kl_estimator": "k4"}, {"schedule": "cosine"}, {"answers_per_step": 9, "answers_per_prompt": 4},
+    {"target_kl": 5.0, "kl_coef": 0.0},
+])
 def test_a_wrong_parameter_is_refused(wrong):
-    with pytest.raises(StudyError, match=next(iter(wrong)) if len(wrong) == 1 else "target_kl"):
+    with pytest.raises(StudyError, match=f"^{next(iter(wrong))}: "):
         ppo.PPOConfig(**wrong)
 
 
@@ -236,7 +240,8 @@ def test_training_moves_the_policy_and_nothing_else(tiny, tmp_path, monkeypatch)
 
 def test_tables(tiny, tmp_path):
     config = dataclasses.replace(QUICK, evaluate_every=2)
-    curves, held_out = run(tiny, tmp_path, config)
+    curves, answers = run(tiny, tmp_path, config)
+    held_out = before_and_after(answers)
     assert list(curves.columns) == ["step", "metric", "value"]
     assert np.isfinite(curves["value"]).all()
     looks = curves[curves["metric"] == "held_out_reward"]
@@ -250,11 +255,14 @@ def test_tables(tiny, tmp_path):
     assert held_out["reward_before"].mean() == pytest.approx(looks["value"].iloc[0])
     assert held_out["reward_after"].mean() == pytest.approx(looks["value"].iloc[-1])
     assert (held_out["answer_before"] != held_out["answer_after"]).any()
+    assert answers.groupby("step")["reward"].mean().tolist() == pytest.approx(looks["value"].tolist())
+    assert answers.loc[answers["step"] == 2, "id"].tolist() == [p.id for p in HELD_OUT]
 
 
 def test_held_out_numbers_can_be_had_from_the_files(tiny, chat, tmp_path):
     """Drawn and judged anew from the saved adapters: summed log-ratios and rewards, answer by answer."""
-    _, held_out = run(tiny, tmp_path, QUICK)
+    _, looks = run(tiny, tmp_path, QUICK)
+    held_out = before_and_after(looks)
     sft, reward = tmp_path / "sft", tmp_path / "reward"
     model = models.load_adapters(tiny, {"policy": tmp_path / "ppo", "reference": sft, "reward": reward})
     answers = drawn(model, chat, HELD_OUT)
@@ -306,7 +314,8 @@ QUICK_LEARNERS = ("llama", "gpt_neox")
 
 @pytest.mark.parametrize("tiny", QUICK_LEARNERS, indirect=True)
 def test_a_planted_reward_rises_and_the_kl_term_holds_it_back(tiny, tmp_path):
-    free, held_out = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=0.0), judge=planted)
+    free, looks = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=0.0), judge=planted)
+    held_out = before_and_after(looks)
     tied, _ = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=3.0), judge=planted)
     gain = held_out["reward_after"] - held_out["reward_before"]
     assert gain.mean() > 0.1 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
@@ -321,8 +330,9 @@ def test_the_value_head_learns_what_to_expect(tiny_llama, tmp_path):
     assert losses[-1] < 0.2 * losses[0]
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_scores_are_in_units_of_the_sft_model_and_cut_off_answers_pay(tiny_llama, tmp_path, monkeypatch, normalise):
+@pytest.mark.parametrize(("normalise", "of_prompt"), [(True, 1), (False, 1), (True, 4)])
+def test_scores_are_in_units_of_the_sft_model_and_cut_off_answers_pay(tiny_llama, tmp_path, monkeypatch, normalise, of_prompt):
+    """And where a prompt is answered several times, each prompt's mean is taken off."""
     raw, shaped, answered, kls = [], [], [], []
     shape = ppo.kl_shaped_rewards
 
@@ -341,15 +351,20 @@ def test_scores_are_in_units_of_the_sft_model_and_cut_off_answers_pay(tiny_llama
 
     monkeypatch.setattr(ppo, "kl_shaped_rewards", spy_shape)
     config = dataclasses.replace(QUICK, steps=2, answers_per_step=48, missing_end_penalty=3.0,
-                                 normalise_scores=normalise)
+                                 normalise_scores=normalise, answers_per_prompt=of_prompt)
     curves, _ = run(tiny_llama, tmp_path, config, judge=spy_judge)
     assert values(curves, "kl") == pytest.approx(kls) and kls[1] != 0.0
     before, *training = raw[:-1]  # held-out answers, then one batch a step, then held-out answers again
     cut = [torch.tensor([a.answer_ids[-1] != 2 for a in answers]) for answers in answered[1:-1]]
     assert len(training) == 2 and any((~c).any() for c in cut) and all(c.any() for c in cut)
     shift, scale = (before.mean(), before.std(unbiased=False)) if normalise else (0.0, 1.0)
-    for scores, was_cut, got in zip(training, cut, shaped):
-        torch.testing.assert_close(got, (scores - shift) / scale - 3.0 * was_cut)
+    for drawn_answers, scores, was_cut, got in zip(answered[1:-1], training, cut, shaped):
+        wanted = (scores - shift) / scale - 3.0 * was_cut
+        for first in range(0, len(wanted), of_prompt) if of_prompt > 1 else ():
+            group = slice(first, first + of_prompt)
+            assert len({a.input_ids[: a.answer_start] for a in drawn_answers[group]}) == 1
+            wanted[group] = wanted[group] - wanted[group].mean()
+        torch.testing.assert_close(got, wanted)
 
 
 def test_a_bandit_comes_to_the_known_optimum(tmp_path):
@@ -373,7 +388,7 @@ def test_a_bandit_comes_to_the_known_optimum(tmp_path):
     def judge(model):
         return lambda answers: torch.tensor([0.0, 0.5, 1.0])[arm[[a.answer_ids[0] for a in answers]]]
 
-    config = ppo.PPOConfig(steps=40, answers_per_step=256, max_new_tokens=1, minibatch=256, epochs=2, learning_rate=3e-3,
+    config = ppo.PPOConfig(steps=100, answers_per_step=256, max_new_tokens=1, minibatch=256, epochs=2, learning_rate=3e-3,
                            value_learning_rate=3e-2, kl_coef=beta, normalise_scores=False, schedule="linear", max_kl=1e3)
     run(base, tmp_path, config, held_out=prompt, prompts=prompt, judge=judge)
     model = models.load_adapters(base, {"sft": tmp_path / "sft", "ppo": tmp_path / "ppo"})
@@ -396,16 +411,22 @@ def test_a_bandit_comes_to_the_known_optimum(tmp_path):
 # --- trouble -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trouble", ["score", "learning_rate", "max_kl"])
+@pytest.mark.parametrize("trouble", ["score", "one held-out score", "constant scores", "learning_rate", "max_kl"])
 def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path, trouble):
     config, judge, calls = QUICK, None, []
     if trouble == "score":
         def broken(answers):
             calls.append(1)
-            return torch.full((len(answers),), float("nan") if len(calls) > 2 else 1.0)
+            return torch.arange(float(len(answers))) * (float("nan") if len(calls) > 2 else 1.0)
 
         judge = lambda model: broken
-        pattern = "^ppo step 1: reward is nan; lower learning_rate or raise kl_coef$"
+        pattern = "^8 of 8 rewards are not finite; look at the reward model's training curve in 02-reward$"
+    elif trouble == "one held-out score":
+        judge = lambda model: lambda answers: torch.tensor([float("nan"), *range(1, len(answers))])
+        pattern = f"^1 of {len(HELD_OUT)} rewards are not finite"
+    elif trouble == "constant scores":
+        judge = lambda model: lambda answers: torch.ones(len(answers))
+        pattern = f"^the rewards of all {len(HELD_OUT)} held-out answers are alike .* look at the reward model$"
     elif trouble == "learning_rate":
         config = dataclasses.replace(QUICK, learning_rate=1e30)
         pattern = "^ppo step [01]: .* is nan; lower learning_rate"
@@ -441,10 +462,10 @@ def test_an_interrupted_run_carries_on_to_the_same_bytes(tiny_directories, tmp_p
     assert unfinished.is_file() and not (tmp_path / "again" / "ppo").exists()
     made.clear()
     monkeypatch.setattr(ppo, "_step", lambda *args: made.append(1) or step(*args))
-    curves, held_out, weights = once("again")
+    curves, looks, weights = once("again")
     assert len(made) == QUICK.steps - stops_after and not unfinished.exists()
     pd.testing.assert_frame_equal(curves, whole[0], check_exact=True)
-    pd.testing.assert_frame_equal(held_out, whole[1], check_exact=True)
+    pd.testing.assert_frame_equal(looks, whole[1], check_exact=True)
     assert weights == whole[2]
 
 
@@ -460,6 +481,17 @@ def test_what_another_run_or_a_crash_left_is_not_carried_on(tiny_llama, tmp_path
         made.clear()
         run(tiny_llama, tmp_path, QUICK)
         assert len(made) == QUICK.steps
+
+
+@pytest.mark.parametrize(("weight", "said"), [
+    (torch.ones(2, 32), "head.safetensors: has 2 labels; a reward model has one"),
+    (torch.ones(1, 16), "its head reads 16 numbers, this model's states have 32"),
+])
+def test_a_head_that_does_not_fit_is_refused_before_anything_is_sampled(tiny_llama, tmp_path, weight, said):
+    sft, reward = write_adapters(tiny_llama, tmp_path)
+    save_file({"weight": weight}, reward / "head.safetensors")
+    with pytest.raises(StudyError, match=said):
+        ppo.train(tiny_llama, Chat(tiny_llama.tokenizer, "chatml"), sft, reward, PROMPTS, HELD_OUT, QUICK, tmp_path / "ppo")
 
 
 def test_no_prompts(tiny_llama, tmp_path):

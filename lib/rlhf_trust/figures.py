@@ -41,14 +41,18 @@ def save(figure, path: Path) -> None:
 
 
 def curves(training: pd.DataFrame, metrics: Sequence[str], window: int = 5, names: dict[str, str] | None = None):
-    """One small panel a metric, three in a row: raw values faint, a running mean over ``window`` steps on top."""
+    """One small panel a metric, three in a row: raw values faint, a running mean over ``window`` steps on top; of few values
+    (fewer than two windows) the values themselves."""
     columns = min(3, len(metrics))
     lines = -(-len(metrics) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.1 * columns, 2.5 * lines), squeeze=False)
     for axis, metric in zip(axes.flat, metrics):
         rows = training[training["metric"] == metric]
-        axis.plot(rows["step"], rows["value"], color="#BBBBBB", linewidth=1, marker="o", markersize=2)
-        axis.plot(rows["step"], rows["value"].rolling(window, min_periods=1, center=True).mean(), color="#0072B2")
+        if len(rows) < 2 * window:
+            axis.plot(rows["step"], rows["value"], color="#0072B2", marker="o", markersize=4)
+        else:
+            axis.plot(rows["step"], rows["value"], color="#BBBBBB", linewidth=1, marker="o", markersize=2)
+            axis.plot(rows["step"], rows["value"].rolling(window, min_periods=1, center=True).mean(), color="#0072B2")
         axis.set(xlabel="step", title=(names or {}).get(metric, metric))
     for axis in axes.flat[len(metrics):]:
         axis.set_axis_off()

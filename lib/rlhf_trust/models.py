@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from . import StudyError
-from .artifacts import replacing, sha256_of
+from .artifacts import content_key, replacing, sha256_of
 from .wheels import ACCEPTED, TERMS, Wheel, rebuilt
 
 transformers_logging.disable_progress_bar()  # loading takes a second; its bar would stay in every rendered notebook
@@ -200,6 +200,9 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
     kind = parse_dtype(dtype)
     try:
         tokenizer = load_tokenizer(directory)
+        architectures = json.loads((directory / "config.json").read_text()).get("architectures") or []
+        if any(name.endswith("ForSequenceClassification") for name in architectures):
+            raise StudyError(f"model {source}: {directory} holds a classifier ({architectures[0]}), not a language model")
         model, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=kind, output_loading_info=True)
         for parameter in model.parameters():  # out of the mapped file, whose small pages can cost more than the arithmetic
             parameter.data = parameter.data.clone()
@@ -225,6 +228,11 @@ def _weights_hash(directory: Path) -> str:
     """Hash of the config and of the weights' bytes."""
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
     return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:16]
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of which token has which id."""
+    return content_key(sorted(tokenizer.get_vocab().items()))
 
 
 def lora_config(model: PreTrainedModel, rank: int, alpha: int, targets: list[str] | None = None, **more):
@@ -260,7 +268,7 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     for directory in adapters.values():  # all are looked for before the first changes the backbone
         if not (directory / "adapter_model.safetensors").is_file():
             raise StudyError(f"{directory}: no adapter there; run the stage that trains {directory.name!r} first")
-    wrapped = None
+    wrapped, tokenizer = None, _tokenizer_hash(base.tokenizer)
     for name, directory in adapters.items():
         path = directory / "adapter_model.safetensors"
         try:
@@ -270,6 +278,9 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
         except (OSError, ValueError, SafetensorError) as error:
             reason = (str(error).splitlines() or ["no message"])[0]
             raise StudyError(f"{directory}: cannot be read ({reason}); delete the folder and run again") from None
+        if saved.get("tokenizer", tokenizer) != tokenizer:
+            raise StudyError(f"{directory}: was trained on another tokenizer than that of {base.source}; run the stage that trains "
+                             f"{directory.name!r} again")
         if trained_on != base.weights:
             raise StudyError(f"{path}: was trained on another model (weights {trained_on}) than {base.source} ({base.weights}); "
                              f"run the stage that trains {directory.name!r} again, or set model: to the one it was trained on")
@@ -297,7 +308,7 @@ def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None
                  files: Mapping[str, str] | None = None) -> None:
     """Save one adapter as ``adapter_model.safetensors`` + ``adapter_config.json``, whole or not at all.
 
-    ``base``, on which it was trained, is named in the file; :func:`load_adapters` holds it to that.
+    ``base``, on which it was trained, and its tokenizer are named in the files; :func:`load_adapters` holds them to that.
     ``head``: a reward model's weight, shape [1, hidden], kept beside it as ``head.safetensors``. ``files``: name → text of
     what else belongs to it.
     """
@@ -313,6 +324,7 @@ def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None
         (aside / "adapter_config.json").write_text(json.dumps({
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
             "lora_dropout": 0.0, "target_modules": sorted(config.target_modules), "bias": "none",
+            "tokenizer": _tokenizer_hash(base.tokenizer),
         }, indent=1))
         if head is not None:
             save_file({"weight": head.detach().float().cpu().contiguous()}, aside / "head.safetensors")
@@ -325,7 +337,14 @@ def load_reward_head(directory: Path) -> torch.Tensor:
     path = directory / "head.safetensors"
     if not path.is_file():
         raise StudyError(f"{path}: missing; run 02-reward first")
-    return load_file(path)["weight"].squeeze(0)
+    try:
+        weight = load_file(path)["weight"]
+    except (OSError, SafetensorError, KeyError) as error:
+        reason = (str(error).splitlines() or ["no message"])[0]
+        raise StudyError(f"{path}: cannot be read ({reason}); run 02-reward again") from None
+    if weight.shape[0] != 1:
+        raise StudyError(f"{path}: has {weight.shape[0]} labels; a reward model has one")
+    return weight.squeeze(0)
 
 
 def adapter_fingerprint(base: Base, directory: Path | None) -> str:

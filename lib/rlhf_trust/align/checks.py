@@ -61,14 +61,15 @@ def reward_rise_check(stage: str, held_out: pd.DataFrame, max_kl: float = 10.0) 
     nats."""
     change = paired_change(held_out["reward_after"], held_out["reward_before"], f"{stage}/held-out reward")
     kl = float(held_out["kl_after"].mean())
-    holds = change.low > 0 and kl <= max_kl
+    holds = change.n > 1 and change.low > 0 and kl <= max_kl
     sentence = (f"{stage.upper()} changes the reward of answers to {change.n} held-out prompts by {change.value:+.3f} (95 % interval "
                 f"{change.low:+.3f} to {change.high:+.3f}) at a KL to SFT of {kl:.2f} nats an answer: "
                 + ("it climbs the reward without going far." if holds else
-                   f"it went further than {max_kl:g} nats from SFT." if kl > max_kl else
+                   f"it went further than {max_kl:g} nats from SFT." if not kl <= max_kl else
+                   "the reward fell. Look at the curves for the step from which on it did, and lower the learning rate." if change.high < 0 else
                    f"no clear rise. So many prompts would show one of {change.min_detectable:.3f} four times in five; more steps, "
                    "larger ones or less weight on the KL would be needed, or a reward model that tells answers apart more clearly."))
-    return _row(stage, "held-out reward rises within 10 nats", holds, change.value, change.low, change.high, change.n,
+    return _row(stage, f"held-out reward rises within {max_kl:g} nats", holds, change.value, change.low, change.high, change.n,
                 sentence)
 
 

@@ -13,7 +13,10 @@ in which π_ref, the SFT model, keeps both players near text that the oracle can
 
     π_{t+1}(y) ∝ exp(P(y ≻ π_t) / η) · π_ref(y)^{τ/η} · π_t(y)^{1−τ/η}                              :func:`mirror_step`
 
-and π_t approaches π*, whatever η is (η > τ; the smaller, the larger a round's step).
+whose fixed point is π*, whatever η is (η ≥ τ). Whether constant-η rounds come to it is another matter: the smaller η, the
+larger a round's step, and below some η, which depends on τ and on how far the preferences turn in a circle, rounds circle
+for good. The authors' guarantee for the last round has η grow, η_t = τ(t + 2)/2; a few rounds at a small constant η, as they
+run it, are steps towards answers that win more often, not the equilibrium.
 
 **From pairs.** P(y ≻ π_t) is an expectation nobody computes. Take the logarithm of the step for two answers: the unknown
 normaliser cancels, and π_{t+1} is the policy whose
@@ -53,7 +56,7 @@ from ..attribution.gradients import Example, INPOLoss, reference_logps
 from ..attribution.retrain import Recipe, fit
 from ..chat import Chat, Sequence
 from ..progress import progress
-from .rollout import Judge, JudgeMaker, before_and_after, look, policy_and_judge, sample_answers
+from .rollout import Judge, JudgeMaker, check_spread, look, policy_and_judge, sample_answers
 
 MODES = ("paper", "theory")
 
@@ -92,7 +95,10 @@ class INPOConfig:
     def __post_init__(self):
         if self.mode not in MODES:
             raise StudyError(f"mode: must be paper or theory, got {self.mode!r}")
-        if not 0 <= self.tau <= self.eta or self.eta == 0:
+        for name in ("eta", "learning_rate", "max_kl"):
+            if not getattr(self, name) > 0:
+                raise StudyError(f"{name}: must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.tau <= self.eta:
             raise StudyError(f"tau: must lie between 0 and eta = {self.eta:g}, got {self.tau:g}; a policy cannot leave the "
                              "last one at less than it pays for leaving the reference")
         k = self.answers_per_prompt
@@ -191,11 +197,7 @@ def reward_oracle(judge: Judge) -> Oracle:
     def probabilities(matches: Seq[Match]) -> np.ndarray:
         fresh = list(dict.fromkeys(a for _, *two in matches for a in two if a not in known))
         if fresh:
-            rewards = judge(fresh).double().cpu().numpy()
-            if not np.isfinite(rewards).all():
-                raise StudyError(f"inpo: {int((~np.isfinite(rewards)).sum())} of {len(fresh)} rewards are not finite; look at the "
-                                 "reward model's training curve")
-            known.update(zip(fresh, rewards.tolist()))
+            known.update(zip(fresh, judge(fresh).double().tolist()))
         gaps = np.array([known[first] - known[second] for _, first, second in matches])
         return 1 / (1 + np.exp(-gaps))
 
@@ -221,6 +223,8 @@ def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Seq[decode.
     """
     tokenizer, of_prompt = judge.tokenizer, {prompt.id: prompt for prompt in prompts}
     letters = tuple(tuple(tokenizer(letter, add_special_tokens=False).input_ids) for letter in "AB")
+    if letters[0] == letters[1]:
+        raise StudyError(f"preference_model {judge.source}: its tokenizer does not tell the letters A and B apart")
     known: dict[Match, float] = {}
 
     def question(prompt_id: str, first: Sequence, second: Sequence) -> tuple[int, ...]:
@@ -284,24 +288,24 @@ def train(
         Columns step, metric, value. ``loss`` by optimiser step, counted over all rounds; at each round's last step
         ``dropped`` (share of its prompts without a pair), ``gap`` (mean h of its pairs after it; 1/(2η) is the goal),
         ``held_out_reward`` and ``held_out_kl`` (nats an answer), which also stand at step 0.
-    held_out : DataFrame
-        As ``ppo.train`` gives it.
+    looks : DataFrame
+        As ``ppo.train`` gives it, a look a round.
 
     Raises
     ------
     StudyError
-        If no pair is left after a round's tournament, a reward or loss is not finite, or the KL exceeds
-        ``config.max_kl``; nothing is written then.
+        If the reward decides and is the same for all held-out answers, no pair is left after a round's tournament, a reward or
+        loss is not finite, or the KL exceeds ``config.max_kl``; nothing is written then.
     """
     if not prompts or not held_out:
         raise StudyError("inpo: needs at least one prompt to train on and one held-out prompt")
     with policy_and_judge(base, chat, sft, reward, config.batch) as (model, judge):
-        *tables, pairs = _run(model, judge, oracle or reward_oracle(judge), chat, prompts, held_out, config)
+        *tables, pairs = _run(model, judge, oracle, chat, prompts, held_out, config)
         models.save_adapter(base, model, out, adapter="policy", files={PAIRS: "".join(json.dumps(asdict(p)) + "\n" for p in pairs)})
     return tuple(tables)
 
 
-def _run(model, judge: Judge, oracle: Oracle, chat: Chat, prompts, held_out,
+def _run(model, judge: Judge, oracle: Oracle | None, chat: Chat, prompts, held_out,
          config: INPOConfig) -> tuple[pd.DataFrame, pd.DataFrame, list[Pair]]:
     rng = np.random.default_rng(config.seed)
     order = itertools.cycle(rng.permutation(len(prompts)).tolist())
@@ -314,15 +318,18 @@ def _run(model, judge: Judge, oracle: Oracle, chat: Chat, prompts, held_out,
     with progress(total=answers_in_all, desc="INPO: held-out prompts before", unit="answer") as bar:
 
         def at_held_out() -> pd.DataFrame:
-            found = look(model, judge, chat, held_out, decoding, config.batch, step > 0, bar)
-            kl, reward = float(found["kl"].mean()), float(found["reward"].mean())
-            if not (math.isfinite(kl) and math.isfinite(reward)) or kl > config.max_kl:
-                raise StudyError(f"inpo: after step {step} the KL to the SFT model is {kl:.1f} nats per answer and the held-out "
-                                 f"reward {reward:.3g} (max_kl {config.max_kl:g}); lower learning_rate or raise eta")
-            rows.extend([(step, "held_out_reward", reward), (step, "held_out_kl", kl)])
+            found = look(model, judge, chat, held_out, decoding, config.batch, step, bar)
+            kl = float(found["kl"].mean())
+            if not kl <= config.max_kl:
+                raise StudyError(f"inpo: after step {step} the KL to the SFT model is {kl:.1f} nats per answer (max_kl "
+                                 f"{config.max_kl:g}); lower learning_rate or raise eta")
+            rows.extend([(step, "held_out_reward", float(found["reward"].mean())), (step, "held_out_kl", kl)])
             return found
 
-        before = after = at_held_out()
+        looks = at_held_out()
+        if oracle is None:
+            check_spread(looks)
+            oracle = reward_oracle(judge)
         for number in range(1, config.rounds + 1):
             bar.set_description(f"INPO: round {number} of {config.rounds}")
             asked = [prompts[next(order)] for _ in range(config.prompts_per_round)]
@@ -335,8 +342,10 @@ def _run(model, judge: Judge, oracle: Oracle, chat: Chat, prompts, held_out,
                      for (key, answers), result in zip(played, results) if result is not None]
             examples = [Example(pair.id, "inpo", (pair.winner, pair.loser)) for pair in pairs]
             if not examples:
-                raise StudyError(f"inpo: no pair is left in round {number}, all {len(asked)} prompts had answers that the oracle "
-                                 "does not tell apart; look at the reward model, or ask for longer answers")
+                lost = ("of no prompt does the tournament's best answer beat its worst" if config.mode == "paper" else
+                        "both answers to every prompt were the same text")
+                raise StudyError(f"inpo: no pair is left in round {number} of {len(asked)} prompts: {lost}; look at what decides the "
+                                 "matches, or ask for longer answers")
             current = reference_logps(model, "policy", examples, pad)
             mixed = mixed_reference(reference_logps(model, "reference", examples, pad), current, config.tau, config.eta)
             loss = INPOLoss(config.eta, mixed)
@@ -348,8 +357,8 @@ def _run(model, judge: Judge, oracle: Oracle, chat: Chat, prompts, held_out,
             gaps = [(learnt[e.id][0] - mixed[e.id][0]) - (learnt[e.id][1] - mixed[e.id][1]) for e in examples]
             rows += [(step, "dropped", 1 - len(examples) / len(asked)), (step, "gap", float(np.mean(gaps)))]
             kept += [replace(pair, reference=mixed[pair.id]) for pair in pairs]
-            after = at_held_out()
-    return pd.DataFrame(rows, columns=["step", "metric", "value"]), before_and_after(before, after), kept
+            looks = pd.concat([looks, at_held_out()], ignore_index=True)
+    return pd.DataFrame(rows, columns=["step", "metric", "value"]), looks, kept
 
 
 def load_pairs(directory: Path) -> list[Pair]:

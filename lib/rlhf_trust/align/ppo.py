@@ -56,7 +56,7 @@ from .. import StudyError, decode, models
 from ..artifacts import content_key, replacing, sha256_of
 from ..chat import Chat, Sequence
 from ..progress import progress
-from .rollout import Judge, JudgeMaker, before_and_after, has_end, look, policy_and_judge, sample_answers
+from .rollout import Judge, JudgeMaker, check_spread, has_end, look, policy_and_judge, sample_answers
 
 
 KL_ESTIMATORS = {
@@ -109,7 +109,8 @@ class PPOConfig:
     normalise_scores
         Subtract the mean and divide by the standard deviation of the reward model's scores of the SFT model's
         held-out answers, measured once before training, so that β and the values have a known unit. A
-        Bradley-Terry reward has no zero of its own, so nothing is lost. Curves show the raw score.
+        Bradley-Terry reward has no zero of its own, so nothing is lost. Curves show the raw score. Scores that are all
+        alike are refused.
     evaluate_every
         Steps between looks at held-out prompts; 0: only before and after.
     """
@@ -146,6 +147,15 @@ class PPOConfig:
         for name in ("steps", "answers_per_step", "answers_per_prompt", "max_new_tokens", "epochs", "minibatch"):
             if getattr(self, name) < 1:
                 raise StudyError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "value_learning_rate", "clip_range", "value_clip", "max_grad_norm", "max_kl"):
+            if not getattr(self, name) > 0:
+                raise StudyError(f"{name}: must be above 0, got {getattr(self, name)}")
+        for name in ("kl_coef", "vf_coef", "missing_end_penalty", "evaluate_every"):
+            if not getattr(self, name) >= 0:
+                raise StudyError(f"{name}: must not be below 0, got {getattr(self, name)}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise StudyError(f"{name}: must lie between 0 and 1, got {getattr(self, name)}")
         if self.answers_per_step % self.answers_per_prompt:
             raise StudyError(f"answers_per_step: {self.answers_per_step} is no multiple of answers_per_prompt "
                              f"({self.answers_per_prompt})")
@@ -290,13 +300,14 @@ def train(
         answer_length (tokens), ended (share that stopped before the limit), and of the update that follows
         policy_loss, value_loss, clip_fraction (means over minibatches). On held-out prompts: held_out_reward,
         held_out_kl.
-    held_out : DataFrame
-        One row a held-out prompt: id, reward_before, reward_after, kl_after, answer_before, answer_after.
+    looks : DataFrame
+        The answers to the held-out prompts at every look (:func:`rollout.look`): columns step, id, reward, kl, answer.
 
     Raises
     ------
     StudyError
-        If the loss or a score is not finite, or the KL exceeds ``config.max_kl``; nothing is written then.
+        If the loss or a score is not finite, all held-out scores are alike, or the KL exceeds ``config.max_kl``; nothing is
+        written then.
     """
     if not prompts or not held_out:
         raise StudyError("ppo: needs at least one prompt to train on and one held-out prompt")
@@ -350,21 +361,23 @@ def _run(model, judge: Judge, chat: Chat, prompts, held_out, config: PPOConfig,
         rows.extend((step, metric, value) for metric, value in metrics.items())
 
     def at_held_out(step: int) -> pd.DataFrame:
-        found = look(model, judge, chat, held_out, config.decoding, config.minibatch, step > 0, bar)
-        _check(step, config, kl=float(found["kl"].mean()), reward=float(found["reward"].mean()))
+        found = look(model, judge, chat, held_out, config.decoding, config.minibatch, step, bar)
+        _check(step, config, kl=float(found["kl"].mean()))
         note(step, {"held_out_reward": float(found["reward"].mean()), "held_out_kl": float(found["kl"].mean())})
         return found
 
-    looks = sum(step == config.steps or _look_due(step, config) for step in range(1, config.steps + 1)) + 1
-    answers_in_all = len(held_out) * looks + config.answers_per_step * config.steps
+    looks_in_all = sum(step == config.steps or _look_due(step, config) for step in range(1, config.steps + 1)) + 1
+    answers_in_all = len(held_out) * looks_in_all + config.answers_per_step * config.steps
     with progress(total=answers_in_all, desc="PPO: held-out prompts before", unit="answer") as bar:
         state = kept.load() if kept is not None else None
         if state is None:
             first, kl_coef = 0, config.kl_coef
-            before = after = at_held_out(0)
+            looks = at_held_out(0)
+            if config.normalise_scores:
+                check_spread(looks)
         else:
             first, kl_coef = state["step"], state["kl_coef"]
-            before, after = pd.DataFrame(state["before"]), pd.DataFrame(state["after"])
+            looks = pd.DataFrame(state["looks"])
             rows += map(tuple, state["rows"])
             with torch.no_grad():
                 for parameter, value in zip(policy, state["policy"], strict=True):
@@ -372,11 +385,9 @@ def _run(model, judge: Judge, chat: Chat, prompts, held_out, config: PPOConfig,
             value_head.load_state_dict(state["value_head"])
             optimizer.load_state_dict(state["optimizer"])
             rng.bit_generator.state = state["rng"]
-            bar.update(len(held_out) + first * config.answers_per_step)
-        shift, scale = 0.0, 1.0
-        if config.normalise_scores:
-            spread = float(before["reward"].std(ddof=0))
-            shift, scale = float(before["reward"].mean()), spread if spread > 1e-6 else 1.0
+            bar.update(len(looks) + first * config.answers_per_step)
+        before = looks.loc[looks["step"] == 0, "reward"]
+        shift, scale = (float(before.mean()), float(before.std(ddof=0))) if config.normalise_scores else (0.0, 1.0)
         for step in range(first, config.steps):
             bar.set_description(f"PPO: step {step + 1} of {config.steps}")
             if config.schedule == "linear":
@@ -391,12 +402,12 @@ def _run(model, judge: Judge, chat: Chat, prompts, held_out, config: PPOConfig,
             kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config.target_kl)
             if step + 1 == config.steps or _look_due(step + 1, config):
                 bar.set_description(f"PPO: held-out prompts after step {step + 1}")
-                after = at_held_out(step + 1)
+                looks = pd.concat([looks, at_held_out(step + 1)], ignore_index=True)
             if kept is not None:
-                kept.save(step=step + 1, kl_coef=kl_coef, before=before.to_dict("list"), after=after.to_dict("list"), rows=rows,
+                kept.save(step=step + 1, kl_coef=kl_coef, looks=looks.to_dict("list"), rows=rows,
                           policy=[parameter.detach() for parameter in policy], value_head=value_head.state_dict(),
                           optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
-    return pd.DataFrame(rows, columns=["step", "metric", "value"]), before_and_after(before, after)
+    return pd.DataFrame(rows, columns=["step", "metric", "value"]), looks
 
 
 def _look_due(step: int, config: PPOConfig) -> bool:
@@ -412,7 +423,7 @@ def _step(model, judge: Judge, value_head, optimizer, chat: Chat, answers: list[
     reference_logps, mask, _ = token_pass(model, "reference", answers, batches, pad)
     old_logps, _, old_values = token_pass(model, "policy", answers, batches, pad, value_head)
     kl = float((old_logps - reference_logps).sum(1).mean())
-    _check(step, config, kl=kl, reward=float(scores.mean()))
+    _check(step, config, kl=kl)
 
     ended = torch.tensor([has_end(a, eos) for a in answers], device=mask.device)
     shaped = (scores - shift) / scale - config.missing_end_penalty * (~ended).float()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .. import decode, models
+from .. import StudyError, decode, models
 from ..chat import Chat, Sequence
 
 ROWS = 64
@@ -52,6 +52,9 @@ class RewardModel:
     """A judge: the reward adapter of a model and its head, [hidden]."""
 
     def __init__(self, model, head: torch.Tensor, chat: Chat, rows: int = 8, adapter: str = "reward"):
+        if head.shape != (model.config.hidden_size,):
+            raise StudyError(f"reward model: its head reads {head.shape[-1]} numbers, this model's states have "
+                             f"{model.config.hidden_size}; run 02-reward again on this model")
         self.model, self.head, self.rows, self.adapter = model, head, rows, adapter
         self.eos, self.pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
 
@@ -68,11 +71,25 @@ class RewardModel:
 @contextmanager
 def policy_and_judge(base: models.Base, chat: Chat, sft: Path, reward: Path | JudgeMaker, rows: int) -> Iterator[tuple]:
     """A model with the SFT adapter as ``policy``, to be trained, and as ``reference``, and what judges its answers: the
-    reward model in a folder, or what the function makes. The backbone is left as it came."""
+    reward model in a folder, or what the function makes. The backbone is left as it came.
+
+    The judge raises a StudyError where a reward is not finite; its rewards lie on the model's device.
+    """
     is_folder = isinstance(reward, Path)
     model = models.load_adapters(base, {"policy": sft, "reference": sft} | ({"reward": reward} if is_folder else {}), trainable="policy")
+
+    def finite(judge: Judge) -> Judge:
+        def judged(answers: Seq[Sequence]) -> torch.Tensor:
+            rewards = judge(answers).to(model.device)
+            if not torch.isfinite(rewards).all():
+                raise StudyError(f"{int((~torch.isfinite(rewards)).sum())} of {len(rewards)} rewards are not finite; look at the reward "
+                                 "model's training curve in 02-reward")
+            return rewards
+
+        return judged
+
     try:
-        yield model, RewardModel(model, models.load_reward_head(reward), chat, rows) if is_folder else reward(model)
+        yield model, finite(RewardModel(model, models.load_reward_head(reward), chat, rows) if is_folder else reward(model))
     finally:
         model.unload()  # adapters sit inside the backbone
 
@@ -91,22 +108,32 @@ def answer_kl(model, answers: Seq[Sequence], pad: int, rows: int, policy: str = 
 
 
 def look(model, judge: Judge, chat: Chat, held_out: Seq[decode.Prompt], decoding: decode.Decoding, rows: int,
-         started: bool, bar=None) -> pd.DataFrame:
-    """The policy's answers to held-out prompts, one row each: id, reward (raw), kl (nats), answer (text).
+         step: int, bar=None) -> pd.DataFrame:
+    """The policy's answers to held-out prompts after ``step`` steps, one row each: step, id, reward (raw), kl (nats), answer (text).
 
-    Before training has ``started`` the policy is the reference weight for weight, so the KL is 0 without a pass.
+    At step 0 the policy is the reference weight for weight, so the KL is 0 without a pass.
     """
     answers = [a for a, in sample_answers(model, "policy", chat, held_out, [p.id for p in held_out], decoding, bar)]
     rewards = judge(answers)
-    kl = answer_kl(model, answers, chat.tokenizer.pad_token_id, rows) if started else torch.zeros(len(answers))
+    kl = answer_kl(model, answers, chat.tokenizer.pad_token_id, rows) if step else torch.zeros(len(answers))
     return pd.DataFrame({
-        "id": [prompt.id for prompt in held_out], "reward": rewards.double().cpu().numpy(),
+        "step": step, "id": [prompt.id for prompt in held_out], "reward": rewards.double().cpu().numpy(),
         "kl": kl.double().cpu().numpy(), "answer": [chat.decode(a.answer_ids) for a in answers],
     })
 
 
-def before_and_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Two looks at the same prompts side by side: id, reward_before, reward_after, kl_after, answer_before, answer_after."""
+def check_spread(first_look: pd.DataFrame) -> None:
+    """Stop before the first step if the judge gives every held-out answer the same reward: there is nothing to climb."""
+    rewards = first_look["reward"]
+    if rewards.max() - rewards.min() <= 1e-6:
+        raise StudyError(f"the rewards of all {len(rewards)} held-out answers are alike ({rewards.iloc[0]:.3g}), so there is nothing to climb; "
+                         + ("look at the reward model" if len(rewards) > 1 else "ask for more held-out prompts"))
+
+
+def before_and_after(looks: pd.DataFrame) -> pd.DataFrame:
+    """The first and the last look side by side: id, reward_before, reward_after, kl_after, answer_before,
+    answer_after."""
+    before, after = (looks[looks["step"] == step].reset_index(drop=True) for step in (looks["step"].min(), looks["step"].max()))
     return pd.DataFrame({
         "id": before["id"], "reward_before": before["reward"], "reward_after": after["reward"],
         "kl_after": after["kl"], "answer_before": before["answer"], "answer_after": after["answer"],
