@@ -49,8 +49,10 @@ $(INSTALLED): lib/pyproject.toml lib/constraints.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint lib/constraints.txt --editable lib
 	touch $@
 
-# The chapters that the report waits for.
-CHAPTERS = $(filter-out 90-report,$(if $(filter flagship,$(MAKECMDGOALS)),$(filter 0% 1% 2%,$(STAGES)),$(STAGES)))
+# The chapters that the report waits for. The long ones are started first, so that no core waits for them at the end.
+LONG := 05-inpo 30-reward-models 40-rag-trust 22-pruning 21-attribution-validation
+CHAPTERS = $(filter-out 90-report,$(if $(filter flagship,$(MAKECMDGOALS)),$(filter 0% 1% 2%,$(ORDER)),$(ORDER)))
+ORDER := $(filter $(STAGES),$(LONG)) $(filter-out $(LONG),$(STAGES))
 
 reproduce: $(N)/90-report.ipynb report appendix ## run the whole study, then its report
 	@echo "report: $(BUILD)/report.html"
