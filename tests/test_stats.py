@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
-from rlhf_trust.stats import agresti_min, generator, holm, mean_interval, paired_change, wilson
+from rlhf_trust.stats import Interval, agresti_min, generator, holm, mean_interval, paired_change, stratified_interval, wilson
 
 
 @pytest.mark.parametrize(("successes", "n", "low", "high"), [
@@ -66,6 +67,29 @@ def test_intervals_cover(study):
         interval = mean_interval(values, f"coverage/{number}", clusters)
         hits += interval.low <= truth <= interval.high
     assert 0.93 <= hits / 1000 <= 0.985
+
+
+@pytest.mark.parametrize("rates", [(0.5, 0.5, 0.5, 0.5), (0.9, 0.9, 0.9, 0.9), (0.3, 0.6, 0.5, 0.95)])
+@pytest.mark.parametrize("sizes", [(4, 4, 8, 8), (2, 2, 2, 2), (100, 5, 20, 300)])
+def test_a_mean_over_strata_is_covered_however_few_their_items(rates, sizes):
+    """Resampling within strata misses the truth in up to half of such studies: what is alike stays alike."""
+    random, hits = generator(f"strata {rates} {sizes}"), 0
+    for _ in range(400):
+        found = stratified_interval([(random.random(n) < p).astype(float) for p, n in zip(rates, sizes)], (0.0, 1.0))
+        hits += found.low <= np.mean(rates) <= found.high
+    assert hits / 400 >= 0.93
+
+
+def test_a_mean_over_strata_by_hand():
+    """Variances 1 / 3 and 4 / 2 of the means: error √(7 / 3) / 2, (7 / 3)² / ((1 / 3)² / 2 + 2² / 1) degrees of freedom."""
+    found = stratified_interval([np.array([1.0, 2.0, 3.0]), np.array([5.0, 5.0 + np.sqrt(8)])])
+    half = t.ppf(0.975, (7 / 3) ** 2 / (1 / 18 + 4)) * np.sqrt((1 / 3 + 4 / 2)) / 2
+    assert (found.low, found.high, found.n) == pytest.approx((found.value - half, found.value + half, 5))
+    assert found.value == pytest.approx((2 + 5 + np.sqrt(2)) / 2)
+    ones = stratified_interval([np.ones(1), np.ones(6)], (0.0, 1.0))
+    assert ones.high == 1.0 and 0.5 < ones.low < 0.8
+    loose = stratified_interval([np.array([1.0]), np.array([3.0])])
+    assert loose.low < 1 and loose.high > 3 and stratified_interval([np.ones(1)]) == Interval(1.0, 1.0, 1.0, 1)
 
 
 def test_clusters_of_one_are_no_clusters_and_repeated_items_add_nothing():

@@ -8,6 +8,7 @@ prompt are a cluster of their own. What is right for such a mean depends on what
 - other values: bootstrap over items or clusters, studentised (bootstrap-t), which also holds for skewed values and few
   clusters; percentiles where so few values differ that resamples have no spread to divide by;
 - a change between two models: paired by item, with a sign-flip permutation test over items or clusters.
+- a mean over strata that weigh alike (domains of a benchmark): the strata's own errors, joined;
 - how far two scores rank alike: Spearman's correlation with a bootstrap over items.
 
 ``tests/test_stats.py`` simulates studies and counts how often the intervals hold the truth.
@@ -16,6 +17,7 @@ prompt are a cluster of their own. What is right for such a mean depends on what
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -111,6 +113,32 @@ def paired_change(after, before, name: str = "", clusters=None, bounds: tuple[fl
     null = np.abs(signs @ means.sums / n)
     p = (1 + int((null >= abs(means.value) - 1e-12).sum())) / (1 + draws)
     return Change(means.value, low, high, p, DETECTED * error, n)
+
+
+def stratified_interval(strata: Sequence[np.ndarray], bounds: tuple[float, float] | None = None) -> Interval:
+    """The mean over k strata (domains, say) of their means, which weigh the same however many items each has, with its
+    interval; ``strata``: arrays [items], ``bounds`` as for :func:`mean_interval`.
+
+    The error is √(Σ s_d² / n_d) / k, with Student's t and Satterthwaite's degrees of freedom. A stratum of one item, or of
+    items that are all alike, shows no spread: within ``bounds`` its error is what Wilson's limit for 0 of n leaves open (as far
+    as the values could lie from these), without them the spread of all items is taken for its own.
+    """
+    value, pooled = float(np.mean([part.mean() for part in strata])), np.concatenate(strata)
+    errors = []  # squared, and their degrees of freedom
+    for part in strata:
+        n, spread = len(part), part.std(ddof=1) if len(part) > 1 else 0.0
+        if spread > 1e-9:
+            errors.append((spread**2 / n, n - 1))
+        elif bounds:
+            reach = max(bounds[1] - part.mean(), part.mean() - bounds[0])
+            errors.append(((reach * wilson(0.0, n)[1] / scipy_stats.norm.ppf(TAILS[1])) ** 2, 1e9))  # a limit, not an estimate
+        elif len(pooled) > 1:
+            errors.append((pooled.var(ddof=1) / n, len(pooled) - 1))
+    squares, freedom = np.array(errors).reshape(-1, 2).T
+    if not squares.any():
+        return Interval(value, value, value, len(pooled))
+    half = scipy_stats.t.ppf(TAILS[1], squares.sum() ** 2 / (squares**2 / freedom).sum()) * sqrt(squares.sum()) / len(strata)
+    return Interval(value, *_within(bounds, value - half, value + half), len(pooled))
 
 
 def item_means(values: np.ndarray) -> np.ndarray:
