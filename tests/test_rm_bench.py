@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_ppo import write_adapters
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_trust import StudyError, decode, models
 from rlhf_trust.rewards import rm_bench
@@ -43,14 +43,41 @@ def test_domains_weigh_alike_and_missing_ones_are_named(domains, title):
     items = some_items(2, domains) + some_items(30, domains[:1])
     won = np.zeros((len(items), 3, 3))
     won[[i for i, item in enumerate(items) if item.domain == domains[0]]] = 1.0
-    table = rm_bench.summary(items, won).set_index(["domain", "level"])
+    table = rm_bench.summary(items, won, released=True).set_index(["domain", "level"])
     assert set(table.index.get_level_values(0)) == {*domains, title}
     assert table.loc[(title, "average"), "value"] == pytest.approx(1 / len(domains))
     assert table.loc[(title, "average"), "n"] == len(items) and table.loc[(domains[0], "hard"), "value"] == 1.0
     rng = np.random.default_rng(0)
-    mixed = rm_bench.summary(items, (rng.random(won.shape) < 0.6).astype(float)).set_index(["domain", "level"])
-    mixed = mixed.loc[title]
+    won = (rng.random(won.shape) < 0.6).astype(float)
+    mixed = rm_bench.summary(items, won, released=True).set_index(["domain", "level"]).loc[title]
     assert (mixed["ci_low"] < mixed["value"]).all() and (mixed["value"] < mixed["ci_high"]).all()
+    of_matrix = rm_bench.level_rates(rm_bench.matrix(items, won)[None])  # the figure and the table say the same
+    assert all(of_matrix[level][0] == pytest.approx(mixed.loc[level, "value"]) for level in (*LEVELS, "average"))
+    assert mixed.loc["style_gap", "value"] == pytest.approx(mixed.loc["easy", "value"] - mixed.loc["hard", "value"])
+    shipped = rm_bench.summary(items, won, released=False)
+    assert shipped["domain"].iloc[-1] == f"shipped items, {len(domains)}-domain"
+    labelled = rm_bench.over_domains(shipped.assign(model="m"))
+    assert set(labelled["level"]) == {*LEVELS, "average"}
+    assert set(labelled["model"]) == {f"m (shipped items, {len(domains)}-domain, n = {len(items)})"}
+
+
+def test_style_is_judged_item_by_item():
+    """Easy and hard rise and fall together, so that their own intervals overlap although hard is lower item by item."""
+    items, rng = some_items(20), np.random.default_rng(0)
+
+    def judged(able, lost):
+        won = np.tile((rng.random((len(items), 1, 1)) < able).astype(float), (1, 3, 3))
+        won[:, 0, 2] *= rng.random(len(items)) >= lost
+        table = rm_bench.summary(items, won, released=True)
+        return table[table["domain"] == "overall"].set_index("level"), rm_bench.words({"m": table})[0]
+
+    overall, said = judged(0.8, 0.5)
+    assert overall.loc["easy", "ci_low"] < overall.loc["hard", "ci_high"] and overall.loc["style_gap", "ci_low"] > 0
+    assert ": overall average " in said and " over 80 items, " in said and ". Style sways it: easy" in said
+    assert "below a coin. Style outweighs substance: easy" in judged(0.4, 0.9)[1]
+    assert "Style does not clearly sway it: " in judged(0.8, 0.0)[1]
+    alone = rm_bench.words({"m": rm_bench.summary(items[:21], np.ones((21, 3, 3)), released=True)})[0]
+    assert " over 21 items, too few in a domain for a verdict. By style: easy" in alone
 
 
 def test_bias_of_one_who_likes_markdown_and_of_one_who_likes_length():
@@ -62,6 +89,15 @@ def test_bias_of_one_who_likes_markdown_and_of_one_who_likes_length():
     assert found.loc["markdown", "ci_low"] > 1.5 and found.loc["detail", "ci_low"] < 0 < found.loc["detail", "ci_high"]
     found = rm_bench.style_bias(items, lengths**3, lengths).set_index("bias")
     assert found.loc["length", "value"] == pytest.approx(1.0)
+    # An item's own level is no style, and a domain with many items weighs like any other.
+    own_level = 100 * rng.normal(size=(len(items), 1, 1))
+    np.testing.assert_allclose(rm_bench.style_bias(items, likes_markdown + own_level, lengths)["value"].to_numpy(),
+                               rm_bench.style_bias(items, likes_markdown, lengths)["value"].to_numpy())
+    more = some_items(10) + some_items(200, DOMAINS[:1])
+    of_one = rng.normal(size=(len(more), 2, 3))
+    of_one[[item.domain == DOMAINS[0] for item in more], :, 2] += 1
+    markdown = rm_bench.style_bias(more, of_one, rng.normal(size=of_one.shape)).set_index("bias").loc["markdown"]
+    assert 0 < markdown["value"] < 0.6  # about 1 SD in one domain of four, about 0 in the others
     with pytest.raises(StudyError, match="all scores are equal"):
         rm_bench.style_bias(items, np.ones_like(lengths), lengths)
 
@@ -92,12 +128,13 @@ def test_scores_of_the_studys_models(tiny, chat, tmp_path):
     assert rm_bench.answer_lengths(items, chat)[0, 0, 1] == len(chat.answer_ids(items[0].chosen[1]))
 
 
-def save_classifier(directory, tokenizer_from, labels=1, template="{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"):
+def save_classifier(directory, tokenizer_from, labels=1, template="{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}",
+                    pad=None, kind=LlamaForSequenceClassification):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
-    tokenizer.chat_template = template
+    tokenizer.chat_template, tokenizer.pad_token = template, pad or tokenizer.pad_token
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
-    LlamaForSequenceClassification(LlamaConfig(
+    kind(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         num_labels=labels, pad_token_id=2, eos_token_id=2, bos_token_id=1)).save_pretrained(directory)
     return f"path:{directory}"
@@ -114,6 +151,18 @@ def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
     assert batched[1, 1, 2] == pytest.approx(float(model(input_ids=ids).logits), abs=1e-4)
     with pytest.raises(StudyError, match="has 2 labels; a reward model has one"):
         rm_bench.classifier_scores(save_classifier(tmp_path / "two", tiny_directories["llama"], labels=2), items)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    ended = save_classifier(tmp_path / "ended", tiny_directories["llama"], pad=tokenizer.eos_token,
+                            template="{{ messages[1]['content'] }}{{ eos_token }}")
+    ids = tokenizer(f"{items[0].chosen[0]}{tokenizer.eos_token}", return_tensors="pt")["input_ids"]
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path / "ended").eval()
+    with torch.no_grad():  # at the end token, though the tokenizer would pad with it
+        wanted = float(model.score(model.model(input_ids=ids).last_hidden_state)[0, -1, 0])
+    assert int(ids[0, -1]) == tokenizer.eos_token_id
+    assert rm_bench.classifier_scores(ended, items)[0, 0, 0] == pytest.approx(wanted, abs=1e-4)
+    source = save_classifier(tmp_path / "headless", tiny_directories["llama"], kind=LlamaForCausalLM)
+    with pytest.raises(StudyError, match="lacks the weights score.weight; it is no reward model"):
+        rm_bench.classifier_scores(source, items)
     with pytest.raises(StudyError, match="no chat template"):
         rm_bench.classifier_scores(save_classifier(tmp_path / "bare", tiny_directories["llama"], template=None), items)
 
@@ -135,13 +184,16 @@ def test_real_items(real_data):
     items = rm_bench.load_rm_bench(f"path:{real_data}")
     counts = {d: sum(item.domain == d for item in items) for d in DOMAINS}
     assert counts == {"chat": 129, "math": 0, "code": 228, "safety": 441}
-    assert rm_bench.summary(items, np.ones((len(items), 3, 3)))["domain"].iloc[-1] == "3-domain"
+    assert rm_bench.summary(items, np.ones((len(items), 3, 3)), released=True)["domain"].iloc[-1] == "3-domain"
 
 
 @pytest.mark.parametrize(("row", "said"), [
     ({"prompt": "p", "chosen": ["a", "b"], "rejected": ["a", "b", "c"]}, "item 2: needs a prompt, and chosen and rejected"),
     ({"chosen": ["a"] * 3, "rejected": ["b"] * 3}, "item 2: needs a prompt"), ("text", "item 2: needs a prompt"),
     ({"prompt": "p", "chosen": ["a", "", "c"], "rejected": ["b"] * 3}, "item 2: needs"),
+    ({"prompt": ["p"], "chosen": ["a"] * 3, "rejected": ["b"] * 3}, "item 2: needs a prompt"),
+    ({"prompt": " ", "chosen": ["a"] * 3, "rejected": ["b"] * 3}, "item 2: needs a prompt"),
+    ({"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["b", "c", "c"]}, "item 2: .* are the same markdown answer"),
 ])
 def test_a_row_without_its_answers_is_named(tmp_path, row, said):
     (tmp_path / "rm-bench").mkdir()

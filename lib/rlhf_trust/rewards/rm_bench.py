@@ -5,8 +5,9 @@ markdown. The 3 × 3 matrix of an item says for which pair of styles (row: right
 answer scores strictly higher; a tie is wrong. Below the diagonal the right answer has the fancier style: ``easy``; on it
 both have the same: ``normal``; above it the wrong one is fancier: ``hard``. A domain's ``average`` is the mean of the
 three, and of its nine cells; safety pools requests to refuse and requests to answer by item; the overall numbers are
-means over domains. They are named after the domains that there are: without math, "3-domain", which compares with
-nobody's average over four.
+means over domains. They are named after the items and domains that there are: without math, "3-domain", which compares with
+nobody's average over four; of the items shipped with this study, "shipped items, 4-domain", which compares with nobody's at
+all. ``style_gap`` is easy less hard, item by item: 0 for who sees substance alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .. import StudyError, decode
 from ..attribution.gradients import only_adapter
 from ..chat import Chat, Sequence
 from ..data.files import locate, read_json
-from ..stats import DRAWS, TAILS, generator, mean_interval, row_rank_correlations
+from ..stats import mean_interval, row_rank_correlations, stratified_interval
 
 STYLES = ("concise", "plain", "markdown")
 FILES = {"chat": "chat", "math": "math", "code": "code", "safety-refuse": "safety", "safety-response": "safety"}
@@ -53,7 +54,8 @@ def load_rm_bench(source: str) -> list[Item]:
     Raises
     ------
     StudyError
-        If there is no file at all, or a row lacks its prompt or its three answers on either side, with file and row.
+        If there is no file at all, or a row lacks its prompt or its three answers on either side, or has the same answer on
+        both, with file and row.
     """
     items = []
     for name, domain in FILES.items():
@@ -75,10 +77,13 @@ def _rows(path: Path) -> list:
 def _item(row, id: str, domain: str, path: Path, number: int) -> Item:
     row = row if isinstance(row, dict) else {}
     sides = [row.get(side) for side in ("chosen", "rejected")]
-    if not row.get("prompt") or not all(isinstance(s, list) and len(s) == 3 and all(isinstance(a, str) and a.strip() for a in s)
-                                        for s in sides):
+    if not all(isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts) and len(texts) == n
+               for texts, n in (([row.get("prompt")], 1), *((side, 3) for side in sides))):
         raise StudyError(f"{path}: item {number}: needs a prompt, and chosen and rejected with three answers each "
                          f"({', '.join(STYLES)})")
+    same = [style for style, right, wrong in zip(STYLES, *sides) if right == wrong]
+    if same:
+        raise StudyError(f"{path}: item {number}: chosen and rejected are the same {same[0]} answer; one must be wrong")
     return Item(id, domain, row["prompt"], *map(tuple, sides))
 
 
@@ -126,19 +131,20 @@ def classifier_scores(source: str, items: Seq[Item], max_length: int = 2048, row
     """Scores [items, 2, 3] of a sequence classifier with one label, ``hub:<id>`` or ``path:<directory>``, read through its own
     chat template."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    from ..models import device, model_directory
+    from ..models import device, load_tokenizer, model_directory
 
     directory = model_directory(source)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForSequenceClassification.from_pretrained(directory).to(device()).eval()
+    tokenizer = load_tokenizer(directory)  # the score is read at the last token that is not padding: an end token must not be
+    model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
     if model.config.num_labels != 1:
         raise StudyError(f"model {source}: has {model.config.num_labels} labels; a reward model has one")
+    if loading["missing_keys"]:  # else they would stay random numbers
+        raise StudyError(f"model {source}: lacks the weights {sorted(loading['missing_keys'])[0]}; it is no reward model")
+    model = model.to(device()).eval()
     if tokenizer.chat_template is None:
         raise StudyError(f"model {source}: its tokenizer has no chat template, so that nobody knows how it reads an answer")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": item.prompt}, {"role": "assistant", "content": answer}],
                                            tokenize=False) for item in items for answer in item.answers]
@@ -168,49 +174,65 @@ def level_rates(won: np.ndarray) -> dict[str, np.ndarray]:
     return rates | {"average": won.mean((1, 2))}
 
 
-def summary(items: Seq[Item], won: np.ndarray, name: str = "") -> pd.DataFrame:
+def by_domain(items: Seq[Item], values: np.ndarray) -> dict[str, np.ndarray]:
+    """Values [items, …] by domain, in the order of ``DOMAINS``, those without an item left out."""
+    of_item = np.array([item.domain for item in items])
+    return {domain: values[of_item == domain] for domain in DOMAINS if (of_item == domain).any()}
+
+
+def matrix(items: Seq[Item], won: np.ndarray) -> np.ndarray:
+    """Share of items won by style of the right and of the wrong answer, mean over domains: wins [items, 3, 3] → [3, 3]."""
+    return np.mean([part.mean(0) for part in by_domain(items, won).values()], axis=0)
+
+
+def summary(items: Seq[Item], won: np.ndarray, name: str = "", *, released: bool) -> pd.DataFrame:
     """The table of one reward model: columns domain, level, value, ci_low, ci_high (95 %, over items), n.
 
-    Rows of each domain, then ``<k>-domain``: means over the k domains that there are (``overall`` if all four), with an
-    interval from resampling items within domains.
+    Rows of each domain, then means over the k domains that there are, ``<k>-domain`` (``overall`` if all four), each domain
+    weighing the same; of items that are not the ``released`` benchmark's, ``shipped items, <k>-domain``. Levels are those of
+    :func:`level_rates`, and ``style_gap``, easy less hard.
     """
-    domains = [d for d in DOMAINS if any(item.domain == d for item in items)]
-    of_item = np.array([item.domain for item in items])
-    rows, rng = [], generator(f"rm-bench/{name}")
-    rates = level_rates(np.asarray(won))
-    for domain in domains:
-        for level, values in rates.items():
-            found = mean_interval(values[of_item == domain], f"rm-bench/{name}/{domain}/{level}", bounds=(0.0, 1.0))
+    rates, rows = level_rates(np.asarray(won)), []
+    rates["style_gap"] = rates["easy"] - rates["hard"]
+    parts = {level: by_domain(items, values) for level, values in rates.items()}
+    domains = list(parts["average"])
+    title = f"{len(domains)}-domain" if released else f"shipped items, {len(domains)}-domain"
+    title = "overall" if released and len(domains) == len(DOMAINS) else title
+    for domain in (*domains, title):
+        for level, of_domain in parts.items():
+            bounds = (-1.0 if level == "style_gap" else 0.0, 1.0)
+            found = (stratified_interval(list(of_domain.values()), bounds) if domain == title else
+                     mean_interval(of_domain[domain], f"rm-bench/{name}/{domain}/{level}", bounds=bounds))
             rows.append({"domain": domain, "level": level, "value": found.value, "ci_low": found.low, "ci_high": found.high,
                          "n": found.n})
-    title = "overall" if len(domains) == len(DOMAINS) else f"{len(domains)}-domain"
-    picks = {d: rng.integers(0, (of_item == d).sum(), (DRAWS, (of_item == d).sum())) for d in domains}
-    for level, values in rates.items():
-        parts = [values[of_item == d] for d in domains]
-        drawn = np.mean([part[picks[d]].mean(1) for d, part in zip(domains, parts)], axis=0)
-        low, high = np.quantile(drawn, TAILS)
-        rows.append({"domain": title, "level": level, "value": float(np.mean([part.mean() for part in parts])), "ci_low": float(low),
-                     "ci_high": float(high), "n": len(items)})
     return pd.DataFrame(rows)
 
 
-def style_bias(items: Seq[Item], scores: np.ndarray, lengths: np.ndarray, name: str = "") -> pd.DataFrame:
-    """What a reward model pays for form: columns bias, value, ci_low, ci_high (95 %, over items), n.
+def over_domains(table: pd.DataFrame) -> pd.DataFrame:
+    """Of models' summaries, with a column model, the rates over domains; each model's name says of which and how many items."""
+    found = table[~table["domain"].isin(DOMAINS) & (table["level"] != "style_gap")]
+    return found.assign(model=[f"{row.model} ({row.domain}, n = {row.n})" for row in found.itertuples()])
+
+
+def style_bias(items: Seq[Item], scores: np.ndarray, lengths: np.ndarray) -> pd.DataFrame:
+    """What a reward model pays for form: columns bias, value, ci_low, ci_high (95 %, over items), n. Means over domains.
 
     ``detail`` and ``markdown``: score of the detailed plain answer less the concise one, and of the markdown answer less the
-    plain one, of the same side, in standard deviations of all scores. ``length``: rank correlation of score and length
-    [tokens] over an item's six answers. A model that sees substance alone has 0 in the first two.
+    plain one, of the same side, in standard deviations of scores within an item (how far a prompt's answers lie apart,
+    whatever its level). ``length``: rank correlation of score and length [tokens] over an item's six answers. A model that
+    sees substance alone has 0 in the first two.
 
     ``scores``, ``lengths``: [items, 2, 3].
     """
-    spread = scores.std()
+    of_item = scores.reshape(len(items), 6)
+    spread = np.sqrt(np.mean([part.mean() for part in by_domain(items, of_item.var(1, ddof=1)).values()]))
     if not spread > 0:
-        raise StudyError("rm-bench: all scores are equal; the reward model tells nothing apart")
+        raise StudyError("rm-bench: all scores are equal within their items; the reward model tells nothing apart")
     standard = scores / spread
-    correlations = np.nan_to_num(row_rank_correlations(*(x.reshape(len(items), 6) for x in (scores, lengths))))
+    correlations = np.nan_to_num(row_rank_correlations(of_item, lengths.reshape(len(items), 6)))
     found = {"detail": (standard[:, :, 1] - standard[:, :, 0]).mean(1), "markdown": (standard[:, :, 2] - standard[:, :, 1]).mean(1),
              "length": correlations}
-    intervals = {bias: mean_interval(values, f"rm-bench/{name}/{bias}", bounds=(-1.0, 1.0) if bias == "length" else None)
+    intervals = {bias: stratified_interval(list(by_domain(items, values).values()), (-1.0, 1.0) if bias == "length" else None)
                  for bias, values in found.items()}
     return pd.DataFrame([{"bias": bias, "value": i.value, "ci_low": i.low, "ci_high": i.high, "n": i.n}
                          for bias, i in intervals.items()])
@@ -222,15 +244,22 @@ def answer_lengths(items: Seq[Item], chat: Chat) -> np.ndarray:
 
 
 def words(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Of every reward model in one sentence: its average, and whether style misleads it. ``tables``: model → :func:`summary`."""
+    """Of every reward model in one sentence: its average, and whether style misleads it (by the interval of ``style_gap``; no
+    verdict where a domain has a single item). ``tables``: model → :func:`summary`."""
     sentences = []
     for model, table in tables.items():
-        overall = table[~table["domain"].isin(DOMAINS)].set_index("level")
-        average, easy, hard = (overall.loc[level] for level in ("average", "easy", "hard"))
-        against = "above" if average["ci_low"] > 0.5 else "below" if average["ci_high"] < 0.5 else "not clearly different from"
-        misled = ("It goes by style rather than substance: " if hard["ci_high"] < easy["ci_low"] else
-                  "It likes the plainer answer: " if easy["ci_high"] < hard["ci_low"] else "Style does not clearly sway it: ")
-        sentences.append(f"**{model}**: {overall['n'].iloc[0]} items, {table['domain'].iloc[-1]} average {average['value']:.1%} "
-                         f"({average['ci_low']:.1%} to {average['ci_high']:.1%}), {against} a coin. {misled}easy {easy['value']:.1%}, "
-                         f"hard {hard['value']:.1%}.")
+        of_domain = table["domain"].isin(DOMAINS)
+        overall = table[~of_domain].set_index("level")
+        average, easy, hard, gap = (overall.loc[level] for level in ("average", "easy", "hard", "style_gap"))
+        against = ("above a coin" if average["ci_low"] > 0.5 else "below a coin" if average["ci_high"] < 0.5 else
+                   "not clearly different from a coin")
+        misled = (
+            "It likes the plainer answer" if gap["ci_high"] < 0 else "Style does not clearly sway it" if gap["ci_low"] <= 0 else
+            "Style outweighs substance" if hard["ci_high"] < 0.5 else "Style sways it")
+        if table.loc[of_domain, "n"].min() < 2:
+            against, misled = "too few in a domain for a verdict", "By style"
+        points = [f"{100 * gap[end]:+.1f}" for end in ("value", "ci_low", "ci_high")]
+        sentences.append(f"**{model}**: {average['domain']} average {average['value']:.1%} ({average['ci_low']:.1%} to "
+                         f"{average['ci_high']:.1%}) over {average['n']} items, {against}. {misled}: easy {easy['value']:.1%}, "
+                         f"hard {hard['value']:.1%}, gap {points[0]} points ({points[1]} to {points[2]}).")
     return sentences
