@@ -35,6 +35,7 @@ def linear_bench(prompts=60, answers=8, d=12, prompt_spread=1.0, seed=0):
 @pytest.mark.parametrize(("variance", "quality"), [(1, 0.67486), (2, 0.72521), (4, 0.77799), (8, 0.82801), (10, 0.84280), (20, 0.88333)])
 def test_annotation_quality(variance, quality):
     assert oc.annotation_quality(variance) == pytest.approx(quality, abs=1e-5)
+    assert oc.annotation_quality(np.inf) == 1.0
 
 
 def test_labels_are_right_as_often_as_the_integral_says():
@@ -65,6 +66,46 @@ def test_which_answers_are_paired():
         oc.choose_pairs(golden, "other", 5, rng)
     with pytest.raises(StudyError, match="1 prompts with 8 answers each have no such pair"):
         oc.choose_pairs(golden[:1], "cross", 5, rng)
+
+
+@pytest.mark.parametrize("how", oc.CHOICES)
+def test_pairs_repeat_only_when_there_are_no_others(how):
+    golden = np.random.default_rng(0).normal(size=(5, 4))
+    answers = list(itertools.product(range(5), range(4)))
+    in_order = [sorted(((p, a) for a in range(4)), key=lambda place: golden[place]) for p in range(5)]
+    possible = {"same": [(a, b) for a, b in itertools.combinations(answers, 2) if a[0] == b[0]],
+                "cross": [(a, b) for a, b in itertools.combinations(answers, 2) if a[0] != b[0]],
+                "similar": [(o[1], o[2]) for o in in_order], "diversified": [(o[0], o[3]) for o in in_order]}[how]
+    for n in (3, len(possible), 2 * len(possible) + 3):
+        pairs = oc.choose_pairs(golden, how, n, np.random.default_rng(n))
+        counts = pd.Series([frozenset(map(tuple, pair)) for pair in pairs.tolist()]).value_counts()
+        assert set(counts.index) <= set(map(frozenset, possible)) and oc.distinct(pairs) == len(counts) == min(n, len(possible))
+        assert counts.sum() == n and counts.max() == -(-n // len(possible)) and counts.max() - counts.min() <= 1
+
+
+def test_prompts_are_held_out_whole():
+    rng = np.random.default_rng(0)
+    golden = rng.normal(size=(40, 6))
+    for how in oc.CHOICES:
+        prompts = oc.choose_pairs(golden, how, 900, rng)[..., 0]
+        held_out = oc.held_out_by_prompt(prompts, rng.permutation(40))
+        assert 0.2 <= held_out.mean() < 0.26
+        learnt_from = set(prompts[~held_out].ravel())
+        unseen = ~np.isin(prompts[held_out], list(learnt_from))
+        assert unseen.any(1).all() if how == "cross" else unseen.all()
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"learners": ["trees"]}, "learners: must be of bradley_terry, classifier, lightgbm, each once, got trees"),
+    ({"choices": []}, "pair_choices: must be of same, cross, similar, diversified, each once, got none"),
+    ({"betas": [0.0, 1.0]}, "betas: must be above 0, in rising order, got 0.0, 1.0"),
+    ({"amounts": [400, 200]}, "amounts: must be above 1, in rising order, got 400, 200"),
+    ({"seeds": range(0)}, "n_seeds: must be at least 1"), ({"best_of": [2, 9]}, "best_of: 9 of 8 answers to a prompt"),
+])
+def test_a_sweep_that_cannot_be_made_is_refused_at_its_start(changed, said):
+    settings = {"learners": ["classifier"], "choices": ["same"], "betas": [1.0], "amounts": [200], "seeds": [0], "best_of": [2]}
+    with pytest.raises(StudyError, match=said):
+        oc.sweep(linear_bench(), **settings | changed)
 
 
 @pytest.mark.parametrize("learner", list(oc.LEARNERS))
@@ -112,7 +153,7 @@ def test_the_sweep_is_paired_seeded_kept_and_put_into_words(tmp_path, monkeypatc
     found = oc.sweep(bench, *settings)
     kept = Kept(tmp_path / f"sweep.{bench.fingerprint}.jsonl")
     pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=kept))
-    monkeypatch.setattr(oc, "LEARNERS", {})  # interrupted and started again, it learns nothing anew
+    monkeypatch.setattr(oc, "LEARNERS", dict.fromkeys(oc.LEARNERS))  # interrupted and started again, it learns nothing anew
     pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=Kept(kept.path)))
     assert linear_bench(prompts=21).fingerprint != bench.fingerprint == linear_bench(prompts=20).fingerprint
     assert len(found) == 2 * 2 * 2 * 3 and found.groupby(["pairs", "beta", "seed"])["label_accuracy"].nunique().eq(1).all()
@@ -122,18 +163,46 @@ def test_the_sweep_is_paired_seeded_kept_and_put_into_words(tmp_path, monkeypatc
     row = differences[(differences["pairs"] == "cross") & (differences["beta"] == 0.5)].iloc[0]
     assert row["difference"] == pytest.approx((part["classifier"] - part["bradley_terry"]).mean()) and row["seeds"] == 3
     made = differences.assign(difference=[0.2, -0.2, 0.0, 0.0], ci_low=[0.1, -0.3, -0.1, -0.1], ci_high=[0.3, -0.1, 0.1, 0.1])
-    (sentence,) = oc.words(made, {0.5: 0.62, np.inf: 1.0})
+    (sentence,) = oc.words(made)
     assert sentence.startswith("**classifier** against Bradley-Terry, 4 combinations: clearly better in 1 (") and "clearly worse in 1 (" in sentence
+    assert "over 3 seeds" in sentence and "by chance alone about 0.2 would be clear" in sentence
+    assert "with one seed nothing can be said" in oc.words(made.assign(seeds=1))[0]
+    assert oc.words(oc.against_bradley_terry(found[found["learner"] == "classifier"], "gain_8")) == []
+
+
+def test_a_verdict_names_the_labels_of_its_own_combination():
+    """Across prompts that lie apart labels are right more often than within one."""
+    bench = linear_bench(prompts=20, prompt_spread=3.0)
+    found = oc.sweep(bench, ["bradley_terry", "lightgbm"], ["same", "cross"], [0.5], [60, 1200], [0, 1], [2], QUICK)
+    differences = oc.against_bradley_terry(found, "gain_2").set_index(["pairs", "amount"])
+    for (how, amount), row in differences.iterrows():
+        own = found[(found["pairs"] == how) & (found["amount"] == amount)]
+        assert row["label_accuracy"] == pytest.approx(own["label_accuracy"].mean()) and row["distinct"] == own["distinct"].max()
+    assert differences.loc[("cross", 1200), "label_accuracy"] > differences.loc[("same", 1200), "label_accuracy"] + 0.05
+    assert differences["distinct"].to_dict() == {("same", 60): 60, ("same", 1200): 560, ("cross", 60): 60, ("cross", 1200): 1200}
+    accuracy = differences.loc[("same", 1200), "label_accuracy"]
+    (sentence,) = oc.words(differences.reset_index().assign(ci_low=0.1))
+    assert f"same pairs, 1200 of them (560 distinct), {accuracy:.0%} of labels right" in sentence
 
 
 def test_golden_rewards():
     rng = np.random.default_rng(0)
     golden = oc.in_units(oc.golden_network(rng.normal(size=(180, 10)), seed=0).reshape(30, 6))
-    assert golden.var(1).mean() == pytest.approx(1.0) and golden.mean() == pytest.approx(0.0)
+    assert golden.var(1, ddof=1).mean() == pytest.approx(1.0) and golden.mean() == pytest.approx(0.0)
     with pytest.raises(StudyError, match="golden reward: is constant or not finite"):
         oc.in_units(np.ones((3, 4)))
     with pytest.raises(StudyError, match="1 pairs are too few"):
-        oc.fit_network(np.ones((1, 3)), np.zeros((1, 3)), oc.bradley_terry, QUICK, 0)
+        oc.fit_network(np.ones((1, 3)), np.zeros((1, 3)), np.zeros((1, 2), int), oc.bradley_terry, QUICK, 0)
+
+
+def test_a_golden_rewards_unit_holds_for_few_answers():
+    rng = np.random.default_rng(0)
+    golden = 5 * (rng.normal(size=(4000, 3)) + rng.normal(size=(4000, 1)))  # half of the variance between prompts
+    units = oc.in_units(golden)
+    _, right = oc.annotate(units, oc.choose_pairs(units, "same", 12000, rng), 1.0, rng)
+    assert right == pytest.approx(oc.annotation_quality(2.0), abs=0.01)  # 0.725; with the population's spread 0.755
+    assert oc.prompts_share(golden) == pytest.approx(0.5, abs=0.03)
+    assert oc.prompts_share(rng.normal(size=(4000, 3))) == pytest.approx(0.0, abs=0.02)
 
 
 def test_embeddings_are_the_start_models_whatever_adapter_is_active(tiny, chat, tmp_path):

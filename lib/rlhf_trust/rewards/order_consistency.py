@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass
 from math import comb
 
@@ -29,7 +29,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from .. import StudyError
 from ..artifacts import Kept, content_key
 from ..progress import progress
-from ..stats import mean_interval, row_rank_correlations
+from ..stats import LEVEL, mean_interval, row_rank_correlations
 
 Reward = Callable[[np.ndarray], np.ndarray]
 """Embeddings [n, d] → rewards [n]."""
@@ -50,29 +50,49 @@ def annotation_quality(variance: float) -> float:
     """
     if not variance > 0:
         raise StudyError(f"annotation quality: the variance must be above 0, got {variance}")
+    if np.isinf(variance):
+        return 1.0
     spread = variance**0.5
     return 2 * quad(lambda z: expit(z) * norm.pdf(z, scale=spread), 0, np.inf)[0]
 
 
 def choose_pairs(golden: np.ndarray, how: str, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` pairs of answers as (prompt, answer) indices, int [n, 2, 2]; ``golden`` [prompts, answers], ``how`` of ``CHOICES``."""
+    """``n`` pairs of answers as (prompt, answer) indices, int [n, 2, 2]; ``golden`` [prompts, answers], ``how`` of ``CHOICES``.
+
+    Drawn without replacement while distinct pairs last; after that every pair comes once more before one comes a third time, to
+    be annotated anew. (Similar and diversified have one pair a prompt.)
+    """
     prompts, answers = golden.shape
     if how not in CHOICES:
         raise StudyError(f"pair choice: must be one of {', '.join(CHOICES)}, got {how!r}")
     if answers < 2 or (how == "cross" and prompts < 2):
         raise StudyError(f"pair choice {how}: {prompts} prompts with {answers} answers each have no such pair")
-    of = rng.integers(0, prompts, n)
+    there_are = {"same": prompts * comb(answers, 2), "cross": comb(prompts, 2) * answers**2}.get(how, prompts)
+    passes, rest = divmod(n, there_are)
+    drawn = np.concatenate([rng.permutation(there_are) for _ in range(passes)] + [rng.choice(there_are, rest, replace=False)])
     if how == "cross":
-        other = (of + rng.integers(1, prompts, n)) % prompts
-        return np.stack([np.stack([of, rng.integers(0, answers, n)], 1), np.stack([other, rng.integers(0, answers, n)], 1)], 1)
+        prompt_pair, answer_pair = np.divmod(drawn, answers**2)
+        return np.stack([np.stack(_two_of(prompt_pair), 1), np.stack(np.divmod(answer_pair, answers), 1)], 2)
     if how == "same":
-        first = rng.integers(0, answers, n)
-        second = (first + rng.integers(1, answers, n)) % answers
+        of, answer_pair = np.divmod(drawn, comb(answers, 2))
+        first, second = _two_of(answer_pair)
     else:
-        order = np.argsort(golden, axis=1)
+        of, order = drawn, np.argsort(golden, axis=1)
         low, high = (answers // 2 - 1, answers // 2) if how == "similar" else (0, answers - 1)
         first, second = order[of, low], order[of, high]
     return np.stack([np.stack([of, first], 1), np.stack([of, second], 1)], 1)
+
+
+def _two_of(number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pair of that number in the row (0, 1), (0, 2), (1, 2), (0, 3), …"""
+    high = ((1 + np.sqrt(1 + 8 * number)) / 2).astype(int)
+    return number - high * (high - 1) // 2, high
+
+
+def distinct(pairs: np.ndarray) -> int:
+    """How many different pairs of answers there are among ``pairs`` [n, 2, 2], whichever comes first."""
+    answer = pairs[..., 0] * (pairs[..., 1].max() + 1) + pairs[..., 1]
+    return len(np.unique(answer.min(1) * (answer.max() + 1) + answer.max(1)))
 
 
 def annotate(golden: np.ndarray, pairs: np.ndarray, beta: float, rng: np.random.Generator) -> tuple[np.ndarray, float]:
@@ -94,8 +114,8 @@ def annotate(golden: np.ndarray, pairs: np.ndarray, beta: float, rng: np.random.
 
 @dataclass(frozen=True)
 class Network:
-    """A multilayer perceptron with ReLU and how it is trained (Adam; the best of the epochs on a fifth of the pairs, which
-    are kept apart; stopped after ``patience`` epochs without a better one)."""
+    """A multilayer perceptron with ReLU and how it is trained (Adam; the best of the epochs on a fifth of the pairs, kept apart
+    by prompt; stopped after ``patience`` epochs without a better one)."""
 
     hidden: tuple[int, ...] = (256, 128)
     learning_rate: float = 1e-3
@@ -115,15 +135,25 @@ def classification(won: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
     return binary_cross_entropy_with_logits(both, torch.cat([torch.ones_like(won), torch.zeros_like(lost)]))
 
 
-def fit_network(won: np.ndarray, lost: np.ndarray, loss: Callable, network: Network, seed: int) -> Reward:
-    """A perceptron fitted to preferred and other embeddings, both [n, d]."""
+def held_out_by_prompt(prompts: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Which pairs judge the epochs, bool [n]; ``prompts`` [n, 2] of each pair, ``order`` the place of every prompt.
+
+    Prompts are held out one by one, in order, until a fifth of the pairs has one of them; the other pairs have none and are
+    learnt from. A held-out pair is then of answers that were not learnt from; across prompts, at least one of the two is.
+    """
+    first = order[prompts].min(1)
+    return first <= np.sort(first)[max(1, len(first) // 5) - 1]
+
+
+def fit_network(won: np.ndarray, lost: np.ndarray, prompts: np.ndarray, loss: Callable, network: Network, seed: int) -> Reward:
+    """A perceptron fitted to preferred and other embeddings, both [n, d], of answers to ``prompts`` [n, 2]."""
     generator = torch.Generator().manual_seed(seed)
     mean, spread = won.mean(0), won.std(0) + 1e-6
     data = torch.tensor(np.stack([(won - mean) / spread, (lost - mean) / spread]), dtype=torch.float32)
-    order = torch.randperm(data.shape[1], generator=generator)
-    held_out, train = order[: max(1, len(order) // 5)], order[max(1, len(order) // 5):]
+    apart = torch.tensor(held_out_by_prompt(prompts, torch.randperm(int(prompts.max()) + 1, generator=generator).numpy()))
+    held_out, train = apart.nonzero()[:, 0], (~apart).nonzero()[:, 0]
     if not len(train):
-        raise StudyError(f"reward network: {len(order)} pairs are too few; give it at least 2")
+        raise StudyError(f"reward network: {len(won)} pairs are too few to keep a prompt's apart; give it more prompts")
     sizes = [data.shape[2], *network.hidden, 1]
     layers = []
     for wide, narrow in itertools.pairwise(sizes):
@@ -171,10 +201,10 @@ def fit_trees(won: np.ndarray, lost: np.ndarray, seed: int) -> Reward:
     return lambda embeddings: model.predict(embeddings, raw_score=True)
 
 
-LEARNERS: dict[str, Callable[[np.ndarray, np.ndarray, Network, int], Reward]] = {
-    "bradley_terry": lambda won, lost, network, seed: fit_network(won, lost, bradley_terry, network, seed),
-    "classifier": lambda won, lost, network, seed: fit_network(won, lost, classification, network, seed),
-    "lightgbm": lambda won, lost, network, seed: fit_trees(won, lost, seed),
+LEARNERS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, Network, int], Reward]] = {
+    "bradley_terry": lambda won, lost, prompts, network, seed: fit_network(won, lost, prompts, bradley_terry, network, seed),
+    "classifier": lambda won, lost, prompts, network, seed: fit_network(won, lost, prompts, classification, network, seed),
+    "lightgbm": lambda won, lost, prompts, network, seed: fit_trees(won, lost, seed),
 }
 
 
@@ -223,12 +253,26 @@ def golden_network(embeddings: np.ndarray, seed: int, hidden: int = 64) -> np.nd
     return wide @ rng.normal(size=hidden)
 
 
-def in_units(golden: np.ndarray) -> np.ndarray:
-    """A golden reward in standard deviations within prompts, [prompts, answers]."""
-    spread = float(np.sqrt(golden.var(1).mean()))
+def unit_of(golden: np.ndarray) -> float:
+    """The standard deviation within prompts of a golden reward [prompts, answers]: of two answers to one prompt the difference
+    has a variance of 2 in this unit, however few answers there are."""
+    spread = float(np.sqrt(golden.var(1, ddof=1).mean()))
     if not (np.isfinite(golden).all() and spread > 0):
         raise StudyError("golden reward: is constant or not finite; look at the reward model, or ask for longer answers")
-    return (golden - golden.mean()) / spread
+    return spread
+
+
+def in_units(golden: np.ndarray) -> np.ndarray:
+    """A golden reward in standard deviations within prompts, [prompts, answers]."""
+    return (golden - golden.mean()) / unit_of(golden)
+
+
+def prompts_share(golden: np.ndarray) -> float:
+    """Which share of a golden reward's variance lies between prompts, [prompts, answers]: means over m answers also vary by
+    what lies within, a m-th of it, which is taken off."""
+    within = unit_of(golden) ** 2
+    between = max(0.0, float(golden.mean(1).var(ddof=1)) - within / golden.shape[1])
+    return between / (between + within)
 
 
 @dataclass(frozen=True)
@@ -247,14 +291,30 @@ class Bench:
         return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
 
 
-def sweep(bench: Bench, learners: Seq[str], choices: Seq[str], betas: Seq[float], amounts: Seq[int], seeds: Iterable[int],
+def check(learners: Seq[str], choices: Seq[str], betas: Seq[float], amounts: Seq[int], seeds: Seq[int], best_of: Seq[int],
+          answers: int) -> None:
+    """Whether a sweep can be made of these, judged by so many ``answers`` to a test prompt; an error names the parameter."""
+    for name, given, known in (("learners", learners, LEARNERS), ("pair_choices", choices, CHOICES)):
+        if not given or not set(given) <= set(known) or len(set(given)) < len(given):
+            raise StudyError(f"{name}: must be of {', '.join(known)}, each once, got {', '.join(map(str, given)) or 'none'}")
+    for name, given, least in (("betas", betas, 0), ("amounts", amounts, 1), ("best_of", best_of, 0)):
+        if not given or not all(x > least for x in given) or sorted(set(given)) != list(given):
+            raise StudyError(f"{name}: must be above {least}, in rising order, got {', '.join(map(str, given)) or 'none'}")
+    if not seeds:
+        raise StudyError("n_seeds: must be at least 1")
+    if best_of[-1] > answers:
+        raise StudyError(f"best_of: {best_of[-1]} of {answers} answers to a prompt; lower it, or raise answers_test")
+
+
+def sweep(bench: Bench, learners: Seq[str], choices: Seq[str], betas: Seq[float], amounts: Seq[int], seeds: Seq[int],
           best_of: Seq[int], network: Network | None = None, desc: str = "reward models", kept: Kept | None = None) -> pd.DataFrame:
     """Every learner on every combination, each with each seed: one row each. ``kept`` holds what an interrupted sweep had.
 
-    Columns learner, pairs, beta, amount, seed, label_accuracy, mean_gap (mean |Δr| of the annotated pairs), pair_accuracy,
-    spearman, gain_<n> for every n of ``best_of`` (golden units): means over test prompts. Of a combination all learners see
-    the same annotated pairs.
+    Columns learner, pairs, beta, amount, seed, label_accuracy, mean_gap (mean |Δr| of the annotated pairs), distinct (how many
+    of them are different ones), pair_accuracy, spearman, gain_<n> for every n of ``best_of`` (golden units): means over test
+    prompts. Of a combination all learners see the same annotated pairs.
     """
+    check(learners, choices, betas, amounts, seeds, best_of, bench.test_golden.shape[1])
     combinations = list(itertools.product(choices, betas, amounts, seeds))
     rows, network = [], network or Network()
     for how, beta, amount, seed in progress(combinations, desc=desc, unit="set of pairs"):
@@ -268,10 +328,11 @@ def sweep(bench: Bench, learners: Seq[str], choices: Seq[str], betas: Seq[float]
         won, lost = (bench.train[pairs[:, side, 0], pairs[:, side, 1]] for side in (0, 1))
         gaps = np.abs(np.diff(bench.train_golden[pairs[..., 0], pairs[..., 1]], axis=1))
         for learner in learners:
-            reward = LEARNERS[learner](won, lost, network, seed)
+            reward = LEARNERS[learner](won, lost, pairs[..., 0], network, seed)
             learnt = reward(bench.test.reshape(-1, bench.test.shape[-1])).reshape(bench.test.shape[:2])
             of_pairs.append({"learner": learner, "pairs": how, "beta": beta, "amount": amount, "seed": seed, "label_accuracy": right,
-                             "mean_gap": float(gaps.mean()), "pair_accuracy": float(np.nanmean(pair_accuracy(learnt, bench.test_golden))),
+                             "mean_gap": float(gaps.mean()), "distinct": distinct(pairs),
+                             "pair_accuracy": float(np.nanmean(pair_accuracy(learnt, bench.test_golden))),
                              "spearman": float(np.nanmean(rank_correlation(learnt, bench.test_golden)))}
                             | {f"gain_{n}": float(best_of_n(learnt, bench.test_golden, n).mean()) for n in best_of})
         rows += of_pairs
@@ -281,31 +342,40 @@ def sweep(bench: Bench, learners: Seq[str], choices: Seq[str], betas: Seq[float]
 
 
 def against_bradley_terry(found: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Every other learner less Bradley-Terry on the same pairs: columns learner, pairs, beta, amount, difference, ci_low,
-    ci_high (95 %, over seeds), seeds."""
-    keys = ["pairs", "beta", "amount", "seed"]
-    wide = found.pivot(index=keys, columns="learner", values=metric)
+    """Every other learner less Bradley-Terry on the same pairs: columns learner, pairs, beta, amount, distinct, label_accuracy,
+    difference, ci_low, ci_high (95 %, over seeds), seeds. ``found``: a sweep's; without Bradley-Terry in it, no row."""
+    keys = ["pairs", "beta", "amount"]
+    wide = found.pivot(index=[*keys, "seed"], columns="learner", values=metric)
+    annotated = found.groupby(keys)[["distinct", "label_accuracy"]].mean()
     rows = []
-    for learner in wide.columns.drop("bradley_terry"):
-        for (how, beta, amount), part in (wide[learner] - wide["bradley_terry"]).groupby(level=keys[:3]):
+    for learner in wide.columns.drop("bradley_terry") if "bradley_terry" in wide else ():
+        for (how, beta, amount), part in (wide[learner] - wide["bradley_terry"]).groupby(level=keys):
             interval = mean_interval(part.to_numpy(), f"order/{learner}/{how}/{beta}/{amount}/{metric}", bounds=(-np.inf, np.inf))
-            rows.append({"learner": learner, "pairs": how, "beta": beta, "amount": amount, "difference": interval.value,
-                         "ci_low": interval.low, "ci_high": interval.high, "seeds": interval.n})
+            rows.append({"learner": learner, "pairs": how, "beta": beta, "amount": amount, **annotated.loc[(how, beta, amount)],
+                         "difference": interval.value, "ci_low": interval.low, "ci_high": interval.high, "seeds": interval.n})
     return pd.DataFrame(rows)
 
 
-def words(differences: pd.DataFrame, label_accuracy: Mapping[float, float]) -> list[str]:
-    """Where a classifier beats Bradley-Terry and where it loses, from :func:`against_bradley_terry`; ``label_accuracy``:
-    β → share of right labels."""
+def words(differences: pd.DataFrame) -> list[str]:
+    """Where a classifier beats Bradley-Terry and where it loses, from :func:`against_bradley_terry`; one seed shows neither."""
+    if differences.empty:
+        return []
+
+    def places(rows: pd.DataFrame) -> str:
+        return "; ".join(f"{r.pairs} pairs, {r.amount} of them"
+                         + (f" ({r.distinct:.0f} distinct)" if r.distinct < r.amount else "")
+                         + f", {r.label_accuracy:.0%} of labels right ({r.difference:+.3f})" for r in rows.itertuples())
+
     sentences = []
     for learner, part in differences.groupby("learner", sort=False):
+        seeds = int(part["seeds"].min())
+        if seeds < 2:
+            sentences.append(f"**{learner}** against Bradley-Terry: with one seed nothing can be said; raise n_seeds.")
+            continue
         better, worse = part[part["ci_low"] > 0], part[part["ci_high"] < 0]
-
-        def places(rows: pd.DataFrame) -> str:
-            return "; ".join(f"{r.pairs} pairs, {r.amount} of them, {label_accuracy[r.beta]:.0%} of labels right ({r.difference:+.3f})"
-                             for r in rows.itertuples())
-
         sentences.append(f"**{learner}** against Bradley-Terry, {len(part)} combinations: clearly better in {len(better)}"
                          + (f" ({places(better)})" if len(better) else "") + f", clearly worse in {len(worse)}"
-                         + (f" ({places(worse)})" if len(worse) else "") + ", in the others the interval over seeds holds zero.")
+                         + (f" ({places(worse)})" if len(worse) else "") + f", in the others the interval over {seeds} seeds "
+                         "holds zero. That is for these prompts and answers, which all seeds share, and by chance alone about "
+                         f"{(1 - LEVEL) * len(part):.1f} would be clear.")
     return sentences
