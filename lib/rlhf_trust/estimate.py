@@ -181,8 +181,8 @@ def _rewards(p) -> Work:
     drawn = _answers(p.n_prompts * p.answers_per_prompt + p.n_prompts_test * p.answers_test, 1, p.max_new_tokens, p.text / 2)
     read = Work(scored=drawn.sampled * 2)
     ppo = _rollouts(p.ppo_steps * 24, p.max_new_tokens, p.text, 2) * 2
-    items = 24 if p.benchmarks == "shipped" else 798  # RM-Bench, nine texts each
-    main, others = ((n or items) * 9 * 240 for n in (p.n_items_main, p.n_items))
+    items = 24 if p.benchmarks == "shipped" else 798  # RM-Bench, six answers each
+    main, others = ((n or items) * 6 * 240 for n in (p.n_items_main, p.n_items))
     return drawn + read + ppo + Work(scored=3 * main + 6 * others)
 
 
