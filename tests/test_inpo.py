@@ -42,10 +42,24 @@ def test_rounds_and_limit_of_a_game_of_three_answers(tau, eta, rounds, limit):
     for wanted in rounds:
         policy = inpo.mirror_step(policy, REFERENCE, PREFERENCE, tau, eta)
         assert policy == pytest.approx(wanted, abs=1e-4)
-    found = inpo.equilibrium(REFERENCE, PREFERENCE, tau, eta)
+    found = inpo.equilibrium(REFERENCE, PREFERENCE, tau)
     assert found == pytest.approx(limit, abs=1e-4)
+    for _ in range(3000):
+        policy = inpo.mirror_step(policy, REFERENCE, PREFERENCE, tau, eta)
+    assert policy == pytest.approx(found, abs=1e-9)
     fixed = REFERENCE * np.exp(PREFERENCE @ found / tau)
     assert np.abs(fixed / fixed.sum() - found).max() < 1e-13
+
+
+@pytest.mark.parametrize(("tau", "eta"), [(0.033, 0.1), (0.001667, 0.005)])
+def test_rounds_at_a_small_constant_price_circle_round_the_equilibrium(tau, eta):
+    """The default's prices, and the published ones."""
+    found, policy, far = inpo.equilibrium(REFERENCE, PREFERENCE, tau), REFERENCE, []
+    assert inpo.mirror_step(found, REFERENCE, PREFERENCE, tau, eta) == pytest.approx(found, abs=1e-8)
+    for _ in range(3000):
+        policy = inpo.mirror_step(policy, REFERENCE, PREFERENCE, tau, eta)
+        far.append(np.abs(policy - found).sum() / 2)
+    assert min(far[-100:]) > 0.1
 
 
 def test_the_loss_is_least_at_the_closed_form():

@@ -50,6 +50,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import root
+from scipy.special import log_softmax, softmax
 
 from .. import StudyError, decode, models
 from ..attribution.gradients import Example, INPOLoss, reference_logps
@@ -121,17 +123,23 @@ def mirror_step(policy: np.ndarray, reference: np.ndarray, preference: np.ndarra
     return following / following.sum()
 
 
-def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float, eta: float = 1.0, tolerance: float = 1e-14,
-                most: int = 1_000_000) -> np.ndarray:
-    """π* [answers], by mirror steps until π ∝ π_ref · exp(P(· ≻ π)/τ) holds to ``tolerance``."""
+def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float, tolerance: float = 1e-10) -> np.ndarray:
+    """π* [answers], where π ∝ π_ref · exp(P(· ≻ π)/τ) holds to ``tolerance``: solved for a large τ, where π* is near π_ref, and
+    followed down to the one that is asked for."""
     if not tau > 0:
         raise StudyError(f"tau: only above 0 is there one equilibrium to find, got {tau}")
-    policy = reference
-    for _ in range(most):
-        if np.abs(mirror_step(policy, reference, preference, tau, tau) - policy).max() < tolerance:
-            return policy
-        policy = mirror_step(policy, reference, preference, tau, eta)
-    raise StudyError(f"equilibrium: not reached to {tolerance:g} in {most} steps; raise eta")
+    halvings = max(0, math.ceil(math.log2(1 / tau)))
+    log_policy = np.log(reference)
+    for price in tau * 2.0 ** np.arange(halvings, -1, -1):
+
+        def answer(logits: np.ndarray) -> np.ndarray:
+            return log_softmax(np.log(reference) + preference @ softmax(logits) / price)
+
+        log_policy = log_softmax(root(lambda logits: answer(logits) - logits, log_policy, tol=1e-14).x)
+    gap = np.abs(np.exp(answer(log_policy)) - np.exp(log_policy)).max()
+    if not gap < tolerance:
+        raise StudyError(f"equilibrium: found to {gap:.2g} only, not to {tolerance:g}; ask for a larger tau")
+    return np.exp(log_policy)
 
 
 # --- from answers to pairs -----------------------------------------------------------------------------------------
