@@ -119,18 +119,35 @@ def test_verdicts():
 def test_bad_states_are_named():
     with pytest.raises(StudyError, match="60 texts of one model against 50 of the other"):
         lineage.aligned(kernels(0), kernels(1, m=50))
+    with pytest.raises(StudyError, match=r"mine: states must be \[layers, texts, hidden\] of at least 5 texts, got \[2, 4, 3\]"):
+        lineage.kernel_matrices(noise(0, 2, 4, 3), name="mine")
     states = noise(0, 2, 10, 3)
-    states[1] = 4.0
+    states[1, 4, 2] = np.nan
+    with pytest.raises(StudyError, match="lineage: mine: states of layer 2 are not finite"):
+        lineage.kernel_matrices(states, name="mine")
+    states = noise(0, 2, 10, 3)
+    states[1] = [0.1, 0.7, 1.3]  # whose mean over texts is not exactly these
     with pytest.raises(StudyError, match="lineage: mine: layer 2 has the same state for every text"):
         lineage.kernel_matrices(states, name="mine")
     states = noise(0, 2, 10, 3)
-    states[0, :, 1] = 1.0
+    states[0, :, 1] = 0.1
     with pytest.raises(StudyError, match="1 features are the same for every text"):
         lineage.kernel_matrices(states, standardised=True)
     with pytest.raises(StudyError, match="kernel: must be one of linear, radial"):
         lineage.kernel_matrices(states, "rbf")
     with pytest.raises(StudyError, match="4 texts; likeness of models needs at least 5"):
         lineage.last_token_states(None, None, ["a"] * 4)
+    with pytest.raises(StudyError, match="Linear has no list of num_hidden_layers blocks"):
+        lineage.last_token_states(torch.nn.Linear(2, 2), None, ["a"] * 5)
+
+
+def test_models_that_cannot_be_read_are_named(tiny_llama):
+    with pytest.raises(StudyError, match="lineage: mine: text 9 has no tokens"):
+        lineage.last_token_states(tiny_llama.model, tiny_llama.tokenizer, [*TEXTS, ""], desc="mine")
+    with torch.no_grad():
+        tiny_llama.model.model.layers[1].mlp.down_proj.weight[0] = torch.nan
+    with pytest.raises(StudyError, match="lineage: mine: states of layer 2 are not finite"):
+        lineage.last_token_states(tiny_llama.model, tiny_llama.tokenizer, TEXTS, desc="mine")
 
 
 TEXTS = ["the answer", "the question is not wrong", "human", "what is the assistant to the user?", "not", "the system", "is it", "to the answer"]
@@ -142,6 +159,8 @@ def test_states_do_not_depend_on_the_batch(tiny):
     for index, text in enumerate(TEXTS):
         with torch.no_grad():
             hidden = tiny.model(**tiny.tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+            norm = getattr(tiny.model.base_model, "norm", None) or tiny.model.base_model.final_layer_norm  # after the last block
+            np.testing.assert_allclose(norm(torch.tensor(states[1, index])), hidden[2][0, -1], atol=1e-4)
         np.testing.assert_allclose(states[0, index], hidden[1][0, -1], atol=1e-4)
     assert (lineage.last_token_states(tiny.model.base_model, tiny.tokenizer, TEXTS, rows=3) == states).all()
 

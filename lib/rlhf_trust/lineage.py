@@ -43,6 +43,9 @@ from .wheels import Wheel, rebuilt
 
 KERNELS = ("linear", "radial")
 
+FEWEST = 5
+"""So many texts are needed at least."""
+
 DERIVED, UNRELATED = 0.8, 0.5
 """The paper's bands: derived from 0.8 on, unrelated below 0.5, open between."""
 
@@ -60,10 +63,12 @@ def last_token_states(model, tokenizer, texts: Seq[str], rows: int = 16, desc: s
     Texts are tokenised as the model's own tokenizer does it, without a chat template, and run once for all layers. ``model``
     may be any transformer whose blocks stand in one list (decoders, encoders), with or without an output head.
     """
-    if len(texts) < 5:
-        raise StudyError(f"lineage: {len(texts)} texts; likeness of models needs at least 5")
+    if len(texts) < FEWEST:
+        raise StudyError(f"lineage: {len(texts)} texts; likeness of models needs at least {FEWEST}")
     blocks = _blocks(model)
     ids = [tuple(tokenizer(text).input_ids) for text in texts]
+    if () in ids:
+        raise StudyError(f"lineage: {desc}: text {ids.index(()) + 1} has no tokens; leave it out")
     found: list[list[np.ndarray | None]] = [[None] * len(texts) for _ in blocks]
     last: torch.Tensor
     batch: list[int]
@@ -86,18 +91,23 @@ def last_token_states(model, tokenizer, texts: Seq[str], rows: int = 16, desc: s
         for handle in handles:
             handle.remove()
     states = np.array(found, dtype=np.float32)
-    if not np.isfinite(states).all():
-        layer = int(np.argwhere(~np.isfinite(states))[0][0])
-        raise StudyError(f"lineage: states of layer {layer + 1} are not finite; load the model in float32, or look for broken weights")
+    _check_finite(states, desc)
     return states
+
+
+def _check_finite(states: np.ndarray, name: str) -> None:
+    if not (finite := np.isfinite(states).all((1, 2))).all():
+        raise StudyError(f"lineage: {name}: states of layer {int(finite.argmin()) + 1} are not finite; load the model in "
+                         "float32, or look for broken weights")
 
 
 def _blocks(model) -> torch.nn.ModuleList:
     """The transformer's blocks, in order."""
-    depth = getattr(model.config, "num_hidden_layers", None)
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth]
     if not lists:
-        raise StudyError(f"lineage: {type(model).__name__} has no list of {depth} blocks to read hidden states from")
+        raise StudyError(f"lineage: {type(model).__name__} has no list of {depth or 'num_hidden_layers'} blocks to read hidden "
+                         "states from")
     return lists[0]
 
 
@@ -114,15 +124,19 @@ def kernel_matrices(states: np.ndarray, kernel: str = "linear", standardised: bo
     if kernel not in KERNELS:
         raise StudyError(f"kernel: must be one of {', '.join(KERNELS)}, got {kernel!r}")
     x = np.asarray(states, dtype=np.float64)
+    if x.ndim != 3 or x.shape[1] < FEWEST:
+        raise StudyError(f"lineage: {name}: states must be [layers, texts, hidden] of at least {FEWEST} texts, got "
+                         f"{list(x.shape)}")
+    _check_finite(x, name)
+    varies = np.ptp(x, axis=1) > 0  # [layers, hidden]; asked before centring, which leaves rounding behind
+    if not varies.any(1).all():
+        raise StudyError(f"lineage: {name}: layer {int(varies.any(1).argmin()) + 1} has the same state for every text")
+    if standardised and not varies.all():
+        raise StudyError(f"lineage: {name}: {int((~varies).sum())} features are the same for every text and cannot be "
+                         "standardised; compare without standardising")
     x = x - x.mean(1, keepdims=True)
-    if (np.abs(x).max((1, 2)) == 0).any():
-        raise StudyError(f"lineage: {name}: layer {int(np.abs(x).max((1, 2)).argmin()) + 1} has the same state for every text")
     if standardised:
-        spread = x.std(1, ddof=1, keepdims=True)
-        if (constant := int((spread == 0).sum())) > 0:
-            raise StudyError(f"lineage: {name}: {constant} features are the same for every text and cannot be standardised; "
-                             "compare without standardising")
-        x = x / spread
+        x = x / x.std(1, ddof=1, keepdims=True)
     products = x @ x.transpose(0, 2, 1)
     if kernel == "linear":
         return products
@@ -137,22 +151,34 @@ def centred(kernels: np.ndarray, unbiased: bool) -> np.ndarray:
     if not unbiased:
         rows = kernels.mean(-1, keepdims=True)
         return kernels - rows - kernels.mean(-2, keepdims=True) + rows.mean(-2, keepdims=True)
-    off = kernels * (1 - np.eye(m))
+    off = kernels.copy()
+    diagonal = np.einsum("...ii->...i", off)  # a view
+    diagonal[...] = 0
     rows = off.sum(-1, keepdims=True) / (m - 2)
-    return (off - rows - rows.swapaxes(-1, -2) + rows.sum(-2, keepdims=True) / (m - 1)) * (1 - np.eye(m))
+    off -= rows - rows.sum(-2, keepdims=True) / (m - 1)
+    off -= rows.swapaxes(-1, -2)
+    diagonal[...] = 0
+    return off
 
 
 def directions(kernels: np.ndarray, unbiased: bool) -> np.ndarray:
     """Kernel matrices [layers, m, m] centred and of length 1, as rows [layers, m²]: the product of two rows is a CKA."""
     flat = centred(kernels, unbiased).reshape(len(kernels), -1)
-    return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    flat /= np.sqrt(np.einsum("ij,ij->i", flat, flat))[:, None]
+    return flat
 
 
 def aligned(first: np.ndarray, second: np.ndarray, unbiased: bool = True) -> np.ndarray:
     """CKA of all layer pairs, [layers of first, layers of second], from their kernel matrices [layers, m, m]."""
-    if first.shape[1] != second.shape[1]:
-        raise StudyError(f"lineage: {first.shape[1]} texts of one model against {second.shape[1]} of the other; both must read the same")
+    _same_texts(first, second)
     return directions(first, unbiased) @ directions(second, unbiased).T
+
+
+def _same_texts(first: np.ndarray, *others: np.ndarray) -> None:
+    for other in others:
+        if first.shape[1] != other.shape[1]:
+            raise StudyError(f"lineage: {first.shape[1]} texts of one model against {other.shape[1]} of the other; both "
+                             "must read the same")
 
 
 def cka(first: np.ndarray, second: np.ndarray, kernel: str = "linear", unbiased: bool = True, standardised: bool = False) -> np.ndarray:
