@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from rlhf_trust import StudyError, lineage
+from rlhf_trust.artifacts import TABLES
 from rlhf_trust.models import load_base, new_adapter, save_adapter
 
 M = 200
@@ -77,12 +78,15 @@ def test_a_null_and_an_interval_tell_relations_from_chance():
     shared = noise(0, 3, 80, 8)
     first, second = (lineage.kernel_matrices(np.concatenate([shared, noise(seed, 3, 80, 8)], 2)) for seed in (1, 2))
     pairs = lineage.same_depth(3, 3)
-    p, null = lineage.permutation_p(first, second, pairs)
-    assert p == pytest.approx(1 / 200) and abs(null.mean()) < 0.02
+    values = lineage.one_number(lineage.shuffled(first, second))
+    assert values[0] == pytest.approx(np.diagonal(lineage.aligned(first, second)).mean())
+    assert lineage.p_value(values) == pytest.approx(1 / 200) and abs(values[1:].mean()) < 0.02
     found = lineage.interval(first, second, pairs)
     assert found.low < found.value < found.high and found.value == pytest.approx(np.diagonal(lineage.aligned(first, second)).mean())
-    ps = [lineage.permutation_p(kernels(s), kernels(s + 100), pairs, draws=99)[0] for s in range(60)]
-    assert 0.3 < np.mean(ps) < 0.7 and np.mean(np.array(ps) <= 0.1) < 0.25
+    cubes = [lineage.shuffled(kernels(s), kernels(s + 100), draws=99) for s in range(60)]
+    for best in (False, True):  # a maximum over layers is high by chance, too, and its null knows
+        ps = np.array([lineage.p_value(lineage.one_number(cube, best=best)) for cube in cubes])
+        assert 0.3 < ps.mean() < 0.7 and np.mean(ps <= 0.1) < 0.25
     same = lineage.interval(first, first, pairs)
     assert (same.low, same.value, same.high) == pytest.approx((1, 1, 1))
 
@@ -110,15 +114,18 @@ def test_verdicts():
     def found(low, high):
         return lineage.Interval((low + high) / 2, low, high, 200)
 
-    assert lineage.verdict(found(0.9, 0.99), 0.005) == "derived"
-    assert lineage.verdict(found(0.9, 0.99), 0.2) == "unrelated"  # a high number that shuffled texts reach as well
-    assert lineage.verdict(found(0.75, 0.85), 0.005) == "open" and lineage.verdict(found(0.55, 0.7), 0.005) == "open"
-    assert lineage.verdict(found(0.2, 0.4), 0.005) == "unrelated"
+    assert lineage.verdict(found(0.9, 0.99), 0.005, 0.3) == "derived"
+    assert lineage.verdict(found(0.9, 0.99), 0.2, 0.3) == "unrelated"  # a high number that shuffled texts reach as well
+    assert lineage.verdict(found(0.9, 0.99), 0.005, 0.92) == "open"  # or one that random weights reach
+    assert lineage.verdict(found(0.75, 0.85), 0.005, 0.3) == "open" and lineage.verdict(found(0.55, 0.7), 0.005, 0.3) == "open"
+    assert lineage.verdict(found(0.2, 0.4), 0.005, 0.3) == "unrelated"
 
 
 def test_bad_states_are_named():
-    with pytest.raises(StudyError, match="60 texts of one model against 50 of the other"):
-        lineage.aligned(kernels(0), kernels(1, m=50))
+    for compare in (lineage.aligned, lineage.shuffled, lambda a, b: lineage.interval(a, b, [(0, 0)]),
+                    lambda a, b: lineage.alignments({"a": a, "b": b})):
+        with pytest.raises(StudyError, match="60 texts of one model against 50 of the other"):
+            compare(kernels(0), kernels(1, m=50))
     with pytest.raises(StudyError, match=r"mine: states must be \[layers, texts, hidden\] of at least 5 texts, got \[2, 4, 3\]"):
         lineage.kernel_matrices(noise(0, 2, 4, 3), name="mine")
     states = noise(0, 2, 10, 3)
@@ -139,6 +146,19 @@ def test_bad_states_are_named():
         lineage.last_token_states(None, None, ["a"] * 4)
     with pytest.raises(StudyError, match="Linear has no list of num_hidden_layers blocks"):
         lineage.last_token_states(torch.nn.Linear(2, 2), None, ["a"] * 5)
+
+
+@pytest.mark.parametrize("changed, said", [
+    (dict(trained=[]), "trained: name at least one adapter"),
+    (dict(pruned_share=1.0), "pruned_share: must lie between 0 and 1, got 1"),
+    (dict(n_twins=0), "n_twins: must be at least 1"), (dict(texts=9), "n_texts: there are 9 texts, intervals need at least 10"),
+    (dict(text_counts=[4, 300]), r"text_counts: none of \[4, 300\] lies between 5 and the 200 texts"),
+])
+def test_settings_that_cannot_work_end_before_a_model_is_read(changed, said):
+    fine = dict(texts=M, trained=["sft"], pruned_share=0.3, n_twins=3, text_counts=[100, 10, 4, 300])
+    assert lineage.usable_counts(**fine) == [10, 100]
+    with pytest.raises(StudyError, match=f"50-lineage: {said}"):
+        lineage.usable_counts(**fine | changed)
 
 
 def test_models_that_cannot_be_read_are_named(tiny_llama):
@@ -206,6 +226,8 @@ def test_kin_and_strangers(tiny_llama, tmp_path):
         return np.mean([model(input_ids=torch.tensor([i]), labels=torch.tensor([i])).loss.item() for i in ids if len(i) > 1])
 
     assert loss(school) < loss(fresh) - 0.5
+    unschooled = lineage.schooled(base, ids, steps=0)  # is no later state of the random twin
+    assert not torch.equal(unschooled.model.layers[0].mlp.up_proj.weight, fresh.model.layers[0].mlp.up_proj.weight)
     models = {"start": base.model, "sft": whole, "renamed": lineage.permuted(whole), "stranger": fresh, "schooled": school}
     states = {name: lineage.last_token_states(model, tokenizer, TEXTS * 2) for name, model in models.items()}
     np.testing.assert_allclose(states["sft"][:, : len(TEXTS)], expected, atol=1e-4)
@@ -218,11 +240,78 @@ def test_kin_and_strangers(tiny_llama, tmp_path):
     told = lineage.separation(table, ["start", "sft", "renamed"]).set_index("measure")
     assert told.loc["unbiased at all depths", "auc"] == 1.0 and tuple(told.iloc[0][["n_derived", "n_unrelated"]]) == (3, 7)
 
+    own = {name: lineage.kernel_matrices(s) for name, s in states.items()}
+    twins = [lineage.kernel_matrices(lineage.last_token_states(lineage.stranger(base, seed), tokenizer, TEXTS * 2))
+             for seed in (2, 3)]
+    found = lineage.against_start(own, table, ["start", "sft", "renamed"], twins, draws=39)
+    assert list(found) == TABLES["lineage"] and len(found) == 4 * len(lineage.MEASURES)
+    study, best = (found[found["measure"] == measure].set_index("suspect") for measure in (lineage.STUDY, lineage.BEST))
+    assert (study["twins"] == max(np.diagonal(lineage.aligned(own["start"], twin)).mean() for twin in twins)).all()
+    assert study["derived"].to_dict() == {"sft": True, "renamed": True, "stranger": False, "schooled": False}
+    assert study.loc["stranger", "value"] == pytest.approx(np.diagonal(lineage.aligned(own["start"], own["stranger"])).mean())
+    assert best.loc["stranger", "value"] == pytest.approx(lineage.aligned(own["start"], own["stranger"]).max())
+    assert (best["shuffled"] >= study["shuffled"]).all() and best["ci_low"].isna().all() and (best["verdict"] == "").all()
+    assert study.loc["sft", "p"] == 1 / 40 and (study.loc["stranger", "verdict"] != "derived")
+    said = lineage.words(found, told.reset_index())[0]
+    assert said.startswith("**Derived models** (unbiased at all depths of start, 95 % interval over 16 texts): sft")
+
+
+def test_the_measures_are_all_variants():
+    assert len(lineage.MEASURES) == 13 and next(iter(lineage.MEASURES)) == lineage.STUDY
+    depth = lineage.PAPER_DEPTH
+    assert lineage.MEASURES[lineage.PAPER] == dict(kernel="linear", unbiased=False, standardised=False, depth=depth)
+    assert lineage.MEASURES["biased standardised at one depth"] == dict(kernel="linear", unbiased=False, standardised=True, depth=depth)
+    states = {name: noise(seed, 2, 20, 4) for seed, name in enumerate("abc")}
+    found = lineage.likenesses(states).set_index(["first", "second", "measure"])["value"]
+    for measure, how in (("biased radial standardised at all depths", (False, True)), ("unbiased radial at all depths", (True, False))):
+        assert found["a", "c", measure] == pytest.approx(np.diagonal(lineage.cka(states["a"], states["c"], "radial", *how)).mean())
+
+
+def test_words_say_what_the_rule_misses_and_why():
+    nan = np.nan
+    rows = [("sft", True, 0.95, 0.93, 0.97, 0.005, "derived", 0.7), ("cut", True, 0.85, 0.75, 0.9, 0.005, "open", 0.9),
+            ("dull", True, 0.9, 0.85, 0.95, 0.2, "unrelated", 0.95), ("twin", False, 0.6, 0.55, 0.65, 0.005, "open", 0.85),
+            ("other", False, 0.1, 0.05, 0.2, 0.005, "unrelated", 0.3)]
+    table = pd.concat(pd.DataFrame({
+        "suspect": name, "derived": kin, "measure": [lineage.STUDY, lineage.PAPER, lineage.BEST], "value": [value, paper, value],
+        "ci_low": [low, nan, nan], "ci_high": [high, nan, nan], "p": [p, nan, p], "shuffled": 0.1, "twins": [0.76, nan, nan],
+        "verdict": [called, "", ""], "n": 200}) for name, kin, value, low, high, p, called, paper in rows)
+    told = pd.DataFrame({"measure": ["m", "k"], "auc": [1.0, 0.9], "derived": [0.8, 0.5], "unrelated": [0.3, 0.6],
+                         "n_derived": 3, "n_unrelated": 7})
+    said = lineage.words(table, told)
+    assert said[2] == ("The rule misses cut (called open: its interval begins at 0.750, below 0.8 and its interval begins at 0.750, "
+                       "not above the random twins' 0.760); dull (called unrelated: shuffled texts look as alike, p = 0.200); "
+                       "twin (called open: its interval reaches 0.650, not below 0.5).")
+    assert "twin (0.850) would pass for a copy, and sft (0.700) would be missed" in said[3]
+    assert "1 of 2 measures separate without an error, not so k" in said[-1]
+    right = table[table["suspect"].isin(["sft", "other"])]
+    assert lineage.words(right, told)[2] == "The rule calls every derived model derived and every other one unrelated."
+
 
 def test_separation_counts_pairs():
     table = pd.DataFrame({"first": list("aaab"), "second": list("bcdc"), "measure": "m", "value": [0.9, 0.4, 0.95, 0.1]})
     found = lineage.separation(table, list("ab")).iloc[0]
     assert found["auc"] == pytest.approx(2 / 3) and (found["derived"], found["unrelated"]) == (0.9, 0.95)
+
+
+def test_room_with_fewer_texts():
+    shared = noise(0, 3, 60, 6)
+    own = {name: lineage.kernel_matrices(np.concatenate([shared, 0.5 * noise(seed, 3, 60, 6)], 2))
+           for seed, name in enumerate("abc", 1)}
+    own["stranger"] = kernels(9, layers=2)
+    made = lineage.alignments(own)
+    assert lineage.room(made, list("abc")) == pytest.approx(
+        min(np.diagonal(made[pair]).mean() for pair in (("a", "b"), ("a", "c"), ("b", "c")))
+        - max(made[name, "stranger"][[1, 2], [0, 1]].mean() for name in "abc"))
+    found = lineage.room_by_texts(own, list("abc"), [5, 20, 60])
+    assert (found["low"] <= found["median"]).all() and (found["high"] - found["low"]).is_monotonic_decreasing
+    assert found["median"].iloc[-1] == pytest.approx(lineage.room(made, list("abc")))
+
+    def fewest(*lows):
+        return lineage.enough(pd.DataFrame({"texts": [10, 25, 50, 100][:len(lows)], "low": lows}))
+
+    # A small count that happens to leave room is not enough.
+    assert fewest(0.1, -0.1, 0.1, 0.2) == 50 and fewest(0.1, 0.2) == 10 and fewest(0.1, -0.1) is None
 
 
 def test_permuting_needs_a_llama(tiny_directories):

@@ -40,7 +40,7 @@ TABLES = {
     "rm_bench": ["model", "domain", "level", "value", "ci_low", "ci_high", "n"],
     "grounding": ["model", "judge", "metric", "value", "ci_low", "ci_high", "n", "seed"],
     "grounding_change": ["model", "baseline", "judge", "metric", "change", "ci_low", "ci_high", "p", "p_holm", "min_detectable", "n", "seed"],
-    "lineage": ["suspect", "derived", "measure", "value", "ci_low", "ci_high", "p", "verdict", "n"],
+    "lineage": ["suspect", "derived", "measure", "value", "ci_low", "ci_high", "p", "shuffled", "twins", "verdict", "n"],
     "lineage_separation": ["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"],
     "validation": ["test", "target", "solver", "value", "ci_low", "ci_high", "p", "n"],
     "pruning": ["target", "share", "removed", "arm", "vertical", "change", "items_low", "items_high", "p_items", "draws_low",

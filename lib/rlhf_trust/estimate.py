@@ -194,7 +194,7 @@ def _grounding(p) -> Work:
 
 
 def _lineage(p) -> Work:
-    return Work(scored=(len(p.trained) + 8) * p.n_texts * p.text / 2, trained=p.scratch_steps * 8 * p.text * 1.5)  # all weights trained
+    return Work(scored=(len(p.trained) + 8 + p.n_twins) * p.n_texts * p.text / 2, trained=p.scratch_steps * 8 * p.text * 1.5)  # all weights trained
 
 
 WORK = {

@@ -10,14 +10,16 @@ K = X Xᵀ; or radial), centred to K' and L',
 
 It is the same for permuted, rotated and rescaled features, so renaming neurons hides nothing. Two estimators differ in the
 centring: H K H with H = I − 11ᵀ/m (biased, the paper's), and the one that drops the diagonal (unbiased; Song et al. 2012;
-as an inner product, Székely and Rizzo 2014). The biased one grows with hidden / m: of independent noise with 4,096 features
-and 200 texts it makes 0.95, so its 0.8 proves nothing by itself.                                          :func:`cka`
+as an inner product, Székely and Rizzo 2014). The biased one grows with the number of directions in which states vary, over
+m: of independent noise with 4,096 features and 200 texts it makes 0.95. States of real models vary in few.  :func:`cka`
 
 **Everything at once.** Centred and flattened, the kernel matrices of all layers of a model are the rows of one matrix; the
 CKA of all layer pairs of two models is the product of two such matrices. Texts go through a model once.
 
-**Evidence.** A null by shuffling one model's texts (:func:`permutation_p`), an interval from half-samples of the texts
-(:func:`interval`), and layers compared at equal relative depth (:func:`same_depth`), as depths differ.
+**Evidence.** Layers are compared at equal relative depth, as depths differ (:func:`same_depth`), with an interval from
+half-samples of the texts (:func:`interval`). Two things could make strangers alike. Chance: shuffling one model's texts shows
+what it makes (:func:`shuffled`); any two models that respond to the texts pass. The texts, which may be alike to any network:
+random weights of the same shape show how much of that there is. :func:`verdict` asks for more than both.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import copy
 import math
 import shutil
 from collections.abc import Mapping, Sequence as Seq
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +51,28 @@ FEWEST = 5
 DERIVED, UNRELATED = 0.8, 0.5
 """The paper's bands: derived from 0.8 on, unrelated below 0.5, open between."""
 
+CHANCE = 0.05
+"""A likeness that shuffled texts reach more often than this proves nothing."""
+
 PAPER_DEPTH = 18 / 32
 """The paper's headline layer: 18 of Llama-2-7b's 32."""
+
+
+def usable_counts(texts: int, trained: Seq[str], pruned_share: float, n_twins: int, text_counts: Seq[int]) -> list[int]:
+    """The text counts that can be tried, ascending. Settings that cannot work end here, before a model reads anything."""
+    if not trained:
+        raise StudyError("50-lineage: trained: name at least one adapter under models/; start alone has no kin")
+    if not 0 < pruned_share < 1:
+        raise StudyError(f"50-lineage: pruned_share: must lie between 0 and 1, got {pruned_share:g}")
+    if n_twins < 1:
+        raise StudyError(f"50-lineage: n_twins: must be at least 1, got {n_twins}")
+    if texts < 2 * FEWEST:
+        raise StudyError(f"50-lineage: n_texts: there are {texts} texts, intervals need at least {2 * FEWEST}; set it higher")
+    counts = sorted({count for count in text_counts if FEWEST <= count <= texts})
+    if not counts:
+        raise StudyError(f"50-lineage: text_counts: none of {list(text_counts)} lies between {FEWEST} and the "
+                         f"{texts} texts there are; name one that does")
+    return counts
 
 
 # --- representations -----------------------------------------------------------------------------------------------
@@ -174,6 +196,13 @@ def aligned(first: np.ndarray, second: np.ndarray, unbiased: bool = True) -> np.
     return directions(first, unbiased) @ directions(second, unbiased).T
 
 
+def alignments(kernels: Mapping[str, np.ndarray], unbiased: bool = True) -> dict[tuple[str, str], np.ndarray]:
+    """:func:`aligned` of every two models, in their order: (first, second) → [layers of first, layers of second]."""
+    _same_texts(*kernels.values())
+    of_model = {name: directions(own, unbiased) for name, own in kernels.items()}
+    return {(first, second): of_model[first] @ of_model[second].T for first, second in combinations(kernels, 2)}
+
+
 def _same_texts(first: np.ndarray, *others: np.ndarray) -> None:
     for other in others:
         if first.shape[1] != other.shape[1]:
@@ -201,26 +230,39 @@ def same_depth(first: int, second: int, depth: float | None = None) -> list[tupl
     return [(at(share, first), at(share, second)) for share in shares]
 
 
-def likeness(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], unbiased: bool = True) -> float:
-    """Mean CKA over layer pairs, from kernel matrices [layers, m, m]."""
-    a, b = zip(*pairs)
-    return float(np.mean((directions(first[list(a)], unbiased) * directions(second[list(b)], unbiased)).sum(1)))
+def one_number(pairs: np.ndarray, depth: float | None = None, best: bool = False) -> np.ndarray:
+    """CKA of all layer pairs [..., layers of first, layers of second] in one number each, [...]: the mean over layers at equal
+    depth, that of the layers at one ``depth``, or of all pairs the ``best``."""
+    if best:
+        return pairs.max((-2, -1))
+    first, second = zip(*same_depth(*pairs.shape[-2:], depth))
+    return pairs[..., first, second].mean(-1)
 
 
-def permutation_p(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], draws: int = 199, unbiased: bool = True,
-                  name: str = "") -> tuple[float, np.ndarray]:
-    """How often models that read the texts in unrelated orders would look as alike: p, and the null's values [draws].
+def shuffled(first: np.ndarray, second: np.ndarray, draws: int = 199, unbiased: bool = True, name: str = "") -> np.ndarray:
+    """CKA of all layer pairs where the second model reads the texts in another order: [1 + draws, layers of first, layers of
+    second], the first as they were read.
 
     Shuffling texts permutes rows and columns of a centred kernel matrix, so nothing is computed anew.
     """
+    _same_texts(first, second)
+    left, right = directions(first, unbiased), directions(second, unbiased).reshape(second.shape)
+    rng, m = generator(f"lineage/{name}/null"), second.shape[1]
+    orders = [np.arange(m), *(rng.permutation(m) for _ in range(draws))]
+    return np.array([left @ right[:, order[:, None], order].reshape(len(right), -1).T for order in orders])
+
+
+def p_value(values: np.ndarray) -> float:
+    """How often shuffled texts make models look as alike: the share of ``values`` (of :func:`shuffled`, in one number each)
+    that reach the first, itself among them."""
+    return float(np.mean(values >= values[0] - 1e-12))
+
+
+def likeness(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], unbiased: bool = True) -> float:
+    """Mean CKA over layer pairs, from kernel matrices [layers, m, m]."""
+    _same_texts(first, second)
     a, b = zip(*pairs)
-    left, right = (directions(kernels[list(at)], unbiased).reshape(len(pairs), *kernels.shape[1:]) for kernels, at in ((first, a), (second, b)))
-    observed = float(np.mean((left * right).sum((1, 2))))
-    rng, null = generator(f"lineage/{name}/null"), np.empty(draws)
-    for draw in range(draws):
-        order = rng.permutation(left.shape[1])
-        null[draw] = np.mean((left * right[:, order][:, :, order]).sum((1, 2)))
-    return (1 + int((null >= observed).sum())) / (1 + draws), null
+    return float(np.vdot(directions(first[list(a)], unbiased), directions(second[list(b)], unbiased)) / len(pairs))
 
 
 def interval(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], draws: int = 200, unbiased: bool = True,
@@ -230,40 +272,47 @@ def interval(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]],
     From half-samples drawn without replacement, whose statistic varies around its mean as the whole sample's does around the
     truth. (A bootstrap draws copies, and two copies of a text look alike to any kernel: it would make unrelated models alike.)
     """
+    _same_texts(first, second)
     m, rng = first.shape[1], generator(f"lineage/{name}/halves")
-    if m < 10:
-        raise StudyError(f"lineage: {m} texts; an interval needs at least 10")
+    if m < 2 * FEWEST:
+        raise StudyError(f"lineage: {m} texts; an interval needs at least {2 * FEWEST}")
     a, b = ([pair[side] for pair in pairs] for side in (0, 1))
     first, second, own = first[a], second[b], [(i, i) for i in range(len(pairs))]
     halves = []
     for _ in range(draws):
         chosen = rng.permutation(m)[: m // 2]
-        halves.append(likeness(first[:, chosen][:, :, chosen], second[:, chosen][:, :, chosen], own, unbiased))
+        halves.append(likeness(_among(first, chosen), _among(second, chosen), own, unbiased))
     value, spread = likeness(first, second, own, unbiased), np.array(halves) - np.mean(halves)
     low, high = value + np.quantile(spread, TAILS)
     return Interval(value, max(float(low), -1.0), min(float(high), 1.0), m)
 
 
-def verdict(found: Interval, p: float) -> str:
-    """``derived``, ``unrelated`` or ``open``. Derived needs the whole interval above the paper's band and a likeness that
-    shuffled texts do not reach; unrelated an interval below the lower band, or a likeness that they do."""
-    if p > 0.05 or found.high < UNRELATED:
+def _among(kernels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Kernel matrices [layers, m, m] of the chosen texts only."""
+    return kernels[:, chosen[:, None], chosen]
+
+
+def verdict(found: Interval, p: float, twins: float) -> str:
+    """``derived``, ``unrelated`` or ``open``. Derived needs a likeness that shuffled texts do not reach and the whole interval
+    above both the paper's band and ``twins``, the highest likeness of models with random weights; unrelated an interval below
+    the lower band, or a likeness that shuffled texts do reach."""
+    if p > CHANCE or found.high < UNRELATED:
         return "unrelated"
-    return "derived" if found.low >= DERIVED else "open"
+    return "derived" if found.low >= DERIVED and found.low > twins else "open"
 
 
 # --- all models of a study -----------------------------------------------------------------------------------------
 
+STUDY, PAPER, BEST = "unbiased at all depths", "biased at one depth", "unbiased, best pair of layers"
 MEASURES = {
-    "unbiased at all depths": dict(unbiased=True),
-    "unbiased at one depth": dict(unbiased=True, depth=PAPER_DEPTH),
-    "unbiased, best pair of layers": dict(unbiased=True, best=True),
-    "biased at all depths": dict(unbiased=False),
-    "biased at one depth": dict(unbiased=False, depth=PAPER_DEPTH),
-    "standardised at all depths": dict(unbiased=True, standardised=True),
-    "radial at all depths": dict(unbiased=True, kernel="radial"),
-}
-"""Ways to put the likeness of two models into one number; the first is the study's, the fifth the paper's."""
+    " ".join(["unbiased" if unbiased else "biased", *[kernel] * (kernel != "linear"), *["standardised"] * standardised, where]):
+        dict(kernel=kernel, unbiased=unbiased, standardised=standardised, depth=depth)
+    for (where, depth), kernel, unbiased, standardised
+    in product((("at all depths", None), ("at one depth", PAPER_DEPTH)), KERNELS, (True, False), (False, True))
+    if depth is None or kernel == "linear"
+} | {BEST: dict(unbiased=True, best=True)}
+"""Ways to put the likeness of two models into one number. The first is the study's; ``PAPER`` is the paper's, the same
+standardised that of the authors' code."""
 
 
 def likenesses(states: Mapping[str, np.ndarray], measures: Mapping[str, dict] = MEASURES) -> pd.DataFrame:
@@ -271,17 +320,25 @@ def likenesses(states: Mapping[str, np.ndarray], measures: Mapping[str, dict] = 
 
     ``states``: model → [layers, m, hidden]. Layers at equal depth are compared; ``best`` takes the most alike of all pairs.
     """
-    rows, made = [], {}  # kernel, standardised, unbiased → CKA of all layer pairs of every two models
+    def kind(options):
+        return options.get("kernel", "linear"), options.get("standardised", False)
+
+    made, rows = {}, []  # kernel, standardised, unbiased → CKA of all layer pairs of every two models
+    for how in dict.fromkeys(map(kind, measures.values())):
+        kernels = {name: kernel_matrices(s, *how, name=name) for name, s in states.items()}
+        estimators = {options["unbiased"] for options in measures.values() if kind(options) == how}
+        made |= {(*how, unbiased): alignments(kernels, unbiased) for unbiased in estimators}
     for measure, options in measures.items():
-        how = (options.get("kernel", "linear"), options.get("standardised", False), options["unbiased"])
-        if how not in made:
-            of_model = {name: directions(kernel_matrices(s, *how[:2], name=name), how[2]) for name, s in states.items()}
-            made[how] = {(first, second): of_model[first] @ of_model[second].T for first, second in combinations(states, 2)}
-        for (first, second), pairs in made[how].items():
-            at = same_depth(*pairs.shape, options.get("depth"))
-            value = pairs.max() if options.get("best") else np.mean([pairs[pair] for pair in at])
-            rows.append((first, second, measure, float(value)))
+        for (first, second), pairs in made[*kind(options), options["unbiased"]].items():
+            rows.append((first, second, measure, float(one_number(pairs, options.get("depth"), options.get("best", False)))))
     return pd.DataFrame(rows, columns=["first", "second", "measure", "value"])
+
+
+def _kin_and_strangers(table: pd.DataFrame, family: Seq[str]):
+    """Of each measure the likeness of pairs within ``family`` (derived from one another) and of all other pairs."""
+    for measure, rows in table.groupby("measure", sort=False):
+        related = rows["first"].isin(family) & rows["second"].isin(family)
+        yield measure, rows.loc[related, "value"].to_numpy(), rows.loc[~related, "value"].to_numpy()
 
 
 def separation(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
@@ -291,30 +348,70 @@ def separation(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
     ``table``: as :func:`likenesses` gives it.
     """
     found = []
-    for measure, rows in table.groupby("measure", sort=False):
-        related = rows["first"].isin(family) & rows["second"].isin(family)
-        inside, outside = rows.loc[related, "value"].to_numpy(), rows.loc[~related, "value"].to_numpy()
+    for measure, inside, outside in _kin_and_strangers(table, family):
         above = inside[:, None] - outside[None]
         found.append((measure, float(((above > 0) + 0.5 * (above == 0)).mean()), inside.min(), outside.max(), len(inside), len(outside)))
     return pd.DataFrame(found, columns=["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"])
 
 
-def against_start(states: Mapping[str, np.ndarray], pairwise: pd.DataFrame, family: Seq[str], draws: int = 199) -> pd.DataFrame:
-    """Every other model against the first: the table ``lineage``. Interval, p and verdict go with the study's measure.
+def room(made: Mapping[tuple[str, str], np.ndarray], family: Seq[str], depth: float | None = None) -> float:
+    """Likeness of the least alike pair of kin less that of the most alike pair with a stranger in it: above 0 where a line
+    between them tells all. ``made``: as :func:`alignments` gives it."""
+    values = {True: [], False: []}
+    for pair, likeness_of_pair in made.items():
+        values[set(pair) <= set(family)].append(one_number(likeness_of_pair, depth))
+    return float(min(values[True]) - max(values[False]))
 
-    ``pairwise``: :func:`likenesses` of the same states.
+
+def room_by_texts(kernels: Mapping[str, np.ndarray], family: Seq[str], counts: Seq[int], draws: int = 20,
+                  unbiased: bool = True) -> pd.DataFrame:
+    """:func:`room` with fewer texts, over random subsets of them: columns texts, median, low, high (5 and 95 %).
+
+    Of all texts there is one subset; near their number subsets share most texts, and the band says less than it seems to.
     """
-    start, *suspects = states
+    m, rows = next(iter(kernels.values())).shape[1], []
+    for count in progress(counts, desc="fewer texts", unit="count"):
+        rng = generator(f"lineage/texts/{count}")
+        subsets = [np.sort(rng.permutation(m)[:count]) for _ in range(draws if count < m else 1)]
+        found = [room(alignments({name: _among(own, chosen) for name, own in kernels.items()}, unbiased), family)
+                 for chosen in subsets]
+        rows.append((count, *np.quantile(found, (0.5, 0.05, 0.95))))
+    return pd.DataFrame(rows, columns=["texts", "median", "low", "high"])
+
+
+def enough(by_texts: pd.DataFrame) -> int | None:
+    """The smallest count of :func:`room_by_texts` from which on every count leaves room (``low`` above 0); None without one."""
+    safe = (by_texts.set_index("texts").sort_index(ascending=False)["low"] > 0).cummin()
+    return int(safe.index[safe].min()) if safe.any() else None
+
+
+def against_start(kernels: Mapping[str, np.ndarray], pairwise: pd.DataFrame, family: Seq[str], twins: Seq[np.ndarray],
+                  draws: int = 199) -> pd.DataFrame:
+    """Every other model against the first: the table ``lineage``.
+
+    Interval and verdict go with the study's measure; p, and shuffled (what shuffled texts reach in 5 of 100 cases), also with
+    the best pair of layers, which is a maximum and as such high by chance; twins is the highest likeness to start of the models
+    with random weights whose kernel matrices are ``twins``. ``kernels``: linear, by model; ``pairwise``: :func:`likenesses` of
+    the same models.
+    """
+    start, *suspects = kernels
     pairwise = pairwise[pairwise["first"] == start].set_index(["second", "measure"])["value"]
-    made, rows = {name: kernel_matrices(of_model, name=name) for name, of_model in states.items()}, []
-    for name in suspects:
-        pairs = same_depth(len(made[start]), len(made[name]))
-        found = interval(made[start], made[name], pairs, name=name)
-        p, _ = permutation_p(made[start], made[name], pairs, draws, name=name)
-        for place, measure in enumerate(MEASURES):
-            evidence = (found.low, found.high, p, verdict(found, p)) if place == 0 else (math.nan, math.nan, math.nan, "")
-            rows.append((name, name in family, measure, pairwise[name, measure], *evidence, found.n))
-    return pd.DataFrame(rows, columns=["suspect", "derived", "measure", "value", "ci_low", "ci_high", "p", "verdict", "n"])
+    highest = max(float(one_number(aligned(kernels[start], twin))) for twin in twins)
+    rows = []
+    for name in progress(suspects, desc="against start", unit="model"):
+        found = interval(kernels[start], kernels[name], same_depth(len(kernels[start]), len(kernels[name])), name=name)
+        by_chance = shuffled(kernels[start], kernels[name], draws, name=name)
+        for measure in MEASURES:
+            low = high = p = reached = above = math.nan
+            called = ""
+            if measure in (STUDY, BEST):
+                values = one_number(by_chance, best=measure == BEST)
+                p, reached = p_value(values), float(np.quantile(values[1:], 0.95))
+            if measure == STUDY:
+                low, high, above, called = found.low, found.high, highest, verdict(found, p, highest)
+            rows.append((name, name in family, measure, pairwise[name, measure], low, high, p, reached, above, called, found.n))
+    return pd.DataFrame(rows, columns=["suspect", "derived", "measure", "value", "ci_low", "ci_high", "p", "shuffled", "twins",
+                                       "verdict", "n"])
 
 
 # --- models that are no kin ----------------------------------------------------------------------------------------
@@ -343,9 +440,10 @@ def stranger(base: Base, seed: int = 0):
     return AutoModelForCausalLM.from_config(base.model.config, dtype=base.model.dtype).to(base.device).eval()
 
 
-def schooled(base: Base, sequences: Seq[tuple[int, ...]], steps: int, batch: int = 8, learning_rate: float = 6e-4, seed: int = 0):
+def schooled(base: Base, sequences: Seq[tuple[int, ...]], steps: int, batch: int = 8, learning_rate: float = 6e-4,
+             seed: int = 1):
     """:func:`stranger` after so many steps of next-token prediction on the study's own texts, all weights trained: kin by its
-    reading, not by its weights."""
+    reading, not by its weights. With the seed of another stranger it would be that one some steps on, and kin to it."""
     model = stranger(base, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     rng = np.random.default_rng(seed)
@@ -367,25 +465,51 @@ def schooled(base: Base, sequences: Seq[tuple[int, ...]], steps: int, batch: int
 
 def words(table: pd.DataFrame, told: pd.DataFrame) -> list[str]:
     """What the tables ``lineage`` and ``lineage_separation`` say, in sentences."""
-    study, paper = list(MEASURES)[0], "biased at one depth"
-    own = table[table["measure"] == study]
-    wrong = own[((own["verdict"] == "derived") != own["derived"])]
+    own, best, of_paper = (table[table["measure"] == measure] for measure in (STUDY, BEST, PAPER))
+    wrong = own[own["verdict"] != own["derived"].map({True: "derived", False: "unrelated"})]
     listed = {kin: ", ".join(f"{r.suspect} {r.value:.3f} ({r.ci_low:.3f} to {r.ci_high:.3f})" for r in rows.itertuples())
               for kin, rows in own.groupby("derived")}
-    sentences = [f"**Derived models** ({study} of start, 95 % interval over {int(own['n'].iloc[0])} texts): {listed.get(True, 'none')}.",
-                 f"**Models that are no kin**: {listed.get(False, 'none')}."]
-    sentences.append("The rule tells every derived model from every unrelated one." if wrong.empty else "The rule misses " + ", ".join(
-        f"{r.suspect} (called {r.verdict})" for r in wrong.itertuples()) + ".")
-    of_paper = table[(table["measure"] == paper) & ~table["derived"] & (table["value"] >= DERIVED)]
-    sentences.append(f"By the paper's number alone ({paper}, 0.8 and up is derived) " + (
-        "no unrelated model would pass for a copy." if of_paper.empty else
-        f"{', '.join(of_paper['suspect'])} would pass for a copy."))
-    best = told.assign(gap=told["derived"] - told["unrelated"]).sort_values("gap", ascending=False).iloc[0]
-    clean = told[told["auc"] == 1.0]["measure"]
-    sentences.append(f"Over all pairs of models ({int(best['n_derived'])} within the family, {int(best['n_unrelated'])} not) "
-                     + (f"without an error separate {'; '.join(clean)}" if len(clean) else "no measure separates without an error")
-                     + f". The widest gap is that of {best['measure']}: {best['derived']:.2f} at least within the family, {best['unrelated']:.2f} at most outside it.")
+    sentences = [f"**Derived models** ({STUDY} of start, 95 % interval over {int(own['n'].iloc[0])} texts): "
+                 f"{listed.get(True, 'none')}.",
+                 f"**Models that are no kin**: {listed.get(False, 'none')}. The most alike of the random twins that models are "
+                 f"held against: {own['twins'].iloc[0]:.3f}."]
+    missed = "; ".join(f"{r.suspect} (called {r.verdict}: {_why(r)})" for r in wrong.itertuples())
+    sentences.append(f"The rule misses {missed}." if missed else
+                     "The rule calls every derived model derived and every other one unrelated.")
+    passes = of_paper["value"] >= DERIVED
+    passing, failing = of_paper[~of_paper["derived"] & passes], of_paper[of_paper["derived"] & ~passes]
+    sentences.append(f"By the paper's number alone ({PAPER}, {DERIVED} and up is derived) " + (
+        "no unrelated model would pass for a copy" if passing.empty else f"{_values(passing)} would pass for a copy")
+        + ", and "
+        + ("every derived model would be found." if failing.empty else f"{_values(failing)} would be missed, though derived."))
+    for kin, who in ((True, "derived models reach at least"), (False, "models that are no kin reach up to")):
+        for r in best[best["derived"] == kin].sort_values("value", ascending=kin).head(1).itertuples():
+            sentences.append(f"At the most alike of all pairs of layers {who} {r.value:.3f} ({r.suspect}; shuffled texts "
+                             f"{r.shuffled:.3f} in 5 of 100 cases, p = {r.p:.3f}).")
+    widest = told.assign(gap=told["derived"] - told["unrelated"]).sort_values("gap", ascending=False).iloc[0]
+    clean, others = told[told["auc"] == 1.0], told[told["auc"] < 1.0]["measure"]
+    without = ("no measure separates" if clean.empty else f"all {len(told)} measures separate" if others.empty else
+               f"{len(clean)} of {len(told)} measures separate")
+    sentences.append(f"Over all pairs of models ({widest['n_derived']} within the family, {widest['n_unrelated']} not) "
+                     f"{without} without an error" + (f", not so {'; '.join(others)}" if 0 < len(others) < len(told) else "")
+                     + f". The widest gap is that of {widest['measure']}: {widest['derived']:.2f} at least within the family, "
+                     f"{widest['unrelated']:.2f} at most outside it.")
     return sentences
+
+
+def _values(rows: pd.DataFrame) -> str:
+    return ", ".join(f"{r.suspect} ({r.value:.3f})" for r in rows.itertuples())
+
+
+def _why(row) -> str:
+    """What kept a model from the verdict that its descent asks for."""
+    if not row.derived:
+        return f"its interval reaches {row.ci_high:.3f}, not below {UNRELATED}"
+    return " and ".join(reason for reason, holds in (
+        (f"shuffled texts look as alike, p = {row.p:.3f}", row.p > CHANCE),
+        (f"its interval begins at {row.ci_low:.3f}, below {DERIVED}", row.ci_low < DERIVED),
+        (f"its interval begins at {row.ci_low:.3f}, not above the random twins' {row.twins:.3f}", row.ci_low <= row.twins))
+        if holds)
 
 
 # --- copies that hide their origin ---------------------------------------------------------------------------------
