@@ -292,6 +292,10 @@ def test_separation_counts_pairs():
     table = pd.DataFrame({"first": list("aaab"), "second": list("bcdc"), "measure": "m", "value": [0.9, 0.4, 0.95, 0.1]})
     found = lineage.separation(table, list("ab")).iloc[0]
     assert found["auc"] == pytest.approx(2 / 3) and (found["derived"], found["unrelated"]) == (0.9, 0.95)
+    curve = lineage.roc(table, list("ab"))
+    assert curve["false_positive"].tolist() == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 1])
+    assert curve["true_positive"].tolist() == [0, 0, 1, 1, 1]
+    assert np.trapezoid(curve["true_positive"], curve["false_positive"]) == pytest.approx(found["auc"])
 
 
 def test_room_with_fewer_texts():

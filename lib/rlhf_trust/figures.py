@@ -308,9 +308,10 @@ def layer_maps(maps: dict[str, np.ndarray]):
     return figure
 
 
-def separation(told: pd.DataFrame):
-    """Lowest likeness within the family and highest outside it, a line for each measure."""
-    figure, axis = plt.subplots(figsize=(6.4, 0.4 * len(told) + 1.2))
+def separation(told: pd.DataFrame, curves: pd.DataFrame):
+    """Left, lowest likeness within the family and highest outside it, a line for each measure; right, ROC curves: of measures
+    that make no error one grey line, of the others one each. Columns as of ``lineage.separation`` and ``lineage.roc``."""
+    figure, (axis, right) = plt.subplots(1, 2, figsize=(12.6, max(3.2, 0.27 * len(told) + 1.2)), width_ratios=(4, 3))
     for place, row in enumerate(told.itertuples()):
         apart = row.derived > row.unrelated
         axis.plot([row.unrelated, row.derived], [place, place], color="#999999" if apart else WORSE, linewidth=2)
@@ -320,5 +321,15 @@ def separation(told: pd.DataFrame):
     axis.set_yticks(range(len(told)), [f"{row.measure} (area {row.auc:.2f})" for row in told.itertuples()])
     axis.set(xlabel="CKA of two models", ylim=(len(told) - 0.5, -0.5))
     axis.grid(axis="y", visible=False)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
+    perfect = told.loc[told["auc"] == 1.0, "measure"]
+    if len(perfect):
+        right.plot([0, 0, 1], [0, 1, 1], color="#999999", linewidth=4, label=f"no error: {len(perfect)} of {len(told)}")
+    for place, (measure, curve) in enumerate(curves[~curves["measure"].isin(perfect)].groupby("measure", sort=False)):
+        right.plot(curve["false_positive"], curve["true_positive"], color=list(COLOURS.values())[1 + place % 6],
+                   linestyle=("-", "--", ":")[place // 6 % 3], label=measure)
+    first = told.iloc[0]
+    right.set(xlabel=f"pairs with a stranger called kin (n = {first['n_unrelated']})", xlim=(-0.03, 1.03),
+              ylabel=f"pairs of kin called kin (n = {first['n_derived']})", ylim=(-0.03, 1.03))
+    right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure

@@ -354,6 +354,17 @@ def separation(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"])
 
 
+def roc(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
+    """The ROC curve of each measure as the line falls from which on a pair is called kin: columns measure, false_positive
+    (share of pairs with a stranger), true_positive (share of pairs of kin)."""
+    found = []
+    for measure, inside, outside in _kin_and_strangers(table, family):
+        lines = np.unique(np.concatenate([inside, outside, [np.inf]]))[::-1, None]
+        found.append(pd.DataFrame({"measure": measure, "false_positive": (outside >= lines).mean(1),
+                                   "true_positive": (inside >= lines).mean(1)}))
+    return pd.concat(found, ignore_index=True)
+
+
 def room(made: Mapping[tuple[str, str], np.ndarray], family: Seq[str], depth: float | None = None) -> float:
     """Likeness of the least alike pair of kin less that of the most alike pair with a stranger in it: above 0 where a line
     between them tells all. ``made``: as :func:`alignments` gives it."""
