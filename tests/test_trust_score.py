@@ -259,7 +259,8 @@ def test_tables_and_words():
     same, better, _ = ts.words(changes)
     assert "no clear change" in same and "+0.000" in same and "which show changes of" not in same
     assert changes.loc[(changes["model"] == "sft"), "min_detectable"].isna().all()
-    assert "better in refusal" in better and "correctness" in better
+    assert "better in refusal" in better and "correctness" in better and "): better. By part" in better
+    assert "better by this interval alone" in ts.words(changes.assign(p_holm=changes["p_holm"].clip(lower=0.2)))[1]
     table = ts.grounding_table(scores, "lexical", 0)
     assert set(table["model"]) == set(scores) and (table["judge"] == "lexical").all()
 

@@ -27,7 +27,7 @@ import pandas as pd
 from rapidfuzz import fuzz
 
 from .. import StudyError
-from ..stats import DETECTED, DRAWS, TAILS, generator, holm
+from ..stats import DETECTED, DRAWS, LEVEL, TAILS, generator, holm
 
 KINDS = ("short", "list", "long")
 """How claims are matched: short answers with aliases (as ASQA), a list of names (QAMPARI), prose (ELI5, ExpertQA)."""
@@ -355,12 +355,17 @@ def grounding_changes(scores: Mapping[str, Seq[Scores]], comparisons: Seq[tuple[
 
 
 def words(changes: pd.DataFrame) -> list[str]:
-    """What each change of ``grounding_change.csv`` did to Trust-Score, and to which of its parts; one sentence a change."""
+    """What each change of ``grounding_change.csv`` did to Trust-Score, and to which of its parts; one sentence a change.
+
+    An interval that excludes zero is not enough where the exchange test, corrected for all changes, does not agree.
+    """
     found = []
     for (model, baseline), part in changes.groupby(["model", "baseline"], sort=False):
         part = part.set_index("metric")
         whole = part.loc["trust_score"]
         verdict = _verdict(whole)
+        if verdict != "no clear change" and whole["p_holm"] > 1 - LEVEL:
+            verdict += " by this interval alone, which the test of all changes together does not bear out"
         text = (f"**{model}** against {baseline}: Trust-Score {whole['change']:+.3f} (95 % interval {whole['ci_low']:+.3f} to {whole['ci_high']:+.3f}, "
                 f"n = {whole['n']} questions" + (f", which show changes of {whole['min_detectable']:.3f} or more" if whole["min_detectable"] > 0 else "")
                 + f"; Holm-corrected p = {whole['p_holm']:.2g}): {verdict}.")
