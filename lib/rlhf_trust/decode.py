@@ -398,8 +398,7 @@ def token_logps(model, sequences: Seq[Sequence], pad: int, hidden: bool = False)
     last_hidden : Tensor [rows, longest answer, hidden], only if ``hidden``
         Hidden states at the positions that predict each answer token.
     """
-    ids, attention = pad_right([s.input_ids for s in sequences], pad, model.device)
-    states = backbone(model)(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+    ids, states = _read(model, sequences, pad)
     lengths = [len(s) - s.answer_start for s in sequences]
     longest = max(lengths)
     where = torch.zeros(len(sequences), longest, dtype=torch.long, device=ids.device)
@@ -413,6 +412,13 @@ def token_logps(model, sequences: Seq[Sequence], pad: int, hidden: bool = False)
     answered = mask.bool()
     logps = torch.zeros_like(mask).masked_scatter(answered, _target_logps(output_head(model), predicting[answered], targets[answered]))
     return (logps, mask, predicting) if hidden else (logps, mask)
+
+
+def _read(model, sequences: Seq[Sequence], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows, width], padded on the right, and the last hidden states [rows, width, hidden]."""
+    ids, _ = pad_right([s.input_ids for s in sequences], pad, model.device)
+    # Padding comes after everything that is looked at, so that causal attention needs no mask, and leaves out half of the work.
+    return ids, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
 
 
 LOGITS_AT_ONCE = 6_000_000
@@ -480,7 +486,6 @@ def last_token_rewards(model, head: torch.Tensor, sequences: Seq[Sequence], pad:
 
 def end_states(model, sequences: Seq[Sequence], pad: int) -> torch.Tensor:
     """Last hidden state at each sequence's last token, [rows, hidden], float32, with gradients."""
-    ids, attention = pad_right([s.input_ids for s in sequences], pad, model.device)
-    states = backbone(model)(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+    ids, states = _read(model, sequences, pad)
     last = torch.tensor([len(s) - 1 for s in sequences], device=ids.device)
     return states[torch.arange(len(sequences), device=ids.device), last].float()

@@ -159,12 +159,12 @@ def main(given) -> None:
         base, chat, _, _, held_out = inputs(given.dtype, given.preferences)
         judged = {"sft": folder / "sft", "reward": folder / "reward"}
         found = []
-        for seed in range(given.seeds):
+        for seed in given.seeds:
             model = models.load_adapters(base, judged)
             judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
             decoding = PPOConfig(max_new_tokens=TOKENS, seed=seed).decoding
             start = judge([a for a, in sample_answers(model, "sft", chat, held_out, [p.id for p in held_out], decoding)]).double()
-            if seed == 0:
+            if not found:
                 print(f"{MODEL}, {given.preferences}, {given.dtype}, {torch.get_num_threads()} threads: {given.steps * given.answers} samples in "
                       f"batches of {given.answers}, {TOKENS} tokens, {EPOCHS} epochs; standard deviation of SFT's reward {start.std():.3f}", flush=True)
             model.unload()
@@ -196,7 +196,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--answers", type=int, default=24, help="a step, a multiple of the minibatch")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--preferences", default="shipped", help="shipped or path:<directory>")
     parser.add_argument("--alone", action="store_true", help="without TRL: what ours learns, over seeds")
