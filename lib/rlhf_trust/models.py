@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import StudyError
+from . import StudyError, attention
 from .artifacts import content_key, replacing, sha256_of
 from .wheels import ACCEPTED, TERMS, Wheel, rebuilt
 
@@ -218,6 +218,8 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
         raise StudyError(f"model {source}: {directory} cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention.NAME)
     model.requires_grad_(False)
     model.eval()
     weights = _weights_hash(directory)

@@ -25,9 +25,9 @@ and :class:`LogOddsLoss` for what a vertical measures.
 
 What makes it fast, besides batches: the prompt that both answers of a pair share runs once, one row of the batch
 holding the example's prompt and all of its answers, each of which sees the prompt and itself (:func:`_pack`); the
-output head runs on answer tokens alone, a slice at a time, without keeping logits (:class:`_ChosenLogps`); on CPUs
-attention is made of plain products (:func:`plain_attention`). In float32 a CPU is as good as saturated by one example,
-so most of what there is to gain comes with bfloat16 weights (``tests/benchmarks/gradients.py``).
+output head runs on answer tokens alone, a slice at a time, without keeping logits (:class:`_ChosenLogps`). In float32 a
+CPU is as good as saturated by one example, so most of what there is to gain comes with bfloat16 weights
+(``tests/benchmarks/gradients.py``).
 
 :func:`stored_gradients` writes them to files in blocks of examples, so that memory does not grow with n and a killed
 run goes on at the block (:mod:`.store`).
@@ -486,7 +486,7 @@ def _gradients(model, adapter: str, examples: Seq[Example], loss: Loss, pad: int
     weights = [layer.weight for layer in layers.values()]
     gradients = {name: torch.empty(len(examples), layer.weight.numel()) for name, layer in layers.items()}
     batches = batches_by_length([_packed_length(example) for example in examples], max(1, rows // loss.sequences))
-    with only_adapter(model, adapter, weights), plain_attention(model), torch.enable_grad():
+    with only_adapter(model, adapter, weights), torch.enable_grad():
         for indices in batches:
             batch = [examples[i] for i in indices]
             # A pair of one answer with itself has no gradient, of which rounding would leave a trace.
@@ -677,21 +677,6 @@ def only_adapter(model, adapter: str, weights: Seq[torch.nn.Parameter] = ()) -> 
         model.set_adapter(active)
         for parameter, before in trainable:
             parameter.requires_grad_(before)
-
-
-@contextmanager
-def plain_attention(model) -> Iterator[None]:
-    """On CPUs, attention as plain matrix products: for short sequences in bf16 the way back of the fused kernel takes
-    as long as all matrix products of the model together."""
-    before = model.config._attn_implementation
-    if model.device.type != "cpu" or before == "eager":
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextmanager
