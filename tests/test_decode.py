@@ -168,6 +168,25 @@ def test_rewards_read_the_last_real_token(tiny):
     np.testing.assert_allclose(decode.rewards(tiny.model, head, sequences, 0, rows=2), batched, atol=1e-4)
 
 
+def test_a_prompt_in_common_runs_once_and_changes_nothing(tiny, monkeypatch):
+    """Prompts and answers of unlike length, more answers than a batch holds, one prompt alone."""
+    prompts = [tuple(range(5, 5 + n)) for n in (3, 30, 17, 8)]
+    sequences = [Sequence(p + tuple((7 * i + j) % 280 + 3 for j in range(1 + 3 * i % 11)), len(p)) for p, k in zip(prompts, (5, 6, 7, 1)) for i in range(k)]
+    head = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    alone = [decode.rewards(tiny.model, head, [s], 0)[0] for s in sequences]
+    sums = [decode.answer_logps(tiny.model, [s], 0)[0][0] for s in sequences]
+
+    read, backbone = [], decode.backbone
+    monkeypatch.setattr(decode, "backbone", lambda model: lambda input_ids, **k: read.append(input_ids.numel()) or backbone(model)(input_ids=input_ids, **k))
+    np.testing.assert_allclose(decode.rewards(tiny.model, head, sequences, 0, rows=4), alone, atol=1e-4)
+    np.testing.assert_allclose(decode.answer_logps(tiny.model, sequences, 0, rows=4)[0], sums, atol=1e-4)
+    shared, _ = sum(read), read.clear()
+    monkeypatch.setattr(decode, "WORTH_SHARING", 1.0)
+    decode.rewards(tiny.model, head, sequences, 0, rows=4), decode.answer_logps(tiny.model, sequences, 0, rows=4)
+    slides = "sliding_attention" in (getattr(tiny.model.config, "layer_types", None) or ())
+    assert shared < 0.9 * sum(read) or slides
+
+
 # --- what is kept --------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,10 @@ class Sequence:
         return len(self.input_ids)
 
     @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.input_ids[: self.answer_start]
+
+    @property
     def answer_ids(self) -> tuple[int, ...]:
         return self.input_ids[self.answer_start :]
 

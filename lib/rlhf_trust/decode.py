@@ -158,20 +158,26 @@ def _next_logits(model, ids, mask, positions, cache: DynamicCache) -> torch.Tens
     return output_head(model)(states[:, -1])
 
 
-CDF_BLOCK = 256
-"""Tokens of the vocabulary that are summed up first."""
+CDF_BLOCK, CDF_ROWS = 256, 8
+"""Tokens of the vocabulary that are summed up first, and rows at a time: few enough to stay in a processor's cache."""
 
 
 def inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
     """Sample one token per row: the first whose cumulative probability exceeds ``u``. Shapes [b, V], [b] → [b].
 
-    Summed in float64, so that a large vocabulary does not blur neighbouring tokens, and in two steps: over blocks, then within
+    Summed up in float64, so that a large vocabulary does not blur neighbouring tokens, and in two steps: over blocks, then within
     the block that ``u`` falls into. A running sum over every token costs five times as much.
     """
+    return torch.cat([_inverse_cdf(few, temperature, some) for few, some in zip(logits.split(CDF_ROWS), u.split(CDF_ROWS))])
+
+
+def _inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
     vocabulary = logits.shape[-1]
-    weights = torch.softmax(logits.float() / temperature, -1)
-    weights = torch.nn.functional.pad(weights, (0, -vocabulary % CDF_BLOCK)).unflatten(-1, (-1, CDF_BLOCK))
-    blocks = weights.sum(-1, dtype=torch.float64).cumsum(-1)
+    weights = logits.new_zeros(len(logits), -(-vocabulary // CDF_BLOCK) * CDF_BLOCK, dtype=torch.float32)
+    own = weights[:, :vocabulary].copy_(logits)
+    own.sub_(own.amax(-1, keepdim=True)).div_(temperature).exp_()
+    weights = weights.unflatten(-1, (-1, CDF_BLOCK))
+    blocks = weights.sum(-1).double().cumsum(-1)
     target = (u * blocks[:, -1])[:, None]
     block = torch.searchsorted(blocks, target, right=True).clamp(max=blocks.shape[-1] - 1)
     before = torch.nn.functional.pad(blocks, (1, 0)).gather(1, block)
@@ -321,6 +327,24 @@ def batches_by_length(lengths: Seq[int], rows: int) -> list[list[int]]:
     return [order[i : i + rows] for i in range(0, len(order), rows)]
 
 
+WORTH_SHARING = 0.3
+"""Share of the tokens that prompts in common must save for them to be read once (answers of unlike length then lie side by side)."""
+
+
+def reading_batches(sequences: Seq[Sequence], rows: int) -> list[list[int]]:
+    """Indices in batches of at most ``rows``, longest first: those of like length together, or, where that saves more, those
+    that share a prompt, which then runs once (:func:`_read`)."""
+    longest: dict[Seq[int], int] = {}
+    for s in sequences:
+        longest[s.prompt_ids] = max(longest.get(s.prompt_ids, 0), len(s))
+    saved = sum(s.answer_start for s in sequences) - sum(map(len, longest))
+    if saved < WORTH_SHARING * sum(map(len, sequences)):
+        return batches_by_length([len(s) for s in sequences], rows)
+    place = {prompt: number for number, prompt in enumerate(sorted(longest, key=lambda prompt: (-longest[prompt], prompt)))}
+    order = sorted(range(len(sequences)), key=lambda i: (place[sequences[i].prompt_ids], -len(sequences[i]), i))
+    return [order[i : i + rows] for i in range(0, len(order), rows)]
+
+
 class Generations:
     """Answers of one model to a list of prompts, cached by content.
 
@@ -415,10 +439,31 @@ def token_logps(model, sequences: Seq[Sequence], pad: int, hidden: bool = False)
 
 
 def _read(model, sequences: Seq[Sequence], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [rows, width], padded on the right, and the last hidden states [rows, width, hidden]."""
+    """Token ids [rows, width], padded on the right, and the last hidden states [rows, width, hidden] (of padding: anything).
+
+    Without gradients a prompt that several sequences of the batch share runs once."""
     ids, _ = pad_right([s.input_ids for s in sequences], pad, model.device)
-    # Padding comes after everything that is looked at, so that causal attention needs no mask, and leaves out half of the work.
-    return ids, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+    prompts = list(dict.fromkeys(s.prompt_ids for s in sequences))
+    read = sum(map(len, prompts)) + sum(len(s.answer_ids) for s in sequences)
+    looks_back = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}  # windows are counted in the cache
+    if torch.is_grad_enabled() or looks_back or read > (1 - WORTH_SHARING) * sum(map(len, sequences)):
+        # Padding comes after everything that is looked at, so that causal attention needs no mask, and leaves out half of the work.
+        return ids, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+    owner = torch.tensor([prompts.index(s.prompt_ids) for s in sequences], device=ids.device)
+    cache = DynamicCache(config=model.config)
+    prompt_ids, prompt_mask = pad_right(prompts, pad, ids.device)
+    of_prompts = backbone(model)(input_ids=prompt_ids, past_key_values=cache, use_cache=True).last_hidden_state
+    cache.batch_select_indices(owner)
+    answer_ids, answer_mask = pad_right([s.answer_ids for s in sequences], pad, ids.device)
+    starts = torch.tensor([s.answer_start for s in sequences], device=ids.device)
+    of_answers = backbone(model)(input_ids=answer_ids, attention_mask=torch.cat([prompt_mask[owner], answer_mask], 1),
+                                 position_ids=starts[:, None] + torch.arange(answer_ids.shape[1], device=ids.device),
+                                 past_key_values=cache, use_cache=True).last_hidden_state
+    states = of_prompts.new_zeros(*ids.shape, of_prompts.shape[-1])
+    for row, (sequence, prompt) in enumerate(zip(sequences, owner.tolist())):
+        start, end = sequence.answer_start, len(sequence)
+        states[row, :start], states[row, start:end] = of_prompts[prompt, :start], of_answers[row, : end - start]
+    return ids, states
 
 
 LOGITS_AT_ONCE = 6_000_000
@@ -455,8 +500,7 @@ def answer_logps(model, sequences: Seq[Sequence], pad: int, rows: int = 16, desc
     """Summed answer log-probabilities and answer lengths of many sequences, in the given order: two arrays [n]. ``each(index,
     sum)`` is called as soon as a sequence has one."""
     sums, counts = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=int)
-    batches = batches_by_length([len(s) for s in sequences], rows)
-    for batch in progress(batches, desc=desc, unit="batch"):
+    for batch in progress(reading_batches(sequences, rows), desc=desc, unit="batch"):
         logps, mask = token_logps(model, [sequences[i] for i in batch], pad)
         sums[batch] = logps.double().sum(1).cpu().numpy()
         counts[batch] = mask.sum(1).long().cpu().numpy()
@@ -471,7 +515,7 @@ def rewards(model, head: torch.Tensor, sequences: Seq[Sequence], pad: int, rows:
     """Scalar rewards [n] with the active (reward) adapter: head · hidden state of each sequence's last token. ``each`` as for
     :func:`answer_logps`."""
     values = np.zeros(len(sequences))
-    for batch in progress(batches_by_length([len(s) for s in sequences], rows), desc=desc, unit="batch"):
+    for batch in progress(reading_batches(sequences, rows), desc=desc, unit="batch"):
         values[batch] = last_token_rewards(model, head, [sequences[i] for i in batch], pad).double().cpu().numpy()
         for index in batch if each else ():
             each(index, values[index])

@@ -63,7 +63,7 @@ class RewardModel:
         ended = with_end(answers, self.eos)
         self.model.set_adapter(self.adapter, inference_mode=True)
         scores = torch.zeros(len(ended), device=self.model.device)
-        for batch in decode.batches_by_length([len(a) for a in ended], self.rows):
+        for batch in decode.reading_batches(ended, self.rows):
             scores[batch] = decode.last_token_rewards(self.model, self.head, [ended[i] for i in batch], self.pad)
         return scores
 

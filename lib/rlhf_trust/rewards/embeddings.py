@@ -24,7 +24,7 @@ def embed(model, answers: Seq[Sequence], chat: Chat, rows: int = 16, desc: str =
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
     ended = with_end(answers, eos)
     found = np.zeros((len(ended), model.config.hidden_size), dtype=np.float32)
-    batches = decode.batches_by_length([len(a) for a in ended], rows)
+    batches = decode.reading_batches(ended, rows)
     with decode.without_adapters(model):
         for batch in progress(batches, desc=desc, unit="batch") if desc else batches:
             found[batch] = decode.end_states(model, [ended[i] for i in batch], pad).cpu().numpy()
