@@ -90,6 +90,7 @@ parity: .parity/.installed ## hold DataInf against dattri, MC1 and MC2 against l
 
 bench: $(INSTALLED) .trl-ppo/.installed parity ## sampling, training, PPO, attribution and lineage as ratios against the plain way or TRL's
 	$(BIN)/python tests/benchmarks/throughput.py
+	$(BIN)/python tests/benchmarks/reading.py
 	$(BIN)/python tests/benchmarks/ppo.py --preferences "$(if $(DATA),path:$(DATA),shipped)"
 	$(BIN)/python tests/benchmarks/gradients.py
 	$(BIN)/python tests/benchmarks/scoring.py
