@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 from rlhf_trust import ROOT
 from rlhf_trust.compare import REFERENCE, differences, with_results
@@ -39,3 +40,13 @@ def test_a_reference_holds_numbers_and_names_no_directory(profile):
     for path in (REFERENCE / profile).iterdir():
         assert path.suffix in (".csv", ".json") and path.stat().st_size < 200_000
         assert "path:/" not in path.read_text()
+
+
+def test_the_readme_says_what_ppo_did_over_seeds():
+    seeds = pd.read_csv(REFERENCE / "ppo-hh-seeds.csv")
+    change, kl = seeds["reward_change"], seeds["kl_to_sft"]
+    half = student.ppf(0.975, len(seeds) - 1) * change.std() / len(seeds) ** 0.5
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (f"Over {len(seeds)} seeds on HH-RLHF's prompts" in readme
+            and f"{change.mean():+.3f} (95 % t interval over seeds {change.mean() - half:+.3f} to {change.mean() + half:+.3f})" in readme
+            and f"{kl.mean():.2f} nats an answer ({kl.min():.2f} to {kl.max():.2f})" in readme)
