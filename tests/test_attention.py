@@ -59,14 +59,15 @@ def test_in_bfloat16_it_is_as_exact_as_torch():
     def error(found):
         return sum(((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, exact))
 
-    assert error(grads(attention.attention, states, None, upstream)[1]) < 1.5 * error(grads(sdpa_attention_forward, states, None, upstream)[1])
+    ours, theirs = (error(grads(function, states, None, upstream)[1]) for function in (attention.attention, sdpa_attention_forward))
+    assert ours < 1.5 * theirs
 
 
 @pytest.mark.parametrize("length", [30, 140])
 def test_a_model_learns_what_it_would_learn_with_torchs_own(tiny, chat, length, monkeypatch):
     monkeypatch.setattr(attention, "SHORT", 100)
-    ran = []
-    monkeypatch.setattr(attention._Attention, "backward", staticmethod(lambda *args, own=attention._Attention.backward: ran.append(1) or own(*args)))
+    ran, backward = [], attention._Attention.backward
+    monkeypatch.setattr(attention._Attention, "backward", staticmethod(lambda *args: ran.append(1) or backward(*args)))
     policy = new_adapter(tiny, 4, 8)
     weights = [p for name, p in policy.named_parameters() if "lora_" in name]
     with torch.no_grad():

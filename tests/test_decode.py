@@ -171,13 +171,18 @@ def test_rewards_read_the_last_real_token(tiny):
 def test_a_prompt_in_common_runs_once_and_changes_nothing(tiny, monkeypatch):
     """Prompts and answers of unlike length, more answers than a batch holds, one prompt alone."""
     prompts = [tuple(range(5, 5 + n)) for n in (3, 30, 17, 8)]
-    sequences = [Sequence(p + tuple((7 * i + j) % 280 + 3 for j in range(1 + 3 * i % 11)), len(p)) for p, k in zip(prompts, (5, 6, 7, 1)) for i in range(k)]
+    answers = [tuple((7 * i + j) % 280 + 3 for j in range(1 + 3 * i % 11)) for i in range(7)]
+    sequences = [Sequence(prompt + answer, len(prompt)) for prompt, k in zip(prompts, (5, 6, 7, 1)) for answer in answers[:k]]
     head = torch.randn(32, generator=torch.Generator().manual_seed(0))
     alone = [decode.rewards(tiny.model, head, [s], 0)[0] for s in sequences]
     sums = [decode.answer_logps(tiny.model, [s], 0)[0][0] for s in sequences]
 
     read, backbone = [], decode.backbone
-    monkeypatch.setattr(decode, "backbone", lambda model: lambda input_ids, **k: read.append(input_ids.numel()) or backbone(model)(input_ids=input_ids, **k))
+
+    def counting(model):
+        return lambda input_ids, **more: read.append(input_ids.numel()) or backbone(model)(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(decode, "backbone", counting)
     np.testing.assert_allclose(decode.rewards(tiny.model, head, sequences, 0, rows=4), alone, atol=1e-4)
     np.testing.assert_allclose(decode.answer_logps(tiny.model, sequences, 0, rows=4)[0], sums, atol=1e-4)
     shared, _ = sum(read), read.clear()

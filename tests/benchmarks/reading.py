@@ -46,8 +46,8 @@ def main() -> None:
             decode.WORTH_SHARING = worth
         return run
 
-    ratio(f"reading {ANSWERS} answers of {TOKENS} tokens to each of {PROMPTS} prompts of {len(prompts[0])} to {len(prompts[-1])}, the prompt "
-          "read once", reading(1.0), reading(worth))
+    ratio(f"reading {ANSWERS} answers of {TOKENS} tokens to each of {PROMPTS} prompts of {len(prompts[0])} to {len(prompts[-1])}, "
+          "the prompt once", reading(1.0), reading(worth))
 
     policy = new_adapter(base, 8, 16)
     sequences = [chat.sequence(p.prompt, p.chosen) for p in pairs[:24]]
