@@ -130,7 +130,7 @@ $(VERTICALS): $(TRAINED)
 $(N)/20-attribution.ipynb: $(N)/02-reward.ipynb $(VERTICALS)
 # These train models of their own; of the verticals they only read the toxic continuations.
 $(N)/21-attribution-validation.ipynb $(N)/22-pruning.ipynb: $(N)/10-toxicity.ipynb
-$(N)/30-reward-models.ipynb: $(N)/02-reward.ipynb $(TRAINED)
+$(N)/30-reward-models.ipynb: $(addprefix $(N)/,02-reward.ipynb 04-dpo.ipynb 05-inpo.ipynb)
 $(N)/40-rag-trust.ipynb: $(TRAINED)
 $(N)/50-lineage.ipynb: $(TRAINED) $(N)/40-rag-trust.ipynb
 $(N)/90-report.ipynb: $(CHAPTERS:%=$(N)/%.ipynb)

@@ -183,14 +183,15 @@ def _rewards(p) -> Work:
     ppo = _rollouts(p.ppo_steps * 24, p.max_new_tokens, p.text, 2) * 2
     items = 24 if p.benchmarks == "shipped" else 798  # RM-Bench, six answers each
     main, others = ((n or items) * 6 * 240 for n in (p.n_items_main, p.n_items))
-    return drawn + read + ppo + Work(scored=3 * main + 6 * others)
+    return drawn + read + ppo + Work(scored=3 * main + 5 * others)
 
 
 def _grounding(p) -> Work:
     asked, answer = 460, 40  # tokens of a shipped question with its documents, and of a perfect answer
     prompts = p.n_train * (1 + 2 / 3 * p.variants)  # two thirds of the questions are answerable, and have variants
-    learnt = (prompts * p.sft_epochs + 2 * min(p.n_pairs or prompts, prompts / 2) * p.epochs) * (asked + answer)
-    return _answers(prompts + p.n_held_out * (len(p.trained) + 3), 1, p.max_new_tokens, asked) + Work(trained=learnt, scored=learnt / 2)
+    sampled = min(p.n_asked or prompts, prompts)
+    learnt = (prompts * p.sft_epochs + 2 * min(p.n_pairs or sampled, sampled / 2) * p.epochs) * (asked + answer)
+    return _answers(sampled + p.n_held_out * (len(p.trained) + 3), 1, p.max_new_tokens, asked) + Work(trained=learnt, scored=learnt / 2)
 
 
 def _lineage(p) -> Work:
