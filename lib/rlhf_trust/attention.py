@@ -41,20 +41,20 @@ class _Attention(torch.autograd.Function):
         out, gradient = (x.transpose(1, 2).reshape(together) for x in (out, gradient))  # [rows, length, heads, size] before
         # What the softmax takes off every weight's gradient: a row of weights sums to one, whatever the scores.
         taken = (gradient.float() * out.float()).sum(-1, keepdim=True)
-        scaled, of_query, of_key, of_value = k * ctx.scaling, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        hidden = _hidden(mask, rows, key_heads, length, q.device).repeat(1, heads // key_heads, 1)
+        of_query, of_key, of_value = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        hidden = _hidden(mask, rows, key_heads, length, q.device).repeat(1, heads // key_heads, 1).expand(len(q), -1, -1)
         at_once = max(1, WEIGHTS_AT_ONCE // (together[1] * length))
         for start in range(0, len(q), at_once):
             part = slice(start, start + at_once)
-            weights = torch.baddbmm(hidden[part] if len(hidden) > 1 else hidden, q[part].float(), k[part].float().mT,
-                                    alpha=ctx.scaling).softmax(-1)
+            weights = torch.baddbmm(hidden[part], q[part].float(), k[part].float().mT, alpha=ctx.scaling).softmax(-1)
             if mask is not None:
                 weights.nan_to_num_(0.0)  # a row that sees nothing
             torch.bmm(weights.to(v.dtype).mT, gradient[part], out=of_value[part])
             of_scores = weights.mul_(torch.bmm(gradient[part], v[part].mT) - taken[part]).to(q.dtype)
-            torch.bmm(of_scores, scaled[part], out=of_query[part])
+            torch.bmm(of_scores, k[part], out=of_query[part])
             torch.bmm(of_scores.mT, q[part], out=of_key[part])
-        return (of_query.view_as(query), of_key.mul_(ctx.scaling).view_as(key), of_value.view_as(value), None, None, None)
+        of_query, of_key = of_query.mul_(ctx.scaling), of_key.mul_(ctx.scaling)
+        return of_query.view_as(query), of_key.view_as(key), of_value.view_as(value), None, None, None
 
 
 def _hidden(mask: torch.Tensor | None, rows: int, key_heads: int, length: int, device) -> torch.Tensor:
