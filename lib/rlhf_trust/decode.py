@@ -165,8 +165,8 @@ CDF_BLOCK, CDF_ROWS = 256, 8
 def inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
     """Sample one token per row: the first whose cumulative probability exceeds ``u``. Shapes [b, V], [b] → [b].
 
-    Summed up in float64, so that a large vocabulary does not blur neighbouring tokens, and in two steps: over blocks, then within
-    the block that ``u`` falls into. A running sum over every token costs five times as much.
+    Summed up in two steps, over blocks, then within the block that ``u`` falls into; both running sums are in float64, so that a
+    large vocabulary does not blur neighbouring tokens. A running sum over every token costs five times as much.
     """
     return torch.cat([_inverse_cdf(few, temperature, some) for few, some in zip(logits.split(CDF_ROWS), u.split(CDF_ROWS))])
 
@@ -334,15 +334,20 @@ WORTH_SHARING = 0.3
 def reading_batches(sequences: Seq[Sequence], rows: int) -> list[list[int]]:
     """Indices in batches of at most ``rows``, longest first: those of like length together, or, where that saves more, those
     that share a prompt, which then runs once (:func:`_read`)."""
-    longest: dict[Seq[int], int] = {}
-    for s in sequences:
-        longest[s.prompt_ids] = max(longest.get(s.prompt_ids, 0), len(s))
-    saved = sum(s.answer_start for s in sequences) - sum(map(len, longest))
-    if saved < WORTH_SHARING * sum(map(len, sequences)):
+    prompts = [s.prompt_ids for s in sequences]
+    if not _worth_sharing(sequences, prompts):
         return batches_by_length([len(s) for s in sequences], rows)
-    place = {prompt: number for number, prompt in enumerate(sorted(longest, key=lambda prompt: (-longest[prompt], prompt)))}
-    order = sorted(range(len(sequences)), key=lambda i: (place[sequences[i].prompt_ids], -len(sequences[i]), i))
+    longest: dict[Seq[int], int] = {}
+    for prompt, s in zip(prompts, sequences):
+        longest[prompt] = max(longest.get(prompt, 0), len(s))
+    order = sorted(range(len(sequences)), key=lambda i: (-longest[prompts[i]], prompts[i], -len(sequences[i]), i))
     return [order[i : i + rows] for i in range(0, len(order), rows)]
+
+
+def _worth_sharing(sequences: Seq[Sequence], prompts: Seq[Seq[int]]) -> bool:
+    """Whether reading each of the sequences' ``prompts`` once saves enough of their tokens."""
+    saved = sum(map(len, prompts)) - sum(map(len, set(prompts)))
+    return saved >= WORTH_SHARING * sum(map(len, sequences))
 
 
 class Generations:
@@ -443,15 +448,15 @@ def _read(model, sequences: Seq[Sequence], pad: int) -> tuple[torch.Tensor, torc
 
     Without gradients a prompt that several sequences of the batch share runs once."""
     ids, _ = pad_right([s.input_ids for s in sequences], pad, model.device)
-    prompts = list(dict.fromkeys(s.prompt_ids for s in sequences))
-    read = sum(map(len, prompts)) + sum(len(s.answer_ids) for s in sequences)
+    prompts = [s.prompt_ids for s in sequences]
     looks_back = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}  # windows are counted in the cache
-    if torch.is_grad_enabled() or looks_back or read > (1 - WORTH_SHARING) * sum(map(len, sequences)):
+    if torch.is_grad_enabled() or looks_back or not _worth_sharing(sequences, prompts):
         # Padding comes after everything that is looked at, so that causal attention needs no mask, and leaves out half of the work.
         return ids, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    owner = torch.tensor([prompts.index(s.prompt_ids) for s in sequences], device=ids.device)
+    place = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    owner = torch.tensor([place[prompt] for prompt in prompts], device=ids.device)
     cache = DynamicCache(config=model.config)
-    prompt_ids, prompt_mask = pad_right(prompts, pad, ids.device)
+    prompt_ids, prompt_mask = pad_right(list(place), pad, ids.device)
     of_prompts = backbone(model)(input_ids=prompt_ids, past_key_values=cache, use_cache=True).last_hidden_state
     cache.batch_select_indices(owner)
     answer_ids, answer_mask = pad_right([s.answer_ids for s in sequences], pad, ids.device)

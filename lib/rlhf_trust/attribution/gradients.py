@@ -379,8 +379,7 @@ def _pack(examples: Seq[Example]) -> _Packed:
 
 def _common_prompt(example: Example) -> int:
     """How many tokens the prompts of the example's sequences begin with alike."""
-    prompts = [sequence.input_ids[: sequence.answer_start] for sequence in example.sequences]
-    return len(os.path.commonprefix(prompts))
+    return len(os.path.commonprefix([sequence.prompt_ids for sequence in example.sequences]))
 
 
 def _packed_length(example: Example) -> int:
