@@ -36,8 +36,11 @@ def grads(function, states, mask, upstream):
     return out, torch.autograd.grad(out, states, upstream.to(out.dtype))
 
 
+@pytest.mark.parametrize("queries", [16, 128])
 @pytest.mark.parametrize("mask", masks(40))
-def test_gradients_are_those_of_torch(mask):
+def test_gradients_are_those_of_torch(mask, queries, monkeypatch):
+    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", queries)  # of 40: two blocks and a half
+    monkeypatch.setattr(attention, "WEIGHTS_AT_ONCE", 4 * 3 * queries * 40)  # four of six key heads at a time
     states = inputs(torch.float64)
     mask = masks(40)[mask]
     mask = mask.double() if mask is not None and mask.is_floating_point() else mask
@@ -51,9 +54,10 @@ def test_gradients_are_those_of_torch(mask):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_in_bfloat16_it_is_as_exact_as_torch():
-    states = inputs(torch.bfloat16, length=96)
-    upstream = torch.randn(3, 96, 6, 16).bfloat16()
+@pytest.mark.parametrize("length", [96, 400])
+def test_in_bfloat16_it_is_as_exact_as_torch(length):
+    states = inputs(torch.bfloat16, length)
+    upstream = torch.randn(3, length, 6, 16).bfloat16()
     exact = grads(sdpa_attention_forward, [s.detach().double().requires_grad_() for s in states], None, upstream)[1]
 
     def error(found):
