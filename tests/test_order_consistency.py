@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -106,6 +107,13 @@ def test_a_sweep_that_cannot_be_made_is_refused_at_its_start(changed, said):
     settings = {"learners": ["classifier"], "choices": ["same"], "betas": [1.0], "amounts": [200], "seeds": [0], "best_of": [2]}
     with pytest.raises(StudyError, match=said):
         oc.sweep(linear_bench(), **settings | changed)
+
+
+def test_ppo_follows_a_reward_of_the_sweep():
+    check = partial(oc.check, ["classifier"], ["same"], [0.5, 1.0], [200], [0], [2], 8)
+    check(1.0)
+    with pytest.raises(StudyError, match="ppo_beta: must be one of betas, 0.5, 1.0; got 2.0"):
+        check(2.0)
 
 
 @pytest.mark.parametrize("learner", list(oc.LEARNERS))
