@@ -51,7 +51,7 @@ def main() -> None:
 
     policy = new_adapter(base, 8, 16)
     sequences = [chat.sequence(p.prompt, p.chosen) for p in pairs[:24]]
-    for times in (1, 3):
+    for times in (1, 3, 6):
         texts = [Sequence(s.input_ids * times, s.answer_start) for s in sequences[: 24 // times]]
 
         def training(implementation, texts=texts):
