@@ -1,7 +1,7 @@
 """Causal attention with a backward pass that suits short texts on a processor.
 
 torch's fused attention for processors spends most of its time in the backward pass: at the hundred tokens of a preference
-pair that pass alone is a sixth of a LoRA training step, at five hundred of an answer from documents a quarter. Here the forward
+pair that pass alone is a sixth of a LoRA training step, at five hundred of an answer from documents three tenths. Here the forward
 pass is torch's, to the bit, and the backward pass computes the weights anew, a block of queries at a time, with one matrix
 product for all query heads that share a key head. Scores and softmax are in float32, as in the fused pass; against float64 the
 gradients in bfloat16 are as exact as its own (tests/test_attention.py).
