@@ -24,6 +24,7 @@ import pandas as pd
 from . import ROOT, StudyError
 from .artifacts import Build, read_manifests, read_table, write_text
 from .report import at_a_glance
+from .rewards import rm_bench
 
 REFERENCE = ROOT / "tests" / "reference"
 SAVED = ("trust", "trust_change", "distance", "training", "checks", "attribution_summary", "validation", "pruning", "rm_bench", "grounding", "grounding_change", "lineage", "lineage_separation")
@@ -90,7 +91,8 @@ def _public(value):
 
 
 def results_markdown(profile: str) -> str:
-    """The headline figures of a reference run: value at the start, then each model's change with interval and n."""
+    """The headline figures of a reference run: value at the start, then each model's change with interval and n; what its
+    training checks found and, if 30-reward-models ran, each reward's RM-Bench."""
     trust, changes = reference_table(profile, "trust"), reference_table(profile, "trust_change")
     glance = at_a_glance(trust, changes)
     record = json.loads((REFERENCE / profile / "run.json").read_text())
@@ -113,6 +115,9 @@ def results_markdown(profile: str) -> str:
                      f"| {rows['n'].max()} | {first['start']:.3f} | " + " | ".join(cells) + " |")
     checks = reference_table(profile, "checks")
     lines += ["", *(f"- {sentence}" for sentence in checks["sentence"])]
+    if (REFERENCE / profile / "rm_bench.csv").exists():
+        rewards = dict(list(reference_table(profile, "rm_bench").groupby("model", sort=False)))
+        lines += ["", "Rewards on RM-Bench:", "", *(f"- {sentence}" for sentence in rm_bench.words(rewards))]
     return "\n".join(lines)
 
 
