@@ -69,14 +69,14 @@ def test_style_is_judged_item_by_item():
         won = np.tile((rng.random((len(items), 1, 1)) < able).astype(float), (1, 3, 3))
         won[:, 0, 2] *= rng.random(len(items)) >= lost
         table = rm_bench.summary(items, won, released=True)
-        return table[table["domain"] == "overall"].set_index("level"), rm_bench.words({"m": table})[0]
+        return table[table["domain"] == "overall"].set_index("level"), rm_bench.words(table.assign(model="m"))[0]
 
     overall, said = judged(0.8, 0.5)
     assert overall.loc["easy", "ci_low"] < overall.loc["hard", "ci_high"] and overall.loc["style_gap", "ci_low"] > 0
     assert ": overall average " in said and " over 80 items, " in said and ". Style sways it: easy" in said
     assert "below a coin. Style outweighs substance: easy" in judged(0.4, 0.9)[1]
     assert "Style does not clearly sway it: " in judged(0.8, 0.0)[1]
-    alone = rm_bench.words({"m": rm_bench.summary(items[:21], np.ones((21, 3, 3)), released=True)})[0]
+    alone = rm_bench.words(rm_bench.summary(items[:21], np.ones((21, 3, 3)), released=True).assign(model="m"))[0]
     assert " over 21 items, too few in a domain for a verdict. By style: easy" in alone
 
 

@@ -116,8 +116,8 @@ def results_markdown(profile: str) -> str:
     checks = reference_table(profile, "checks")
     lines += ["", *(f"- {sentence}" for sentence in checks["sentence"])]
     if (REFERENCE / profile / "rm_bench.csv").exists():
-        rewards = dict(list(reference_table(profile, "rm_bench").groupby("model", sort=False)))
-        lines += ["", "Rewards on RM-Bench:", "", *(f"- {sentence}" for sentence in rm_bench.words(rewards))]
+        sentences = rm_bench.words(reference_table(profile, "rm_bench"))
+        lines += ["", "Rewards on RM-Bench:", "", *(f"- {sentence}" for sentence in sentences)]
     return "\n".join(lines)
 
 

@@ -243,20 +243,20 @@ def answer_lengths(items: Seq[Item], chat: Chat) -> np.ndarray:
     return np.array([len(s.answer_ids) for s in answers_of(items, chat)]).reshape(len(items), 2, 3)
 
 
-def words(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+def words(table: pd.DataFrame) -> list[str]:
     """Of every reward model in one sentence: its average, and whether style misleads it (by the interval of ``style_gap``; no
-    verdict where a domain has a single item). ``tables``: model → :func:`summary`."""
+    verdict where a domain has a single item). ``table``: models' :func:`summary`, with a column model."""
     sentences = []
-    for model, table in tables.items():
-        of_domain = table["domain"].isin(DOMAINS)
-        overall = table[~of_domain].set_index("level")
+    for model, rows in table.groupby("model", sort=False):
+        of_domain = rows["domain"].isin(DOMAINS)
+        overall = rows[~of_domain].set_index("level")
         average, easy, hard, gap = (overall.loc[level] for level in ("average", "easy", "hard", "style_gap"))
         against = ("above a coin" if average["ci_low"] > 0.5 else "below a coin" if average["ci_high"] < 0.5 else
                    "not clearly different from a coin")
         misled = (
             "It likes the plainer answer" if gap["ci_high"] < 0 else "Style does not clearly sway it" if gap["ci_low"] <= 0 else
             "Style outweighs substance" if hard["ci_high"] < 0.5 else "Style sways it")
-        if table.loc[of_domain, "n"].min() < 2:
+        if rows.loc[of_domain, "n"].min() < 2:
             against, misled = "too few in a domain for a verdict", "By style"
         points = [f"{100 * gap[end]:+.1f}" for end in ("value", "ci_low", "ci_high")]
         sentences.append(f"**{model}**: {average['domain']} average {average['value']:.1%} ({average['ci_low']:.1%} to "
