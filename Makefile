@@ -82,7 +82,7 @@ test: $(INSTALLED) ## unit tests, the smoke profile end to end, nbval on its not
 	$(BIN)/python tests/rerun.py smoke
 
 compare: $(INSTALLED) ## hold a run against the reference tables of its profile
-	$(BIN)/python -m rlhf_trust.compare $(PROFILE)
+	$(BIN)/python -m rlhf_trust.report $(PROFILE)
 
 parity: .parity/.installed ## hold DataInf against dattri, MC1 and MC2 against lm-evaluation-harness (also seconds)
 	.parity/bin/python tests/parity/dattri_datainf.py

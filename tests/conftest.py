@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from rlhf_trust.chat import Chat
+from rlhf_trust.models import load_base
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
@@ -20,9 +22,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-
-from rlhf_trust.chat import Chat
-from rlhf_trust.models import load_base
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from threads
 

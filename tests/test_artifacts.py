@@ -6,10 +6,17 @@ import errno
 
 import pandas as pd
 import pytest
-
 from rlhf_trust import StudyError
+from rlhf_trust.artifacts import (
+    Build,
+    atomic_write,
+    merge_tables,
+    read_table,
+    sha256_of,
+    write_table,
+)
+from rlhf_trust.report import holm_over_headlines
 from rlhf_trust.verticals import HEADLINE
-from rlhf_trust.artifacts import Build, merge_tables, read_table, replacing, sha256_of, write_table
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def test_an_error_keeps_the_old_and_leaves_nothing(tmp_path, kind, error):
         return target
 
     fill(path, "old")
-    with pytest.raises(type(error)), replacing(path) as aside:
+    with pytest.raises(type(error)), atomic_write(path) as aside:
         assert fill(aside, "half").exists()
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["product"]
@@ -42,12 +49,12 @@ def test_an_error_keeps_the_old_and_leaves_nothing(tmp_path, kind, error):
 
 
 def test_success_replaces_files_and_folders_whole(tmp_path):
-    with replacing(tmp_path / "deep" / "file") as aside:
+    with atomic_write(tmp_path / "deep" / "file") as aside:
         aside.write_text("new")
         assert not (tmp_path / "deep" / "file").exists()
     assert (tmp_path / "deep" / "file").read_text() == "new"
     for content in ("a", "b"):
-        with replacing(tmp_path / "folder") as aside:
+        with atomic_write(tmp_path / "folder") as aside:
             aside.mkdir()
             (aside / content).write_text(content)
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["b"]  # nothing of the former one mixed in
@@ -96,7 +103,7 @@ def test_holm_is_over_headline_rows_of_all_parts(build):
     write_table(build, "trust_change", "11", pd.DataFrame([change("ethics", "main", 0.04),
                                                            change("privacy", "main", None),
                                                            change("truthfulness", "main", 0.03)]))
-    merged = merge_tables(build, "trust_change")
+    merged = merge_tables(build, "trust_change", finish=holm_over_headlines)
     assert merged.loc[merged["metric"] == "privacy_gap", "p_holm"].isna().all()
     merged = merged[merged["metric"] != "privacy_gap"].set_index(["vertical", "condition"])["p_holm"]
     # Three headline p-values .01 .03 .04: times 3, 2, 1, and never below the one before.

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
 from rlhf_trust import attention
 from rlhf_trust.decode import token_logps
 from rlhf_trust.models import new_adapter
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 def inputs(dtype, length=40, rows=3, heads=6, key_heads=2, size=16):

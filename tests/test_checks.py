@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-
-from rlhf_trust.align.checks import dpo_check, reward_check, reward_rise_check, sft_check
+from rlhf_trust.report import dpo_check, reward_check, reward_rise_check, sft_check
 
 NOISE = np.random.default_rng(0).normal(size=80)
 

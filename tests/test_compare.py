@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from scipy.stats import t as student
-
 from rlhf_trust import ROOT
-from rlhf_trust.compare import REFERENCE, differences, with_results
+from rlhf_trust.report import REFERENCE, differences, with_results
+from scipy.stats import t as student
 
 PROFILES = sorted(path.name for path in REFERENCE.iterdir() if path.is_dir()) if REFERENCE.is_dir() else []
 
@@ -32,7 +31,7 @@ def test_there_is_a_reference_run():
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_readme_shows_the_reference_tables_as_they_are(profile):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_results(readme, profile) == readme, f"run `python -m rlhf_trust.compare {profile} --readme`"
+    assert with_results(readme, profile) == readme, f"run `python -m rlhf_trust.report {profile} --readme`"
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -11,11 +11,15 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-
-from rlhf_trust import StudyError
-from rlhf_trust.data import benchmarks, files
-from rlhf_trust.data.files import locate
-from rlhf_trust.data.preferences import HALVES, load_preferences, parse_pair, read_pairs
+from rlhf_trust import StudyError, sources
+from rlhf_trust.data.preferences import SUBSETS, load_preferences, parse_pair, read_pairs
+from rlhf_trust.sources import locate
+from rlhf_trust.verticals.common import choose
+from rlhf_trust.verticals.ethics import load_ethics
+from rlhf_trust.verticals.privacy import load_privacy, make_private_facts
+from rlhf_trust.verticals.stereotype import load_stereotype
+from rlhf_trust.verticals.toxicity import load_toxicity
+from rlhf_trust.verticals.truthfulness import load_truthfulness
 
 
 class WordChat:
@@ -36,7 +40,7 @@ EVERYTHING = 10**6
 def shipped() -> dict:
     """(half, split) -> (pairs, bad rows) of the shipped files."""
     return {(half, split): read_pairs(locate("shipped", f"{stem}.{split}.jsonl"), half)
-            for half, stem in HALVES.items() for split in ("train", "test")}
+            for half, stem in SUBSETS.items() for split in ("train", "test")}
 
 
 def dialogue(*turns: str) -> str:
@@ -53,7 +57,7 @@ def write_rows(path, rows) -> None:
 
 
 def write_halves(root, rows_of, split="test") -> str:
-    for half in HALVES:
+    for half in SUBSETS:
         write_rows(root / "hh-rlhf" / f"{half}-base.{split}.jsonl", rows_of(half))
     return f"path:{root}"
 
@@ -72,17 +76,17 @@ def test_shipped_pairs_parse_and_are_enough(shipped):
 
 
 def test_shipped_sides_share_no_opening(shipped):
-    train, test = ({pair.opening for half in HALVES for pair in shipped[half, split][0]} for split in ("train", "test"))
+    train, test = ({pair.opening for half in SUBSETS for pair in shipped[half, split][0]} for split in ("train", "test"))
     assert not train & test
     loaded = load_preferences("shipped", EVERYTHING, EVERYTHING, CHAT, max_tokens=EVERYTHING)
     assert (len(loaded.train), len(loaded.held_out)) == tuple(
-        sum(len(shipped[half, split][0]) for half in HALVES) for split in ("train", "test"))
+        sum(len(shipped[half, split][0]) for half in SUBSETS) for split in ("train", "test"))
     assert not loaded.bad_rows and not loaded.shared_openings and not loaded.too_long
 
 
 def test_shipped_choice_is_not_a_matter_of_length(shipped):
     for split in ("train", "test"):
-        pairs = [pair for half in HALVES for pair in shipped[half, split][0]]
+        pairs = [pair for half in SUBSETS for pair in shipped[half, split][0]]
         shorter = np.mean([len(pair.chosen) < len(pair.rejected) for pair in pairs])
         assert 0.35 <= shorter <= 0.65, f"{split}: chosen is the shorter answer in {shorter:.0%}"
 
@@ -209,17 +213,17 @@ def test_long_pairs_are_left_out_and_an_empty_side_is_an_error(tmp_path):
 
 
 def test_shipped_benchmarks_are_balanced():
-    prompts = benchmarks.load_toxicity("shipped")
+    prompts = load_toxicity("shipped")
     assert len(prompts) >= 60 and len({p.text for p in prompts}) == len(prompts)
     assert len(set(Counter(p.split for p in prompts).values())) == 1
-    statements = benchmarks.load_stereotype("shipped")
+    statements = load_stereotype("shipped")
     cells = Counter((s.group, s.topic) for s in statements)
     assert len(statements) >= 60 and set(cells.values()) == {3}
     assert len(cells) == len({g for g, _ in cells}) * len({t for _, t in cells})  # every group with every topic
     assert 0.1 < np.mean([s.stereotyped for s in statements]) < 0.5
-    scenarios = benchmarks.load_ethics("shipped")
+    scenarios = load_ethics("shipped")
     assert len(scenarios) >= 60 and sum(s.wrong for s in scenarios) * 2 == len(scenarios)
-    questions = benchmarks.load_truthfulness("shipped")
+    questions = load_truthfulness("shipped")
     assert len(questions) >= 60 and len({q.text for q in questions}) == len(questions)
     assert all(q.right not in q.wrong and len(q.wrong) >= 2 for q in questions)
     for items in (prompts, statements, scenarios, questions):
@@ -230,21 +234,21 @@ CSV = "label,input,is_short\n1,I lied.,True\n"
 
 
 @pytest.mark.parametrize(("name", "load", "content", "message"), [
-    ("ethics/cm_test.csv", benchmarks.load_ethics, CSV + "maybe,x,True\n",
+    ("ethics/cm_test.csv", load_ethics, CSV + "maybe,x,True\n",
      "cm_test.csv:3: label must be 0 or 1, got 'maybe'"),
-    ("ethics/cm_test.csv", benchmarks.load_ethics, CSV + "0,x\n", "cm_test.csv:3: no value for 'is_short'"),
-    ("ethics/cm_test.csv", benchmarks.load_ethics, CSV + '0,"never closed ' + "x" * 140_000,
+    ("ethics/cm_test.csv", load_ethics, CSV + "0,x\n", "cm_test.csv:3: no value for 'is_short'"),
+    ("ethics/cm_test.csv", load_ethics, CSV + '0,"never closed ' + "x" * 140_000,
      r"cm_test.csv:\d+: not valid CSV"),
-    ("ethics/cm_test.csv", benchmarks.load_ethics, "label,text\n", "cm_test.csv: column 'input' is missing"),
-    ("ethics/cm_test.csv", benchmarks.load_ethics, "label,input,is_short\n", "the file is empty"),
-    ("decodingtrust-stereotype/user_prompts.csv", benchmarks.load_stereotype,
+    ("ethics/cm_test.csv", load_ethics, "label,text\n", "cm_test.csv: column 'input' is missing"),
+    ("ethics/cm_test.csv", load_ethics, "label,input,is_short\n", "the file is empty"),
+    ("decodingtrust-stereotype/user_prompts.csv", load_stereotype,
      "stereotype_topic,target_group,stereotype_template\nt,g,They sing.\n", r"user_prompts.csv:2: .*\[target_group\]"),
-    ("truthfulqa/mc_task.json", benchmarks.load_truthfulness, "[\n{,]", "mc_task.json:2: not valid JSON"),
-    ("truthfulqa/mc_task.json", benchmarks.load_truthfulness, '[{"question": "q", "mc1_targets": {"a": 1, "b": 1}}]',
+    ("truthfulqa/mc_task.json", load_truthfulness, "[\n{,]", "mc_task.json:2: not valid JSON"),
+    ("truthfulqa/mc_task.json", load_truthfulness, '[{"question": "q", "mc1_targets": {"a": 1, "b": 1}}]',
      "mc_task.json: question 1: .* exactly one right answer"),
-    ("truthfulqa/mc_task.json", benchmarks.load_truthfulness, '{"question": "q"}', "mc_task.json: question 1"),
-    ("real-toxicity-prompts/toxic.jsonl", benchmarks.load_toxicity, '{"prompt": "x"}', "toxic.jsonl:1: no prompt.text"),
-    ("enron/name2email.json", lambda source: benchmarks.load_privacy(source, 1, 0), "{\n",
+    ("truthfulqa/mc_task.json", load_truthfulness, '{"question": "q"}', "mc_task.json: question 1"),
+    ("real-toxicity-prompts/toxic.jsonl", load_toxicity, '{"prompt": "x"}', "toxic.jsonl:1: no prompt.text"),
+    ("enron/name2email.json", lambda source: load_privacy(source, 1, 0), "{\n",
      "name2email.json:2: not valid JSON"),
 ])
 def test_a_malformed_benchmark_names_file_and_line(tmp_path, name, load, content, message):
@@ -255,27 +259,27 @@ def test_a_malformed_benchmark_names_file_and_line(tmp_path, name, load, content
 
 
 def test_choose_takes_turns_and_keeps_to_the_seed():
-    prompts = benchmarks.load_toxicity("shipped")
-    chosen = benchmarks.choose(prompts, 10, seed=1, by=lambda p: p.split)
+    prompts = load_toxicity("shipped")
+    chosen = choose(prompts, 10, seed=1, by=lambda p: p.split)
     assert Counter(p.split for p in chosen) == {"toxic": 5, "nontoxic": 5}
-    assert chosen == benchmarks.choose(prompts[::-1], 10, seed=1, by=lambda p: p.split)
-    assert chosen == benchmarks.choose(prompts, 20, seed=1, by=lambda p: p.split)[:10]
-    assert chosen != benchmarks.choose(prompts, 10, seed=2, by=lambda p: p.split)
-    assert len(benchmarks.choose(prompts, EVERYTHING, seed=1)) == len(prompts)
+    assert chosen == choose(prompts[::-1], 10, seed=1, by=lambda p: p.split)
+    assert chosen == choose(prompts, 20, seed=1, by=lambda p: p.split)[:10]
+    assert chosen != choose(prompts, 10, seed=2, by=lambda p: p.split)
+    assert len(choose(prompts, EVERYTHING, seed=1)) == len(prompts)
 
 
 # --- privacy -------------------------------------------------------------------------------------------------------
 
 
 def test_private_facts_of_18_kinds_are_the_same_for_a_seed():
-    facts = benchmarks.make_private_facts(3, seed=0)
+    facts = make_private_facts(3, seed=0)
     assert set(Counter(fact.kind for fact in facts).values()) == {3} and len({fact.kind for fact in facts}) == 18
-    assert facts == benchmarks.make_private_facts(3, seed=0) != benchmarks.make_private_facts(3, seed=1)
+    assert facts == make_private_facts(3, seed=0) != make_private_facts(3, seed=1)
     assert len({fact.id for fact in facts}) == len(facts) and not any(fact.real for fact in facts)
 
 
 def test_no_private_value_stands_inside_another():
-    for fact in benchmarks.make_private_facts(150, seed=0):
+    for fact in make_private_facts(150, seed=0):
         assert len(set(fact.people)) == 4 == len(fact.values)
         for one, other in permutations(fact.values, 2):
             assert one.lower() not in other.lower(), fact
@@ -283,11 +287,11 @@ def test_no_private_value_stands_inside_another():
 
 def test_real_people_only_where_their_file_is(tmp_path):
     names = {f"Given{letter} Family".replace(letter, letter.lower()): f"{letter}@example.org" for letter in "ABCDEF"}
-    made_up = benchmarks.load_privacy(f"path:{tmp_path}", 2, seed=0)
-    assert made_up == benchmarks.load_privacy("shipped", 2, seed=0) and not any(fact.real for fact in made_up)
+    made_up = load_privacy(f"path:{tmp_path}", 2, seed=0)
+    assert made_up == load_privacy("shipped", 2, seed=0) and not any(fact.real for fact in made_up)
     (tmp_path / "enron").mkdir()
     (tmp_path / "enron" / "name2email.json").write_text(json.dumps(names | {"nickname": "n@example.org"}))
-    real = benchmarks.load_privacy(f"path:{tmp_path}", 2, seed=0)
+    real = load_privacy(f"path:{tmp_path}", 2, seed=0)
     assert all(fact.real and set(fact.people) <= set(names) for fact in real)
     for fact in real:
         if fact.kind == "email address":
@@ -297,9 +301,9 @@ def test_real_people_only_where_their_file_is(tmp_path):
 def test_people_who_cannot_be_told_apart_are_an_error():
     people = [(name, "same@example.org") for name in "ABCD"]
     with pytest.raises(StudyError, match="no four people whose email address values differ"):
-        benchmarks.make_private_facts(1, 0, people)
+        make_private_facts(1, 0, people)
     with pytest.raises(StudyError, match="at least four names"):
-        benchmarks.make_private_facts(1, 0, people[:3])
+        make_private_facts(1, 0, people[:3])
 
 
 # --- the real sets -------------------------------------------------------------------------------------------------
@@ -312,7 +316,7 @@ def test_real_pairs_are_read_strictly_and_split_by_opening(real_data):
     assert not {pair.opening for pair in loaded.train} & {pair.opening for pair in loaded.held_out}
     reasons = Counter(line.rpartition(": ")[2] for line in loaded.bad_rows)
     assert reasons == {"the two dialogues have different prompts": 14, "empty answer": 7, "empty turn": 1}
-    for (half, stem), rows in zip(HALVES.items(), (2312, 2352)):
+    for (half, stem), rows in zip(SUBSETS.items(), (2312, 2352)):
         pairs, bad = read_pairs(locate(f"path:{real_data}", f"{stem}.test.jsonl"), half)
         assert len(pairs) + len(bad) == rows
     assert all(re.fullmatch(r"h\w+-base\.test\.jsonl(\.gz)?:\d+: .+", line) for line in loaded.bad_rows)
@@ -320,32 +324,32 @@ def test_real_pairs_are_read_strictly_and_split_by_opening(real_data):
 
 def test_real_benchmarks_have_their_rows(real_data):
     source = f"path:{real_data}"
-    assert Counter(p.split for p in benchmarks.load_toxicity(source)) == {"toxic": 1196, "nontoxic": 1200}
-    statements = benchmarks.load_stereotype(source)
+    assert Counter(p.split for p in load_toxicity(source)) == {"toxic": 1196, "nontoxic": 1200}
+    statements = load_stereotype(source)
     assert (len(statements), len({s.group for s in statements}), len({s.topic for s in statements})) == (1152, 24, 16)
-    assert len(benchmarks.load_ethics(source)) == 2109
-    assert len(benchmarks.load_truthfulness(source)) == 817
-    facts = benchmarks.load_privacy(source, 5, seed=0)
+    assert len(load_ethics(source)) == 2109
+    assert len(load_truthfulness(source)) == 817
+    facts = load_privacy(source, 5, seed=0)
     assert len(facts) == 90 and all(fact.real for fact in facts)
 
 
 def test_hub_files_are_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "DOWNLOADS", tmp_path / "data")
+    monkeypatch.setattr(sources, "DOWNLOADS", tmp_path / "data")
     calls = []
 
     def answer(url, timeout):
         calls.append(url)
         return io.BytesIO(b'{"prompt": {"text": "x"}}\n')
 
-    monkeypatch.setattr(files.urllib.request, "urlopen", answer)
-    first = files.locate("hub:", "real-toxicity-prompts/toxic.jsonl")
-    assert files.locate("hub:", "real-toxicity-prompts/toxic.jsonl") == first and len(calls) == 1
-    assert files.locate("hub:", "bbq/Nationality.jsonl", required=False) is None
+    monkeypatch.setattr(sources.urllib.request, "urlopen", answer)
+    first = sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl")
+    assert sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl") == first and len(calls) == 1
+    assert sources.locate("hub:", "bbq/Nationality.jsonl", required=False) is None
 
     def refuse(url, timeout):
         raise OSError("no route")
 
-    monkeypatch.setattr(files.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(sources.urllib.request, "urlopen", refuse)
     with pytest.raises(StudyError, match="nontoxic.jsonl cannot be had .no route."):
-        files.locate("hub:", "real-toxicity-prompts/nontoxic.jsonl")
+        sources.locate("hub:", "real-toxicity-prompts/nontoxic.jsonl")
     assert not list((tmp_path / "data").rglob("*nontoxic*"))

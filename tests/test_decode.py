@@ -7,15 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from scipy import stats as scipy_stats
-
 from rlhf_trust import StudyError, decode
-from rlhf_trust.chat import Chat, Sequence
-from rlhf_trust.decode import Choice, Decoding, Generations, Prompt
+from rlhf_trust.chat import Chat, EncodedExample
+from rlhf_trust.decode import Decoding, Generations, MultipleChoice, Prompt
+from scipy import stats as scipy_stats
 
 PROMPTS = [Prompt(f"p{i}", (f"is the {'question ' * (i % 5)}answer {i} wrong?",), "assistant" if i % 3 == 0 else None)
            for i in range(9)]
-SEQUENCES = [Sequence(tuple(10 + (7 * i + k) % 200 for k in range(6 + 5 * i)), 3 + i) for i in range(4)]
+SEQUENCES = [EncodedExample(tuple(10 + (7 * i + k) % 200 for k in range(6 + 5 * i)), 3 + i) for i in range(4)]
 EOS = 2
 
 
@@ -119,10 +118,10 @@ def test_logps_equal_a_direct_log_softmax(tiny):
 
 
 @torch.no_grad()
-def choices(shared: int) -> list[Choice]:
+def choices(shared: int) -> list[MultipleChoice]:
     """Seven choices with contexts and options of unlike lengths; all contexts begin with ``shared`` equal tokens."""
     start = tuple(20 + k for k in range(shared))
-    return [Choice(f"c{i}", start + tuple(10 + (11 * i + k) % 200 for k in range(1 + 6 * (i % 3))),
+    return [MultipleChoice(f"c{i}", start + tuple(10 + (11 * i + k) % 200 for k in range(1 + 6 * (i % 3))),
                    tuple(tuple(30 + (13 * i + 5 * o + k) % 150 for k in range(1 + (i * o) % 6)) for o in range(1 + i % 4)))
             for i in range(7)]
 
@@ -154,13 +153,13 @@ def test_options_are_kept_by_content(tiny_llama, generations, monkeypatch):
 @pytest.mark.parametrize(("context", "options"), [((), ((1,),)), ((1,), ()), ((1,), ((2,), ()))])
 def test_a_choice_without_tokens_is_refused(context, options):
     with pytest.raises(StudyError, match="c1: a choice needs"):
-        Choice("c1", context, options)
+        MultipleChoice("c1", context, options)
 
 
 def test_rewards_read_the_last_real_token(tiny):
     """Also where the text's own last token is the pad token."""
     head = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    sequences = [*SEQUENCES, Sequence((5, 6, 7, 8, 0), 2)]
+    sequences = [*SEQUENCES, EncodedExample((5, 6, 7, 8, 0), 2)]
     batched = decode.last_token_rewards(tiny.model, head, sequences, pad=0)
     for reward, sequence in zip(batched, sequences):
         hidden = tiny.model(input_ids=torch.tensor([sequence.input_ids]), output_hidden_states=True).hidden_states[-1]
@@ -172,7 +171,7 @@ def test_a_prompt_in_common_runs_once_and_changes_nothing(tiny, monkeypatch):
     """Prompts and answers of unlike length, more answers than a batch holds, one prompt alone."""
     prompts = [tuple(range(5, 5 + n)) for n in (3, 30, 17, 8)]
     answers = [tuple((7 * i + j) % 280 + 3 for j in range(1 + 3 * i % 11)) for i in range(7)]
-    sequences = [Sequence(prompt + answer, len(prompt)) for prompt, k in zip(prompts, (5, 6, 7, 1)) for answer in answers[:k]]
+    sequences = [EncodedExample(prompt + answer, len(prompt)) for prompt, k in zip(prompts, (5, 6, 7, 1)) for answer in answers[:k]]
     head = torch.randn(32, generator=torch.Generator().manual_seed(0))
     alone = [decode.rewards(tiny.model, head, [s], 0)[0] for s in sequences]
     sums = [decode.answer_logps(tiny.model, [s], 0)[0][0] for s in sequences]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from rlhf_trust import distance
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import PreferencePair
-from rlhf_trust.lineup import Lineup
+from rlhf_trust.models import ModelSet
 
 
 @pytest.mark.parametrize("name", ["chatml", "dialogue"])
@@ -28,7 +27,7 @@ def test_loss_is_a_mean_over_tokens_then_over_texts(tiny_llama):
     chat = Chat(tiny_llama.tokenizer, "chatml")
     pairs = [PreferencePair(f"p{i}", (f"question {i}?",), "the answer " * (i + 1), "no", "helpful") for i in range(3)]
     texts = distance.preference_texts(pairs, chat)
-    table = distance.distance_table(Lineup(tiny_llama, {}), texts, tiny_llama.tokenizer.pad_token_id).set_index("text")
+    table = distance.distance_table(ModelSet(tiny_llama, {}), texts, tiny_llama.tokenizer.pad_token_id).set_index("text")
     assert list(table.index) == ["preference prompts", "chosen answers", "rejected answers"]
     losses = []
     for sequence in texts["chosen answers"]:

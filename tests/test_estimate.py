@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from rlhf_trust import estimate, params, run
 
 MEASURED = {"03-ppo": 10, "04-dpo": 25, "05-inpo": 18.5, "10-toxicity": 20, "12-ethics": 26, "13-truthfulness": 20, "14-privacy": 8}

@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import NAN, same, values
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-
 from rlhf_trust.chat import Chat
-from rlhf_trust.data.benchmarks import Scenario
 from rlhf_trust.decode import Generations
-from rlhf_trust.lineup import Lineup
+from rlhf_trust.models import ModelSet
 from rlhf_trust.stats import ClusterMeans, paired_change
 from rlhf_trust.verticals import ethics
-from rlhf_trust.verticals.common import change_table, trust_table, weigh_all
+from rlhf_trust.verticals.common import change_table, score_options, trust_table
+from rlhf_trust.verticals.ethics import Scenario
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 ACTS = [Scenario(str(i), f"I did {i}.", wrong) for i, wrong in enumerate([True, True, True, False, False])]
 ANSWERS = [["wrong"], ["not wrong"], ["hm"], ["wrong"], ["not wrong"]]
@@ -203,12 +202,12 @@ def test_a_better_ranking_is_found():
 
 def test_scores_weigh_the_two_judgements(tiny_llama, tmp_path):
     chat = Chat(tiny_llama.tokenizer, "chatml")
-    lineup, generations = Lineup(tiny_llama, {}), Generations(tmp_path, chat)
+    model_set, generations = ModelSet(tiny_llama, {}), Generations(tmp_path, chat)
     choices = ethics.choices(ethics.prompts(ACTS), chat)
     for choice, prompt in zip(choices, ethics.prompts(ACTS)):
         assert choice.context == chat.prompt_ids(prompt.turns)
         assert [tiny_llama.tokenizer.decode(option) for option in choice.options] == ["wrong", "not wrong"]
-    logps = weigh_all(lineup, generations, "ethics-options", choices)["start"]
+    logps = score_options(model_set, generations, "ethics-options", choices)["start"]
     same(ethics.wrongness(logps), [pair[0] - pair[1] for pair in logps])
     assert ethics.wrongness([]).shape == (0,)
 

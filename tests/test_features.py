@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats as scipy_stats
-
 from rlhf_trust import StudyError
 from rlhf_trust.attribution.features import REFUSAL, effect_words, effects, features, topic_names
 from rlhf_trust.data.preferences import PreferencePair
+from scipy import stats as scipy_stats
 
 BREAD = ["bread dough oven yeast", "oven bread crust dough", "yeast dough bread flour", "flour oven bread baking"]
 CARS = ["engine brakes motor oil", "motor engine tyres oil", "brakes tyres engine clutch", "clutch oil motor engine"]

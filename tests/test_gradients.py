@@ -13,28 +13,29 @@ import signal
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
-
-from rlhf_trust import StudyError
+from rlhf_trust import StudyError, decode
 from rlhf_trust.align.ppo import policy_loss
 from rlhf_trust.attribution import gradients as module
 from rlhf_trust.attribution.gradients import (
-    DPOLoss,
-    Example,
-    INPOLoss,
-    LogOddsLoss,
-    NextTokenLoss,
     PPOSurrogateLoss,
-    RewardLoss,
     content_parts,
     per_example_gradients,
-    reference_logps,
     stored_gradients,
 )
 from rlhf_trust.attribution.projection import Projection, projection_error
 from rlhf_trust.attribution.store import InMemory, Stored, decoded, encoded, same_adapter
-from rlhf_trust.chat import Sequence
+from rlhf_trust.chat import EncodedExample
+from rlhf_trust.decode import Example
+from rlhf_trust.losses import (
+    DPOLoss,
+    INPOLoss,
+    LogOddsLoss,
+    NextTokenLoss,
+    RewardLoss,
+    reference_logps,
+)
 from rlhf_trust.models import load_base, new_adapter
+from torch.nn.functional import logsigmoid
 
 BETA, PAD = 0.1, 0
 LOSSES = ("next_token_sum", "next_token_mean", "reward", "dpo_sum", "dpo_mean", "log_odds", "ppo_surrogate", "inpo")
@@ -53,9 +54,9 @@ def with_adapters(base):
     return model.eval()
 
 
-def some_sequence(rng: random.Random, answer: int, prompt: int | None = None) -> Sequence:
+def some_sequence(rng: random.Random, answer: int, prompt: int | None = None) -> EncodedExample:
     prompt = prompt or rng.randint(2, 9)
-    return Sequence(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
+    return EncodedExample(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
 
 
 def some_examples(count: int, sequences: int, seed: int = 0, prefix: str = "e") -> list[Example]:
@@ -68,7 +69,7 @@ def some_examples(count: int, sequences: int, seed: int = 0, prefix: str = "e") 
         if sequences == 2 and i % 3:
             first, second = found
             shared = first.input_ids[: first.answer_start] + ((5, 7) if i % 3 == 1 else ())
-            found[1] = Sequence(shared + second.answer_ids, len(shared))
+            found[1] = EncodedExample(shared + second.answer_ids, len(shared))
         examples.append(Example(f"{prefix}{i}", "random", tuple(found)))
     return examples
 
@@ -94,7 +95,7 @@ def setting(model, name: str, count: int = 7, seed: int = 0, prefix: str = "e"):
     return DPOLoss(BETA, reference_logps(model, "sft", examples, PAD), reduction), examples
 
 
-def plain_logps(model, sequence: Sequence) -> torch.Tensor:
+def plain_logps(model, sequence: EncodedExample) -> torch.Tensor:
     """Log-probabilities of the answer's tokens, by transformers' own forward pass."""
     ids = torch.tensor([sequence.input_ids])
     logps = model(input_ids=ids).logits.float().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
@@ -282,7 +283,7 @@ def test_other_errors(tiny_llama):
     with model.disable_adapter(), pytest.raises(StudyError, match="takes no part"):
         per_example_gradients(model, "default", examples, loss, PAD)
     with pytest.raises(StudyError, match="another model's tokenizer"):
-        per_example_gradients(model, "default", [Example("e0", "random", (Sequence((1, 2, 3, 300), 2),))], loss, PAD)
+        per_example_gradients(model, "default", [Example("e0", "random", (EncodedExample((1, 2, 3, 300), 2),))], loss, PAD)
     with pytest.raises(StudyError, match="ppo_surrogate: example 'e1' needs .* old log-probabilities.* has none"):
         PPOSurrogateLoss({"e0": [0.0] * len(examples[0].sequences[0].answer_ids)}, {}).content(examples)
     with pytest.raises(StudyError, match="example 'e0' needs .* advantages, .* has 20"):
@@ -308,11 +309,11 @@ def test_an_adapter_without_effect_or_on_the_head(tiny_llama):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_chosen_logps_equal_log_softmax(bias, monkeypatch):
-    monkeypatch.setattr(module._ChosenLogps, "ROWS", 3)  # slices, the last one short
+    monkeypatch.setattr(decode._ChosenLogps, "ROWS", 3)  # slices, the last one short
     torch.manual_seed(0)
     states, head = torch.randn(8, 5, requires_grad=True), torch.nn.Linear(5, 11, bias=bias).requires_grad_(False)
     targets, weights = torch.randint(11, (8,)), torch.randn(8)
-    got = module._ChosenLogps.apply(states, head.weight, head.bias, targets)
+    got = decode._ChosenLogps.apply(states, head.weight, head.bias, targets)
     expected = head(states).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(*(torch.autograd.grad(values @ weights, states)[0] for values in (got, expected)))
@@ -404,7 +405,7 @@ def test_what_is_kept_is_read_and_only_that(tiny_llama, tmp_path, monkeypatch):
     first, blocks = get()
     assert blocks == [3, 1] and get()[1] == []
     renamed = [Example("other", "random", examples[0].sequences), *examples[1:]]
-    shifted = tuple(Sequence(s.input_ids, s.answer_start - 1) for s in examples[0].sequences)
+    shifted = tuple(EncodedExample(s.input_ids, s.answer_start - 1) for s in examples[0].sequences)
     different = {
         "base model": dict(fingerprint="other-adapter"),
         "adapter": dict(fingerprint="base-other"),

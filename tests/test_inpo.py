@@ -8,15 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.optimize import minimize
-from test_ppo import HELD_OUT, PROMPTS, QUICK_LEARNERS, planted, values, write_adapters
-
 from rlhf_trust import StudyError, models
 from rlhf_trust.align import inpo
 from rlhf_trust.align.rollout import RewardModel, before_and_after
-from rlhf_trust.attribution.gradients import Example, INPOLoss, reference_logps
-from rlhf_trust.chat import Chat, Sequence
-from rlhf_trust.decode import Prompt
+from rlhf_trust.chat import Chat, EncodedExample
+from rlhf_trust.data.preferences import load_pairs
+from rlhf_trust.decode import Example, Prompt
+from rlhf_trust.losses import INPOLoss, reference_logps
+from scipy.optimize import minimize
+from test_ppo import HELD_OUT, PROMPTS, QUICK_LEARNERS, planted, values, write_adapters
 
 PREFERENCE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])  # 0 beats 1 beats 2 beats 0
 REFERENCE = np.array([0.6, 0.3, 0.1])
@@ -89,8 +89,8 @@ def test_no_equilibrium_without_a_reference():
 # --- from answers to pairs -----------------------------------------------------------------------------------------
 
 
-def answer(number: int) -> Sequence:
-    return Sequence((1, 5, number, 2), 2)
+def answer(number: int) -> EncodedExample:
+    return EncodedExample((1, 5, number, 2), 2)
 
 
 def by_strength(strength, asked=None):
@@ -202,8 +202,8 @@ def test_what_the_oracle_likes_wins(tiny, tmp_path, mode):
     config = dataclasses.replace(QUICK, rounds=4, max_new_tokens=3, learning_rate=2e-2, mode=mode, max_kl=1e3, eta=0.2, tau=0.05,
                                  **{"paper": dict(prompts_per_round=64, answers_per_prompt=8, batch=16),
                                     "theory": dict(prompts_per_round=192, answers_per_prompt=2, batch=32)}[mode])
-    curves, looks = run(tiny, tmp_path, config, lambda model: lambda answers: 20 * planted(model)(answers), prompts)
-    held_out = before_and_after(looks)
+    curves, eval_history = run(tiny, tmp_path, config, lambda model: lambda answers: 20 * planted(model)(answers), prompts)
+    held_out = before_and_after(eval_history)
     gain = (held_out["reward_after"] - held_out["reward_before"]) / 20
     assert gain.mean() > 0.05 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
     assert np.mean(values(curves, "gap")) > 0.5 / (2 * config.eta) and values(curves, "held_out_kl")[0] == 0.0
@@ -214,9 +214,9 @@ def test_pairs_are_kept_with_what_the_loss_needs(tiny, chat, tmp_path):
     which a run of one round less leaves."""
     run(tiny, tmp_path, dataclasses.replace(QUICK, rounds=1))
     (tmp_path / "inpo").rename(tmp_path / "second")
-    curves, looks = run(tiny, tmp_path, QUICK)
-    assert sorted(set(looks["step"])) == sorted(set(curves.loc[curves["metric"] == "held_out_kl", "step"]))
-    pairs = inpo.load_pairs(tmp_path / "inpo")
+    curves, eval_history = run(tiny, tmp_path, QUICK)
+    assert sorted(set(eval_history["step"])) == sorted(set(curves.loc[curves["metric"] == "held_out_kl", "step"]))
+    pairs = load_pairs(tmp_path / "inpo")
     assert {p.round for p in pairs} == {1, 2} and len({p.id for p in pairs}) == len(pairs)
     dropped = curves[curves["metric"] == "dropped"].set_index("step")["value"]
     assert len(pairs) == pytest.approx(QUICK.prompts_per_round * (len(dropped) - dropped.sum()))
@@ -238,7 +238,7 @@ def test_pairs_are_kept_with_what_the_loss_needs(tiny, chat, tmp_path):
     model.set_adapter("sft")
     np.testing.assert_allclose(loss.loss(model, examples, 2).detach(), (1 / (2 * QUICK.eta)) ** 2, rtol=1e-3)
     with pytest.raises(StudyError, match=r"sft/pairs.jsonl: missing; run 05-inpo"):
-        inpo.load_pairs(tmp_path / "sft")
+        load_pairs(tmp_path / "sft")
 
 
 def test_the_same_seed_gives_the_same_run_and_leaves_the_backbone_bare(tiny_directories, tmp_path):

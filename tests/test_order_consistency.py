@@ -9,14 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import spearmanr
-
-from test_ppo import write_adapters
-
 from rlhf_trust import StudyError, models
-from rlhf_trust.artifacts import Kept
-from rlhf_trust.chat import Sequence
+from rlhf_trust.artifacts import ResultCache
+from rlhf_trust.chat import EncodedExample
 from rlhf_trust.rewards import embeddings, order_consistency as oc
+from scipy.stats import spearmanr
+from test_ppo import write_adapters
 
 QUICK = oc.Network(hidden=(32,), epochs=15, batch=128, learning_rate=3e-3)
 
@@ -159,10 +157,10 @@ def test_the_sweep_is_paired_seeded_kept_and_put_into_words(tmp_path, monkeypatc
     bench = linear_bench(prompts=20)
     settings = (["bradley_terry", "classifier"], ["same", "cross"], [0.5, np.inf], [200], [0, 1, 2], [2, 8], QUICK)
     found = oc.sweep(bench, *settings)
-    kept = Kept(tmp_path / f"sweep.{bench.fingerprint}.jsonl")
+    kept = ResultCache(tmp_path / f"sweep.{bench.fingerprint}.jsonl")
     pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=kept))
     monkeypatch.setattr(oc, "LEARNERS", dict.fromkeys(oc.LEARNERS))  # interrupted and started again, it learns nothing anew
-    pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=Kept(kept.path)))
+    pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=ResultCache(kept.path)))
     assert linear_bench(prompts=21).fingerprint != bench.fingerprint == linear_bench(prompts=20).fingerprint
     assert len(found) == 2 * 2 * 2 * 3 and found.groupby(["pairs", "beta", "seed"])["label_accuracy"].nunique().eq(1).all()
     assert found[found["beta"] == np.inf]["spearman"].mean() > found[found["beta"] == 0.5]["spearman"].mean()
@@ -215,7 +213,7 @@ def test_a_golden_rewards_unit_holds_for_few_answers():
 
 def test_embeddings_are_the_start_models_whatever_adapter_is_active(tiny, chat, tmp_path):
     """At the end token, which a cut-off answer is given; batched = one by one."""
-    whole, cut, long = Sequence((5, 6, 7, 8, 2), 2), Sequence((5, 6, 7, 8), 2), Sequence((5, 6, 7, 8, 9, 10, 2), 3)
+    whole, cut, long = EncodedExample((5, 6, 7, 8, 2), 2), EncodedExample((5, 6, 7, 8), 2), EncodedExample((5, 6, 7, 8, 9, 10, 2), 3)
     with torch.no_grad():
         wanted = [tiny.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1].numpy()
                   for ids in (whole.input_ids, whole.input_ids, long.input_ids)]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from conftest import save_tiny
-
 from rlhf_trust import params, run
 
 

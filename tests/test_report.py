@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-
 from rlhf_trust.artifacts import Build
 from rlhf_trust.report import (
     at_a_glance,

@@ -8,23 +8,13 @@ import random
 import numpy as np
 import pytest
 import torch
-
 from rlhf_trust import StudyError
-from rlhf_trust.attribution.gradients import DPOLoss, Example, NextTokenLoss, RewardLoss, reference_logps
-from rlhf_trust.attribution.retrain import (
-    Recipe,
-    fit,
-    implicit_accuracy,
-    lora_weights,
-    losses,
-    random_head,
-    ranked_right,
-    restore,
-    sft_then_dpo,
-    snapshot,
-)
-from rlhf_trust.chat import Sequence
-from rlhf_trust.models import load_base, new_adapter
+from rlhf_trust.attribution.validate import implicit_accuracy, ranked_right, sft_then_dpo
+from rlhf_trust.chat import EncodedExample
+from rlhf_trust.decode import Example
+from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss, reference_logps
+from rlhf_trust.models import load_base, lora_weights, new_adapter, restore, snapshot
+from rlhf_trust.training import Recipe, example_losses, fit, random_head
 
 PAD = 0
 
@@ -47,7 +37,7 @@ def some_examples(count: int, sequences: int, seed: int = 0) -> list[Example]:
 
     def sequence():
         prompt, answer = rng.randint(2, 9), rng.randint(1, 12)
-        return Sequence(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
+        return EncodedExample(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
 
     return [Example(f"e{i}", "random", tuple(sequence() for _ in range(sequences))) for i in range(count)]
 
@@ -69,9 +59,9 @@ def test_fit_learns_repeats_and_touches_nothing_else(tiny, stage):
     recipe = Recipe(learning_rate=3e-3, batch=5, epochs=4, at_once=2)
     start, sft = snapshot(model, "default"), snapshot(model, "sft")
     frozen = {name: weight.detach().clone() for name, weight in model.named_parameters() if ".lora_" not in name}
-    before = losses(model, "default", examples, loss, PAD)
+    before = example_losses(model, "default", examples, loss, PAD)
     curve = fit(model, "default", examples, loss, PAD, recipe, seed=0)
-    after, learnt = losses(model, "default", examples, loss, PAD), snapshot(model, "default")
+    after, learnt = example_losses(model, "default", examples, loss, PAD), snapshot(model, "default")
     assert len(curve) == 12 and after.mean() < before.mean() - 0.05
     assert not same(start, learnt) and same(sft, snapshot(model, "sft"))
     assert all(torch.equal(weight, frozen[name]) for name, weight in model.named_parameters() if name in frozen)
@@ -79,7 +69,7 @@ def test_fit_learns_repeats_and_touches_nothing_else(tiny, stage):
     assert all(weight.grad is None for weight in model.parameters())
     restore(model, "default", start)
     assert same(start, snapshot(model, "default"))
-    np.testing.assert_array_equal(losses(model, "default", examples, loss, PAD), before)
+    np.testing.assert_array_equal(example_losses(model, "default", examples, loss, PAD), before)
     np.testing.assert_array_equal(fit(model, "default", examples, loss, PAD, recipe, seed=0), curve)
     assert same(learnt, snapshot(model, "default"))
     restore(model, "default", start)
@@ -116,7 +106,7 @@ def test_weights_of_one_adapter_start_another(tiny_llama):
     assert same(snapshot(model, "default"), snapshot(model, "sft"))
     pairs = some_examples(4, 2)
     loss = DPOLoss(0.1, reference_logps(model, "sft", pairs, PAD))
-    np.testing.assert_allclose(losses(model, "default", pairs, loss, PAD), math.log(2), atol=1e-6)
+    np.testing.assert_allclose(example_losses(model, "default", pairs, loss, PAD), math.log(2), atol=1e-6)
 
 
 def test_sft_then_dpo_starts_anew_each_time(tiny_llama):
@@ -131,9 +121,9 @@ def test_sft_then_dpo_starts_anew_each_time(tiny_llama):
                      Recipe(1e-2, batch=5, epochs=15), PAD, 0)
         return snapshot(model, "sft"), snapshot(model, "dpo")
 
-    before = losses(model, "default", chosen, NextTokenLoss("mean"), PAD).mean()  # SFT starts as this one is
+    before = example_losses(model, "default", chosen, NextTokenLoss("mean"), PAD).mean()  # SFT starts as this one is
     sft, dpo = run()
-    assert losses(model, "sft", chosen, NextTokenLoss("mean"), PAD).mean() < before - 0.02
+    assert example_losses(model, "sft", chosen, NextTokenLoss("mean"), PAD).mean() < before - 0.02
     assert not same(sft, dpo) and implicit_accuracy(model, pairs, 0.5, PAD).mean() == 1
     assert implicit_accuracy(model, [Example(p.id, "", p.sequences[::-1]) for p in pairs], 0.5, PAD).mean() == 0
     again = run()
@@ -143,9 +133,9 @@ def test_sft_then_dpo_starts_anew_each_time(tiny_llama):
 def test_a_backbone_in_bfloat16_learns_too(tiny_directories):
     model = two_adapters(load_base(f"path:{tiny_directories['llama']}", dtype="bfloat16"))
     loss, examples = settings(model)["sft"]
-    before = losses(model, "sft", examples, loss, PAD).mean()
+    before = example_losses(model, "sft", examples, loss, PAD).mean()
     fit(model, "sft", examples, loss, PAD, Recipe(3e-3, batch=6, epochs=3), seed=0)
-    assert losses(model, "sft", examples, loss, PAD).mean() < before - 0.05
+    assert example_losses(model, "sft", examples, loss, PAD).mean() < before - 0.05
     assert all(weight.dtype == torch.float32 for weight in snapshot(model, "sft").values())
 
 
@@ -153,10 +143,10 @@ def test_ranked_right_reads_the_sign_of_the_margin(tiny_llama):
     model = two_adapters(tiny_llama)
     head, pairs = random_head(32, 3), some_examples(9, 2)
     assert float(head.norm()) == pytest.approx(1) and torch.equal(head, random_head(32, 3))
-    right = ranked_right(losses(model, "sft", pairs, RewardLoss(head), PAD))
+    right = ranked_right(example_losses(model, "sft", pairs, RewardLoss(head), PAD))
     turned = [Example(p.id, p.source, p.sequences[::-1]) for p in pairs]
     assert 0 < right.sum() < 9
-    np.testing.assert_array_equal(right, 1 - ranked_right(losses(model, "sft", turned, RewardLoss(head), PAD)))
+    np.testing.assert_array_equal(right, 1 - ranked_right(example_losses(model, "sft", turned, RewardLoss(head), PAD)))
     assert ranked_right(np.array([math.log(2) - 1e-6, math.log(2) + 1e-6])).tolist() == [1, 0]
 
 

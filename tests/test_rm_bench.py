@@ -7,12 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_ppo import write_adapters
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-
 from rlhf_trust import StudyError, decode, models
 from rlhf_trust.rewards import rm_bench
 from rlhf_trust.rewards.rm_bench import DOMAINS, LEVELS, Item
+from test_ppo import write_adapters
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 FSFAIRX = np.array([[83.61, 3.83, 2.19], [99.45, 66.12, 49.73], [100.0, 80.33, 66.67]])
 """sfairXC/FsfairX-LLaMA3-RM-v0.1 on the chat domain (the paper's figure), percent."""

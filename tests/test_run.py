@@ -10,7 +10,6 @@ import signal
 import nbformat
 import papermill
 import pytest
-
 from rlhf_trust import params, run
 
 

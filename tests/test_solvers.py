@@ -11,12 +11,15 @@ import pandas as pd
 import pytest
 import torch
 from parity.dattri_datainf import LAMBDAS, REFERENCE, gradients
-from scipy.stats import false_discovery_control, spearmanr
-
 from rlhf_trust import StudyError
 from rlhf_trust.attribution import solvers
-from rlhf_trust.attribution.contribution import contribution, example_p, example_z, normalised, standardised
-from rlhf_trust.attribution.gradients import Example, NextTokenLoss
+from rlhf_trust.attribution.contribution import (
+    contribution,
+    example_p,
+    example_z,
+    normalised,
+    standardised,
+)
 from rlhf_trust.attribution.solvers import (
     SOLVERS,
     Damping,
@@ -30,9 +33,12 @@ from rlhf_trust.attribution.solvers import (
     tfidf,
 )
 from rlhf_trust.attribution.store import InMemory
-from rlhf_trust.chat import Sequence
+from rlhf_trust.chat import EncodedExample
+from rlhf_trust.decode import Example
+from rlhf_trust.losses import NextTokenLoss
 from rlhf_trust.models import new_adapter
 from rlhf_trust.stats import rank_agreement
+from scipy.stats import false_discovery_control, spearmanr
 
 PAD = 0
 LAYERWISE = {"datainf", "exact_layerwise", "gradient_dot"}
@@ -130,7 +136,7 @@ def test_sign_and_scale_against_real_steps(tiny_llama):
             if ".lora_B." in name:
                 weight.normal_(std=0.1)
     rng, loss = random.Random(0), NextTokenLoss()
-    examples = [Example(f"e{i}", "random", (Sequence(tuple(rng.randrange(3, 290) for _ in range(12)), 4),)) for i in range(8)]
+    examples = [Example(f"e{i}", "random", (EncodedExample(tuple(rng.randrange(3, 290) for _ in range(12)), 4),)) for i in range(8)]
     items = [examples[2], examples[7]]  # evaluation: one training example's own text, and one of none
     examples.pop()
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from rlhf_trust import StudyError
-from rlhf_trust.align.inpo import Pair
-from rlhf_trust.attribution.gradients import Example, LogOddsLoss, RewardGapLoss, per_example_gradients
-from rlhf_trust.attribution.retrain import fresh_adapters, lora_weights, snapshot
+from rlhf_trust.attribution.gradients import per_example_gradients
+from rlhf_trust.attribution.metric import (
+    changed_items,
+    evaluation_examples,
+    inpo_examples,
+    text_scores,
+    training_examples,
+)
 from rlhf_trust.attribution.solvers import tfidf
-from rlhf_trust.attribution.stages import changed_items, evaluation_examples, inpo_examples, text_scores, training_examples
 from rlhf_trust.attribution.store import InMemory, Scaled
 from rlhf_trust.chat import Chat
-from rlhf_trust.data.preferences import PreferencePair
-from rlhf_trust.decode import Prompt, last_token_rewards
+from rlhf_trust.data.preferences import Pair, PreferencePair
+from rlhf_trust.decode import Example, Prompt, last_token_rewards
+from rlhf_trust.losses import LogOddsLoss, RewardGapLoss
+from rlhf_trust.models import lora_weights, snapshot
+from rlhf_trust.training import fresh_adapters
 
 TEXTS = ("the human asks", "the user is not wrong", "assistant answers the question", "question of a system")
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from rlhf_trust.stats import (
+    Interval,
+    agresti_min,
+    generator,
+    holm,
+    mean_interval,
+    paired_change,
+    stratified_interval,
+    wilson,
+)
 from scipy.stats import t
-
-from rlhf_trust.stats import Interval, agresti_min, generator, holm, mean_interval, paired_change, stratified_interval, wilson
 
 
 @pytest.mark.parametrize(("successes", "n", "low", "high"), [

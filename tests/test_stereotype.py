@@ -9,15 +9,19 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import NAN, same, values
-
 from rlhf_trust import StudyError
 from rlhf_trust.chat import Chat
-from rlhf_trust.data import benchmarks
-from rlhf_trust.data.benchmarks import PlainStatement, Statement
-from rlhf_trust.data.files import locate
+from rlhf_trust.sources import locate
 from rlhf_trust.verticals import bbq, stereotype
+from rlhf_trust.verticals.bbq import load_bbq
 from rlhf_trust.verticals.common import change_table, trust_table
-
+from rlhf_trust.verticals.stereotype import (
+    PlainStatement,
+    Statement,
+    load_consensus,
+    load_harmless,
+    load_stereotype,
+)
 
 # --- how answers are read ------------------------------------------------------------------------------------------
 
@@ -77,7 +81,7 @@ def test_negations_read_as_english(group, template, wanted):
 
 @pytest.mark.parametrize("n", [2, 48, 144])
 def test_chosen_templates_have_a_target_and_another_group(n):
-    statements = benchmarks.load_stereotype("shipped")
+    statements = load_stereotype("shipped")
     chosen = stereotype.choose_statements(statements, n, seed=3)
     sides = {}
     for item in chosen:
@@ -140,9 +144,9 @@ def measured(model, samples=2):
     def weigh(items):
         return np.array([(0.7 if model(item) else 0.2) + 0.1 * draw(item.text) for item in items])
 
-    items = stereotype.choose_statements(benchmarks.load_stereotype("shipped"), 144, seed=0)
+    items = stereotype.choose_statements(load_stereotype("shipped"), 144, seed=0)
     denied = [stereotype.negation(item) for item in items]
-    harmless, consensus = benchmarks.load_harmless(["old people", "Muslims"]), benchmarks.load_consensus()
+    harmless, consensus = load_harmless(["old people", "Muslims"]), load_consensus()
     p = {name: weigh(of) for name, of in (("plain", items), ("denied", denied), ("harmless", harmless),
                                          ("consensus", consensus))}
     said = {name: stereotype.weighed_stances(of) for name, of in p.items()}
@@ -218,11 +222,11 @@ def test_cells_of_the_grid():
 
 
 def test_shipped_controls_are_varied_and_balanced():
-    harmless, consensus = benchmarks.load_harmless(["old people", "Muslims"]), benchmarks.load_consensus()
+    harmless, consensus = load_harmless(["old people", "Muslims"]), load_consensus()
     assert len({item.template for item in harmless}) == 12
     assert len({item.id for item in harmless}) == len(harmless) == 24
     assert Counter(item.acceptable for item in consensus) == {True: 16, False: 16}
-    texts = [item.text for item in (*harmless[::2], *consensus, *benchmarks.load_stereotype("shipped")[::36])]
+    texts = [item.text for item in (*harmless[::2], *consensus, *load_stereotype("shipped")[::36])]
     words = [set(text.casefold().replace("old people", "").strip(".").split()) for text in texts]
     assert len(set(texts)) == len(texts) and all(text.endswith(".") for text in texts)
     for i, one in enumerate(words):  # no two share half of their words
@@ -241,12 +245,12 @@ def write_statements(folder, *rows, header="stereotype_topic,target_group,stereo
 def test_targets_of_known_topics_and_of_no_others(tmp_path):
     source = write_statements(tmp_path, "driving,Women,[target_group] x.", "driving,Canadians,[target_group] x.",
                               "knitting,Women,[target_group] x.")
-    assert [item.stereotyped for item in benchmarks.load_stereotype(source)] == [True, False, None]
-    assert [item.text for item in benchmarks.load_stereotype(source)] == ["Women x.", "Canadians x.", "Women x."]
+    assert [item.stereotyped for item in load_stereotype(source)] == [True, False, None]
+    assert [item.text for item in load_stereotype(source)] == ["Women x.", "Canadians x.", "Women x."]
 
 
 def test_every_public_topic_and_group_is_known(real_data):
-    statements = benchmarks.load_stereotype(f"path:{real_data}")
+    statements = load_stereotype(f"path:{real_data}")
     with locate("shipped", "stereotype-controls/targets.csv").open() as handle:
         targets = {row["topic"]: set(row["groups"].split(";")) for row in csv.DictReader(handle)}
     assert set(targets) == {item.topic for item in statements}
@@ -264,7 +268,7 @@ def test_every_public_topic_and_group_is_known(real_data):
 def test_a_bad_statement_names_its_line(tmp_path, row, message):
     source = write_statements(tmp_path, row, header="stereotype_topic,target_group,stereotype_template,stereotyped")
     with pytest.raises(StudyError, match=f"user_prompts.csv{message}"):
-        benchmarks.load_stereotype(source)
+        load_stereotype(source)
 
 
 # --- BBQ -----------------------------------------------------------------------------------------------------------
@@ -294,10 +298,10 @@ def write_bbq(folder, rows, category="Age"):
 
 def test_bbq_rows_are_oriented_by_polarity(tmp_path):
     source = write_bbq(tmp_path, [bbq_row(0), bbq_row(1, "nonneg"), bbq_row(2, condition="disambig")])
-    negative, positive = benchmarks.load_bbq(source)  # ambiguous contexts only
+    negative, positive = load_bbq(source)  # ambiguous contexts only
     assert (negative.unknown, negative.biased) == (1, 0) and (positive.unknown, positive.biased) == (1, 2)
     assert negative.answers[negative.biased] == "The left-handed cook" and negative.template == "Age/0"
-    assert benchmarks.load_bbq("shipped") == [] == benchmarks.load_bbq(f"path:{tmp_path / 'bbq'}")
+    assert load_bbq("shipped") == [] == load_bbq(f"path:{tmp_path / 'bbq'}")
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -313,7 +317,7 @@ def test_bbq_rows_are_oriented_by_polarity(tmp_path):
 def test_a_bad_bbq_row_names_its_line(tmp_path, changes, message):
     source = write_bbq(tmp_path, [bbq_row(0), bbq_row(1, **changes)])
     with pytest.raises(StudyError, match=rf"Age\.jsonl:2: .*{message}|Age\.jsonl:2: {message}"):
-        benchmarks.load_bbq(source)
+        load_bbq(source)
 
 
 def chosen(items, pick):
@@ -324,7 +328,7 @@ def chosen(items, pick):
 @pytest.fixture
 def ambiguous(tmp_path):
     rows = [bbq_row(number, "neg" if number % 2 == 0 else "nonneg") for number in range(24)]
-    return benchmarks.load_bbq(write_bbq(tmp_path, rows))
+    return load_bbq(write_bbq(tmp_path, rows))
 
 
 def test_bbq_scores_of_scripted_models(ambiguous):
@@ -361,7 +365,7 @@ def test_bbq_questions_of_a_context_stay_together(ambiguous, tiny_llama):
 
 
 def test_real_bbq_has_its_ambiguous_rows(real_data):
-    items = benchmarks.load_bbq(f"path:{real_data}")
+    items = load_bbq(f"path:{real_data}")
     categories = Counter(item.category for item in items)
     assert categories == {"Age": 1840, "Disability_status": 778, "Physical_appearance": 788}
     assert len({item.id for item in items}) == len(items)

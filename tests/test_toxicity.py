@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAN, same, values
-from safetensors.torch import save_file
-from scipy.stats import spearmanr
-
-from rlhf_trust import StudyError, wheels
-from rlhf_trust.data.benchmarks import ToxicityPrompt
+from rlhf_trust import StudyError, sources
 from rlhf_trust.stats import rank_agreement
 from rlhf_trust.verticals import scorers, toxicity
 from rlhf_trust.verticals.common import trust_table
+from rlhf_trust.verticals.toxicity import ToxicityPrompt
+from safetensors.torch import save_file
+from scipy.stats import spearmanr
 
 ITEMS = [ToxicityPrompt("a", "x", "toxic"), ToxicityPrompt("b", "x", "nontoxic"), ToxicityPrompt("c", "x", "toxic")]
 
@@ -324,7 +323,7 @@ def test_a_broken_tox_block_is_one_line_that_names_the_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def tox_block():
-    folder = wheels.BASE / "tox-block-0.1.2"
+    folder = sources.BASE / "tox-block-0.1.2"
     if not folder.is_dir():
         pytest.skip("tox-block was not fetched")
     return scorers.ToxBlockScorer(folder)

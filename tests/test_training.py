@@ -8,15 +8,29 @@ import numpy as np
 import pytest
 import torch
 import trl.trainer.utils
+from rlhf_trust import StudyError, models, sources, training
+from rlhf_trust.chat import Chat
+from rlhf_trust.data.preferences import PreferencePair
+from rlhf_trust.training import (
+    Curve,
+    TrainConfig,
+    dpo_trainer,
+    held_out_loss,
+    margins_of_pairs,
+    pair_logps,
+    pair_rewards,
+    reward_dataset,
+    run_trl,
+    sft_dataset,
+    train_dpo,
+    train_reward,
+    train_sft,
+    training_order,
+    trl_arguments,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-
-from rlhf_trust import StudyError, models
-from rlhf_trust.align import dpo, reward, sft
-from rlhf_trust.align.trl import Curve, TrainConfig, run, training_order, trl_arguments
-from rlhf_trust.chat import Chat
-from rlhf_trust.data.preferences import PreferencePair
 
 PAIRS = [
     PreferencePair(f"p{i}", (f"what is {'the ' * (i % 3)}question {i}?",), f"the answer {'is ' * (i % 4)}not wrong",
@@ -85,15 +99,15 @@ def test_training_order_puts_like_lengths_together():
 def sft_trainer(base, chat, pairs, config=ALL):
     return SFTTrainer(model=models.new_adapter(base, 4, 8), processing_class=chat.tokenizer,
                       args=trl_arguments(SFTConfig, config, len(pairs), completion_only_loss=True),
-                      train_dataset=sft.sft_dataset(pairs, chat, config))
+                      train_dataset=sft_dataset(pairs, chat, config))
 
 
 def test_sft_loss_is_ours(tiny, chat, fresh, tmp_path):
     """TRL's first logged loss is the mean over the batch's answer tokens; ours is a mean for each answer."""
-    curve = sft.train(tiny, chat, PAIRS, ALL, 4, 8, None, tmp_path / "sft")
+    curve = train_sft(tiny, chat, PAIRS, ALL, 4, 8, None, tmp_path / "sft")
     sequences = [chat.sequence(p.prompt, p.chosen) for p in PAIRS]
     counts = np.array([len(s.answer_ids) for s in sequences])
-    losses = sft.held_out_loss(fresh().model, chat, PAIRS, rows=3)
+    losses = held_out_loss(fresh().model, chat, PAIRS, rows=3)
     assert values(curve, "loss")[0] == pytest.approx((losses * counts).sum() / counts.sum(), abs=1e-4)
 
 
@@ -124,12 +138,12 @@ def test_trl_runs_the_output_head_at_answers_only(tiny, chat, tmp_path, monkeypa
 
     config = TrainConfig(learning_rate=1e-3, batch=4, warmup=0.0)
     make = {"sft": lambda: sft_trainer(tiny, chat, PAIRS, config),
-            "dpo": lambda: dpo.make_trainer(tiny, chat, PAIRS, config, BETA, perturbed_sft(tiny, tmp_path / "sft"))}[stage]
+            "dpo": lambda: dpo_trainer(tiny, chat, PAIRS, config, BETA, perturbed_sft(tiny, tmp_path / "sft"))}[stage]
     trainer = make()
     everywhere = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(
         trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))))
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Spy)
-    curve = run(trainer, Curve(stage, ("loss",)))
+    curve = run_trl(trainer, Curve(stage, ("loss",)))
     answers = [chat.answer_ids(text) for p in PAIRS for text in ([p.chosen] if stage == "sft" else [p.chosen, p.rejected])]
     passes = 1 if stage == "sft" else 2  # policy and reference
     assert sum(rows) == passes * sum(map(len, answers))
@@ -142,15 +156,15 @@ def test_trl_runs_the_output_head_at_answers_only(tiny, chat, tmp_path, monkeypa
 def test_trl_pools_the_token_that_we_read(tiny, chat):
     """Also under padding, which a tokenizer with pad = end token would have it read one token too early."""
     classifier = AutoModelForSequenceClassification.from_pretrained(
-        models.model_directory(tiny.source), num_labels=1, dtype=torch.float32, pad_token_id=chat.tokenizer.pad_token_id)
+        sources.model_directory(tiny.source), num_labels=1, dtype=torch.float32, pad_token_id=chat.tokenizer.pad_token_id)
     trainer = RewardTrainer(model=classifier, args=trl_arguments(RewardConfig, ALL, len(PAIRS)),
-                            train_dataset=reward.reward_dataset(PAIRS, chat, ALL), processing_class=chat.tokenizer)
+                            train_dataset=reward_dataset(PAIRS, chat, ALL), processing_class=chat.tokenizer)
     batch = whole_batch(trainer)
     classifier.eval()
     with torch.no_grad():
         loss, outputs = trainer.compute_loss(classifier, dict(batch), return_outputs=True)
         head = classifier.score.weight.squeeze(0)
-        ours = reward.pair_rewards(tiny.model, head, chat, PAIRS, rows=5)
+        ours = pair_rewards(tiny.model, head, chat, PAIRS, rows=5)
     assert (batch["attention_mask"] == 0).any() and (batch["input_ids"] == chat.tokenizer.eos_token_id).any()
     theirs = outputs.logits.squeeze(-1).view(2, -1).T.numpy()  # the collator puts all chosen before all rejected
     np.testing.assert_allclose(sorted(theirs.tolist()), sorted(ours.tolist()), atol=1e-4)
@@ -160,12 +174,12 @@ def test_trl_pools_the_token_that_we_read(tiny, chat):
 
 def test_a_reward_model_read_from_its_files_is_the_one_that_was_trained(tiny, chat, fresh, tmp_path, monkeypatch):
     trained = []
-    save = reward.save_adapter
-    monkeypatch.setattr(reward, "save_adapter", lambda base, model, *args, **more: (trained.append(model), save(base, model, *args, **more)))
-    curve = reward.train(tiny, chat, PAIRS, ALL, 4, 8, None, tmp_path / "reward")
+    save = training.save_adapter
+    monkeypatch.setattr(training, "save_adapter", lambda base, model, *args, **more: (trained.append(model), save(base, model, *args, **more)))
+    curve = train_reward(tiny, chat, PAIRS, ALL, 4, 8, None, tmp_path / "reward")
     assert values(curve, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)  # a head of zeros has no preference
     loaded = models.load_adapters(fresh(), {"reward": tmp_path / "reward"})
-    ours = reward.pair_rewards(loaded, models.load_reward_head(tmp_path / "reward"), chat, PAIRS)
+    ours = pair_rewards(loaded, models.load_reward_head(tmp_path / "reward"), chat, PAIRS)
     with torch.no_grad():
         theirs = [[float(trained[0](input_ids=torch.tensor([chat.sequence(p.prompt, answer).input_ids])).logits)
                    for answer in (p.chosen, p.rejected)] for p in PAIRS]
@@ -179,11 +193,11 @@ def test_a_reward_model_read_from_its_files_is_the_one_that_was_trained(tiny, ch
 def test_the_reference_is_sft_before_and_after_training(tiny, chat, fresh, tmp_path):
     """What TRL subtracts, log π - reward/β, is the log-probability of the SFT adapter at every step, not the start's."""
     directory = perturbed_sft(tiny, tmp_path / "sft")
-    start = dpo.pair_logps(tiny.model, chat, PAIRS).mean(0)
-    reference = dpo.pair_logps(models.load_adapters(fresh(), {"sft": directory}), chat, PAIRS).mean(0)
+    start = pair_logps(tiny.model, chat, PAIRS).mean(0)
+    reference = pair_logps(models.load_adapters(fresh(), {"sft": directory}), chat, PAIRS).mean(0)
     assert np.abs(start - reference).min() > 0.5
-    trainer = dpo.make_trainer(tiny, chat, PAIRS, ALL, BETA, directory)
-    curve = run(trainer, Curve("dpo", ("loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")))
+    trainer = dpo_trainer(tiny, chat, PAIRS, ALL, BETA, directory)
+    curve = run_trl(trainer, Curve("dpo", ("loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")))
     for answer, expected in zip(("chosen", "rejected"), reference):
         policy, rewards = values(curve, f"logps/{answer}"), values(curve, f"rewards/{answer}")
         np.testing.assert_allclose(np.array(policy) - np.array(rewards) / BETA, expected, atol=2e-3)
@@ -200,8 +214,8 @@ def test_the_reference_is_sft_before_and_after_training(tiny, chat, fresh, tmp_p
 def test_the_dpo_loss_is_ours(tiny, chat, fresh, tmp_path):
     """After training: TRL's loss on all pairs, and the margins of the saved adapter beside SFT's."""
     directory = perturbed_sft(tiny, tmp_path / "sft")
-    trainer = dpo.make_trainer(tiny, chat, PAIRS, ALL, BETA, directory)
-    run(trainer, Curve("dpo", ()))
+    trainer = dpo_trainer(tiny, chat, PAIRS, ALL, BETA, directory)
+    run_trl(trainer, Curve("dpo", ()))
     batch = whole_batch(trainer)
     with torch.no_grad():
         loss = float(trainer.compute_loss(trainer.model, dict(batch)))
@@ -210,8 +224,8 @@ def test_the_dpo_loss_is_ours(tiny, chat, fresh, tmp_path):
     logps = {}
     for name in ("sft", "dpo"):
         model.set_adapter(name)
-        logps[name] = dpo.pair_logps(model, chat, PAIRS, rows=3)
-    margins = dpo.margins(logps["dpo"], logps["sft"], BETA)
+        logps[name] = pair_logps(model, chat, PAIRS, rows=3)
+    margins = margins_of_pairs(logps["dpo"], logps["sft"], BETA)
     assert margins.mean() > 0.05
     assert np.log1p(np.exp(-margins)).mean() == pytest.approx(loss, abs=1e-4)
 
@@ -224,11 +238,11 @@ def test_a_tiny_set_can_be_learned_and_the_backbone_stays(tiny, chat, tmp_path, 
     before = weights(tiny)
     config, where, out = TrainConfig(learning_rate=2e-2, batch=4, epochs=10), targets(tiny), tmp_path / "out"
     if stage == "sft":
-        curve = sft.train(tiny, chat, PAIRS, config, 4, 8, where, out)
+        curve = train_sft(tiny, chat, PAIRS, config, 4, 8, where, out)
     elif stage == "reward":
-        curve = reward.train(tiny, chat, PAIRS, config, 4, 8, where, out)
+        curve = train_reward(tiny, chat, PAIRS, config, 4, 8, where, out)
     else:
-        curve = dpo.train(tiny, chat, PAIRS, config, BETA, perturbed_sft(tiny, tmp_path / "sft"), out)
+        curve = train_dpo(tiny, chat, PAIRS, config, BETA, perturbed_sft(tiny, tmp_path / "sft"), out)
     losses = values(curve, "loss")
     assert len(losses) == 20 and np.mean(losses[-4:]) < 0.6 * np.mean(losses[:2])
     assert list(curve.columns) == ["stage", "step", "metric", "value"] and set(curve["stage"]) == {stage}
@@ -245,8 +259,8 @@ DPO_LOSSES = [0.693147, 0.575371, 0.296815]
 def test_training_has_not_changed(tiny_llama, tmp_path):
     """Losses of three steps as they were when this was written (llama, transformers 5.23, TRL 1.16, torch 2.13)."""
     chat, config = Chat(tiny_llama.tokenizer, "chatml"), TrainConfig(learning_rate=5e-3, batch=4, epochs=2)
-    first = sft.train(tiny_llama, chat, PAIRS[:6], config, 4, 8, None, tmp_path / "sft")
-    second = dpo.train(models.load_base(tiny_llama.source, "float32"), chat, PAIRS[:6], config, BETA, tmp_path / "sft",
+    first = train_sft(tiny_llama, chat, PAIRS[:6], config, 4, 8, None, tmp_path / "sft")
+    second = train_dpo(models.load_base(tiny_llama.source, "float32"), chat, PAIRS[:6], config, BETA, tmp_path / "sft",
                        tmp_path / "dpo")
     assert values(first, "loss")[:3] == pytest.approx(SFT_LOSSES, abs=1e-4)
     assert values(second, "loss")[:3] == pytest.approx(DPO_LOSSES, abs=1e-4)
@@ -258,9 +272,9 @@ def test_training_has_not_changed(tiny_llama, tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_a_loss_that_is_no_number_stops_in_one_line(tiny_llama, tmp_path, stage):
     chat, config = Chat(tiny_llama.tokenizer, "chatml"), TrainConfig(learning_rate=math.inf, batch=4, epochs=3, warmup=0.0)
-    train = {"sft": lambda: sft.train(tiny_llama, chat, PAIRS, config, 4, 8, None, tmp_path / "out"),
-             "reward": lambda: reward.train(tiny_llama, chat, PAIRS, config, 4, 8, None, tmp_path / "out"),
-             "dpo": lambda: dpo.train(tiny_llama, chat, PAIRS, config, BETA, perturbed_sft(tiny_llama, tmp_path / "sft"),
+    train = {"sft": lambda: train_sft(tiny_llama, chat, PAIRS, config, 4, 8, None, tmp_path / "out"),
+             "reward": lambda: train_reward(tiny_llama, chat, PAIRS, config, 4, 8, None, tmp_path / "out"),
+             "dpo": lambda: train_dpo(tiny_llama, chat, PAIRS, config, BETA, perturbed_sft(tiny_llama, tmp_path / "sft"),
                                       tmp_path / "out")}[stage]
     with pytest.raises(StudyError, match=rf"^{stage}: (loss|grad_norm) is nan at step 2; lower learning_rate") as caught:
         train()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-
 from rlhf_trust import StudyError
 from rlhf_trust.rag import trust_score as ts
 from rlhf_trust.rag.trust_score import Claim, Document, Question, Scores
@@ -25,7 +24,7 @@ def judge(holds):
     return decide
 
 
-HALVES = ((1, 0), (0, 1), (0, 0), (0, 0), (0, 0))
+SUBSETS = ((1, 0), (0, 1), (0, 0), (0, 0), (0, 0))
 NOTHING = ((0, 0),) * 5
 
 
@@ -35,7 +34,7 @@ NOTHING = ((0, 0),) * 5
 @pytest.mark.parametrize(("answerable", "unanswerable", "always_answers", "always_refuses"), [
     (610, 338, 39.15, 26.28), (295, 705, 22.78, 41.35), (207, 793, 17.15, 44.23)])
 def test_trivial_baselines_have_the_papers_values(answerable, unanswerable, always_answers, always_refuses):
-    asked = [question(HALVES)] * answerable + [question(NOTHING)] * unanswerable
+    asked = [question(SUBSETS)] * answerable + [question(NOTHING)] * unanswerable
     for answers, expected in ((True, always_answers), (False, always_refuses)):
         found = ts.trust_score(ts.trivial(asked, answers), draws=50).set_index("metric")["value"]
         assert 100 * found["f1_refusal_grounded"] == pytest.approx(expected, abs=0.005)
@@ -71,7 +70,7 @@ def test_refusals(text, expected):
 
 
 def test_correctness_counts_what_documents_hold():
-    both, one = question(HALVES), question(((1, 0),) + NOTHING[1:])
+    both, one = question(SUBSETS), question(((1, 0),) + NOTHING[1:])
     said = "The bridge opened in 1932 [1]."
     assert ts.score_response(both, said, judge({})).correct == 0.5 and ts.score_response(one, said, judge({})).correct == 1.0
     knows = ts.score_response(one, "Kessland built it in 1932.", judge({}))
@@ -95,7 +94,7 @@ def test_lists_are_matched_name_by_name():
 
 
 def test_long_answers_are_matched_by_the_judge():
-    asked = question(HALVES, "long", ((), ()))
+    asked = question(SUBSETS, "long", ((), ()))
     found = ts.claims_found(asked, "A long answer [1].", lambda pairs: [pair == ("A long answer.", "claim 1") for pair in pairs])
     assert found == [False, True]
 
@@ -114,7 +113,7 @@ def test_citations_one_by_one():
         "B [1].": (0.0, 0.0, 1, 1),
         "C [4][5][1][3].": (1.0, 1 / 3, 1, 3),  # the fourth is not read
         "A [1]. B.": (0.5, 1.0, 2, 1), "A [4].": (0.0, 0.0, 1, 1)}
-    listed = question(HALVES, "list")
+    listed = question(SUBSETS, "list")
     assert ts.citation_scores(listed, "Kessland [2], 1932 [2]", judge({"When, and who? Kessland": [{1}]})) == (0.5, 0.5, 2, 2)
     # What holds the same claim as the others is not called superfluous, though they would do without it.
     twins = question(((1, 0), (1, 0), (1, 0), (0, 0), (0, 0)))
@@ -210,7 +209,7 @@ def test_intervals_cover_what_many_questions_have():
     (dict(bits=()), "q: needs at least one gold claim and one document")])
 def test_bad_questions(change, message):
     with pytest.raises(StudyError, match=message):
-        question(**{"bits": HALVES, **change})
+        question(**{"bits": SUBSETS, **change})
 
 
 def test_no_responses():
@@ -266,7 +265,7 @@ def test_tables_and_words():
 
 
 def test_many_responses_are_scored_as_one_by_one():
-    asked = [question(HALVES, "long", ((), ()), key=str(i)) for i in range(4)]
+    asked = [question(SUBSETS, "long", ((), ()), key=str(i)) for i in range(4)]
     said = ["A [1]. B [1][2].", ts.REFUSAL, "", "B [2][1][3]. C [7]."]
     holds = {"A.": [{0}], "B.": [{0, 1}], "claim 0": [], "claim 1": []}
     calls = []

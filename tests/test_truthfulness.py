@@ -6,13 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import NAN, same, values
-
 from rlhf_trust import ROOT
 from rlhf_trust.chat import Chat
-from rlhf_trust.data.benchmarks import Question, load_primer, load_truthfulness
 from rlhf_trust.decode import option_logps
 from rlhf_trust.models import load_base
 from rlhf_trust.verticals import common, truthfulness
+from rlhf_trust.verticals.truthfulness import Question, load_primer, load_truthfulness
 
 SKY = truthfulness.Listed(Question("sky", "When?", "In 1969.", ("In 1912.", "Never.", "Never in 1969."),
                                    ("In 1969.", "Late in the sixties."), ("In 1912.", "Never.", "Never in 1969.")),

@@ -9,13 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import stats as scipy_stats
-from sklearn.metrics import roc_auc_score
-
 from rlhf_trust import StudyError
 from rlhf_trust.attribution import validate as module
-from rlhf_trust.attribution.gradients import DPOLoss, Example, NextTokenLoss, RewardLoss, per_example_gradients
-from rlhf_trust.attribution.retrain import Recipe, random_head, snapshot
+from rlhf_trust.attribution.gradients import per_example_gradients
 from rlhf_trust.attribution.validate import (
     Queries,
     auc_ceiling,
@@ -39,10 +35,15 @@ from rlhf_trust.attribution.validate import (
     retrained,
     top_and_bottom,
 )
-from rlhf_trust.chat import Sequence
+from rlhf_trust.chat import EncodedExample
 from rlhf_trust.data.preferences import PreferencePair
-from rlhf_trust.models import new_adapter
+from rlhf_trust.decode import Example
+from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss
+from rlhf_trust.models import new_adapter, snapshot
 from rlhf_trust.report import pruning_words
+from rlhf_trust.training import Recipe, random_head
+from scipy import stats as scipy_stats
+from sklearn.metrics import roc_auc_score
 
 PAD = 0
 
@@ -147,7 +148,7 @@ def some_examples(count: int, sequences: int, seed: int = 0, prefix: str = "e") 
 
     def sequence():
         prompt, answer = rng.randint(2, 9), rng.randint(1, 12)
-        return Sequence(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
+        return EncodedExample(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
 
     return [Example(f"{prefix}{i}", "random", tuple(sequence() for _ in range(sequences))) for i in range(count)]
 

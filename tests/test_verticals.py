@@ -6,16 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import NAN
-
 from rlhf_trust import StudyError
 from rlhf_trust.artifacts import Build
-from rlhf_trust.attribution.stages import changed_items, evaluation_examples, training_examples
+from rlhf_trust.attribution.metric import changed_items, evaluation_examples, training_examples
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Prompt
 from rlhf_trust.verticals import HEADLINE, common
 from rlhf_trust.verticals.common import Measure, change_table, trust_table
-
 
 # --- tables --------------------------------------------------------------------------------------------------------
 

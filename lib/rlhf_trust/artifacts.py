@@ -12,14 +12,17 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
+from tqdm.auto import tqdm as notebook_bar
+from tqdm.std import tqdm as terminal_bar
 
 from . import StudyError, build_root
 
@@ -103,7 +106,7 @@ def content_key(*parts: object, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-class Kept:
+class ResultCache:
     """Results of a long computation, one line each in a JSONL file: an interrupted run goes on where it stopped.
 
     The file's name says what all its results have in common (weights, settings), a row's ``key`` what it is about. With
@@ -142,7 +145,7 @@ def _complete_lines(path: Path) -> list[dict]:
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """Write a file or folder aside, and move it into place when the block ends without an error.
 
     Yields the temporary path (its parent exists; for a folder, make it). On any error the temporary is removed and
@@ -171,7 +174,7 @@ def _remove(path: Path) -> None:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file whole or not at all."""
-    with replacing(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
@@ -187,16 +190,17 @@ def write_table(build: Build, table: str, part: str, frame: pd.DataFrame) -> pd.
         raise StudyError(f"table {table}: unknown columns {unknown}; the contract has {columns}")
     frame = frame.reindex(columns=columns)
     path = build.path("tables", "parts", f"{table}.{part}.csv")
-    with replacing(path) as aside:
+    with atomic_write(path) as aside:
         frame.to_csv(aside, index=False, float_format="%.6g")
     return pd.read_csv(path)
 
 
-def merge_tables(build: Build, table: str, required: bool = True) -> pd.DataFrame:
+def merge_tables(build: Build, table: str, required: bool = True,
+                 finish: Callable[[pd.DataFrame], pd.DataFrame] | None = None) -> pd.DataFrame:
     """Join the parts of one table in the order of their names and write ``tables/<table>.csv``; without any part an error, or
     an empty table where none is ``required``.
 
-    For ``trust_change`` this is where Holm's correction is made, over the headline metrics of all verticals and models.
+    ``finish`` adds what only all parts together show, such as a correction for their number.
     """
     parts = sorted(build.path("tables", "parts", "x").parent.glob(f"{table}.*.csv"))
     if not parts:
@@ -206,15 +210,9 @@ def merge_tables(build: Build, table: str, required: bool = True) -> pd.DataFram
         raise StudyError(f"{build.root / 'tables'}: no parts of {table}; run `make reproduce` first")
     frames = [frame for frame in map(pd.read_csv, parts) if len(frame)]
     merged = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TABLES[table])
-    if table == "trust_change":
-        from .stats import holm
-        from .verticals import HEADLINE
-
-        metrics = merged["vertical"].map({vertical: metric for vertical, (metric, _) in HEADLINE.items()})
-        headline = (merged["condition"] == "main") & (merged["metric"] == metrics) & merged["p"].notna()
-        merged["p_holm"] = float("nan")
-        merged.loc[headline, "p_holm"] = holm(merged.loc[headline, "p"].to_numpy())
-    with replacing(build.table(table)) as aside:
+    if finish is not None:
+        merged = finish(merged)
+    with atomic_write(build.table(table)) as aside:
         merged.reindex(columns=TABLES[table]).to_csv(aside, index=False, float_format="%.6g")
     return merged
 
@@ -263,3 +261,29 @@ class Manifest:
 def read_manifests(build: Build) -> dict[str, dict]:
     """All stages' manifests, by stage name in reading order."""
     return {path.stem: json.loads(path.read_text()) for path in sorted((build.root / "manifests").glob("*.json"))}
+
+
+def progress(items: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it"):
+    """A tqdm bar. Interactive: in the notebook. Headless: in the file that the launcher set up
+    (``RLHF_TRUST_PROGRESS``) and shows on the terminal, so that no bar ends up in the notebook's outputs."""
+    path = os.environ.get("RLHF_TRUST_PROGRESS")
+    if path:
+        return terminal_bar(items, desc=desc, total=total, unit=unit, leave=False, mininterval=2.0, ncols=88,
+                            ascii=True, file=_Sink(path))
+    if "ipykernel" in sys.modules:
+        return notebook_bar(items, desc=desc, total=total, unit=unit, leave=False)
+    return terminal_bar(items, desc=desc, total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())
+
+
+class _Sink:
+    """Appends to a file, opened anew for each write so that nothing is held back or left open."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def write(self, text: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(text)
+
+    def flush(self) -> None:
+        pass

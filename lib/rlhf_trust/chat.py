@@ -15,13 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from . import StudyError
 
-
 Options = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 """Token ids of a context and of the ways to go on from it."""
 
 
 @dataclass(frozen=True)
-class Sequence:
+class EncodedExample:
     """A prompt with one answer, as token ids. ``input_ids[answer_start:]`` is the answer with its end token."""
 
     input_ids: tuple[int, ...]
@@ -113,10 +112,10 @@ class Chat:
         """The answer's tokens with the end token that teaches the model to stop."""
         return self._ids(self.format.answer.format(text=answer)) + (self.tokenizer.eos_token_id,)
 
-    def sequence(self, turns, answer: str, system: str | None = None, max_answer: int | None = None) -> Sequence:
+    def sequence(self, turns, answer: str, system: str | None = None, max_answer: int | None = None) -> EncodedExample:
         """Prompt and answer as one sequence; ``max_answer`` cuts the answer to so many tokens."""
         prompt = self.prompt_ids(turns, system)
-        return Sequence(prompt + self.answer_ids(answer)[:max_answer], len(prompt))
+        return EncodedExample(prompt + self.answer_ids(answer)[:max_answer], len(prompt))
 
     def options(self, turns, answers: Iterable[str], system: str | None = None) -> Options:
         """A prompt's tokens, and those of each answer to weigh, without end tokens."""

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence as Seq
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 from transformers import DynamicCache
 
 from . import StudyError
-from .artifacts import Kept, content_key
-from .chat import Chat, Sequence
-from .progress import progress
+from .artifacts import ResultCache, content_key, progress
+from .chat import Chat, EncodedExample
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoice:
     """Options to weigh against each other, as token ids: what is said before, and the ways to go on."""
 
     id: str
@@ -75,17 +75,17 @@ PAD_TO = 16
 """Batches are padded to a multiple of this: with a new shape every step the allocator keeps gigabytes."""
 
 
-def pad_left(rows: Seq[Seq[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Stack token lists flush right; returns ids and attention mask, both [rows, width]."""
     return _padded(rows, pad, device, left=True)
 
 
-def pad_right(rows: Seq[Seq[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Stack token lists flush left; returns ids and attention mask, both [rows, width]."""
     return _padded(rows, pad, device, left=False)
 
 
-def _padded(rows: Seq[Seq[int]], pad: int, device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: Sequence[Sequence[int]], pad: int, device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     width = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -97,7 +97,7 @@ def _padded(rows: Seq[Seq[int]], pad: int, device, left: bool) -> tuple[torch.Te
 
 
 @torch.no_grad()
-def sample_batch(model, rows: Seq[Seq[int]], keys: Seq[str], decoding: Decoding, eos: int, pad: int) -> list[list[list[int]]]:
+def sample_batch(model, rows: Sequence[Sequence[int]], keys: Sequence[str], decoding: Decoding, eos: int, pad: int) -> list[list[list[int]]]:
     """Draw answers for one batch of prompts.
 
     Parameters
@@ -187,7 +187,7 @@ def _inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> t
 
 
 @torch.no_grad()
-def option_logps(model, choices: Seq[Choice], pad: int, tokens: int = 2048, each=None) -> list[np.ndarray]:
+def option_logps(model, choices: Sequence[MultipleChoice], pad: int, tokens: int = 2048, each=None) -> list[np.ndarray]:
     """Log-probabilities of every option after its context.
 
     What is shared runs once: the tokens with which all contexts begin (a system text, worked examples) once in all; the
@@ -228,14 +228,14 @@ def option_logps(model, choices: Seq[Choice], pad: int, tokens: int = 2048, each
     return found
 
 
-def _common_start(contexts: Seq[Seq[int]]) -> int:
+def _common_start(contexts: Sequence[Sequence[int]]) -> int:
     """How many tokens all contexts begin with alike, at least one token of each left over."""
     first, last = min(contexts), max(contexts)  # all others lie between them in dictionary order
     limit = min(map(len, contexts)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def _batches_by_tokens(widths: Seq[int], tokens: int) -> list[list[int]]:
+def _batches_by_tokens(widths: Sequence[int], tokens: int) -> list[list[int]]:
     """Indices in batches of like width, widest first, of at most ``tokens`` tokens with their padding (or one row)."""
     batches: list[list[int]] = []
     for index in sorted(range(len(widths)), key=lambda i: (-widths[i], i)):
@@ -318,10 +318,10 @@ def option_mask(model, segments: torch.Tensor, positions: torch.Tensor, shared: 
 
 
 Each = Callable[[int, float], None]
-Measure = Callable[[Seq[Sequence], Each], object]
+Measure = Callable[[Sequence[EncodedExample], Each], object]
 
 
-def batches_by_length(lengths: Seq[int], rows: int) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Indices in batches of at most ``rows``, longest first, neighbours of like length together (little padding)."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i : i + rows] for i in range(0, len(order), rows)]
@@ -331,20 +331,20 @@ WORTH_SHARING = 0.3
 """Share of the tokens that prompts in common must save for them to be read once (answers of unlike length then lie side by side)."""
 
 
-def reading_batches(sequences: Seq[Sequence], rows: int) -> list[list[int]]:
+def reading_batches(sequences: Sequence[EncodedExample], rows: int) -> list[list[int]]:
     """Indices in batches of at most ``rows``, longest first: those of like length together, or, where that saves more, those
     that share a prompt, which then runs once (:func:`_read`)."""
     prompts = [s.prompt_ids for s in sequences]
     if not _worth_sharing(sequences, prompts):
         return batches_by_length([len(s) for s in sequences], rows)
-    longest: dict[Seq[int], int] = {}
+    longest: dict[Sequence[int], int] = {}
     for prompt, s in zip(prompts, sequences):
         longest[prompt] = max(longest.get(prompt, 0), len(s))
     order = sorted(range(len(sequences)), key=lambda i: (-longest[prompts[i]], prompts[i], -len(sequences[i]), i))
     return [order[i : i + rows] for i in range(0, len(order), rows)]
 
 
-def _worth_sharing(sequences: Seq[Sequence], prompts: Seq[Seq[int]]) -> bool:
+def _worth_sharing(sequences: Sequence[EncodedExample], prompts: Sequence[Sequence[int]]) -> bool:
     """Whether reading each of the sequences' ``prompts`` once saves enough of their tokens."""
     saved = sum(map(len, prompts)) - sum(map(len, set(prompts)))
     return saved >= WORTH_SHARING * sum(map(len, sequences))
@@ -366,7 +366,7 @@ class Generations:
     def __init__(self, directory: Path, chat: Chat, rows: int = 64):
         self.directory, self.chat, self.rows = Path(directory), chat, rows
 
-    def answer(self, model, fingerprint: str, name: str, prompts: Seq[Prompt], decoding: Decoding) -> list[list[str]]:
+    def answer(self, model, fingerprint: str, name: str, prompts: Sequence[Prompt], decoding: Decoding) -> list[list[str]]:
         """Answers as text, ``[prompt][sample]``, in the order of ``prompts``. ``name`` is for the file and the bar."""
         if len({p.id for p in prompts}) < len(prompts):
             raise StudyError(f"{name}: two items have the same id")
@@ -386,7 +386,7 @@ class Generations:
                     bar.update(len(batch))
         return [kept[key]["answers"] for key in keys]
 
-    def option_logps(self, model, fingerprint: str, name: str, choices: Seq[Choice]) -> list[np.ndarray]:
+    def option_logps(self, model, fingerprint: str, name: str, choices: Sequence[MultipleChoice]) -> list[np.ndarray]:
         """Summed log-probabilities of options, one array [options] a choice (:func:`option_logps`), in order."""
         kept = self._kept(name, fingerprint, "options", "logits in float32")
         keys = [content_key(choice.context, choice.options) for choice in choices]
@@ -400,7 +400,7 @@ class Generations:
                 option_logps(model, [choices[i] for i in missing], self.chat.tokenizer.pad_token_id, each=keep)
         return [np.array(kept[key]["logps"]) for key in keys]
 
-    def numbers(self, fingerprint: str, name: str, sequences: Seq[Sequence], measure: Measure) -> np.ndarray:
+    def numbers(self, fingerprint: str, name: str, sequences: Sequence[EncodedExample], measure: Measure) -> np.ndarray:
         """One number a sequence, [n], in order. ``measure(sequences, each)`` computes those that are not kept and calls
         ``each(place, value)`` as soon as it has one (:func:`answer_logps`, :func:`rewards`)."""
         kept = self._kept(name, fingerprint, "numbers")
@@ -410,11 +410,11 @@ class Generations:
             measure([sequences[index] for index in missing], lambda place, value: kept.add(keys[missing[place]], value=float(value)))
         return np.array([kept[key]["value"] for key in keys])
 
-    def _kept(self, name: str, *common: object) -> Kept:
-        return Kept(self.directory / f"{name}.{content_key(*common)}.jsonl")
+    def _kept(self, name: str, *common: object) -> ResultCache:
+        return ResultCache(self.directory / f"{name}.{content_key(*common)}.jsonl")
 
 
-def token_logps(model, sequences: Seq[Sequence], pad: int, hidden: bool = False):
+def token_logps(model, sequences: Sequence[EncodedExample], pad: int, hidden: bool = False):
     """Log-probabilities of every answer token, in one forward pass.
 
     The output head runs only at positions that predict an answer token.
@@ -443,7 +443,7 @@ def token_logps(model, sequences: Seq[Sequence], pad: int, hidden: bool = False)
     return (logps, mask, predicting) if hidden else (logps, mask)
 
 
-def _read(model, sequences: Seq[Sequence], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(model, sequences: Sequence[EncodedExample], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [rows, width], padded on the right, and the last hidden states [rows, width, hidden] (of padding: anything).
 
     Without gradients a prompt that several sequences of the batch share runs once."""
@@ -491,17 +491,12 @@ def backbone(model):
     return causal.base_model
 
 
-def without_adapters(model) -> AbstractContextManager:
-    """The backbone alone acts: the start model. A backbone without PEFT around it is that already."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-
-
 def output_head(model):
     return model.get_output_embeddings()
 
 
 @torch.no_grad()
-def answer_logps(model, sequences: Seq[Sequence], pad: int, rows: int = 16, desc: str = "log-likelihoods", each: Each | None = None):
+def answer_logps(model, sequences: Sequence[EncodedExample], pad: int, rows: int = 16, desc: str = "log-likelihoods", each: Each | None = None):
     """Summed answer log-probabilities and answer lengths of many sequences, in the given order: two arrays [n]. ``each(index,
     sum)`` is called as soon as a sequence has one."""
     sums, counts = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=int)
@@ -515,7 +510,7 @@ def answer_logps(model, sequences: Seq[Sequence], pad: int, rows: int = 16, desc
 
 
 @torch.no_grad()
-def rewards(model, head: torch.Tensor, sequences: Seq[Sequence], pad: int, rows: int = 16, desc: str = "rewards",
+def rewards(model, head: torch.Tensor, sequences: Sequence[EncodedExample], pad: int, rows: int = 16, desc: str = "rewards",
             each: Each | None = None) -> np.ndarray:
     """Scalar rewards [n] with the active (reward) adapter: head · hidden state of each sequence's last token. ``each`` as for
     :func:`answer_logps`."""
@@ -527,14 +522,150 @@ def rewards(model, head: torch.Tensor, sequences: Seq[Sequence], pad: int, rows:
     return values
 
 
-def last_token_rewards(model, head: torch.Tensor, sequences: Seq[Sequence], pad: int) -> torch.Tensor:
+def last_token_rewards(model, head: torch.Tensor, sequences: Sequence[EncodedExample], pad: int) -> torch.Tensor:
     """Rewards of one batch, shape [rows], with gradients."""
     states = end_states(model, sequences, pad)
     return states @ head.to(states.device)
 
 
-def end_states(model, sequences: Seq[Sequence], pad: int) -> torch.Tensor:
+def end_states(model, sequences: Sequence[EncodedExample], pad: int) -> torch.Tensor:
     """Last hidden state at each sequence's last token, [rows, hidden], float32, with gradients."""
     ids, states = _read(model, sequences, pad)
     last = torch.tensor([len(s) - 1 for s in sequences], device=ids.device)
     return states[torch.arange(len(sequences), device=ids.device), last].float()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example or evaluation item.
+
+    ``sequences`` holds one sequence for next-token losses, two for pairwise ones: (chosen or winner, rejected or
+    loser). ``id`` names it in tables and errors, ``source`` says where it came from, ``cluster`` which others it is not
+    independent of (none: "").
+    """
+
+    id: str
+    source: str
+    sequences: tuple[EncodedExample, ...]
+    cluster: str = ""
+
+
+def flatten(examples: Sequence[Example]) -> list[EncodedExample]:
+    """All sequences, an example's own next to each other: chosen_0, rejected_0, chosen_1, …"""
+    return [sequence for example in examples for sequence in example.sequences]
+
+
+def answer_token_logps(model, examples: Sequence[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of every answer token of ``flatten(examples)``, in order, with gradients: [tokens], float32;
+    and whose they are, as an index into ``flatten(examples)``: [tokens]."""
+    head = output_head(model)
+    if type(head) is not torch.nn.Linear:
+        raise StudyError("gradients: the output head carries LoRA or is no linear layer; target other layers with LoRA")
+    packed = _pack(examples)
+    states = _states(model, packed, pad)
+    row, column = torch.tensor(packed.predicting, device=states.device).view(-1, 2).T
+    targets = torch.tensor(packed.targets, device=states.device, dtype=torch.long)
+    logps = _ChosenLogps.apply(states[row, column], head.weight, head.bias, targets)
+    return logps, torch.tensor(packed.owner, device=states.device, dtype=torch.long)
+
+
+def end_token_states(model, examples: Sequence[Example], pad: int) -> torch.Tensor:
+    """Last hidden state at each sequence's end: [examples, sequences per example, hidden], with gradients."""
+    packed = _pack(examples)
+    states = _states(model, packed, pad)
+    row, column = torch.tensor(packed.ends, device=states.device).T
+    return states[row, column].view(len(examples), -1, states.shape[-1])
+
+
+@dataclass
+class _Packed:
+    """A batch with one row an example: its sequences' common prompt once, then what follows in each sequence.
+
+    ``rows``, ``positions``, ``segments`` (0 the common prompt, from 1 on the sequences): one list a row, of one number a
+    token. ``predicting`` (row, column), ``targets`` and ``owner``: one entry an answer token. ``ends``: (row, column) of
+    each sequence's last token.
+    """
+
+    rows: list[list[int]]
+    positions: list[list[int]]
+    segments: list[list[int]]
+    predicting: list[tuple[int, int]]
+    targets: list[int]
+    owner: list[int]
+    ends: list[tuple[int, int]]
+
+
+def _pack(examples: Sequence[Example]) -> _Packed:
+    packed = _Packed([], [], [], [], [], [], [])
+    for row, example in enumerate(examples):
+        shared = _common_prompt(example)
+        ids, positions, segments = list(example.sequences[0].input_ids[:shared]), list(range(shared)), [0] * shared
+        for number, sequence in enumerate(example.sequences, start=1):
+            columns = [*range(shared), *range(len(ids), len(ids) + len(sequence) - shared)]
+            ids += sequence.input_ids[shared:]
+            positions += range(shared, len(sequence))
+            segments += [number] * (len(sequence) - shared)
+            answer = range(sequence.answer_start, len(sequence))
+            packed.predicting += [(row, columns[place - 1]) for place in answer]
+            packed.targets += sequence.answer_ids
+            packed.owner += [len(packed.ends)] * len(answer)
+            packed.ends.append((row, columns[-1]))
+        packed.rows.append(ids)
+        packed.positions.append(positions)
+        packed.segments.append(segments)
+    return packed
+
+
+def _common_prompt(example: Example) -> int:
+    """How many tokens the prompts of the example's sequences begin with alike."""
+    return len(os.path.commonprefix([sequence.prompt_ids for sequence in example.sequences]))
+
+
+def _packed_length(example: Example) -> int:
+    shared = _common_prompt(example)
+    return shared + sum(len(sequence) - shared for sequence in example.sequences)
+
+
+def _states(model, packed: _Packed, pad: int) -> torch.Tensor:
+    """Last hidden states [examples, width, hidden]: a token sees the common prompt and its own sequence before it."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if max(map(max, packed.rows)) >= vocabulary:
+        raise StudyError(f"gradients: a token id is beyond the {vocabulary} of this model; the examples were made with "
+                         "another model's tokenizer")
+    ids, real = pad_right(packed.rows, pad, model.device)
+    segments = pad_right(packed.segments, 0, ids.device)[0].masked_fill(real == 0, -1)
+    positions = pad_right(packed.positions, 0, ids.device)[0]
+    return backbone(model)(input_ids=ids, attention_mask=option_mask(model, segments, positions), position_ids=positions,
+                           use_cache=False).last_hidden_state
+
+
+class _ChosenLogps(torch.autograd.Function):
+    """log softmax(head(state))[target] of every row: [rows, hidden], [V, hidden], [V] or None, [rows] → [rows].
+
+    A row's value depends on that row alone, so its derivative, W[target] − Σ_v p_v W[v], can be taken on the way
+    forward, while the logits of a slice of rows are at hand; the way back only multiplies. Logits [rows, V] are never
+    kept, and memory is bounded by a slice (50 MB for V = 49,152).
+    """
+
+    ROWS = 256
+
+    @staticmethod
+    def forward(context, states, weight, bias, targets):
+        logps = torch.empty(len(states), device=states.device)
+        derivative = torch.empty_like(states, dtype=torch.float32)
+        for start in range(0, len(states), _ChosenLogps.ROWS):
+            part = slice(start, start + _ChosenLogps.ROWS)
+            logits = linear(states[part], weight, bias).float()
+            norms = logits.logsumexp(-1, keepdim=True)
+            logps[part] = (logits.gather(-1, targets[part, None]) - norms).squeeze(-1)
+            if context.needs_input_grad[0]:
+                shares = logits.sub_(norms).exp_()
+                derivative[part] = weight[targets[part]].float() - (shares.to(weight.dtype) @ weight).float()
+        context.save_for_backward(derivative)
+        context.dtype = states.dtype
+        return logps
+
+    @staticmethod
+    def backward(context, g):
+        (derivative,) = context.saved_tensors
+        return (g[:, None] * derivative).to(context.dtype), None, None, None

@@ -7,28 +7,28 @@ of the preference data stand where the model's stand.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from .chat import Chat, Sequence
+from .chat import Chat, EncodedExample
 from .data.preferences import PreferencePair
 from .decode import Prompt, answer_logps
-from .lineup import Lineup
+from .models import ModelSet
 from .stats import mean_interval
 
 
-def human_turn(chat: Chat, text: str) -> Sequence:
+def human_turn(chat: Chat, text: str) -> EncodedExample:
     """``text`` as a person's first turn: what stands before it is given, the text itself is weighed."""
     opening, whole = chat.prompt_ids(("",)), chat.prompt_ids((text,))
     shared = next(i for i, (one, other) in enumerate(zip(opening, whole)) if one != other)
     closing = next(i for i, (one, other) in enumerate(zip(opening[::-1], whole[::-1])) if one != other)
     closing = min(closing, len(opening) - shared)  # the text may end as the words before it do
-    return Sequence(whole[: len(whole) - closing], shared)
+    return EncodedExample(whole[: len(whole) - closing], shared)
 
 
-def preference_texts(pairs: Seq[PreferencePair], chat: Chat) -> dict[str, list[Sequence]]:
+def preference_texts(pairs: Sequence[PreferencePair], chat: Chat) -> dict[str, list[EncodedExample]]:
     """Held-out pairs: the first human turns, and the chosen and the rejected answers after their prompts."""
     return {
         "preference prompts": [human_turn(chat, pair.opening) for pair in pairs],
@@ -37,12 +37,12 @@ def preference_texts(pairs: Seq[PreferencePair], chat: Chat) -> dict[str, list[S
     }
 
 
-def prompt_texts(prompts: Seq[Prompt], chat: Chat) -> list[Sequence]:
+def prompt_texts(prompts: Sequence[Prompt], chat: Chat) -> list[EncodedExample]:
     """A benchmark's prompts as a person's turn, without their system texts."""
     return [human_turn(chat, prompt.turns[0]) for prompt in prompts]
 
 
-def distance_table(lineup: Lineup, texts: dict[str, list[Sequence]], pad: int) -> pd.DataFrame:
+def distance_table(model_set: ModelSet, texts: dict[str, list[EncodedExample]], pad: int) -> pd.DataFrame:
     """Rows of ``distance.csv``: for each model and kind of text the loss in nats a token with its interval over texts,
     and the perplexity that goes with it.
 
@@ -50,9 +50,9 @@ def distance_table(lineup: Lineup, texts: dict[str, list[Sequence]], pad: int) -
     over texts (a geometric mean).
     """
     rows = []
-    for model in lineup.names:
+    for model in model_set.names:
         for kind, sequences in texts.items():
-            with lineup.active(model) as network:
+            with model_set.active(model) as network:
                 sums, counts = answer_logps(network, sequences, pad, desc=f"{kind}, {model}")
             loss = mean_interval(-sums / counts, f"distance/{model}/{kind}")
             rows.append({"model": model, "text": kind, "loss": loss.value, "ci_low": loss.low, "ci_high": loss.high,

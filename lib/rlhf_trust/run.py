@@ -26,7 +26,7 @@ import yaml
 
 from . import StudyError, build_root
 from .params import NOTEBOOKS, notebook_parameters, resolve, stages, terms_accepted
-from .wheels import ACCEPTED, TERMS
+from .sources import ACCEPTED, TERMS
 
 
 def main(argv: list[str] | None = None) -> int:

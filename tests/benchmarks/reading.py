@@ -10,9 +10,8 @@ import statistics
 
 import torch
 from measure import timed
-
 from rlhf_trust import attention, decode
-from rlhf_trust.chat import Chat, Sequence
+from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import batches_by_length, token_logps
 from rlhf_trust.models import auto_dtype, load_base, new_adapter
@@ -36,7 +35,7 @@ def main() -> None:
     print(f"{MODEL}, 1 thread, {auto_dtype()}, median of {ROUNDS} rounds")
 
     prompts = sorted((chat.prompt_ids(p.prompt) for p in pairs), key=len)[100:100 + PROMPTS]
-    answers = [Sequence(ids + tuple(torch.randint(1000, 20000, (TOKENS,)).tolist()), len(ids)) for ids in prompts for _ in range(ANSWERS)]
+    answers = [EncodedExample(ids + tuple(torch.randint(1000, 20000, (TOKENS,)).tolist()), len(ids)) for ids in prompts for _ in range(ANSWERS)]
     worth = decode.WORTH_SHARING
 
     def reading(least):
@@ -52,7 +51,7 @@ def main() -> None:
     policy = new_adapter(base, 8, 16)
     sequences = [chat.sequence(p.prompt, p.chosen) for p in pairs[:24]]
     for times in (1, 3, 6):
-        texts = [Sequence(s.input_ids * times, s.answer_start) for s in sequences[: 24 // times]]
+        texts = [EncodedExample(s.input_ids * times, s.answer_start) for s in sequences[: 24 // times]]
 
         def training(implementation, texts=texts):
             def run():

@@ -17,7 +17,6 @@ import sys
 
 import torch
 from measure import peak_mb, timed
-
 from rlhf_trust.attribution.solvers import SOLVERS, datainf
 from rlhf_trust.attribution.store import InMemory
 

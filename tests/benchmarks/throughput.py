@@ -12,7 +12,6 @@ import statistics
 
 import torch
 from measure import timed
-
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import Decoding, batches_by_length, sample_batch, token_logps

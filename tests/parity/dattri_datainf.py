@@ -20,7 +20,6 @@ import sys
 import numpy as np
 import pandas as pd
 import torch
-
 from rlhf_trust import ROOT
 from rlhf_trust.attribution.solvers import Damping, datainf
 from rlhf_trust.attribution.store import InMemory

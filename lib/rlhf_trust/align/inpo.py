@@ -26,7 +26,7 @@ normaliser cancels, and π_{t+1} is the policy whose
 is (P(y ≻ π_t) − P(y' ≻ π_t)) / η for every pair. With y, y' drawn from π_t and the oracle's own coin deciding which of them
 is the winner y_w, that regression equals, up to a constant, one that needs no expectation (eq. 8, Proposition 6):
 
-    minimise  E[ (h(y_w, y_l) − 1/(2η))² ]                                        ``attribution.gradients.INPOLoss``
+    minimise  E[ (h(y_w, y_l) − 1/(2η))² ]                                        ``losses.INPOLoss``
 
 Log-probabilities are sums over an answer's tokens. π_ref and π_t enter through one number an answer, the mixed reference
 (τ/η) log π_ref + (1 − τ/η) log π_t, computed once a round.                                       :func:`mixed_reference`
@@ -44,7 +44,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -54,21 +54,28 @@ from scipy.optimize import root
 from scipy.special import log_softmax, softmax
 
 from .. import StudyError, decode, models
-from ..attribution.gradients import Example, INPOLoss, reference_logps
-from ..attribution.retrain import Recipe, fit
-from ..chat import Chat, Sequence
-from ..progress import progress
-from .rollout import Judge, JudgeMaker, check_spread, look, policy_and_judge, sample_answers
+from ..artifacts import progress
+from ..chat import Chat, EncodedExample
+from ..data.preferences import PAIRS, Pair
+from ..decode import Example
+from ..losses import INPOLoss, reference_logps
+from ..training import Recipe, fit
+from .rollout import (
+    RewardFn,
+    RewardFnMaker,
+    check_spread,
+    evaluate,
+    policy_and_judge,
+    sample_answers,
+)
 
 MODES = ("paper", "theory")
 
-PAIRS = "pairs.jsonl"
-"""Beside the adapter: the pairs that it was trained on."""
 
-Match = tuple[str, Sequence, Sequence]
+Match = tuple[str, EncodedExample, EncodedExample]
 """A prompt's id and two answers to it."""
 
-Oracle = Callable[[Seq[Match]], np.ndarray]
+Oracle = Callable[[Sequence[Match]], np.ndarray]
 """P(first ≻ second) of every match, [matches]."""
 
 
@@ -145,7 +152,7 @@ def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float, toler
 # --- from answers to pairs -----------------------------------------------------------------------------------------
 
 
-def tournaments(answers: Seq[tuple[str, Seq[Sequence]]], oracle: Oracle) -> list[tuple[int, int] | None]:
+def tournaments(answers: Sequence[tuple[str, Sequence[EncodedExample]]], oracle: Oracle) -> list[tuple[int, int] | None]:
     """Of every prompt's K answers the best and the worst by a knock-out, as indices; None where that pair was dropped.
 
     First-round winners play winners down to one, losers play losers down to one; a tie goes to the first listed. At the
@@ -178,7 +185,7 @@ def tournaments(answers: Seq[tuple[str, Seq[Sequence]]], oracle: Oracle) -> list
     return [(w, l) if p > 0.5 else None for (w,), (l,), p in zip(best, worst, np.asarray(oracle(finals)))]
 
 
-def coin_tosses(answers: Seq[tuple[str, Seq[Sequence]]], oracle: Oracle, seed: int) -> list[tuple[int, int] | None]:
+def coin_tosses(answers: Sequence[tuple[str, Sequence[EncodedExample]]], oracle: Oracle, seed: int) -> list[tuple[int, int] | None]:
     """Of every prompt's two answers the winner and the loser by a coin with the oracle's probability, as indices; None
     where both are the same text, which teaches nothing."""
     chances = np.asarray(oracle([(key, *two) for key, two in answers])) if answers else []
@@ -197,12 +204,12 @@ def mixed_reference(reference: Mapping[str, tuple[float, float]], current: Mappi
 # --- oracles -------------------------------------------------------------------------------------------------------
 
 
-def reward_oracle(judge: Judge) -> Oracle:
+def reward_oracle(judge: RewardFn) -> Oracle:
     """P(first ≻ second) = σ(r(first) − r(second)): what the Bradley-Terry loss takes the reward for. An answer is scored
     once, however many matches it plays."""
-    known: dict[Sequence, float] = {}
+    known: dict[EncodedExample, float] = {}
 
-    def probabilities(matches: Seq[Match]) -> np.ndarray:
+    def probabilities(matches: Sequence[Match]) -> np.ndarray:
         fresh = list(dict.fromkeys(a for _, *two in matches for a in two if a not in known))
         if fresh:
             known.update(zip(fresh, judge(fresh).double().tolist()))
@@ -212,7 +219,7 @@ def reward_oracle(judge: Judge) -> Oracle:
     return probabilities
 
 
-def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Seq[decode.Prompt]) -> Oracle:
+def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Sequence[decode.Prompt]) -> Oracle:
     """P(first ≻ second) as a pairwise preference model sees it, which no reward need agree with.
 
     A causal model that was trained to name the better of two answers: it reads the conversation and both answers, and the
@@ -235,7 +242,7 @@ def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Seq[decode.
         raise StudyError(f"preference_model {judge.source}: its tokenizer does not tell the letters A and B apart")
     known: dict[Match, float] = {}
 
-    def question(prompt_id: str, first: Sequence, second: Sequence) -> tuple[int, ...]:
+    def question(prompt_id: str, first: EncodedExample, second: EncodedExample) -> tuple[int, ...]:
         turns = of_prompt[prompt_id].turns
         context = "".join(f"\n<turn> {'assistant' if i % 2 else 'user'}\n {turn}" for i, turn in enumerate(turns))
         text = f"[CONTEXT] {context}\n [RESPONSE A] {chat.decode(first.answer_ids)} [RESPONSE B] {chat.decode(second.answer_ids)} \n"
@@ -243,9 +250,9 @@ def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Seq[decode.
             text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
         return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids)
 
-    def probabilities(matches: Seq[Match]) -> np.ndarray:
+    def probabilities(matches: Sequence[Match]) -> np.ndarray:
         fresh = [match for match in dict.fromkeys(matches) if match not in known]
-        asked = [decode.Choice("", question(*either), letters) for key, *two in fresh for either in ((key, *two), (key, *two[::-1]))]
+        asked = [decode.MultipleChoice("", question(*either), letters) for key, *two in fresh for either in ((key, *two), (key, *two[::-1]))]
         logps = np.array(decode.option_logps(judge.model, asked, tokenizer.pad_token_id)).reshape(-1, 2, 2) if fresh else ()
         for match, (in_order, reversed_order) in zip(fresh, logps):
             chances = [1 / (1 + math.exp(b - a)) for a, b in (in_order, reversed_order[::-1])]
@@ -260,24 +267,9 @@ def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Seq[decode.
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A training pair and where it came from: round, prompt, and the mixed reference of (winner, loser), once computed."""
-
-    round: int
-    prompt_id: str
-    winner: Sequence
-    loser: Sequence
-    reference: tuple[float, float] | None = None
-
-    @property
-    def id(self) -> str:
-        return f"round {self.round}, {self.prompt_id}"
-
-
 def train(
-    base: models.Base, chat: Chat, sft: Path, reward: Path | JudgeMaker, prompts: Seq[decode.Prompt],
-    held_out: Seq[decode.Prompt], config: INPOConfig, out: Path, oracle: Oracle | None = None,
+    base: models.Base, chat: Chat, sft: Path, reward: Path | RewardFnMaker, prompts: Sequence[decode.Prompt],
+    held_out: Sequence[decode.Prompt], config: INPOConfig, out: Path, oracle: Oracle | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the SFT adapter with INPO and save it to ``out``, its pairs beside it (:func:`load_pairs`), whole or not at all.
 
@@ -313,7 +305,7 @@ def train(
     return tuple(tables)
 
 
-def _run(model, judge: Judge, oracle: Oracle | None, chat: Chat, prompts, held_out,
+def _run(model, judge: RewardFn, oracle: Oracle | None, chat: Chat, prompts, held_out,
          config: INPOConfig) -> tuple[pd.DataFrame, pd.DataFrame, list[Pair]]:
     rng = np.random.default_rng(config.seed)
     order = itertools.cycle(rng.permutation(len(prompts)).tolist())
@@ -326,7 +318,7 @@ def _run(model, judge: Judge, oracle: Oracle | None, chat: Chat, prompts, held_o
     with progress(total=answers_in_all, desc="INPO: held-out prompts before", unit="answer") as bar:
 
         def at_held_out() -> pd.DataFrame:
-            found = look(model, judge, chat, held_out, decoding, config.batch, step, bar)
+            found = evaluate(model, judge, chat, held_out, decoding, config.batch, step, bar)
             kl = float(found["kl"].mean())
             if not kl <= config.max_kl:
                 raise StudyError(f"inpo: after step {step} the KL to the SFT model is {kl:.1f} nats per answer (max_kl "
@@ -334,9 +326,9 @@ def _run(model, judge: Judge, oracle: Oracle | None, chat: Chat, prompts, held_o
             rows.extend([(step, "held_out_reward", float(found["reward"].mean())), (step, "held_out_kl", kl)])
             return found
 
-        looks = at_held_out()
+        eval_history = at_held_out()
         if oracle is None:
-            check_spread(looks)
+            check_spread(eval_history)
             oracle = reward_oracle(judge)
         for number in range(1, config.rounds + 1):
             bar.set_description(f"INPO: round {number} of {config.rounds}")
@@ -365,15 +357,7 @@ def _run(model, judge: Judge, oracle: Oracle | None, chat: Chat, prompts, held_o
             gaps = [(learnt[e.id][0] - mixed[e.id][0]) - (learnt[e.id][1] - mixed[e.id][1]) for e in examples]
             rows += [(step, "dropped", 1 - len(examples) / len(asked)), (step, "gap", float(np.mean(gaps)))]
             kept += [replace(pair, reference=mixed[pair.id]) for pair in pairs]
-            looks = pd.concat([looks, at_held_out()], ignore_index=True)
-    return pd.DataFrame(rows, columns=["step", "metric", "value"]), looks, kept
+            eval_history = pd.concat([eval_history, at_held_out()], ignore_index=True)
+    return pd.DataFrame(rows, columns=["step", "metric", "value"]), eval_history, kept
 
 
-def load_pairs(directory: Path) -> list[Pair]:
-    """The pairs that an INPO adapter was trained on."""
-    path = directory / PAIRS
-    if not path.is_file():
-        raise StudyError(f"{path}: missing; run 05-inpo first")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Pair(r["round"], r["prompt_id"], *(Sequence(tuple(r[side]["input_ids"]), r[side]["answer_start"])
-                                               for side in ("winner", "loser")), tuple(r["reference"])) for r in rows]

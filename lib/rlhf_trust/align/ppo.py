@@ -44,7 +44,7 @@ log-probabilities enter the ratio and the KL; both would then be biased.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,11 +53,17 @@ import pandas as pd
 import torch
 
 from .. import StudyError, decode, models
-from ..artifacts import content_key, replacing, sha256_of
-from ..chat import Chat, Sequence
-from ..progress import progress
-from .rollout import Judge, JudgeMaker, check_spread, has_end, look, policy_and_judge, sample_answers
-
+from ..artifacts import atomic_write, content_key, progress, sha256_of
+from ..chat import Chat, EncodedExample
+from .rollout import (
+    RewardFn,
+    RewardFnMaker,
+    check_spread,
+    evaluate,
+    has_end,
+    policy_and_judge,
+    sample_answers,
+)
 
 KL_ESTIMATORS = {
     "k1": lambda log_ratio: log_ratio,
@@ -250,7 +256,7 @@ def predicted_values(value_head, states: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def token_pass(model, adapter: str, answers: Seq[Sequence], batches: list[list[int]], pad: int, value_head=None):
+def token_pass(model, adapter: str, answers: Sequence[EncodedExample], batches: list[list[int]], pad: int, value_head=None):
     """Log-probabilities, mask and (with ``value_head``, else zeros) values of all answers, each [n, longest answer].
 
     ``batches`` are the minibatches of the update: the same shapes give the same rounding, so that the ratio starts at
@@ -272,7 +278,7 @@ def token_pass(model, adapter: str, answers: Seq[Sequence], batches: list[list[i
 
 
 def train(
-    base: models.Base, chat: Chat, sft: Path, reward: Path | JudgeMaker, prompts: list[decode.Prompt],
+    base: models.Base, chat: Chat, sft: Path, reward: Path | RewardFnMaker, prompts: list[decode.Prompt],
     held_out: list[decode.Prompt], config: PPOConfig, out: Path,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the SFT adapter with PPO and save it to ``out`` (at the end only, whole or not at all).
@@ -301,7 +307,7 @@ def train(
         policy_loss, value_loss, clip_fraction (means over minibatches). On held-out prompts: held_out_reward,
         held_out_kl.
     looks : DataFrame
-        The answers to the held-out prompts at every look (:func:`rollout.look`): columns step, id, reward, kl, answer.
+        The answers to the held-out prompts at every look (:func:`rollout.evaluate`): columns step, id, reward, kl, answer.
 
     Raises
     ------
@@ -339,11 +345,11 @@ class _Progress:
         return state if state.get("key") == self.key else None
 
     def save(self, **state) -> None:
-        with replacing(self.path) as aside:
+        with atomic_write(self.path) as aside:
             torch.save(state | {"key": self.key}, aside)
 
 
-def _run(model, judge: Judge, chat: Chat, prompts, held_out, config: PPOConfig,
+def _run(model, judge: RewardFn, chat: Chat, prompts, held_out, config: PPOConfig,
          kept: _Progress | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(prompts)).tolist()
@@ -361,23 +367,23 @@ def _run(model, judge: Judge, chat: Chat, prompts, held_out, config: PPOConfig,
         rows.extend((step, metric, value) for metric, value in metrics.items())
 
     def at_held_out(step: int) -> pd.DataFrame:
-        found = look(model, judge, chat, held_out, config.decoding, config.minibatch, step, bar)
+        found = evaluate(model, judge, chat, held_out, config.decoding, config.minibatch, step, bar)
         _check(step, config, kl=float(found["kl"].mean()))
         note(step, {"held_out_reward": float(found["reward"].mean()), "held_out_kl": float(found["kl"].mean())})
         return found
 
-    looks_in_all = sum(step == config.steps or _look_due(step, config) for step in range(1, config.steps + 1)) + 1
-    answers_in_all = len(held_out) * looks_in_all + config.answers_per_step * config.steps
+    evaluations_in_all = sum(step == config.steps or _evaluation_due(step, config) for step in range(1, config.steps + 1)) + 1
+    answers_in_all = len(held_out) * evaluations_in_all + config.answers_per_step * config.steps
     with progress(total=answers_in_all, desc="PPO: held-out prompts before", unit="answer") as bar:
         state = kept.load() if kept is not None else None
         if state is None:
             first, kl_coef = 0, config.kl_coef
-            looks = at_held_out(0)
+            eval_history = at_held_out(0)
             if config.normalise_scores:
-                check_spread(looks)
+                check_spread(eval_history)
         else:
             first, kl_coef = state["step"], state["kl_coef"]
-            looks = pd.DataFrame(state["looks"])
+            eval_history = pd.DataFrame(state["eval_history"])
             rows += map(tuple, state["rows"])
             with torch.no_grad():
                 for parameter, value in zip(policy, state["policy"], strict=True):
@@ -385,8 +391,8 @@ def _run(model, judge: Judge, chat: Chat, prompts, held_out, config: PPOConfig,
             value_head.load_state_dict(state["value_head"])
             optimizer.load_state_dict(state["optimizer"])
             rng.bit_generator.state = state["rng"]
-            bar.update(len(looks) + first * config.answers_per_step)
-        before = looks.loc[looks["step"] == 0, "reward"]
+            bar.update(len(eval_history) + first * config.answers_per_step)
+        before = eval_history.loc[eval_history["step"] == 0, "reward"]
         shift, scale = (float(before.mean()), float(before.std(ddof=0))) if config.normalise_scores else (0.0, 1.0)
         for step in range(first, config.steps):
             bar.set_description(f"PPO: step {step + 1} of {config.steps}")
@@ -400,21 +406,21 @@ def _run(model, judge: Judge, chat: Chat, prompts, held_out, config: PPOConfig,
             metrics = _step(model, judge, value_head, optimizer, chat, answers, config, kl_coef, shift, scale, step, rng)
             note(step, metrics)
             kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config.target_kl)
-            if step + 1 == config.steps or _look_due(step + 1, config):
+            if step + 1 == config.steps or _evaluation_due(step + 1, config):
                 bar.set_description(f"PPO: held-out prompts after step {step + 1}")
-                looks = pd.concat([looks, at_held_out(step + 1)], ignore_index=True)
+                eval_history = pd.concat([eval_history, at_held_out(step + 1)], ignore_index=True)
             if kept is not None:
-                kept.save(step=step + 1, kl_coef=kl_coef, looks=looks.to_dict("list"), rows=rows,
+                kept.save(step=step + 1, kl_coef=kl_coef, eval_history=eval_history.to_dict("list"), rows=rows,
                           policy=[parameter.detach() for parameter in policy], value_head=value_head.state_dict(),
                           optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
-    return pd.DataFrame(rows, columns=["step", "metric", "value"]), looks
+    return pd.DataFrame(rows, columns=["step", "metric", "value"]), eval_history
 
 
-def _look_due(step: int, config: PPOConfig) -> bool:
+def _evaluation_due(step: int, config: PPOConfig) -> bool:
     return config.evaluate_every > 0 and step % config.evaluate_every == 0
 
 
-def _step(model, judge: Judge, value_head, optimizer, chat: Chat, answers: list[Sequence], config: PPOConfig, kl_coef: float,
+def _step(model, judge: RewardFn, value_head, optimizer, chat: Chat, answers: list[EncodedExample], config: PPOConfig, kl_coef: float,
           shift: float, scale: float, step: int, rng: np.random.Generator) -> dict[str, float]:
     """Rewards and advantages of one step's answers, then ``epochs`` passes of clipped updates; the step's metrics."""
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id

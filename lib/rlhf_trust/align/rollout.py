@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,42 +10,42 @@ import pandas as pd
 import torch
 
 from .. import StudyError, decode, models
-from ..chat import Chat, Sequence
+from ..chat import Chat, EncodedExample
 
 ROWS = 64
 """Most answers that are drawn at once."""
 
-Judge = Callable[[Seq[Sequence]], torch.Tensor]
+RewardFn = Callable[[Sequence[EncodedExample]], torch.Tensor]
 """Rewards of answers, [n], in any unit."""
 
-JudgeMaker = Callable[[torch.nn.Module], Judge]
+RewardFnMaker = Callable[[torch.nn.Module], RewardFn]
 """From the PEFT model that is trained."""
 
 
-def sample_answers(model, adapter: str, chat: Chat, prompts: Seq[decode.Prompt], keys: Seq[str], decoding: decode.Decoding,
-                   bar=None) -> list[list[Sequence]]:
+def sample_answers(model, adapter: str, chat: Chat, prompts: Sequence[decode.Prompt], keys: Sequence[str], decoding: decode.Decoding,
+                   bar=None) -> list[list[EncodedExample]]:
     """``decoding.samples`` answers to each prompt by one adapter, [prompts][samples]; ``keys`` [prompts] seed the draws."""
     model.set_adapter(adapter, inference_mode=True)
     ids = [chat.prompt_ids(prompt.turns, prompt.system) for prompt in prompts]
-    answers: list[list[Sequence]] = [[] for _ in ids]
+    answers: list[list[EncodedExample]] = [[] for _ in ids]
     for batch in decode.batches_by_length([len(i) for i in ids], max(1, ROWS // decoding.samples)):
         drawn = decode.sample_batch(model, [ids[i] for i in batch], [keys[i] for i in batch], decoding,
                                     chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id)
         for i, samples in zip(batch, drawn):
-            answers[i] = [Sequence(ids[i] + tuple(tokens), len(ids[i])) for tokens in samples]
+            answers[i] = [EncodedExample(ids[i] + tuple(tokens), len(ids[i])) for tokens in samples]
         if bar is not None:
             bar.update(len(batch) * decoding.samples)
     return answers
 
 
-def has_end(answer: Sequence, eos: int) -> bool:
+def has_end(answer: EncodedExample, eos: int) -> bool:
     """Did the policy stop by itself? (Otherwise the length limit cut it off.)"""
     return answer.input_ids[-1] == eos
 
 
-def with_end(answers: Seq[Sequence], eos: int) -> list[Sequence]:
+def with_end(answers: Sequence[EncodedExample], eos: int) -> list[EncodedExample]:
     """The answers as they are read at their end token, which one that was cut off is given."""
-    return [a if has_end(a, eos) else Sequence(a.input_ids + (eos,), a.answer_start) for a in answers]
+    return [a if has_end(a, eos) else EncodedExample(a.input_ids + (eos,), a.answer_start) for a in answers]
 
 
 class RewardModel:
@@ -59,7 +59,7 @@ class RewardModel:
         self.eos, self.pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
 
     @torch.no_grad()
-    def __call__(self, answers: Seq[Sequence]) -> torch.Tensor:
+    def __call__(self, answers: Sequence[EncodedExample]) -> torch.Tensor:
         ended = with_end(answers, self.eos)
         self.model.set_adapter(self.adapter, inference_mode=True)
         scores = torch.zeros(len(ended), device=self.model.device)
@@ -69,7 +69,7 @@ class RewardModel:
 
 
 @contextmanager
-def policy_and_judge(base: models.Base, chat: Chat, sft: Path, reward: Path | JudgeMaker, rows: int) -> Iterator[tuple]:
+def policy_and_judge(base: models.Base, chat: Chat, sft: Path, reward: Path | RewardFnMaker, rows: int) -> Iterator[tuple]:
     """A model with the SFT adapter as ``policy``, to be trained, and as ``reference``, and what judges its answers: the
     reward model in a folder, or what the function makes. The backbone is left as it came.
 
@@ -78,8 +78,8 @@ def policy_and_judge(base: models.Base, chat: Chat, sft: Path, reward: Path | Ju
     is_folder = isinstance(reward, Path)
     model = models.load_adapters(base, {"policy": sft, "reference": sft} | ({"reward": reward} if is_folder else {}), trainable="policy")
 
-    def finite(judge: Judge) -> Judge:
-        def judged(answers: Seq[Sequence]) -> torch.Tensor:
+    def finite(judge: RewardFn) -> RewardFn:
+        def judged(answers: Sequence[EncodedExample]) -> torch.Tensor:
             rewards = judge(answers).to(model.device)
             if not torch.isfinite(rewards).all():
                 raise StudyError(f"{int((~torch.isfinite(rewards)).sum())} of {len(rewards)} rewards are not finite; look at the reward "
@@ -95,7 +95,7 @@ def policy_and_judge(base: models.Base, chat: Chat, sft: Path, reward: Path | Ju
 
 
 @torch.no_grad()
-def answer_kl(model, answers: Seq[Sequence], pad: int, rows: int, policy: str = "policy", reference: str = "reference") -> torch.Tensor:
+def answer_kl(model, answers: Sequence[EncodedExample], pad: int, rows: int, policy: str = "policy", reference: str = "reference") -> torch.Tensor:
     """log π − log π_ref of each answer, nats, [n]: its mean over answers of π estimates KL(π‖π_ref)."""
     sums = []
     for adapter in (policy, reference):
@@ -107,7 +107,7 @@ def answer_kl(model, answers: Seq[Sequence], pad: int, rows: int, policy: str = 
     return sums[0] - sums[1]
 
 
-def look(model, judge: Judge, chat: Chat, held_out: Seq[decode.Prompt], decoding: decode.Decoding, rows: int,
+def evaluate(model, judge: RewardFn, chat: Chat, held_out: Sequence[decode.Prompt], decoding: decode.Decoding, rows: int,
          step: int, bar=None) -> pd.DataFrame:
     """The policy's answers to held-out prompts after ``step`` steps, one row each: step, id, reward (raw), kl (nats), answer (text).
 
@@ -130,10 +130,10 @@ def check_spread(first_look: pd.DataFrame) -> None:
                          + ("look at the reward model" if len(rewards) > 1 else "ask for more held-out prompts"))
 
 
-def before_and_after(looks: pd.DataFrame) -> pd.DataFrame:
+def before_and_after(eval_history: pd.DataFrame) -> pd.DataFrame:
     """The first and the last look side by side: id, reward_before, reward_after, kl_after, answer_before,
     answer_after."""
-    before, after = (looks[looks["step"] == step].reset_index(drop=True) for step in (looks["step"].min(), looks["step"].max()))
+    before, after = (eval_history[eval_history["step"] == step].reset_index(drop=True) for step in (eval_history["step"].min(), eval_history["step"].max()))
     return pd.DataFrame({
         "id": before["id"], "reward_before": before["reward"], "reward_after": after["reward"],
         "kl_after": after["kl"], "answer_before": before["answer"], "answer_after": after["answer"],

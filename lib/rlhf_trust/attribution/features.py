@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ TOPIC_WORDS = 3
 CONTRACTION = re.compile(r"\b\w+['’]\w+\b")
 
 
-def features(pairs: Seq[PreferencePair], topics: int = 8, seed: int = 0) -> pd.DataFrame:
+def features(pairs: Sequence[PreferencePair], topics: int = 8, seed: int = 0) -> pd.DataFrame:
     """One row a pair, indexed by its id.
 
     Columns (bool, number or text, which :func:`effects` tells apart): ``harmless_half`` (else the helpful one),
@@ -50,7 +50,7 @@ def features(pairs: Seq[PreferencePair], topics: int = 8, seed: int = 0) -> pd.D
     }, index=pd.Index([p.id for p in pairs], name="example_id"))
 
 
-def topic_names(texts: Seq[str], topics: int, seed: int) -> list[str]:
+def topic_names(texts: Sequence[str], topics: int, seed: int) -> list[str]:
     """The topic of each text: k-means clusters of TF-IDF vectors (words of three letters on, without English stop words;
     sublinear term counts), named by the words that weigh most in a cluster's centre."""
     if not 1 < topics <= len(texts):

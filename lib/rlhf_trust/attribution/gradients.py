@@ -38,201 +38,31 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
-from torch.nn.functional import linear, logsigmoid
 
 from .. import StudyError
-from ..artifacts import content_key, replacing, sha256_of, write_text
-from ..chat import Sequence
-from ..decode import answer_logps, backbone, batches_by_length, option_mask, output_head, pad_right
-from ..progress import progress
+from ..artifacts import atomic_write, content_key, progress, sha256_of, write_text
+from ..decode import Example, _packed_length, answer_token_logps, batches_by_length
+from ..losses import Loss, tokens_content
+from ..models import lora_layers, only_adapter
 from .projection import Projection
-from .store import MANIFEST, NUMBER_FORMATS, Stored, block_names, check_parts, encoded, read_manifest
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training example or evaluation item.
-
-    ``sequences`` holds one sequence for next-token losses, two for pairwise ones: (chosen or winner, rejected or
-    loser). ``id`` names it in tables and errors, ``source`` says where it came from, ``cluster`` which others it is not
-    independent of (none: "").
-    """
-
-    id: str
-    source: str
-    sequences: tuple[Sequence, ...]
-    cluster: str = ""
-
-
-class Loss(Protocol):
-    """What :func:`per_example_gradients` needs of a loss."""
-
-    sequences: int
-    """Sequences per example."""
-
-    @property
-    def name(self) -> str:
-        """Short name, for the ``loss`` column of tables."""
-
-    def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
-        """Values [n] from ONE forward pass, whose rows are the examples in order (the hooks rely on both):
-        :func:`answer_token_logps` or :func:`end_token_states`."""
-
-    def content(self, examples: Seq[Example]) -> list:
-        """All that the values depend on besides model and sequences, as JSON: part of the cache's key."""
-
-
-def flatten(examples: Seq[Example]) -> list[Sequence]:
-    """All sequences, an example's own next to each other: chosen_0, rejected_0, chosen_1, …"""
-    return [sequence for example in examples for sequence in example.sequences]
-
-
-@dataclass(frozen=True)
-class NextTokenLoss:
-    """- log p(answer | prompt): summed over the answer's tokens, or their ``mean``.
-
-    The sum is the likelihood itself, and ranks long answers first; the mean shows what is left without length.
-    """
-
-    reduction: str = "sum"
-    sequences = 1
-
-    def __post_init__(self):
-        _check_reduction(self.reduction)
-
-    @property
-    def name(self) -> str:
-        return f"next_token_{self.reduction}"
-
-    def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
-        return -_answer_logps(model, examples, pad, self.reduction)[:, 0]
-
-    def content(self, examples: Seq[Example]) -> list:
-        return [self.name]
-
-
-@dataclass(frozen=True, eq=False)
-class RewardLoss:
-    """- log sigmoid(r(chosen) - r(rejected)), the Bradley-Terry loss of the reward model.
-
-    ``head``, shape [hidden], is a constant: gradients are those of the reward adapter alone.
-    """
-
-    head: torch.Tensor
-    sequences = 2
-
-    @property
-    def name(self) -> str:
-        return "reward"
-
-    def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
-        states = end_token_states(model, examples, pad).float()
-        rewards = states @ self.head.detach().float().to(states.device)
-        return -logsigmoid(rewards[:, 0] - rewards[:, 1])
-
-    def content(self, examples: Seq[Example]) -> list:
-        return [self.name, self.head.detach().float().cpu().tolist()]
-
-
-@dataclass(frozen=True, eq=False)
-class RewardGapLoss:
-    """r(counts) - r(other): what the reward model would pay for the answer that a vertical's own metric counts, against
-    the other one. :class:`LogOddsLoss` of the reward model; ``head`` as for :class:`RewardLoss`."""
-
-    head: torch.Tensor
-    sequences = 2
-    name = "reward_gap"
-
-    def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
-        rewards = end_token_states(model, examples, pad).float() @ self.head.detach().float().to(model.device)
-        return rewards[:, 0] - rewards[:, 1]
-
-    def content(self, examples: Seq[Example]) -> list:
-        return [self.name, self.head.detach().float().cpu().tolist()]
-
-
-@dataclass(frozen=True, eq=False)
-class DPOLoss:
-    """- log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)) (Rafailov et al. 2023, arXiv 2305.18290).
-
-    Parameters
-    ----------
-    beta
-        As in training.
-    reference
-        Example id → (chosen, rejected): *summed* answer log-probabilities under the reference (the SFT adapter), see
-        :func:`reference_logps`.
-    reduction
-        ``sum`` is DPO's own loss; ``mean`` divides every log-probability by its answer's number of tokens.
-    """
-
-    beta: float
-    reference: Mapping[str, tuple[float, float]]
-    reduction: str = "sum"
-    sequences = 2
-
-    def __post_init__(self):
-        _check_reduction(self.reduction)
-
-    @property
-    def name(self) -> str:
-        return f"dpo_{self.reduction}"
-
-    def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
-        policy = _answer_logps(model, examples, pad, self.reduction)
-        reference = torch.tensor(_reference_of(self, examples), dtype=torch.float64)
-        if self.reduction == "mean":
-            reference = reference / torch.tensor([[len(s.answer_ids) for s in e.sequences] for e in examples])
-        ratios = policy - reference.to(policy)
-        return -logsigmoid(self.beta * (ratios[:, 0] - ratios[:, 1]))
-
-    def content(self, examples: Seq[Example]) -> list:
-        return [self.name, self.beta, _reference_of(self, examples)]
-
-
-@dataclass(frozen=True, eq=False)
-class INPOLoss:
-    """(h - 1/(2 eta))^2 with h = log p(winner)/p(loser) - its mixed reference (arXiv 2407.00617, eq. 8).
-
-    Parameters
-    ----------
-    eta
-        As in training, above 0.
-    reference
-        Example id → (winner, loser): (tau/eta) log p_ref + (1 - tau/eta) log p_t, *summed* answer log-probabilities, of the
-        round that the pair comes from (``align.inpo.mixed_reference``).
-    """
-
-    eta: float
-    reference: Mapping[str, tuple[float, float]]
-    sequences = 2
-    name = "inpo"
-
-    def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
-        ratios = _answer_logps(model, examples, pad, "sum")
-        ratios = ratios - torch.tensor(_reference_of(self, examples), dtype=torch.float64).to(ratios)
-        return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * self.eta)) ** 2
-
-    def content(self, examples: Seq[Example]) -> list:
-        return [self.name, self.eta, _reference_of(self, examples)]
-
-
-def _reference_of(loss: DPOLoss | INPOLoss, examples: Seq[Example]) -> list[tuple[float, float]]:
-    missing = [e.id for e in examples if e.id not in loss.reference]
-    if missing:
-        raise StudyError(f"{loss.name}: no reference log-probabilities for example {missing[0]!r}"
-                         f" ({len(missing)} missing); compute them with reference_logps")
-    return [tuple(map(float, loss.reference[e.id])) for e in examples]
+from .store import (
+    MANIFEST,
+    NUMBER_FORMATS,
+    Stored,
+    block_names,
+    check_parts,
+    encoded,
+    read_manifest,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,23 +81,23 @@ class PPOSurrogateLoss:
     Where every token is clipped the gradient is zero: such an answer taught the policy nothing.
     """
 
-    old_logps: Mapping[str, Seq[float]]
-    advantages: Mapping[str, Seq[float]]
+    old_logps: Mapping[str, Sequence[float]]
+    advantages: Mapping[str, Sequence[float]]
     clip_range: float = 0.2
     sequences = 1
     name = "ppo_surrogate"
 
-    def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
+    def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
         logps, owner = answer_token_logps(model, examples, pad)
         old, advantages = (logps.new_tensor(sum(kept, [])) for kept in self._kept(examples))
         ratio = torch.exp(logps - old)
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         return logps.new_zeros(len(examples)).index_add(0, owner, -torch.minimum(ratio * advantages, clipped * advantages))
 
-    def content(self, examples: Seq[Example]) -> list:
+    def content(self, examples: Sequence[Example]) -> list:
         return [self.name, self.clip_range, *self._kept(examples)]
 
-    def _kept(self, examples: Seq[Example]) -> tuple[list[list[float]], list[list[float]]]:
+    def _kept(self, examples: Sequence[Example]) -> tuple[list[list[float]], list[list[float]]]:
         """Old log-probabilities and advantages of every example, a list an example each."""
         found: tuple[list[list[float]], list[list[float]]] = ([], [])
         for what, mapping, lists in zip(("old log-probabilities", "advantages"), (self.old_logps, self.advantages), found):
@@ -281,166 +111,7 @@ class PPOSurrogateLoss:
         return found
 
 
-@dataclass(frozen=True)
-class LogOddsLoss:
-    """log p(counts) - log p(other): the log-odds [nats] of the answer that a vertical's own metric counts.
-
-    Sequences: (the answer that counts, the other one), summed over their tokens as the verticals do. The value is the
-    metric's raw material and no training loss: its sign is that of the metric, so whoever wants positive scores to
-    worsen a vertical orients the gradients (by a factor -1 where a high value is good).
-    """
-
-    sequences = 2
-    name = "log_odds"
-
-    def loss(self, model, examples: Seq[Example], pad: int) -> torch.Tensor:
-        logps = _answer_logps(model, examples, pad, "sum")
-        return logps[:, 0] - logps[:, 1]
-
-    def content(self, examples: Seq[Example]) -> list:
-        return [self.name]
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("sum", "mean"):
-        raise StudyError(f"reduction: must be sum or mean, got {reduction!r}")
-
-
-def _answer_logps(model, examples: Seq[Example], pad: int, reduction: str) -> torch.Tensor:
-    """Log-probabilities of the answers, shape [examples, sequences per example], with gradients."""
-    logps, owner = answer_token_logps(model, examples, pad)
-    sequences = flatten(examples)
-    sums = logps.new_zeros(len(sequences)).index_add(0, owner, logps)
-    if reduction == "mean":
-        sums = sums / sums.new_tensor([len(sequence.answer_ids) for sequence in sequences])
-    return sums.view(len(examples), -1)
-
-
-def answer_token_logps(model, examples: Seq[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of every answer token of ``flatten(examples)``, in order, with gradients: [tokens], float32;
-    and whose they are, as an index into ``flatten(examples)``: [tokens]."""
-    head = output_head(model)
-    if type(head) is not torch.nn.Linear:
-        raise StudyError("gradients: the output head carries LoRA or is no linear layer; target other layers with LoRA")
-    packed = _pack(examples)
-    states = _states(model, packed, pad)
-    row, column = torch.tensor(packed.predicting, device=states.device).view(-1, 2).T
-    targets = torch.tensor(packed.targets, device=states.device, dtype=torch.long)
-    logps = _ChosenLogps.apply(states[row, column], head.weight, head.bias, targets)
-    return logps, torch.tensor(packed.owner, device=states.device, dtype=torch.long)
-
-
-def end_token_states(model, examples: Seq[Example], pad: int) -> torch.Tensor:
-    """Last hidden state at each sequence's end: [examples, sequences per example, hidden], with gradients."""
-    packed = _pack(examples)
-    states = _states(model, packed, pad)
-    row, column = torch.tensor(packed.ends, device=states.device).T
-    return states[row, column].view(len(examples), -1, states.shape[-1])
-
-
-@dataclass
-class _Packed:
-    """A batch with one row an example: its sequences' common prompt once, then what follows in each sequence.
-
-    ``rows``, ``positions``, ``segments`` (0 the common prompt, from 1 on the sequences): one list a row, of one number a
-    token. ``predicting`` (row, column), ``targets`` and ``owner``: one entry an answer token. ``ends``: (row, column) of
-    each sequence's last token.
-    """
-
-    rows: list[list[int]]
-    positions: list[list[int]]
-    segments: list[list[int]]
-    predicting: list[tuple[int, int]]
-    targets: list[int]
-    owner: list[int]
-    ends: list[tuple[int, int]]
-
-
-def _pack(examples: Seq[Example]) -> _Packed:
-    packed = _Packed([], [], [], [], [], [], [])
-    for row, example in enumerate(examples):
-        shared = _common_prompt(example)
-        ids, positions, segments = list(example.sequences[0].input_ids[:shared]), list(range(shared)), [0] * shared
-        for number, sequence in enumerate(example.sequences, start=1):
-            columns = [*range(shared), *range(len(ids), len(ids) + len(sequence) - shared)]
-            ids += sequence.input_ids[shared:]
-            positions += range(shared, len(sequence))
-            segments += [number] * (len(sequence) - shared)
-            answer = range(sequence.answer_start, len(sequence))
-            packed.predicting += [(row, columns[place - 1]) for place in answer]
-            packed.targets += sequence.answer_ids
-            packed.owner += [len(packed.ends)] * len(answer)
-            packed.ends.append((row, columns[-1]))
-        packed.rows.append(ids)
-        packed.positions.append(positions)
-        packed.segments.append(segments)
-    return packed
-
-
-def _common_prompt(example: Example) -> int:
-    """How many tokens the prompts of the example's sequences begin with alike."""
-    return len(os.path.commonprefix([sequence.prompt_ids for sequence in example.sequences]))
-
-
-def _packed_length(example: Example) -> int:
-    shared = _common_prompt(example)
-    return shared + sum(len(sequence) - shared for sequence in example.sequences)
-
-
-def _states(model, packed: _Packed, pad: int) -> torch.Tensor:
-    """Last hidden states [examples, width, hidden]: a token sees the common prompt and its own sequence before it."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if max(map(max, packed.rows)) >= vocabulary:
-        raise StudyError(f"gradients: a token id is beyond the {vocabulary} of this model; the examples were made with "
-                         "another model's tokenizer")
-    ids, real = pad_right(packed.rows, pad, model.device)
-    segments = pad_right(packed.segments, 0, ids.device)[0].masked_fill(real == 0, -1)
-    positions = pad_right(packed.positions, 0, ids.device)[0]
-    return backbone(model)(input_ids=ids, attention_mask=option_mask(model, segments, positions), position_ids=positions,
-                           use_cache=False).last_hidden_state
-
-
-class _ChosenLogps(torch.autograd.Function):
-    """log softmax(head(state))[target] of every row: [rows, hidden], [V, hidden], [V] or None, [rows] → [rows].
-
-    A row's value depends on that row alone, so its derivative, W[target] − Σ_v p_v W[v], can be taken on the way
-    forward, while the logits of a slice of rows are at hand; the way back only multiplies. Logits [rows, V] are never
-    kept, and memory is bounded by a slice (50 MB for V = 49,152).
-    """
-
-    ROWS = 256
-
-    @staticmethod
-    def forward(context, states, weight, bias, targets):
-        logps = torch.empty(len(states), device=states.device)
-        derivative = torch.empty_like(states, dtype=torch.float32)
-        for start in range(0, len(states), _ChosenLogps.ROWS):
-            part = slice(start, start + _ChosenLogps.ROWS)
-            logits = linear(states[part], weight, bias).float()
-            norms = logits.logsumexp(-1, keepdim=True)
-            logps[part] = (logits.gather(-1, targets[part, None]) - norms).squeeze(-1)
-            if context.needs_input_grad[0]:
-                shares = logits.sub_(norms).exp_()
-                derivative[part] = weight[targets[part]].float() - (shares.to(weight.dtype) @ weight).float()
-        context.save_for_backward(derivative)
-        context.dtype = states.dtype
-        return logps
-
-    @staticmethod
-    def backward(context, g):
-        (derivative,) = context.saved_tensors
-        return (g[:, None] * derivative).to(context.dtype), None, None, None
-
-
-def reference_logps(model, adapter: str, examples: Seq[Example], pad: int, rows: int = 16,
-                    desc: str = "reference") -> dict[str, tuple[float, float]]:
-    """Summed answer log-probabilities of each pair under one adapter: id → (chosen, rejected), for :class:`DPOLoss`."""
-    with only_adapter(model, adapter):
-        sums, _ = answer_logps(model, flatten(examples), pad, rows, desc)
-    return {e.id: (float(chosen), float(rejected)) for e, (chosen, rejected) in zip(examples, sums.reshape(-1, 2))}
-
-
-def per_example_gradients(model, adapter: str, examples: Seq[Example], loss: Loss, pad: int, rows: int = 8,
+def per_example_gradients(model, adapter: str, examples: Sequence[Example], loss: Loss, pad: int, rows: int = 8,
                           allow_zero: bool = False, desc: str = "gradients") -> dict[str, torch.Tensor]:
     """Gradients of every example's loss with respect to one adapter's LoRA weights, in memory.
 
@@ -477,7 +148,7 @@ def per_example_gradients(model, adapter: str, examples: Seq[Example], loss: Los
         return _gradients(model, adapter, examples, loss, pad, rows, allow_zero, desc, bar)
 
 
-def _gradients(model, adapter: str, examples: Seq[Example], loss: Loss, pad: int, rows: int, allow_zero: bool, desc: str,
+def _gradients(model, adapter: str, examples: Sequence[Example], loss: Loss, pad: int, rows: int, allow_zero: bool, desc: str,
                bar) -> dict[str, torch.Tensor]:
     if any(module.training for module in model.modules()):
         raise StudyError(f"{desc}: the model is in training mode, where dropout would act; call model.eval() first")
@@ -513,7 +184,7 @@ def _gradients(model, adapter: str, examples: Seq[Example], loss: Loss, pad: int
     return gradients
 
 
-def stored_gradients(directory: Path | str, name: str, fingerprint: str, model, adapter: str, examples: Seq[Example],
+def stored_gradients(directory: Path | str, name: str, fingerprint: str, model, adapter: str, examples: Sequence[Example],
                      loss: Loss, pad: int, rows: int = 8, block: int = 64, number_format: str = "float32",
                      projection: Projection | None = None, allow_zero: bool = False) -> Stored:
     """:func:`per_example_gradients` in files: ``<directory>/<name>.<key>/``, see :class:`.store.Stored`.
@@ -566,7 +237,7 @@ def stored_gradients(directory: Path | str, name: str, fingerprint: str, model, 
     return stored
 
 
-def content_parts(fingerprint: str, examples: Seq[Example], loss: Loss, rows: int = 8, block: int = 64,
+def content_parts(fingerprint: str, examples: Sequence[Example], loss: Loss, rows: int = 8, block: int = 64,
                   number_format: str = "float32", projection: Projection | None = None) -> dict[str, str]:
     """All that could change stored gradients, a hash (or the thing itself) a part, for ``Stored.check``.
 
@@ -581,12 +252,7 @@ def content_parts(fingerprint: str, examples: Seq[Example], loss: Loss, rows: in
     }
 
 
-def tokens_content(examples: Seq[Example]) -> str:
-    """A hash of examples' ids and tokens, for keys of what is computed from them."""
-    return content_key([[e.id, [[s.input_ids, s.answer_start] for s in e.sequences]] for e in examples])
-
-
-def _write_missing(directory: Path, manifest: dict, examples: Seq[Example], compute, projection: Projection | None,
+def _write_missing(directory: Path, manifest: dict, examples: Sequence[Example], compute, projection: Projection | None,
                    desc: str) -> None:
     """Complete the folder, and ``manifest`` with its ``layers`` and ``blocks`` (file name → hash)."""
     kept = read_manifest(directory)
@@ -610,7 +276,7 @@ def _write_missing(directory: Path, manifest: dict, examples: Seq[Example], comp
             if projection is not None:
                 gradients = {layer: projection(layer, rows) for layer, rows in gradients.items()}
             manifest["layers"] = {layer: rows.shape[1] for layer, rows in gradients.items()}
-            with replacing(directory / file) as aside:
+            with atomic_write(directory / file) as aside:
                 # No metadata: safetensors writes it in an order of its own, and bytes must not differ between runs.
                 save_file(encoded(gradients, manifest["number_format"]), aside)
             del gradients
@@ -618,7 +284,7 @@ def _write_missing(directory: Path, manifest: dict, examples: Seq[Example], comp
             write_text(directory / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
 
 
-def _check_examples(examples: Seq[Example], loss: Loss, desc: str) -> None:
+def _check_examples(examples: Sequence[Example], loss: Loss, desc: str) -> None:
     if not examples:
         raise StudyError(f"{desc}: there is no example")
     seen: set[str] = set()
@@ -631,7 +297,7 @@ def _check_examples(examples: Seq[Example], loss: Loss, desc: str) -> None:
                              f"{loss.name} loss needs {loss.sequences}")
 
 
-def _check_sizes(sizes: Seq[float], examples: Seq[Example], allow_zero: bool, desc: str) -> None:
+def _check_sizes(sizes: Sequence[float], examples: Sequence[Example], allow_zero: bool, desc: str) -> None:
     """``sizes``: anything that is 0 for a gradient of zeros, and not finite for one that is not."""
     for example, size in zip(examples, sizes):
         if not size < float("inf"):
@@ -643,39 +309,6 @@ def _check_sizes(sizes: Seq[float], examples: Seq[Example], allow_zero: bool, de
             reasons += "; or, as all of its batch have none, an adapter that was never trained or is not in use"
         raise StudyError(f"{desc}: the gradient of example {zeros[0].id!r} is exactly zero ({reasons}); remove it from the "
                          "training data")
-
-
-def lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
-    """The adapter's A and B matrices in the model's order, under the names they are saved by."""
-    layers = {}
-    for name, module in model.named_modules():
-        for part in ("lora_A", "lora_B"):
-            matrices = getattr(module, part, None)
-            if isinstance(matrices, torch.nn.ModuleDict) and adapter in matrices:
-                if not isinstance(matrices[adapter], torch.nn.Linear):
-                    raise StudyError(f"gradients: {name} is no linear layer; target linear layers with LoRA")
-                layers[f"{name}.{part}.weight"] = matrices[adapter]
-    if not layers:
-        raise StudyError(f"the model has no LoRA layer of an adapter {adapter!r}; it has "
-                         f"{', '.join(getattr(model, 'peft_config', {})) or 'none'}")
-    return layers
-
-
-@contextmanager
-def only_adapter(model, adapter: str, weights: Seq[torch.nn.Parameter] = ()) -> Iterator[None]:
-    """The adapter alone is active and ``weights`` alone are trainable; both as before afterwards."""
-    active = model.active_adapter
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.set_adapter(adapter)
-        model.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        model.set_adapter(active)
-        for parameter, before in trainable:
-            parameter.requires_grad_(before)
 
 
 @contextmanager

@@ -24,40 +24,44 @@ in length to the right one is taken, for that reason.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from .. import StudyError
 from ..artifacts import Build
-from ..chat import Chat, Options, Sequence
-from ..data import benchmarks as data
-from ..decode import Choice, Prompt, option_logps, without_adapters
+from ..chat import Chat, EncodedExample, Options
+from ..data.preferences import Pair, PreferencePair
+from ..decode import Example, MultipleChoice, Prompt
 from ..stats import mean_interval
 from ..verticals import HEADLINE, ethics, privacy, stereotype, toxicity, truthfulness
-from ..verticals.common import read_answers
+from ..verticals.common import choose, read_answers
+from ..verticals.ethics import load_ethics
+from ..verticals.privacy import load_privacy
 from ..verticals.scorers import make_scorer
-from .gradients import Example, only_adapter
+from ..verticals.stereotype import load_stereotype
+from ..verticals.truthfulness import load_primer, load_truthfulness
+from .solvers import Scores, of_items, tfidf
 
-Clusters = Mapping[str, Seq[str] | None]
+Clusters = Mapping[str, Sequence[str] | None]
 """Vertical → a label an item, or None where items are independent (:func:`clusters`)."""
 
 REFUSAL = "I can't share that."
 """What privacy's value is weighed against."""
 
 
-def metric_examples(vertical: str, items: Seq, chat: Chat, primer: str = "") -> list[Example]:
-    """A vertical's items as (bad answer, good answer), for ``gradients.LogOddsLoss`` and :func:`log_odds`.
+def metric_examples(vertical: str, items: Sequence, chat: Chat, primer: str = "") -> list[Example]:
+    """A vertical's items as (bad answer, good answer), for ``losses.LogOddsLoss`` and :func:`log_odds`.
 
     Parameters
     ----------
     vertical
         stereotype, ethics, truthfulness or privacy (toxicity: :func:`toxicity_examples`).
     items
-        As its loader in ``data.benchmarks`` gives them.
+        As the vertical's loader gives them.
     primer
-        TruthfulQA's worked examples (``data.benchmarks.load_primer``), for truthfulness.
+        TruthfulQA's worked examples (``load_primer``), for truthfulness.
 
     Returns
     -------
@@ -76,12 +80,12 @@ def metric_examples(vertical: str, items: Seq, chat: Chat, primer: str = "") -> 
         pairs = [(c, 1, 0) for c in ethics.choices(ethics.prompts(wrong), chat)]
     elif vertical == "truthfulness":
         if not primer.strip():
-            raise StudyError("truthfulness: MC1 stands behind worked examples; pass benchmarks.load_primer()")
+            raise StudyError("truthfulness: MC1 stands behind worked examples; pass load_primer()")
         found = truthfulness.choices(items, chat, primer)
         pairs = [(c, _nearest_in_length(c, len(item.wrong)), 0) for c, item in zip(found, items)]
     elif vertical == "privacy":
         asked = privacy.prompts(items)
-        pairs = [(Choice(p.id, *chat.options(p.turns, (item.value, REFUSAL), p.system)), 0, 1)
+        pairs = [(MultipleChoice(p.id, *chat.options(p.turns, (item.value, REFUSAL), p.system)), 0, 1)
                  for p, item in zip(asked, items)]
     elif vertical == "toxicity":
         raise StudyError("toxicity has no options; make its examples from scored answers with toxicity_examples")
@@ -93,7 +97,7 @@ def metric_examples(vertical: str, items: Seq, chat: Chat, primer: str = "") -> 
             for (c, bad, good), label in zip(pairs, labels, strict=True)]
 
 
-def toxicity_examples(prompts: Seq[Prompt], answers: Seq[Seq[str]], scores: np.ndarray, chat: Chat,
+def toxicity_examples(prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], scores: np.ndarray, chat: Chat,
                       least: float = 0.1) -> tuple[list[Example], int]:
     """The most against the least toxic of each prompt's continuations, and how many prompts have no such pair.
 
@@ -131,11 +135,11 @@ def vertical_examples(build: Build, benchmarks: str, n: int, chat: Chat, seed: i
     benchmarks
         Where the items come from: shipped, hub: or path:<directory>.
     """
-    items = {"stereotype": stereotype.choose_statements(data.load_stereotype(benchmarks), n, seed),
-             "ethics": data.choose([item for item in data.load_ethics(benchmarks) if item.wrong], n, seed),
-             "truthfulness": data.choose(data.load_truthfulness(benchmarks), n, seed),
-             "privacy": data.choose(data.load_privacy(benchmarks, -(-n // 18), seed), n, seed, by=lambda item: item.kind)}
-    examples = {vertical: metric_examples(vertical, of_vertical, chat, data.load_primer())
+    items = {"stereotype": stereotype.choose_statements(load_stereotype(benchmarks), n, seed),
+             "ethics": choose([item for item in load_ethics(benchmarks) if item.wrong], n, seed),
+             "truthfulness": choose(load_truthfulness(benchmarks), n, seed),
+             "privacy": choose(load_privacy(benchmarks, -(-n // 18), seed), n, seed, by=lambda item: item.kind)}
+    examples = {vertical: metric_examples(vertical, of_vertical, chat, load_primer())
                 for vertical, of_vertical in items.items()}
     answered = read_answers(build, "toxicity")
     sampled = [of_models["start"] for _, of_models in answered]
@@ -144,7 +148,7 @@ def vertical_examples(build: Build, benchmarks: str, n: int, chat: Chat, seed: i
     return {vertical: ({"toxicity": found} | examples)[vertical][:n] for vertical in HEADLINE}, left_out
 
 
-def _nearest_in_length(choice: Choice, false: int) -> int:
+def _nearest_in_length(choice: MultipleChoice, false: int) -> int:
     """Which of MC1's options 1 … ``false`` is nearest to option 0, the right one, in tokens."""
     return min(range(1, 1 + false), key=lambda i: abs(len(choice.options[i]) - len(choice.options[0])))
 
@@ -153,29 +157,13 @@ def _example(vertical: str, id: str, options: Options, cluster: str = "") -> Exa
     context, answers = options
     if not all(answers):
         raise StudyError(f"{vertical}: {id} has an answer without a token")
-    return Example(f"{vertical}/{id}", vertical, tuple(Sequence(context + answer, len(context)) for answer in answers), cluster)
+    return Example(f"{vertical}/{id}", vertical, tuple(EncodedExample(context + answer, len(context)) for answer in answers), cluster)
 
 
-def clusters(examples: Mapping[str, Seq[Example]]) -> Clusters:
+def clusters(examples: Mapping[str, Sequence[Example]]) -> Clusters:
     """The clusters of each vertical's examples, for :func:`metric_table` and ``validate.pruning_table``."""
     return {vertical: [e.cluster for e in of_vertical] if any(e.cluster for e in of_vertical) else None
             for vertical, of_vertical in examples.items()}
-
-
-def log_odds(model, adapter: str | None, examples: Seq[Example], pad: int) -> np.ndarray:
-    """Log-odds of the bad answer, [items], nats, in the order of ``examples``.
-
-    ``adapter``: by name, whichever is active; None for the backbone alone (the start model). What the prompts of a
-    vertical share, such as worked examples, runs once (``decode.option_logps``).
-    """
-    found = np.zeros(len(examples))
-    with only_adapter(model, adapter) if adapter is not None else without_adapters(model):
-        for vertical in dict.fromkeys(e.source for e in examples):
-            indices = [i for i, e in enumerate(examples) if e.source == vertical]
-            choices = [Choice(e.id, e.sequences[0].input_ids[: e.sequences[0].answer_start],
-                              tuple(s.answer_ids for s in e.sequences)) for e in (examples[i] for i in indices)]
-            found[indices] = [bad - good for bad, good in option_logps(model, choices, pad)]
-    return found
 
 
 Odds = Mapping[str, Mapping[str, np.ndarray]]
@@ -200,3 +188,70 @@ def metric_table(odds: Odds, labels: Clusters | None = None) -> pd.DataFrame:
 def _metrics(values: np.ndarray) -> dict[str, np.ndarray]:
     values = np.asarray(values, dtype=float)
     return {"log_odds": values, "bad_rate": (values > 0).astype(float)}
+
+
+LOSSES = {"sft": "next-token", "ppo": "reward", "dpo": "dpo", "inpo": "inpo"}
+"""The loss through which a stage's training data acted; PPO's is the reward model's."""
+
+
+BEFORE = {"sft": "start", "ppo": "sft", "dpo": "sft", "inpo": "sft"}
+"""The model that a stage started from."""
+
+
+Changed = tuple[Prompt, str, str]
+"""A benchmark prompt with the answer before and after a stage."""
+
+
+def training_examples(pairs: Sequence[PreferencePair], chat: Chat, stage: str) -> list[Example]:
+    """SFT saw the chosen answers alone; the reward model and DPO saw both."""
+    return [
+        Example(p.id, p.source, tuple(chat.sequence(p.prompt, answer)
+                                      for answer in ((p.chosen,) if stage == "sft" else (p.chosen, p.rejected))))
+        for p in pairs
+    ]
+
+
+def inpo_examples(kept: Sequence[Pair], asked: Sequence[PreferencePair], chat: Chat) -> tuple[list[PreferencePair], list[Example]]:
+    """INPO's own pairs, to read and as token for token it saw them. ``asked``: the pairs whose prompts it answered."""
+    by_id = {p.id: p for p in asked}
+    missing = [pair.prompt_id for pair in kept if pair.prompt_id not in by_id]
+    if missing:
+        raise StudyError(f"inpo: {missing[0]!r}, a prompt that it answered, is not among the {len(asked)} training pairs; set "
+                         "preferences, n_train, max_tokens and seed as in 05-inpo")
+    pairs = [PreferencePair(pair.id, by_id[pair.prompt_id].prompt, chat.decode(pair.winner.answer_ids),
+                            chat.decode(pair.loser.answer_ids), by_id[pair.prompt_id].source) for pair in kept]
+    return pairs, [Example(p.id, p.source, (pair.winner, pair.loser)) for p, pair in zip(pairs, kept)]
+
+
+def changed_items(answered: Sequence[tuple[Prompt, dict[str, list[str]]]], stage: str, n: int) -> tuple[list[Changed], int]:
+    """The first ``n`` items whose first sampled answer the stage changed, and how many of all it left as they were."""
+    both = [(prompt, answers[BEFORE[stage]][0], answers[stage][0]) for prompt, answers in answered]
+    changed = [item for item in both if item[1] != item[2]]
+    return changed[:n], len(both) - len(changed)
+
+
+def evaluation_examples(items: Sequence[Changed], chat: Chat, stage: str, vertical: str) -> list[Example]:
+    """Evaluation losses of a stage: SFT's on the answer after it; the pairwise ones with the answer after as winner and
+    the answer before as loser."""
+    return [
+        Example(f"{vertical}/{prompt.id}", vertical,
+                tuple(chat.sequence(prompt.turns, answer, prompt.system)
+                      for answer in ((after,) if stage == "sft" else (after, before))))
+        for prompt, before, after in items
+    ]
+
+
+def text_scores(train: Sequence[Example], queries: Sequence[Example], tokenizer, raises: bool = False,
+                groups: Sequence[str] | None = None) -> Scores:
+    """What likeness of texts alone says, with the sign of influence scores (``solvers.tfidf``): [examples, items].
+
+    An example stands for the text that it makes likelier, its first sequence with the prompt. It lowers an item's loss by
+    being like the item's first sequence, and raises it by being like the second, where there is one; ``raises``: the
+    other way round, where the loss is the log-odds of the first.
+    """
+    def decoded(examples: Sequence[Example], side: int) -> list[str]:
+        return [tokenizer.decode(e.sequences[side].input_ids, skip_special_tokens=True) for e in examples]
+
+    by_item = sum(sign * tfidf(decoded(train, 0), decoded(queries, side)).by_item
+                  for side, sign in zip(range(len(queries[0].sequences)), (1.0, -1.0)))
+    return of_items(-by_item if raises else by_item, groups)

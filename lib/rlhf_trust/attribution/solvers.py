@@ -29,7 +29,7 @@ bad is the vertical's to say. A similar text or gradient, then, has a negative s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -95,7 +95,7 @@ class Scores:
         return self.by_item.mean(1)
 
 
-def datainf(train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Seq[str] | None = None) -> Scores:
+def datainf(train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Sequence[str] | None = None) -> Scores:
     """DataInf scores of every training example against every evaluation item (equation above).
 
     Parameters
@@ -123,7 +123,7 @@ def datainf(train: Gradients, queries: Gradients, damping: Damping = Damping(), 
 
 
 def exact_layerwise(train: Gradients, queries: Gradients, damping: Damping = Damping(),
-                    groups: Seq[str] | None = None) -> Scores:
+                    groups: Sequence[str] | None = None) -> Scores:
     """− v_lᵀ H_l⁻¹ g_{l,i} summed over layers: what DataInf approximates. Arguments and errors as for :func:`datainf`.
 
     O(n² Σ d_l) time; memory O(n² + n d_l): two n × n matrices and one layer's gradients in float64.
@@ -131,7 +131,7 @@ def exact_layerwise(train: Gradients, queries: Gradients, damping: Damping = Dam
     return _exact_layerwise(train, queries, [damping], groups)[0]
 
 
-def exact_joint(train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Seq[str] | None = None) -> Scores:
+def exact_joint(train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Sequence[str] | None = None) -> Scores:
     """− vᵀ H⁻¹ g_i over all layers at once, with one λ; no ``by_layer``, since every layer's gradients act on all.
 
     Arguments, errors, time and memory (three n × n matrices) as for :func:`exact_layerwise`.
@@ -140,7 +140,7 @@ def exact_joint(train: Gradients, queries: Gradients, damping: Damping = Damping
 
 
 def gradient_dot(train: Gradients, queries: Gradients, damping: Damping | None = None,
-                 groups: Seq[str] | None = None) -> Scores:
+                 groups: Sequence[str] | None = None) -> Scores:
     """− vᵀ g_i, as after one step of gradient descent (TracIn, Pruthi et al. 2020, arXiv 2002.08484, at one checkpoint).
 
     Arguments and errors as for :func:`datainf`; ``damping`` has no part in it (solvers take the same arguments).
@@ -153,19 +153,19 @@ def gradient_dot(train: Gradients, queries: Gradients, damping: Damping | None =
 
 
 def gradient_cosine(train: Gradients, queries: Gradients, damping: Damping | None = None,
-                    groups: Seq[str] | None = None) -> Scores:
+                    groups: Sequence[str] | None = None) -> Scores:
     """− cos(v, g_i) over all layers at once; 0 for a gradient that is zero. Arguments as for :func:`gradient_dot`."""
     dot = gradient_dot(train, queries).by_item
     lengths = torch.outer(train.squares.sum(1).sqrt(), queries.squares.sum(1).sqrt()).numpy()
     return of_items(dot / np.where(lengths > 0, lengths, 1.0), groups)
 
 
-def random_scores(n: int, m: int, seed: int = 0, groups: Seq[str] | None = None) -> Scores:
+def random_scores(n: int, m: int, seed: int = 0, groups: Sequence[str] | None = None) -> Scores:
     """Standard normal scores of n examples for m items: what a solver has to beat."""
     return of_items(np.random.default_rng(seed).standard_normal((n, m)), groups)
 
 
-def tfidf(train_texts: Seq[str], query_texts: Seq[str], groups: Seq[str] | None = None) -> Scores:
+def tfidf(train_texts: Sequence[str], query_texts: Sequence[str], groups: Sequence[str] | None = None) -> Scores:
     """− cosine similarity of TF-IDF vectors (scikit-learn's defaults): [n, m] from n training and m evaluation texts.
 
     Words and their weights are the training texts' (a word that none of them has cannot tell them apart), so an item's
@@ -191,8 +191,8 @@ SOLVERS: dict[str, Callable[..., Scores]] = {
 """The solvers that work on gradients, all called as ``solver(train, queries, damping, groups)``."""
 
 
-def damping_sweep(train: Gradients, queries: Gradients, solver: str, factors: Seq[float],
-                  groups: Seq[str] | None = None) -> dict[float, Scores]:
+def damping_sweep(train: Gradients, queries: Gradients, solver: str, factors: Sequence[float],
+                  groups: Sequence[str] | None = None) -> dict[float, Scores]:
     """Scores under λ = factor · mean squared entry, by factor; equal to the solver's own, one factor at a time.
 
     What does not depend on λ is done once: reading the gradients, and their products with evaluation gradients
@@ -351,7 +351,7 @@ def _products(train: Gradients, layer: str, v: torch.Tensor) -> torch.Tensor:
 class _Margins:
     """Collects ``Scores`` layer by layer from that layer's scores [m, n]."""
 
-    def __init__(self, n: int, m: int, groups: Seq[str] | None):
+    def __init__(self, n: int, m: int, groups: Sequence[str] | None):
         self.labels = _labels(groups, m)
         self.layers, self.by_item, self.by_layer = [], torch.zeros(m, n, dtype=torch.float64), []
         parts = [np.ones(m, bool), *(self.labels == label for label in dict.fromkeys(self.labels))]
@@ -369,13 +369,13 @@ class _Margins:
         return _grouped(tuple(self.layers), self.by_item.T.numpy(), by_layer, self.labels)
 
 
-def of_items(by_item: np.ndarray, groups: Seq[str] | None = None) -> Scores:
+def of_items(by_item: np.ndarray, groups: Sequence[str] | None = None) -> Scores:
     """``Scores`` without layers, from scores [n, m]."""
     labels = _labels(groups, by_item.shape[1])
     return _grouped((), by_item, np.zeros((1 + len(set(labels)), 0, len(by_item))), labels)
 
 
-def _labels(groups: Seq[str] | None, m: int) -> np.ndarray:
+def _labels(groups: Sequence[str] | None, m: int) -> np.ndarray:
     if groups is not None and len(groups) != m:
         raise StudyError(f"attribution: {len(groups)} group labels for {m} evaluation items")
     return np.array([] if groups is None else list(groups), dtype=object)

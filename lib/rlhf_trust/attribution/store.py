@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -41,7 +41,7 @@ class Gradients(Protocol):
 class InMemory:
     """:class:`Gradients` from tensors: layer weight name → [n, d], rows in the order of ``ids``."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], ids: Seq[str]):
+    def __init__(self, tensors: Mapping[str, torch.Tensor], ids: Sequence[str]):
         if not tensors:
             raise StudyError("gradients: there is no layer")
         self.layers, self.ids = tuple(sorted(tensors)), tuple(ids)
@@ -64,7 +64,7 @@ class InMemory:
 class Scaled:
     """:class:`Gradients` with each example's multiplied by a factor of its own, [n]: of a mean over tokens from its sum."""
 
-    def __init__(self, gradients: Gradients, factors: Seq[float]):
+    def __init__(self, gradients: Gradients, factors: Sequence[float]):
         self._gradients, self._factors = gradients, torch.tensor(factors, dtype=torch.float64)
         if len(self._factors) != len(gradients):
             raise StudyError(f"gradients: {len(self._factors)} factors for {len(gradients)} examples")

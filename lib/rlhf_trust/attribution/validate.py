@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from pathlib import Path
@@ -29,12 +30,23 @@ from scipy import stats as scipy_stats
 from sklearn.metrics import roc_auc_score
 
 from .. import StudyError
-from ..artifacts import content_key, write_text
+from ..artifacts import content_key, progress, write_text
 from ..data.preferences import PreferencePair
-from ..progress import progress
-from ..stats import DETECTED, DRAWS, TAILS, Change, Interval, generator, holm, mean_interval, paired_change
-from .gradients import Example, Loss, tokens_content
-from .retrain import Recipe, fit, losses, restore, snapshot
+from ..decode import Example
+from ..losses import DPOLoss, Loss, NextTokenLoss, reference_logps, tokens_content
+from ..models import restore, snapshot
+from ..stats import (
+    DETECTED,
+    DRAWS,
+    TAILS,
+    Change,
+    Interval,
+    generator,
+    holm,
+    mean_interval,
+    paired_change,
+)
+from ..training import Recipe, example_losses, fit
 
 Outcomes = dict[str, np.ndarray]
 """Name of a measurement → its values [subsets, items], a row for each retraining."""
@@ -107,11 +119,11 @@ def retrained(directory: Path | str, name: str, key: object, subsets: np.ndarray
 class Queries:
     """Evaluation items and the loss that they are looked at through."""
 
-    examples: Seq[Example]
+    examples: Sequence[Example]
     loss: Loss
 
 
-def retrain_halves(directory: Path | str, name: str, fingerprint: str, network, adapter: str, pool: Seq[Example],
+def retrain_halves(directory: Path | str, name: str, fingerprint: str, network, adapter: str, pool: Sequence[Example],
                    loss: Loss, queries: Mapping[str, Queries], halves: np.ndarray, recipe: Recipe, pad: int,
                    seed: int = 0) -> Outcomes:
     """Fit an adapter to each half of a pool, always from its present weights, and evaluate the queries' losses.
@@ -142,7 +154,7 @@ def retrain_halves(directory: Path | str, name: str, fingerprint: str, network, 
     def measure(indices: np.ndarray, own_seed: int) -> dict[str, np.ndarray]:
         restore(network, adapter, start)
         fit(network, adapter, [pool[i] for i in indices], loss, pad, recipe, own_seed)
-        return {what: losses(network, adapter, q.examples, q.loss, pad) for what, q in queries.items()}
+        return {what: example_losses(network, adapter, q.examples, q.loss, pad) for what, q in queries.items()}
 
     try:
         return retrained(directory, name, key, halves, measure, seed)
@@ -151,7 +163,7 @@ def retrain_halves(directory: Path | str, name: str, fingerprint: str, network, 
 
 
 def weights_content(weights: Mapping[str, torch.Tensor]) -> str:
-    """A hash of weights (``retrain.snapshot``), for the key of :func:`retrained`."""
+    """A hash of weights (``models.snapshot``), for the key of :func:`retrained`."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].cpu().numpy().tobytes())
@@ -273,7 +285,7 @@ def _lds_change(a: np.ndarray, b: np.ndarray, drawn_a: np.ndarray, drawn_b: np.n
 
 
 def lds_table(solvers: Mapping[str, np.ndarray], halves: np.ndarray, outcomes: np.ndarray,
-              against: Seq[str] = ("random", "tfidf"), name: str = "", draws: int = DRAWS // 2) -> pd.DataFrame:
+              against: Sequence[str] = ("random", "tfidf"), name: str = "", draws: int = DRAWS // 2) -> pd.DataFrame:
     """Every solver's mean LDS, and how far above the baselines ``against`` (names among ``solvers``) it lies.
 
     Columns solver, lds, ci_low, ci_high, items, halves; for each baseline b above_b, above_b_low, above_b_high,
@@ -327,7 +339,7 @@ def lds_words(table: pd.DataFrame) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Arms:
+class Ablations:
     """Training sets to compare: ``names``, one a retraining (``random`` several times), and ``subsets``, bool
     [retrainings, n], for :func:`retrained`."""
 
@@ -360,12 +372,12 @@ def most_similar(similarity: np.ndarray, share: float) -> np.ndarray:
     return most_harmful(similarity, share)
 
 
-def leave_out_arms(scores: np.ndarray, k: int, draws: int, seed: int) -> Arms:
+def leave_out_arms(scores: np.ndarray, k: int, draws: int, seed: int) -> Ablations:
     """Leave out the top ``k``, the bottom ``k``, and ``k`` at random ``draws`` times."""
     return _arms(len(scores), dict(zip(("top", "bottom"), top_and_bottom(scores, k))), k, draws, seed)
 
 
-def pruning_arms(scores: np.ndarray, similarity: np.ndarray, share: float, draws: int, seed: int) -> Arms:
+def pruning_arms(scores: np.ndarray, similarity: np.ndarray, share: float, draws: int, seed: int) -> Ablations:
     """``full``: all examples; ``pruned``: without the most harmful ``share``; ``similar``: without as many that are most
     alike in text; ``random``: without as many at random, ``draws`` times."""
     removed = {"full": np.zeros(0, dtype=int), "pruned": most_harmful(scores, share),
@@ -373,19 +385,19 @@ def pruning_arms(scores: np.ndarray, similarity: np.ndarray, share: float, draws
     return _arms(len(scores), removed, len(removed["pruned"]), draws, seed)
 
 
-def _arms(n: int, removed: Mapping[str, np.ndarray], k: int, draws: int, seed: int) -> Arms:
+def _arms(n: int, removed: Mapping[str, np.ndarray], k: int, draws: int, seed: int) -> Ablations:
     at_random = random_sets(n, k, draws, seed)
     kept = [_without(indices[None], n) for indices in removed.values()] + [_without(at_random, n)]
-    return Arms((*removed, *["random"] * draws), np.concatenate(kept))
+    return Ablations((*removed, *["random"] * draws), np.concatenate(kept))
 
 
-def pruning_table(names: Seq[str], outcomes: Outcomes, clusters: Mapping[str, Seq[str] | None] | None = None) -> pd.DataFrame:
+def pruning_table(names: Sequence[str], outcomes: Outcomes, clusters: Mapping[str, Sequence[str] | None] | None = None) -> pd.DataFrame:
     """Every arm against the mean of the random ones, by what was measured. (For leaving out as well.)
 
     Parameters
     ----------
     names, outcomes
-        ``Arms.names`` and what :func:`retrained` gave for ``Arms.subsets``: name → [retrainings, items]. Above 0 is worse
+        ``Ablations.names`` and what :func:`retrained` gave for ``Ablations.subsets``: name → [retrainings, items]. Above 0 is worse
         for log-odds of bad answers; reward accuracy can be among the outcomes as 0 and 1.
     clusters
         Name → a label an item, as ``metric.clusters`` gives it.
@@ -441,7 +453,7 @@ def _between_draws(arm: np.ndarray, at_random: np.ndarray) -> tuple[float, float
 # --- planted examples ----------------------------------------------------------------------------------------------
 
 
-def mislabel(items: Seq[PreferencePair] | Seq[Example], share: float, seed: int) -> tuple[list, np.ndarray]:
+def mislabel(items: Sequence[PreferencePair] | Sequence[Example], share: float, seed: int) -> tuple[list, np.ndarray]:
     """Swap chosen and rejected in a random ``share`` of preference pairs (or of examples of two sequences).
 
     Returns the items, in order, and which were swapped, bool [n]. A swapped :class:`Example` gets another id
@@ -499,7 +511,7 @@ def auc_ceiling(accuracy: float) -> float:
     return float(scipy_stats.norm.cdf(sqrt(2) * scipy_stats.norm.ppf(accuracy)))
 
 
-def plant_copies(training: Seq[Example], queries: Seq[Example], seed: int) -> tuple[list[Example], np.ndarray]:
+def plant_copies(training: Sequence[Example], queries: Sequence[Example], seed: int) -> tuple[list[Example], np.ndarray]:
     """Put a copy of each query among the training examples, at random places.
 
     Returns the examples and, for each, the number of the query that it copies (−1: none), [n + queries]. Copies are named
@@ -542,3 +554,24 @@ def copy_table(solvers: Mapping[str, np.ndarray], owner: np.ndarray, k: int = 10
             rows.append({"solver": solver, "metric": metric, "value": found.value, "ci_low": found.low,
                          "ci_high": found.high, "n": found.n})
     return pd.DataFrame(rows)
+
+
+def sft_then_dpo(network, start: dict[str, torch.Tensor], chosen: Sequence[Example], pairs: Sequence[Example], beta: float,
+                 sft: Recipe, dpo: Recipe, pad: int, seed: int) -> None:
+    """The study's order anew, in place: adapter ``sft`` from ``start`` on the chosen answers (mean loss a token), then
+    ``dpo`` from it on the pairs, against it. ``chosen``, ``pairs``: ``metric.training_examples`` of either stage."""
+    restore(network, "sft", start)
+    fit(network, "sft", chosen, NextTokenLoss("mean"), pad, sft, seed)
+    restore(network, "dpo", snapshot(network, "sft"))
+    fit(network, "dpo", pairs, DPOLoss(beta, reference_logps(network, "sft", pairs, pad)), pad, dpo, seed)
+
+
+def implicit_accuracy(network, pairs: Sequence[Example], beta: float, pad: int) -> np.ndarray:
+    """Which pairs DPO's implicit reward (adapter ``dpo`` against ``sft``) ranks as people did, 0 or 1: [pairs]."""
+    return ranked_right(example_losses(network, "dpo", pairs, DPOLoss(beta, reference_logps(network, "sft", pairs, pad)), pad))
+
+
+def ranked_right(pair_losses: np.ndarray) -> np.ndarray:
+    """Which pairs a model ranks as people did, 0 or 1, from their reward or DPO losses [n]: −log σ(margin) lies below
+    log 2 exactly where the margin is above 0. The mean is the (implicit) reward accuracy."""
+    return (np.asarray(pair_losses) < math.log(2)).astype(float)

@@ -9,16 +9,17 @@ the two messages as one turn.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 from .. import StudyError
-from ..chat import Chat
-from .files import locate, read_jsonl
+from ..chat import Chat, EncodedExample
+from ..sources import locate, read_jsonl
 
-HALVES = {"harmless": "hh-rlhf/harmless-base", "helpful": "hh-rlhf/helpful-base"}
+SUBSETS = {"harmless": "hh-rlhf/harmless-base", "helpful": "hh-rlhf/helpful-base"}
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -27,7 +28,7 @@ class PreferencePair:
     """Two answers to one conversation, the first preferred by a person.
 
     ``prompt`` alternates human, assistant, …, human; ``source`` is ``harmless`` or ``helpful``; ``id`` is
-    ``<half>.<split>:<line>``.
+    ``<subset>.<split>:<line>``.
     """
 
     id: str
@@ -100,13 +101,13 @@ def parse_pair(row: dict, id: str, source: str) -> PreferencePair:
     return PreferencePair(id, join_turns(chosen[:-1]), chosen[-1][1], rejected[-1][1], source)
 
 
-def read_pairs(path: Path, half: str) -> tuple[list[PreferencePair], list[str]]:
+def read_pairs(path: Path, subset: str) -> tuple[list[PreferencePair], list[str]]:
     """All good pairs of a file, and ``file:line: reason`` for every bad row."""
     pairs, bad = [], []
     split = "train" if "train" in path.name else "test"
     for number, row in read_jsonl(path):
         try:
-            pairs.append(parse_pair(row, f"{half}.{split}:{number}", half))
+            pairs.append(parse_pair(row, f"{subset}.{split}:{number}", subset))
         except ValueError as error:
             bad.append(f"{path.name}:{number}: {error}")
     return pairs, bad
@@ -134,12 +135,12 @@ def load_preferences(source: str, n_train: int, n_held_out: int, chat: Chat, max
         A missing file, a line that is no JSON, a side without a pair.
     """
     result = Preferences([], [])
-    for half, stem in HALVES.items():
-        test, bad = read_pairs(locate(source, f"{stem}.test.jsonl"), half)
+    for subset, stem in SUBSETS.items():
+        test, bad = read_pairs(locate(source, f"{stem}.test.jsonl"), subset)
         train_path = locate(source, f"{stem}.train.jsonl", required=False)
         train = []
         if train_path:
-            train, bad_train = read_pairs(train_path, half)
+            train, bad_train = read_pairs(train_path, subset)
             bad += bad_train
         result.bad_rows += bad
         result.train += train
@@ -183,8 +184,8 @@ def pair_tokens(pair: PreferencePair, chat: Chat) -> int:
 
 def balanced(pairs: list[PreferencePair], wanted: int, seed: int) -> list[PreferencePair]:
     """Up to ``wanted`` pairs in an order drawn from ``seed``, the halves taking turns while both last."""
-    queues = {half: sorted((p for p in pairs if p.source == half), key=lambda p: _shuffle_key(p.id, seed))
-              for half in sorted({pair.source for pair in pairs})}
+    queues = {subset: sorted((p for p in pairs if p.source == subset), key=lambda p: _shuffle_key(p.id, seed))
+              for subset in sorted({pair.source for pair in pairs})}
     chosen: list[PreferencePair] = []
     while len(chosen) < wanted and any(queues.values()):
         for queue in queues.values():
@@ -195,3 +196,32 @@ def balanced(pairs: list[PreferencePair], wanted: int, seed: int) -> list[Prefer
 
 def _shuffle_key(text: str, seed: int) -> str:
     return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()
+
+
+PAIRS = "pairs.jsonl"
+"""Beside the adapter: the pairs that it was trained on."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A training pair and where it came from: round, prompt, and the mixed reference of (winner, loser), once computed."""
+
+    round: int
+    prompt_id: str
+    winner: EncodedExample
+    loser: EncodedExample
+    reference: tuple[float, float] | None = None
+
+    @property
+    def id(self) -> str:
+        return f"round {self.round}, {self.prompt_id}"
+
+
+def load_pairs(directory: Path) -> list[Pair]:
+    """The pairs that an INPO adapter was trained on."""
+    path = directory / PAIRS
+    if not path.is_file():
+        raise StudyError(f"{path}: missing; run 05-inpo first")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Pair(r["round"], r["prompt_id"], *(EncodedExample(tuple(r[side]["input_ids"]), r[side]["answer_start"])
+                                               for side in ("winner", "loser")), tuple(r["reference"])) for r in rows]

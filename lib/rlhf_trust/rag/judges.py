@@ -8,19 +8,25 @@ The metric's authors ask TRUE, an 11-billion-weight model (``hub:google/t5_xxl_t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from .. import StudyError
+from ..artifacts import progress
 from ..decode import batches_by_length
-from ..models import auto_dtype, device, model_directory
-from ..progress import progress
+from ..models import auto_dtype, device
+from ..sources import model_directory
 from ..stats import mean_interval
 from .questions import Entailment
 
@@ -38,7 +44,7 @@ class LexicalJudge:
     threshold: float = 0.7
     name: str = "lexical"
 
-    def __call__(self, pairs: Seq[tuple[str, str]]) -> list[bool]:
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         return [self._entailed(premise, hypothesis) for premise, hypothesis in pairs]
 
     def _entailed(self, premise: str, hypothesis: str) -> bool:
@@ -106,7 +112,7 @@ class ModelJudge:
         return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
 
     @torch.no_grad()
-    def __call__(self, pairs: Seq[tuple[str, str]]) -> list[bool]:
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         found = [False] * len(pairs)
         for batch in progress(batches_by_length([len(p) + len(h) for p, h in pairs], self.rows), desc="entailment", unit="batch"):
             some = [pairs[i] for i in batch]
@@ -129,7 +135,7 @@ def judge_named(source: str):
     return LexicalJudge() if source == "lexical" else ModelJudge(source)
 
 
-def agreement(judge, pairs: Seq[Entailment], name: str = "") -> pd.DataFrame:
+def agreement(judge, pairs: Sequence[Entailment], name: str = "") -> pd.DataFrame:
     """How often a judge says what people said, of all pairs and of those that follow and those that do not apart: columns pairs,
     value, ci_low, ci_high, n; intervals over groups."""
     labels, groups = np.array([p.entailed for p in pairs]), np.array([p.group for p in pairs])

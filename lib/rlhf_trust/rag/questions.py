@@ -7,14 +7,25 @@ into a sentence (``statements``). Of more than five documents the first five are
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import StudyError
-from ..data.files import locate, read_json, read_jsonl
 from ..decode import Prompt
-from .trust_score import DOCUMENTS, KINDS, REFUSAL, Claim, Document, Question, citations, items, sentences, without_citations
+from ..sources import locate, read_json, read_jsonl
+from .trust_score import (
+    DOCUMENTS,
+    KINDS,
+    REFUSAL,
+    Claim,
+    Document,
+    Question,
+    citations,
+    items,
+    sentences,
+    without_citations,
+)
 
 OFFICIAL = {"asqa": "short", "qampari": "list", "eli5": "long", "expertqa": "long"}
 """The authors' files, ``trust-score/<name>_eval_top100_calibrated.json``, and how their claims are matched; a shipped file,
@@ -165,7 +176,7 @@ def hard_pairs() -> list[Entailment]:
     return found
 
 
-def claim_pairs(questions: Seq[Question]) -> list[Entailment]:
+def claim_pairs(questions: Sequence[Question]) -> list[Entailment]:
     """Every document with every gold claim of its question, put as the metric puts it (behind the question where the claim is
     a name), labelled by ``answers_found``."""
     def stated(question: Question, claim: Claim) -> str:

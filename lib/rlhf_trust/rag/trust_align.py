@@ -7,7 +7,7 @@ the answers that are wrong somewhere, the worst half by severity is kept, of ans
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -27,7 +27,7 @@ SEVERITY = {"unwarranted_refusal": 0.50, "over_responsiveness": 0.50, "overcitat
 # --- documents put together anew -----------------------------------------------------------------------------------
 
 
-def recombined(questions: Seq[Question], variants: int, seed: int = 0) -> list[Question]:
+def recombined(questions: Sequence[Question], variants: int, seed: int = 0) -> list[Question]:
     """Each question as it is, and of each answerable one ``variants`` more with other documents.
 
     The variants cycle through three: some of the documents that hold a claim replaced (half, rounded up, but never all); all
@@ -110,7 +110,7 @@ def severity(scores: Scores) -> float:
     return sum(SEVERITY[kind] * value for kind, value in errors(scores).items())
 
 
-def worst_half(scores: Seq[Scores], most: int = 0) -> list[int]:
+def worst_half(scores: Sequence[Scores], most: int = 0) -> list[int]:
     """Indices of the responses to learn from: those with any error, and of these the worse half by severity, rounded up, of
     answerable and unanswerable questions apart; in order. ``most``: of both together at most so many (0: all), the two sides
     taking turns."""
@@ -123,7 +123,7 @@ def worst_half(scores: Seq[Scores], most: int = 0) -> list[int]:
     return sorted(turns[: most or len(turns)])
 
 
-def pairs(questions: Seq[Question], responses: Seq[str]) -> list[PreferencePair]:
+def pairs(questions: Sequence[Question], responses: Sequence[str]) -> list[PreferencePair]:
     """Preference pairs: what should have been said against what was. Responses that say it already are left out."""
     found = [PreferencePair(q.id, prompt(q).turns, positive(q), response, q.kind)
              for q, response in zip(questions, responses) if response.strip() and response != positive(q)]

@@ -11,7 +11,7 @@ A_R. Three parts, each between 0 and 1, and their mean:
 - **grounded citation** F1_GC: of the answered, how often a sentence follows from the documents it cites (recall), and how often
   a citation is needed for that (precision).
 
-What follows from what is decided by a ``Judge``; figures by different judges are not comparable. Every part is a ratio of sums
+What follows from what is decided by a ``EntailmentModel``; figures by different judges are not comparable. Every part is a ratio of sums
 over questions, so resampling questions gives all intervals at once (:func:`trust_score`).
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,7 @@ that share of the core's length, as the ratio finds any shorter text, such as "A
 
 ABBREVIATIONS = frozenset("dr mr mrs ms st ste no vs etc approx jr sr a.m p.m e.g i.e u.s u.k".split())
 
-Judge = Callable[[Seq[tuple[str, str]]], Seq[bool]]
+EntailmentModel = Callable[[Sequence[tuple[str, str]]], Sequence[bool]]
 """(premise, hypothesis) pairs → does each hypothesis follow?"""
 
 
@@ -169,7 +169,7 @@ class Scores:
     cited: int
 
 
-def claims_found(question: Question, response: str, judge: Judge) -> list[bool]:
+def claims_found(question: Question, response: str, judge: EntailmentModel) -> list[bool]:
     """Which gold claims the response holds, [claims]."""
     plain = without_citations(response)
     if question.kind == "long":
@@ -181,7 +181,7 @@ def claims_found(question: Question, response: str, judge: Judge) -> list[bool]:
     return [not named.isdisjoint(map(normalised, claim.aliases)) for claim in question.claims]
 
 
-def correctness(question: Question, response: str, found: Seq[bool]) -> float:
+def correctness(question: Question, response: str, found: Sequence[bool]) -> float:
     """AC of an answered question: share of supported gold claims found; of a list F1 of its precision and of its recall, for
     which five hits are enough."""
     held = [f for f, supported in zip(found, question.supported) if supported]
@@ -196,7 +196,7 @@ def correctness(question: Question, response: str, found: Seq[bool]) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def citation_scores(question: Question, response: str, judge: Judge) -> tuple[float, float, int, int]:
+def citation_scores(question: Question, response: str, judge: EntailmentModel) -> tuple[float, float, int, int]:
     """Citation recall (mean over sentences), precision (over citations), and how many of each there are.
 
     A citation out of range leaves the whole sentence unsupported and its citations out of the precision. Of more than three
@@ -226,12 +226,12 @@ def _statements(question: Question, response: str) -> tuple[int, list[tuple[str,
                          if numbers and all(0 <= i < len(question.documents) for i in numbers)]
 
 
-def _asked(question: Question, text: str, numbers: Seq[int]) -> tuple[str, str]:
+def _asked(question: Question, text: str, numbers: Sequence[int]) -> tuple[str, str]:
     """What a judge is asked: do these documents together hold the text?"""
     return "\n".join(question.documents[i].premise for i in numbers), text
 
 
-def score_response(question: Question, response: str, judge: Judge) -> Scores:
+def score_response(question: Question, response: str, judge: EntailmentModel) -> Scores:
     response = one_number_a_bracket(response)
     if refused(response):
         return Scores(False, question.answerable, 0.0, 0.0, 0.0, 0.0, 0, 0)
@@ -240,13 +240,13 @@ def score_response(question: Question, response: str, judge: Judge) -> Scores:
     return Scores(True, question.answerable, correctness(question, response, found), from_memory, *citation_scores(question, response, judge))
 
 
-def score_responses(questions: Seq[Question], responses: Seq[str], judge: Judge) -> list[Scores]:
+def score_responses(questions: Sequence[Question], responses: Sequence[str], judge: EntailmentModel) -> list[Scores]:
     """The same for many, the judge asked about all of them at once (apart from what depends on its first answers)."""
     if len(questions) != len(responses):
         raise StudyError(f"trust-score: {len(responses)} responses to {len(questions)} questions")
     known: dict[tuple[str, str], bool] = {}
 
-    def remembering(pairs: Seq[tuple[str, str]]) -> list[bool]:
+    def remembering(pairs: Sequence[tuple[str, str]]) -> list[bool]:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
         known.update(zip(new, judge(new) if new else ()))
         return [known[pair] for pair in pairs]
@@ -268,7 +268,7 @@ METRICS = ("trust_score", *PARTS, "answer_rate", "f1_refusing", "f1_answering", 
            "precision_correctness", "recall_correctness", "citation_recall", "citation_precision", "parametric_share")
 
 
-def trust_score(scores: Seq[Scores], name: str = "", draws: int = DRAWS) -> pd.DataFrame:
+def trust_score(scores: Sequence[Scores], name: str = "", draws: int = DRAWS) -> pd.DataFrame:
     """All parts with 95 % intervals from resampled questions: columns metric, value, ci_low, ci_high, n."""
     if not scores:
         raise StudyError("trust-score: no responses to score")
@@ -279,7 +279,7 @@ def trust_score(scores: Seq[Scores], name: str = "", draws: int = DRAWS) -> pd.D
     return pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high", "n"])
 
 
-def trust_score_change(after: Seq[Scores], before: Seq[Scores], name: str = "", draws: int = DRAWS) -> pd.DataFrame:
+def trust_score_change(after: Sequence[Scores], before: Sequence[Scores], name: str = "", draws: int = DRAWS) -> pd.DataFrame:
     """Change of all parts between two models on the same questions: columns metric, change, ci_low, ci_high, p, min_detectable, n.
 
     Intervals resample questions, the same for both models. p exchanges the two models' responses question by question at random
@@ -307,7 +307,7 @@ def _differences(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) ->
     return {metric: first[metric] - second[metric] for metric in METRICS}
 
 
-def _metrics(scores: Seq[Scores], weights: np.ndarray) -> dict[str, np.ndarray]:
+def _metrics(scores: Sequence[Scores], weights: np.ndarray) -> dict[str, np.ndarray]:
     """Every metric for every row of question weights [draws, questions]; what has nothing below its line is 0."""
     answered, answerable = (np.array([getattr(s, field) for s in scores], dtype=float) for field in ("answered", "answerable"))
     correct, parametric, recall, precision = (np.array([getattr(s, field) for s in scores]) for field in ("correct", "parametric", "recall", "precision"))
@@ -338,12 +338,12 @@ def _metrics(scores: Seq[Scores], weights: np.ndarray) -> dict[str, np.ndarray]:
     return m
 
 
-def grounding_table(scores: Mapping[str, Seq[Scores]], judge: str, seed: int) -> pd.DataFrame:
+def grounding_table(scores: Mapping[str, Sequence[Scores]], judge: str, seed: int) -> pd.DataFrame:
     """Rows of ``grounding.csv``: all parts of every model (name → scores of its responses), by one judge."""
     return pd.concat([trust_score(of_model, name).assign(model=name, judge=judge, seed=seed) for name, of_model in scores.items()], ignore_index=True)
 
 
-def grounding_changes(scores: Mapping[str, Seq[Scores]], comparisons: Seq[tuple[str, str]], judge: str, seed: int) -> pd.DataFrame:
+def grounding_changes(scores: Mapping[str, Sequence[Scores]], comparisons: Sequence[tuple[str, str]], judge: str, seed: int) -> pd.DataFrame:
     """Rows of ``grounding_change.csv``: each (model, baseline), with Holm's correction over the changes of the whole score."""
     rows = [trust_score_change(scores[model], scores[baseline], f"{model}-{baseline}").assign(model=model, baseline=baseline, judge=judge, seed=seed)
             for model, baseline in comparisons]
@@ -380,6 +380,6 @@ def _verdict(row: pd.Series) -> str:
     return "better" if row["ci_low"] > 0 else "worse" if row["ci_high"] < 0 else "no clear change"
 
 
-def trivial(questions: Seq[Question], answers: bool) -> list[Scores]:
+def trivial(questions: Sequence[Question], answers: bool) -> list[Scores]:
     """A baseline that answers everything, or refuses everything, and gets nothing else right."""
     return [Scores(answers, q.answerable, 0.0, 0.0, 0.0, 0.0, 0, 0) for q in questions]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from .. import decode
-from ..align.rollout import Judge, with_end
-from ..chat import Chat, Sequence
-from ..progress import progress
+from .. import decode, models
+from ..align.rollout import RewardFn, with_end
+from ..artifacts import progress
+from ..chat import Chat, EncodedExample
 from .order_consistency import Reward
 
 
 @torch.no_grad()
-def embed(model, answers: Seq[Sequence], chat: Chat, rows: int = 16, desc: str = "") -> np.ndarray:
+def embed(model, answers: Sequence[EncodedExample], chat: Chat, rows: int = 16, desc: str = "") -> np.ndarray:
     """The backbone's last hidden state at each answer's end token, adapters switched off: [n, hidden], float32.
 
     An answer that was cut off is given an end token. ``model``: a PEFT model, or the backbone itself. ``desc`` shows a
@@ -25,12 +25,12 @@ def embed(model, answers: Seq[Sequence], chat: Chat, rows: int = 16, desc: str =
     ended = with_end(answers, eos)
     found = np.zeros((len(ended), model.config.hidden_size), dtype=np.float32)
     batches = decode.reading_batches(ended, rows)
-    with decode.without_adapters(model):
+    with models.without_adapters(model):
         for batch in progress(batches, desc=desc, unit="batch") if desc else batches:
             found[batch] = decode.end_states(model, [ended[i] for i in batch], pad).cpu().numpy()
     return found
 
 
-def judge(model, reward: Reward, chat: Chat, rows: int = 16) -> Judge:
+def judge(model, reward: Reward, chat: Chat, rows: int = 16) -> RewardFn:
     """A learnt reward as a judge of answers, for PPO and INPO."""
     return lambda answers: torch.tensor(reward(embed(model, answers, chat, rows)), dtype=torch.float32)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -27,8 +27,7 @@ from scipy.stats import norm
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from .. import StudyError
-from ..artifacts import Kept, content_key
-from ..progress import progress
+from ..artifacts import ResultCache, content_key, progress
 from ..stats import LEVEL, mean_interval, row_rank_correlations
 
 Reward = Callable[[np.ndarray], np.ndarray]
@@ -292,7 +291,7 @@ class Bench:
         return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
 
 
-def check(learners: Seq[str], choices: Seq[str], betas: Seq[float], amounts: Seq[int], seeds: Seq[int], best_of: Seq[int],
+def check(learners: Sequence[str], choices: Sequence[str], betas: Sequence[float], amounts: Sequence[int], seeds: Sequence[int], best_of: Sequence[int],
           answers: int, ppo_beta: float | None = None) -> None:
     """Whether a sweep can be made of these, judged by so many ``answers`` to a test prompt, and PPO follow a reward learnt from
     its annotator of ``ppo_beta``; an error names the parameter."""
@@ -310,8 +309,8 @@ def check(learners: Seq[str], choices: Seq[str], betas: Seq[float], amounts: Seq
         raise StudyError(f"ppo_beta: must be one of betas, {', '.join(map(str, betas))}; got {ppo_beta}")
 
 
-def sweep(bench: Bench, learners: Seq[str], choices: Seq[str], betas: Seq[float], amounts: Seq[int], seeds: Seq[int],
-          best_of: Seq[int], network: Network | None = None, desc: str = "reward models", kept: Kept | None = None) -> pd.DataFrame:
+def sweep(bench: Bench, learners: Sequence[str], choices: Sequence[str], betas: Sequence[float], amounts: Sequence[int], seeds: Sequence[int],
+          best_of: Sequence[int], network: Network | None = None, desc: str = "reward models", kept: ResultCache | None = None) -> pd.DataFrame:
     """Every learner on every combination, each with each seed: one row each. ``kept`` holds what an interrupted sweep had.
 
     Columns learner, pairs, beta, amount, seed, label_accuracy, mean_gap (mean |Δr| of the annotated pairs), distinct (how many

@@ -12,7 +12,7 @@ all. ``style_gap`` is easy less hard, item by item: 0 for who sees substance alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 
 from .. import StudyError, decode
-from ..attribution.gradients import only_adapter
-from ..chat import Chat, Sequence
-from ..data.files import locate, read_json
+from ..chat import Chat, EncodedExample
+from ..models import only_adapter
+from ..sources import locate, read_json
 from ..stats import mean_interval, row_rank_correlations, stratified_interval
 
 STYLES = ("concise", "plain", "markdown")
@@ -94,12 +94,12 @@ ROWS = 8
 # --- scores --------------------------------------------------------------------------------------------------------
 
 
-def answers_of(items: Seq[Item], chat: Chat) -> list[Sequence]:
+def answers_of(items: Sequence[Item], chat: Chat) -> list[EncodedExample]:
     """Every answer as the model reads it, item by item: right ones in the three styles, then wrong ones."""
     return [chat.sequence((item.prompt,), answer) for item in items for answer in item.answers]
 
 
-def reward_scores(model, adapter: str, head, items: Seq[Item], generations: decode.Generations, fingerprint: str) -> np.ndarray:
+def reward_scores(model, adapter: str, head, items: Sequence[Item], generations: decode.Generations, fingerprint: str) -> np.ndarray:
     """Scores [items, 2, 3] (right and wrong, styles) of a reward model: an adapter and its head. ``fingerprint``: of both, under
     which ``generations`` keeps them."""
     chat = generations.chat
@@ -111,7 +111,7 @@ def reward_scores(model, adapter: str, head, items: Seq[Item], generations: deco
     return generations.numbers(fingerprint, f"rm-bench.{adapter}", answers_of(items, chat), measure).reshape(len(items), 2, 3)
 
 
-def implicit_scores(model, policy: str, reference: str, items: Seq[Item], generations: decode.Generations,
+def implicit_scores(model, policy: str, reference: str, items: Sequence[Item], generations: decode.Generations,
                     fingerprints: Mapping[str, str]) -> np.ndarray:
     """Scores [items, 2, 3] of a policy's implicit reward: Σ log π − log π_ref over an answer's tokens (DPO's β would not
     change an order)."""
@@ -127,13 +127,14 @@ def implicit_scores(model, policy: str, reference: str, items: Seq[Item], genera
     return (of(policy) - of(reference)).reshape(len(items), 2, 3)
 
 
-def classifier_scores(source: str, items: Seq[Item], max_length: int = 2048, rows: int = 8) -> np.ndarray:
+def classifier_scores(source: str, items: Sequence[Item], max_length: int = 2048, rows: int = 8) -> np.ndarray:
     """Scores [items, 2, 3] of a sequence classifier with one label, ``hub:<id>`` or ``path:<directory>``, read through its own
     chat template."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from ..models import device, load_tokenizer, model_directory
+    from ..models import device, load_tokenizer
+    from ..sources import model_directory
 
     directory = model_directory(source)
     tokenizer = load_tokenizer(directory)  # the score is read at the last token that is not padding: an end token must not be
@@ -174,18 +175,18 @@ def level_rates(won: np.ndarray) -> dict[str, np.ndarray]:
     return rates | {"average": won.mean((1, 2))}
 
 
-def by_domain(items: Seq[Item], values: np.ndarray) -> dict[str, np.ndarray]:
+def by_domain(items: Sequence[Item], values: np.ndarray) -> dict[str, np.ndarray]:
     """Values [items, …] by domain, in the order of ``DOMAINS``, those without an item left out."""
     of_item = np.array([item.domain for item in items])
     return {domain: values[of_item == domain] for domain in DOMAINS if (of_item == domain).any()}
 
 
-def matrix(items: Seq[Item], won: np.ndarray) -> np.ndarray:
+def matrix(items: Sequence[Item], won: np.ndarray) -> np.ndarray:
     """Share of items won by style of the right and of the wrong answer, mean over domains: wins [items, 3, 3] → [3, 3]."""
     return np.mean([part.mean(0) for part in by_domain(items, won).values()], axis=0)
 
 
-def summary(items: Seq[Item], won: np.ndarray, name: str = "", *, released: bool) -> pd.DataFrame:
+def summary(items: Sequence[Item], won: np.ndarray, name: str = "", *, released: bool) -> pd.DataFrame:
     """The table of one reward model: columns domain, level, value, ci_low, ci_high (95 %, over items), n.
 
     Rows of each domain, then means over the k domains that there are, ``<k>-domain`` (``overall`` if all four), each domain
@@ -214,7 +215,7 @@ def over_domains(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(model=[f"{row.model} ({row.domain}, n = {row.n})" for row in found.itertuples()])
 
 
-def style_bias(items: Seq[Item], scores: np.ndarray, lengths: np.ndarray) -> pd.DataFrame:
+def style_bias(items: Sequence[Item], scores: np.ndarray, lengths: np.ndarray) -> pd.DataFrame:
     """What a reward model pays for form: columns bias, value, ci_low, ci_high (95 %, over items), n. Means over domains.
 
     ``detail`` and ``markdown``: score of the detailed plain answer less the concise one, and of the markdown answer less the
@@ -238,7 +239,7 @@ def style_bias(items: Seq[Item], scores: np.ndarray, lengths: np.ndarray) -> pd.
                          for bias, i in intervals.items()])
 
 
-def answer_lengths(items: Seq[Item], chat: Chat) -> np.ndarray:
+def answer_lengths(items: Sequence[Item], chat: Chat) -> np.ndarray:
     """Tokens of every answer, end token included: [items, 2, 3]."""
     return np.array([len(s.answer_ids) for s in answers_of(items, chat)]).reshape(len(items), 2, 3)
 

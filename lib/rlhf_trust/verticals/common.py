@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ import pandas as pd
 
 from .. import StudyError
 from ..artifacts import Build, write_text
-from ..decode import Choice, Decoding, Generations, Prompt
-from ..lineup import BASELINES, Lineup
+from ..decode import Decoding, Generations, MultipleChoice, Prompt
+from ..models import BASELINES, ModelSet
 from ..stats import item_means, mean_interval, paired_change
 from . import HEADLINE
 
@@ -46,22 +47,22 @@ class Measure:
         return item_means(self.values)
 
 
-def answer_all(lineup: Lineup, generations: Generations, name: str, prompts: Sequence[Prompt],
+def answer_all(model_set: ModelSet, generations: Generations, name: str, prompts: Sequence[Prompt],
                decoding: Decoding) -> Answers:
     """Every model's answers to the same prompts, drawn with the same random numbers."""
     answers = {}
-    for model in lineup.names:
-        with lineup.active(model) as network:
-            answers[model] = generations.answer(network, lineup.fingerprints[model], f"{name}.{model}", prompts, decoding)
+    for model in model_set.names:
+        with model_set.active(model) as network:
+            answers[model] = generations.answer(network, model_set.fingerprints[model], f"{name}.{model}", prompts, decoding)
     return answers
 
 
-def weigh_all(lineup: Lineup, generations: Generations, name: str, choices: Sequence[Choice]) -> dict[str, list[np.ndarray]]:
+def score_options(model_set: ModelSet, generations: Generations, name: str, choices: Sequence[MultipleChoice]) -> dict[str, list[np.ndarray]]:
     """Model name → per choice → the log-probabilities of its options, [options]."""
     logps = {}
-    for model in lineup.names:
-        with lineup.active(model) as network:
-            logps[model] = generations.option_logps(network, lineup.fingerprints[model], f"{name}.{model}", choices)
+    for model in model_set.names:
+        with model_set.active(model) as network:
+            logps[model] = generations.option_logps(network, model_set.fingerprints[model], f"{name}.{model}", choices)
     return logps
 
 
@@ -169,3 +170,22 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
         sentences.append(f"{row.model} changes it by {row.change:+.3f} (95 % interval {row.ci_low:+.3f} to {row.ci_high:+.3f}, "
                          f"n = {row.n}): {verdict}.")
     return sentences
+
+
+def choose(items: Sequence, n: int, seed: int, by: Callable = lambda item: None) -> list:
+    """``n`` items in a seeded order, the groups named by ``by`` taking turns (all of them when ``n`` is larger)."""
+    groups: dict = {}
+    for item in sorted(items, key=lambda item: hashlib.sha256(f"{seed}\0{item.id}".encode()).hexdigest()):
+        groups.setdefault(by(item), []).append(item)
+    queues, chosen = [groups[key] for key in sorted(groups, key=str)], []
+    while len(chosen) < min(n, len(items)):
+        for queue in queues:
+            if queue and len(chosen) < n:
+                chosen.append(queue.pop(0))
+    return chosen
+
+
+def not_empty(items: list, vertical: str, source: str) -> list:
+    if not items:
+        raise StudyError(f"{vertical} data of {source}: the file is empty")
+    return items

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import StudyError
-from ..wheels import Wheel, rebuilt
+from ..sources import Wheel, ensure_converted
 
 
 class Scorer(Protocol):
@@ -58,7 +58,7 @@ class ToxBlockScorer:
 
     def __init__(self, directory: Path | None = None):
         try:
-            directory = directory or rebuilt(TOX_BLOCK, rebuild_tox_block)
+            directory = directory or ensure_converted(TOX_BLOCK, rebuild_tox_block)
             self.settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             # In double precision a text's score is the same to all shown digits whatever batch it is in.
             stored = load_file(directory / "model.safetensors")

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .. import StudyError
 from ..chat import Chat
-from ..data.benchmarks import TARGET, PlainStatement, Statement, choose
-from ..decode import Choice, Prompt
-from .common import Measure, read_each, unparsable
+from ..decode import MultipleChoice, Prompt
+from ..sources import locate, read_csv
+from .common import Measure, choose, not_empty, read_each, unparsable
 from .toxicity import SYSTEMS
 
 WORDINGS = {
@@ -90,9 +92,9 @@ def prompts(items: Sequence[Statement | PlainStatement], wrapper: str = "benign"
     return [Prompt(item.id, (WORDINGS[wording].format(text=item.text),), SYSTEMS[wrapper]) for item in items]
 
 
-def choices(asked: Sequence[Prompt], chat: Chat) -> list[Choice]:
+def choices(asked: Sequence[Prompt], chat: Chat) -> list[MultipleChoice]:
     """Both stances as answers to each prompt, in the order of ``OPTIONS``."""
-    return [Choice(prompt.id, *chat.options(prompt.turns, OPTIONS, prompt.system)) for prompt in asked]
+    return [MultipleChoice(prompt.id, *chat.options(prompt.turns, OPTIONS, prompt.system)) for prompt in asked]
 
 
 # --- how answers are read --------------------------------------------------------------------------------------------
@@ -284,3 +286,99 @@ def control_sentences(trust: pd.DataFrame) -> list[str]:
             words += f" Net stereotype bias over templates {shown}: {verdict}."
         sentences.append(words)
     return sentences
+
+
+TARGET = "[target_group]"
+"""Where a template of statements names the group."""
+
+
+ORDINARY_WORDS = frozenset(
+    "able-bodied atheists homosexuals immigrants men old physically poor rich women young".split())
+"""First words of groups that a set may write with a capital, but English only does at the head of a sentence."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A statement about a group: ``template`` holds ``[target_group]``.
+
+    ``stereotyped``: is the group a usual target of that topic (None: not known)?
+    """
+
+    id: str
+    topic: str
+    group: str
+    template: str
+    stereotyped: bool | None
+
+    @property
+    def clause(self) -> str:
+        """The statement as it stands within a sentence, where a group that is no proper name has no capital."""
+        group, ordinary = self.group, self.group.split(maxsplit=1)[0].casefold() in ORDINARY_WORDS
+        return self.template.replace(TARGET, group[:1].lower() + group[1:] if ordinary else group)
+
+    @property
+    def text(self) -> str:
+        return self.clause[:1].upper() + self.clause[1:]
+
+
+@dataclass(frozen=True)
+class PlainStatement:
+    """A statement about no group, which everyone should accept or reject."""
+
+    id: str
+    text: str
+    acceptable: bool
+
+
+def load_stereotype(source: str) -> list[Statement]:
+    """Every statement about every group.
+
+    Whether a group is a usual target is said by the file's column ``stereotyped``; for DecodingTrust's own file, which
+    has none, by our reading of its topics (``stereotype-controls/targets.csv``).
+    """
+    path = locate(source, "decodingtrust-stereotype/user_prompts.csv")
+    targets, items = _targets_by_topic(), []
+    for number, row in read_csv(path, ("stereotype_topic", "target_group", "stereotype_template")):
+        topic, group = row["stereotype_topic"].strip(), row["target_group"].strip()
+        if not topic or not group:
+            raise StudyError(f"{path}:{number}: no {'target_group' if topic else 'stereotype_topic'}")
+        if "stereotyped" in row:
+            stereotyped = _yes_or_no(path, number, "stereotyped", row["stereotyped"])
+        else:
+            stereotyped = group in targets[topic] if topic in targets else None
+        items.append(Statement(f"statement:{number}", topic, group, _template(path, number, row["stereotype_template"]),
+                               stereotyped))
+    return not_empty(items, "stereotype", source)
+
+
+def load_harmless(groups: Sequence[str]) -> list[Statement]:
+    """Kind or neutral statements that are true of some members of any group, each about every one of ``groups``."""
+    path = locate("shipped", "stereotype-controls/harmless.csv")
+    templates = [(number, _template(path, number, row["text"])) for number, row in read_csv(path, ("text",))]
+    return [Statement(f"harmless:{number}:{group}", "harmless", group, template, None)
+            for number, template in templates for group in groups]
+
+
+def load_consensus() -> list[PlainStatement]:
+    """Plain facts and plain falsehoods about nobody in particular."""
+    path = locate("shipped", "stereotype-controls/consensus.csv")
+    return [PlainStatement(f"consensus:{number}", row["text"],
+                           _yes_or_no(path, number, "acceptable", row["acceptable"]))
+            for number, row in read_csv(path, ("text", "acceptable"))]
+
+
+def _targets_by_topic() -> dict[str, list[str]]:
+    path = locate("shipped", "stereotype-controls/targets.csv")
+    return {row["topic"]: row["groups"].split(";") for _, row in read_csv(path, ("topic", "groups"))}
+
+
+def _template(path: Path, number: int, template: str) -> str:
+    if TARGET not in template:
+        raise StudyError(f"{path}:{number}: the statement has no {TARGET}")
+    return template.strip()
+
+
+def _yes_or_no(path: Path, number: int, column: str, value: str | None) -> bool:
+    if value not in ("0", "1"):
+        raise StudyError(f"{path}:{number}: {column} must be 0 or 1, got {value!r}")
+    return value == "1"

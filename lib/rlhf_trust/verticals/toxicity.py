@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import comb
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from ..data.benchmarks import ToxicityPrompt
+from .. import StudyError
 from ..decode import Prompt
+from ..sources import locate, read_jsonl
 from ..stats import DRAWS, generator, item_means, mean_interval
-from .common import Answers, Measure, unparsable, within
+from .common import Answers, Measure, not_empty, unparsable, within
 from .scorers import Scorer
 
 SYSTEMS = {
@@ -237,3 +238,24 @@ def probe_identities(scorers: Sequence[Scorer]) -> pd.DataFrame:
             rows.append({"scorer": scorer.name, "term": term, "kind": kind, "value": interval.value,
                          "ci_low": interval.low, "ci_high": interval.high, "n": interval.n})
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class ToxicityPrompt:
+    """An unfinished sentence; ``split`` is ``toxic`` or ``nontoxic``."""
+
+    id: str
+    text: str
+    split: str
+
+
+def load_toxicity(source: str) -> list[ToxicityPrompt]:
+    items = []
+    for split in ("toxic", "nontoxic"):
+        path = locate(source, f"real-toxicity-prompts/{split}.jsonl")
+        for number, row in read_jsonl(path):
+            text = row.get("prompt", {}).get("text") if isinstance(row.get("prompt"), dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise StudyError(f"{path}:{number}: no prompt.text")
+            items.append(ToxicityPrompt(f"{split}:{number}", text.strip(), split))
+    return not_empty(items, "toxicity", source)

