@@ -25,7 +25,9 @@ from transformers import (
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from threads
 
-REAL_DATA = Path(os.environ.get("RLHF_TRUST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+REAL_DATA = Path(
+    os.environ.get("RLHF_TRUST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
 ARCHITECTURES = ("llama", "gpt_neox", "gemma3_text")
 
 
@@ -49,12 +51,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(["the answer to the question is not wrong", "human assistant user system"], trainer)
+    tokenizer.train_from_iterator(
+        ["the answer to the question is not wrong", "human assistant user system"], trainer
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
     )
 
@@ -63,13 +71,33 @@ def save_tiny(kind: str, directory: Path, positions: int = 512) -> Path:
     """Save a random two-layer model of one architecture with its tokenizer."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    size = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=positions, eos_token_id=2, bos_token_id=1, pad_token_id=2)
+    size = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=positions,
+        eos_token_id=2,
+        bos_token_id=1,
+        pad_token_id=2,
+    )
     if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=2, tie_word_embeddings=True))
+        model = LlamaForCausalLM(
+            LlamaConfig(**size, num_key_value_heads=2, tie_word_embeddings=True)
+        )
     elif kind == "gemma3_text":  # every second layer looks back over a few tokens only
-        model = Gemma3ForCausalLM(Gemma3TextConfig(**size, num_key_value_heads=4, head_dim=16, query_pre_attn_scalar=16, sliding_window=24,
-                                                   layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True))
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **size,
+                num_key_value_heads=4,
+                head_dim=16,
+                query_pre_attn_scalar=16,
+                sliding_window=24,
+                layer_types=["sliding_attention", "full_attention"],
+                tie_word_embeddings=True,
+            )
+        )
     else:
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**size, attention_dropout=0.0, hidden_dropout=0.0))
     # Random initial weights are so small that every answer looks alike; larger ones tell models apart.

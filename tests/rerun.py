@@ -18,7 +18,19 @@ from pathlib import Path
 from rlhf_trust import ROOT
 
 # Notebooks with the same letter do not need each other and run side by side, as under make.
-WAVES = {"01": "a", "02": "a", "03": "b", "04": "b", "05": "b", "1": "c", "2": "d", "3": "d", "4": "d", "5": "e", "90": "f"}
+WAVES = {
+    "01": "a",
+    "02": "a",
+    "03": "b",
+    "04": "b",
+    "05": "b",
+    "1": "c",
+    "2": "d",
+    "3": "d",
+    "4": "d",
+    "5": "e",
+    "90": "f",
+}
 
 
 def wave(notebook: Path) -> str:
@@ -27,9 +39,25 @@ def wave(notebook: Path) -> str:
 
 def nbval(notebook: Path, environment: dict[str, str]) -> int:
     """Run one notebook under nbval; prints what pytest said and returns its exit code."""
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-cell-timeout", "1800", "--nbval-sanitize-with",
-               str(ROOT / "tests" / "nbval_sanitize.cfg"), "-q", "--rootdir", str(ROOT), "-p", "no:cacheprovider", str(notebook)]
-    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-cell-timeout",
+        "1800",
+        "--nbval-sanitize-with",
+        str(ROOT / "tests" / "nbval_sanitize.cfg"),
+        "-q",
+        "--rootdir",
+        str(ROOT),
+        "-p",
+        "no:cacheprovider",
+        str(notebook),
+    ]
+    finished = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     said = finished.stdout if finished.returncode else finished.stdout.strip().splitlines()[-1]
     print(f"{notebook.stem}: {said}", flush=True)
     return finished.returncode
@@ -39,11 +67,22 @@ def main(profile: str, jobs: int = 2) -> int:
     first, second = ROOT / "build" / profile, ROOT / "build" / f"{profile}-again"
     shutil.rmtree(second, ignore_errors=True)
     second.mkdir(parents=True)
-    environment = os.environ | {"RLHF_TRUST_BUILD": str(second), "RLHF_TRUST_CACHE": "off", "HF_HUB_OFFLINE": "1",
-                                "RLHF_TRUST_PROGRESS": os.devnull}
-    notebooks = sorted(p for p in (first / "notebooks").glob("[0-9][0-9]-*.ipynb") if not p.name.endswith(".failed.ipynb"))
+    environment = os.environ | {
+        "RLHF_TRUST_BUILD": str(second),
+        "RLHF_TRUST_CACHE": "off",
+        "HF_HUB_OFFLINE": "1",
+        "RLHF_TRUST_PROGRESS": os.devnull,
+    }
+    notebooks = sorted(
+        p
+        for p in (first / "notebooks").glob("[0-9][0-9]-*.ipynb")
+        if not p.name.endswith(".failed.ipynb")
+    )
     if not notebooks:
-        print(f"error: {first / 'notebooks'}: nothing was run; `make reproduce PROFILE={profile}` first", file=sys.stderr)
+        print(
+            f"error: {first / 'notebooks'}: nothing was run; `make reproduce PROFILE={profile}` first",
+            file=sys.stderr,
+        )
         return 2
     for _, together in groupby(notebooks, key=wave):
         with ThreadPoolExecutor(jobs) as pool:
@@ -51,7 +90,9 @@ def main(profile: str, jobs: int = 2) -> int:
         if any(codes):
             return max(codes)
     tables = sorted((first / "tables").glob("*.csv"))
-    different = [p.name for p in tables if not filecmp.cmp(p, second / "tables" / p.name, shallow=False)]
+    different = [
+        p.name for p in tables if not filecmp.cmp(p, second / "tables" / p.name, shallow=False)
+    ]
     if different:
         print(f"error: two runs with one seed differ in {', '.join(different)}", file=sys.stderr)
         return 1

@@ -30,14 +30,24 @@ def test_dpo_holds_above_zero_and_says_what_could_have_been_seen(margin, holds):
     assert row.holds is holds
     assert ("raises" in row.sentence) is (row.value > 0)
     # 80 % power at the 5 % level: 2.8016 standard errors.
-    assert (f"a mean of {2.8016 * NOISE.std(ddof=1) / np.sqrt(80):.3f} four times" in row.sentence) is not holds
+    assert (
+        f"a mean of {2.8016 * NOISE.std(ddof=1) / np.sqrt(80):.3f} four times" in row.sentence
+    ) is not holds
 
 
-@pytest.mark.parametrize(("rise", "kl", "holds", "said"), [
-    (0.5, 3.0, True, "without going far"), (0.5, 12.0, False, "further than 10 nats"), (0.0, 3.0, False, "no clear rise"),
-    (-0.5, 3.0, False, "the reward fell"), (0.5, float("nan"), False, "further than 10 nats"),
-])
+@pytest.mark.parametrize(
+    ("rise", "kl", "holds", "said"),
+    [
+        (0.5, 3.0, True, "without going far"),
+        (0.5, 12.0, False, "further than 10 nats"),
+        (0.0, 3.0, False, "no clear rise"),
+        (-0.5, 3.0, False, "the reward fell"),
+        (0.5, float("nan"), False, "further than 10 nats"),
+    ],
+)
 def test_ppo_holds_when_reward_rises_nearby(rise, kl, holds, said):
-    table = pd.DataFrame({"reward_before": NOISE, "reward_after": NOISE + rise + 0.2 * NOISE[::-1], "kl_after": kl})
+    table = pd.DataFrame(
+        {"reward_before": NOISE, "reward_after": NOISE + rise + 0.2 * NOISE[::-1], "kl_after": kl}
+    )
     (row,) = reward_rise_check("ppo", table).itertuples()
     assert row.holds is holds and said in row.sentence

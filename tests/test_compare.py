@@ -8,17 +8,37 @@ from rlhf_trust import ROOT
 from rlhf_trust.report import REFERENCE, differences, with_results
 from scipy.stats import t as student
 
-PROFILES = sorted(path.name for path in REFERENCE.iterdir() if path.is_dir()) if REFERENCE.is_dir() else []
+PROFILES = (
+    sorted(path.name for path in REFERENCE.iterdir() if path.is_dir()) if REFERENCE.is_dir() else []
+)
 
 
 def row(model: str, value: float, low: float, high: float) -> dict:
-    return {"model": model, "vertical": "ethics", "metric": "accuracy", "condition": "main", "value": value, "ci_low": low,
-            "ci_high": high, "n": 60, "seed": 0}
+    return {
+        "model": model,
+        "vertical": "ethics",
+        "metric": "accuracy",
+        "condition": "main",
+        "value": value,
+        "ci_low": low,
+        "ci_high": high,
+        "n": 60,
+        "seed": 0,
+    }
 
 
 def test_only_a_figure_outside_the_other_runs_interval_on_both_sides_differs():
-    run = pd.DataFrame([row("a", 0.5, 0.4, 0.6), row("b", 0.9, 0.85, 0.95), row("c", 0.65, 0.4, 0.9), row("only", 0, 0, 0)])
-    reference = pd.DataFrame([row("a", 0.55, 0.5, 0.7), row("b", 0.5, 0.4, 0.6), row("c", 0.5, 0.45, 0.55)])
+    run = pd.DataFrame(
+        [
+            row("a", 0.5, 0.4, 0.6),
+            row("b", 0.9, 0.85, 0.95),
+            row("c", 0.65, 0.4, 0.9),
+            row("only", 0, 0, 0),
+        ]
+    )
+    reference = pd.DataFrame(
+        [row("a", 0.55, 0.5, 0.7), row("b", 0.5, 0.4, 0.6), row("c", 0.5, 0.45, 0.55)]
+    )
     joined = differences(run, reference).set_index("model")
     assert joined["differs"].to_dict() == {"a": False, "b": True, "c": False, "only": False}
     assert joined["only_in"].to_dict() == {"a": "", "b": "", "c": "", "only": "run"}
@@ -31,7 +51,9 @@ def test_there_is_a_reference_run():
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_readme_shows_the_reference_tables_as_they_are(profile):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_results(readme, profile) == readme, f"run `python -m rlhf_trust.report {profile} --readme`"
+    assert with_results(readme, profile) == readme, (
+        f"run `python -m rlhf_trust.report {profile} --readme`"
+    )
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -46,6 +68,9 @@ def test_the_readme_says_what_ppo_did_over_seeds():
     change, kl = seeds["reward_change"], seeds["kl_to_sft"]
     half = student.ppf(0.975, len(seeds) - 1) * change.std() / len(seeds) ** 0.5
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert (f"Over {len(seeds)} seeds on HH-RLHF's prompts" in readme
-            and f"{change.mean():+.3f} (95 % t interval over seeds {change.mean() - half:+.3f} to {change.mean() + half:+.3f})" in readme
-            and f"{kl.mean():.2f} nats an answer ({kl.min():.2f} to {kl.max():.2f})" in readme)
+    assert (
+        f"Over {len(seeds)} seeds on HH-RLHF's prompts" in readme
+        and f"{change.mean():+.3f} (95 % t interval over seeds {change.mean() - half:+.3f} to {change.mean() + half:+.3f})"
+        in readme
+        and f"{kl.mean():.2f} nats an answer ({kl.min():.2f} to {kl.max():.2f})" in readme
+    )

@@ -39,8 +39,11 @@ EVERYTHING = 10**6
 @pytest.fixture(scope="module")
 def shipped() -> dict:
     """(half, split) -> (pairs, bad rows) of the shipped files."""
-    return {(half, split): read_pairs(locate("shipped", f"{stem}.{split}.jsonl"), half)
-            for half, stem in SUBSETS.items() for split in ("train", "test")}
+    return {
+        (half, split): read_pairs(locate("shipped", f"{stem}.{split}.jsonl"), half)
+        for half, stem in SUBSETS.items()
+        for split in ("train", "test")
+    }
 
 
 def dialogue(*turns: str) -> str:
@@ -76,11 +79,15 @@ def test_shipped_pairs_parse_and_are_enough(shipped):
 
 
 def test_shipped_sides_share_no_opening(shipped):
-    train, test = ({pair.opening for half in SUBSETS for pair in shipped[half, split][0]} for split in ("train", "test"))
+    train, test = (
+        {pair.opening for half in SUBSETS for pair in shipped[half, split][0]}
+        for split in ("train", "test")
+    )
     assert not train & test
     loaded = load_preferences("shipped", EVERYTHING, EVERYTHING, CHAT, max_tokens=EVERYTHING)
     assert (len(loaded.train), len(loaded.held_out)) == tuple(
-        sum(len(shipped[half, split][0]) for half in SUBSETS) for split in ("train", "test"))
+        sum(len(shipped[half, split][0]) for half in SUBSETS) for split in ("train", "test")
+    )
     assert not loaded.bad_rows and not loaded.shared_openings and not loaded.too_long
 
 
@@ -93,7 +100,9 @@ def test_shipped_choice_is_not_a_matter_of_length(shipped):
 
 def test_shipped_pairs_have_no_near_duplicates(shipped):
     pairs = [pair for found, _ in shipped.values() for pair in found]
-    words = [set(re.findall(r"[a-z']+", " ".join((*pair.prompt, pair.chosen)).lower())) for pair in pairs]
+    words = [
+        set(re.findall(r"[a-z']+", " ".join((*pair.prompt, pair.chosen)).lower())) for pair in pairs
+    ]
     column = {word: i for i, word in enumerate(sorted(set().union(*words)))}
     has = np.zeros((len(pairs), len(column)), dtype=np.float32)
     for i, found in enumerate(words):
@@ -102,7 +111,9 @@ def test_shipped_pairs_have_no_near_duplicates(shipped):
     jaccard = common / (size[:, None] + size[None, :] - common)
     np.fill_diagonal(jaccard, 0)
     i, j = np.unravel_index(jaccard.argmax(), jaccard.shape)
-    assert jaccard[i, j] < 0.5, f"{pairs[i].id} and {pairs[j].id} share {jaccard[i, j]:.0%} of their words"
+    assert jaccard[i, j] < 0.5, (
+        f"{pairs[i].id} and {pairs[j].id} share {jaccard[i, j]:.0%} of their words"
+    )
 
 
 # --- reading and splitting -----------------------------------------------------------------------------------------
@@ -116,35 +127,56 @@ BAD_ROWS = [
     (row(rejected=dialogue("q", "  ")), "empty answer"),
     (row(dialogue("q", "", "q2", "a"), dialogue("q", "", "q2", "b")), "empty turn"),
     (row(rejected=dialogue("other", "bad")), "the two dialogues have different prompts"),
-    (row(rejected=dialogue("q", "bad") + "\n\nAssistant: more"), "the two dialogues have different prompts"),
+    (
+        row(rejected=dialogue("q", "bad") + "\n\nAssistant: more"),
+        "the two dialogues have different prompts",
+    ),
     (row(rejected=dialogue("q", "good ")), "both answers are the same"),
-    (row(*(dialogue("q", "wait") + f"\n\nAssistant: {a}" for a in "ab")), "the prompt does not end in a Human turn"),
+    (
+        row(*(dialogue("q", "wait") + f"\n\nAssistant: {a}" for a in "ab")),
+        "the prompt does not end in a Human turn",
+    ),
 ]
 
 
 def test_every_bad_row_is_named_and_counted(tmp_path):
     file = tmp_path / "harmless-base.test.jsonl"
-    write_rows(file, [row(), *(bad for bad, _ in BAD_ROWS), row(dialogue("r", "yes"), dialogue("r", "no"))])
+    write_rows(
+        file, [row(), *(bad for bad, _ in BAD_ROWS), row(dialogue("r", "yes"), dialogue("r", "no"))]
+    )
     pairs, bad = read_pairs(file, "harmless")
     assert [pair.id for pair in pairs] == ["harmless.test:1", f"harmless.test:{len(BAD_ROWS) + 2}"]
-    assert bad == [f"{file.name}:{line}: {reason}" for line, (_, reason) in enumerate(BAD_ROWS, start=2)]
+    assert bad == [
+        f"{file.name}:{line}: {reason}" for line, (_, reason) in enumerate(BAD_ROWS, start=2)
+    ]
 
 
 def test_a_row_becomes_turns_and_two_answers():
     chosen = dialogue("one\n\ntwo", " a ", "Human: said", "yes\n\nso")
-    pair = parse_pair(row(chosen, dialogue("one\n\ntwo", "a", "Human: said", "no")), "id", "helpful")
+    pair = parse_pair(
+        row(chosen, dialogue("one\n\ntwo", "a", "Human: said", "no")), "id", "helpful"
+    )
     assert pair.prompt == ("one\n\ntwo", "a", "Human: said")
-    assert (pair.chosen, pair.rejected, pair.source, pair.opening) == ("yes\n\nso", "no", "helpful", "one\n\ntwo")
+    assert (pair.chosen, pair.rejected, pair.source, pair.opening) == (
+        "yes\n\nso",
+        "no",
+        "helpful",
+        "one\n\ntwo",
+    )
 
 
 def test_a_speaker_who_speaks_twice_running_has_one_turn():
     start = dialogue("q", "wait") + "\n\nAssistant: here" + "\n\nHuman: thanks" + "\n\nHuman: more?"
-    pair = parse_pair(row(f"{start}\n\nAssistant: yes", f"{start}\n\nAssistant: no"), "id", "helpful")
+    pair = parse_pair(
+        row(f"{start}\n\nAssistant: yes", f"{start}\n\nAssistant: no"), "id", "helpful"
+    )
     assert pair.prompt == ("q", "wait\n\nhere", "thanks\n\nmore?")
     assert (pair.chosen, pair.rejected) == ("yes", "no")
 
 
-@pytest.mark.parametrize(("line", "reason"), [('{"chosen": "a",', "not valid JSON"), ("[1]", "expected a JSON object")])
+@pytest.mark.parametrize(
+    ("line", "reason"), [('{"chosen": "a",', "not valid JSON"), ("[1]", "expected a JSON object")]
+)
 def test_a_malformed_line_names_file_and_line(tmp_path, line, reason):
     file = tmp_path / "helpful-base.train.jsonl"
     file.write_text(f"{json.dumps(row())}\n\n{line}\n")
@@ -161,8 +193,11 @@ def test_a_truncated_archive_names_itself(tmp_path):
 
 def test_a_missing_file_or_directory_is_named(tmp_path):
     write_rows(tmp_path / "hh-rlhf" / "harmless-base.test.jsonl", [row()])
-    for source, message in ((f"path:{tmp_path}", r"hh-rlhf/helpful-base.test.jsonl \(or .*gz\) is missing"),
-                            (f"path:{tmp_path}/x", "no such directory"), ("shiped", "must be shipped, path:")):
+    for source, message in (
+        (f"path:{tmp_path}", r"hh-rlhf/helpful-base.test.jsonl \(or .*gz\) is missing"),
+        (f"path:{tmp_path}/x", "no such directory"),
+        ("shiped", "must be shipped, path:"),
+    ):
         with pytest.raises(StudyError, match=message):
             load_preferences(source, 1, 1, CHAT, 100)
 
@@ -176,14 +211,20 @@ def test_the_original_layout_and_gz_are_found(tmp_path):
 
 def many(half: str) -> list[dict]:
     """60 rows with 20 openings, three rows each."""
-    return [row(*(dialogue(f"{half} {i % 20}", "ok", f"more {i}", answer) for answer in ("good", "bad")))
-            for i in range(60)]
+    return [
+        row(
+            *(dialogue(f"{half} {i % 20}", "ok", f"more {i}", answer) for answer in ("good", "bad"))
+        )
+        for i in range(60)
+    ]
 
 
 def test_test_files_alone_are_split_by_opening(tmp_path):
     source = write_halves(tmp_path, many)
     one = load_preferences(source, EVERYTHING, EVERYTHING, CHAT, 100, seed=3)
-    assert len(one.train) + len(one.held_out) == 120  # nothing lost: the openings are disjoint by construction
+    assert (
+        len(one.train) + len(one.held_out) == 120
+    )  # nothing lost: the openings are disjoint by construction
     assert not {pair.opening for pair in one.train} & {pair.opening for pair in one.held_out}
     again = load_preferences(source, EVERYTHING, EVERYTHING, CHAT, 100, seed=3)
     assert (again.train, again.held_out) == (one.train, one.held_out)
@@ -201,7 +242,9 @@ def test_training_pairs_with_a_held_out_opening_are_dropped_and_halves_take_turn
 
 
 def test_long_pairs_are_left_out_and_an_empty_side_is_an_error(tmp_path):
-    source = write_halves(tmp_path, lambda half: [*many(half), row(dialogue(half, "a " * 300), dialogue(half, "b"))])
+    source = write_halves(
+        tmp_path, lambda half: [*many(half), row(dialogue(half, "a " * 300), dialogue(half, "b"))]
+    )
     assert load_preferences(source, EVERYTHING, EVERYTHING, CHAT, 100).too_long == 2
     with pytest.raises(StudyError, match="no (train|held-out) pair of at most 2 tokens is left"):
         load_preferences(source, 5, 5, CHAT, 2)
@@ -219,7 +262,9 @@ def test_shipped_benchmarks_are_balanced():
     statements = load_stereotype("shipped")
     cells = Counter((s.group, s.topic) for s in statements)
     assert len(statements) >= 60 and set(cells.values()) == {3}
-    assert len(cells) == len({g for g, _ in cells}) * len({t for _, t in cells})  # every group with every topic
+    assert len(cells) == len({g for g, _ in cells}) * len(
+        {t for _, t in cells}
+    )  # every group with every topic
     assert 0.1 < np.mean([s.stereotyped for s in statements]) < 0.5
     scenarios = load_ethics("shipped")
     assert len(scenarios) >= 60 and sum(s.wrong for s in scenarios) * 2 == len(scenarios)
@@ -233,24 +278,67 @@ def test_shipped_benchmarks_are_balanced():
 CSV = "label,input,is_short\n1,I lied.,True\n"
 
 
-@pytest.mark.parametrize(("name", "load", "content", "message"), [
-    ("ethics/cm_test.csv", load_ethics, CSV + "maybe,x,True\n",
-     "cm_test.csv:3: label must be 0 or 1, got 'maybe'"),
-    ("ethics/cm_test.csv", load_ethics, CSV + "0,x\n", "cm_test.csv:3: no value for 'is_short'"),
-    ("ethics/cm_test.csv", load_ethics, CSV + '0,"never closed ' + "x" * 140_000,
-     r"cm_test.csv:\d+: not valid CSV"),
-    ("ethics/cm_test.csv", load_ethics, "label,text\n", "cm_test.csv: column 'input' is missing"),
-    ("ethics/cm_test.csv", load_ethics, "label,input,is_short\n", "the file is empty"),
-    ("decodingtrust-stereotype/user_prompts.csv", load_stereotype,
-     "stereotype_topic,target_group,stereotype_template\nt,g,They sing.\n", r"user_prompts.csv:2: .*\[target_group\]"),
-    ("truthfulqa/mc_task.json", load_truthfulness, "[\n{,]", "mc_task.json:2: not valid JSON"),
-    ("truthfulqa/mc_task.json", load_truthfulness, '[{"question": "q", "mc1_targets": {"a": 1, "b": 1}}]',
-     "mc_task.json: question 1: .* exactly one right answer"),
-    ("truthfulqa/mc_task.json", load_truthfulness, '{"question": "q"}', "mc_task.json: question 1"),
-    ("real-toxicity-prompts/toxic.jsonl", load_toxicity, '{"prompt": "x"}', "toxic.jsonl:1: no prompt.text"),
-    ("enron/name2email.json", lambda source: load_privacy(source, 1, 0), "{\n",
-     "name2email.json:2: not valid JSON"),
-])
+@pytest.mark.parametrize(
+    ("name", "load", "content", "message"),
+    [
+        (
+            "ethics/cm_test.csv",
+            load_ethics,
+            CSV + "maybe,x,True\n",
+            "cm_test.csv:3: label must be 0 or 1, got 'maybe'",
+        ),
+        (
+            "ethics/cm_test.csv",
+            load_ethics,
+            CSV + "0,x\n",
+            "cm_test.csv:3: no value for 'is_short'",
+        ),
+        (
+            "ethics/cm_test.csv",
+            load_ethics,
+            CSV + '0,"never closed ' + "x" * 140_000,
+            r"cm_test.csv:\d+: not valid CSV",
+        ),
+        (
+            "ethics/cm_test.csv",
+            load_ethics,
+            "label,text\n",
+            "cm_test.csv: column 'input' is missing",
+        ),
+        ("ethics/cm_test.csv", load_ethics, "label,input,is_short\n", "the file is empty"),
+        (
+            "decodingtrust-stereotype/user_prompts.csv",
+            load_stereotype,
+            "stereotype_topic,target_group,stereotype_template\nt,g,They sing.\n",
+            r"user_prompts.csv:2: .*\[target_group\]",
+        ),
+        ("truthfulqa/mc_task.json", load_truthfulness, "[\n{,]", "mc_task.json:2: not valid JSON"),
+        (
+            "truthfulqa/mc_task.json",
+            load_truthfulness,
+            '[{"question": "q", "mc1_targets": {"a": 1, "b": 1}}]',
+            "mc_task.json: question 1: .* exactly one right answer",
+        ),
+        (
+            "truthfulqa/mc_task.json",
+            load_truthfulness,
+            '{"question": "q"}',
+            "mc_task.json: question 1",
+        ),
+        (
+            "real-toxicity-prompts/toxic.jsonl",
+            load_toxicity,
+            '{"prompt": "x"}',
+            "toxic.jsonl:1: no prompt.text",
+        ),
+        (
+            "enron/name2email.json",
+            lambda source: load_privacy(source, 1, 0),
+            "{\n",
+            "name2email.json:2: not valid JSON",
+        ),
+    ],
+)
 def test_a_malformed_benchmark_names_file_and_line(tmp_path, name, load, content, message):
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text(content)
@@ -273,7 +361,10 @@ def test_choose_takes_turns_and_keeps_to_the_seed():
 
 def test_private_facts_of_18_kinds_are_the_same_for_a_seed():
     facts = make_private_facts(3, seed=0)
-    assert set(Counter(fact.kind for fact in facts).values()) == {3} and len({fact.kind for fact in facts}) == 18
+    assert (
+        set(Counter(fact.kind for fact in facts).values()) == {3}
+        and len({fact.kind for fact in facts}) == 18
+    )
     assert facts == make_private_facts(3, seed=0) != make_private_facts(3, seed=1)
     assert len({fact.id for fact in facts}) == len(facts) and not any(fact.real for fact in facts)
 
@@ -286,11 +377,16 @@ def test_no_private_value_stands_inside_another():
 
 
 def test_real_people_only_where_their_file_is(tmp_path):
-    names = {f"Given{letter} Family".replace(letter, letter.lower()): f"{letter}@example.org" for letter in "ABCDEF"}
+    names = {
+        f"Given{letter} Family".replace(letter, letter.lower()): f"{letter}@example.org"
+        for letter in "ABCDEF"
+    }
     made_up = load_privacy(f"path:{tmp_path}", 2, seed=0)
     assert made_up == load_privacy("shipped", 2, seed=0) and not any(fact.real for fact in made_up)
     (tmp_path / "enron").mkdir()
-    (tmp_path / "enron" / "name2email.json").write_text(json.dumps(names | {"nickname": "n@example.org"}))
+    (tmp_path / "enron" / "name2email.json").write_text(
+        json.dumps(names | {"nickname": "n@example.org"})
+    )
     real = load_privacy(f"path:{tmp_path}", 2, seed=0)
     assert all(fact.real and set(fact.people) <= set(names) for fact in real)
     for fact in real:
@@ -315,18 +411,28 @@ def test_real_pairs_are_read_strictly_and_split_by_opening(real_data):
     assert Counter(pair.source for pair in loaded.held_out) == {"harmless": 450, "helpful": 450}
     assert not {pair.opening for pair in loaded.train} & {pair.opening for pair in loaded.held_out}
     reasons = Counter(line.rpartition(": ")[2] for line in loaded.bad_rows)
-    assert reasons == {"the two dialogues have different prompts": 14, "empty answer": 7, "empty turn": 1}
+    assert reasons == {
+        "the two dialogues have different prompts": 14,
+        "empty answer": 7,
+        "empty turn": 1,
+    }
     for (half, stem), rows in zip(SUBSETS.items(), (2312, 2352)):
         pairs, bad = read_pairs(locate(f"path:{real_data}", f"{stem}.test.jsonl"), half)
         assert len(pairs) + len(bad) == rows
-    assert all(re.fullmatch(r"h\w+-base\.test\.jsonl(\.gz)?:\d+: .+", line) for line in loaded.bad_rows)
+    assert all(
+        re.fullmatch(r"h\w+-base\.test\.jsonl(\.gz)?:\d+: .+", line) for line in loaded.bad_rows
+    )
 
 
 def test_real_benchmarks_have_their_rows(real_data):
     source = f"path:{real_data}"
     assert Counter(p.split for p in load_toxicity(source)) == {"toxic": 1196, "nontoxic": 1200}
     statements = load_stereotype(source)
-    assert (len(statements), len({s.group for s in statements}), len({s.topic for s in statements})) == (1152, 24, 16)
+    assert (
+        len(statements),
+        len({s.group for s in statements}),
+        len({s.topic for s in statements}),
+    ) == (1152, 24, 16)
     assert len(load_ethics(source)) == 2109
     assert len(load_truthfulness(source)) == 817
     facts = load_privacy(source, 5, seed=0)

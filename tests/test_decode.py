@@ -12,9 +12,17 @@ from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.decode import Decoding, Generations, MultipleChoice, Prompt
 from scipy import stats as scipy_stats
 
-PROMPTS = [Prompt(f"p{i}", (f"is the {'question ' * (i % 5)}answer {i} wrong?",), "assistant" if i % 3 == 0 else None)
-           for i in range(9)]
-SEQUENCES = [EncodedExample(tuple(10 + (7 * i + k) % 200 for k in range(6 + 5 * i)), 3 + i) for i in range(4)]
+PROMPTS = [
+    Prompt(
+        f"p{i}",
+        (f"is the {'question ' * (i % 5)}answer {i} wrong?",),
+        "assistant" if i % 3 == 0 else None,
+    )
+    for i in range(9)
+]
+SEQUENCES = [
+    EncodedExample(tuple(10 + (7 * i + k) % 200 for k in range(6 + 5 * i)), 3 + i) for i in range(4)
+]
 EOS = 2
 
 
@@ -23,8 +31,14 @@ def draw(base, prompts, decoding, rows):
     chat, answers = Chat(base.tokenizer, "chatml"), {}
     for i in range(0, len(prompts), rows):
         part = prompts[i : i + rows]
-        drawn = decode.sample_batch(base.model, [chat.prompt_ids(p.turns, p.system) for p in part], [p.id for p in part],
-                                    decoding, EOS, base.tokenizer.pad_token_id)
+        drawn = decode.sample_batch(
+            base.model,
+            [chat.prompt_ids(p.turns, p.system) for p in part],
+            [p.id for p in part],
+            decoding,
+            EOS,
+            base.tokenizer.pad_token_id,
+        )
         answers |= {p.id: answer for p, answer in zip(part, drawn)}
     return answers
 
@@ -32,7 +46,9 @@ def draw(base, prompts, decoding, rows):
 # --- sampling ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decoding", [Decoding(12, 1.0, samples=3, seed=5), Decoding(12)], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(
+    "decoding", [Decoding(12, 1.0, samples=3, seed=5), Decoding(12)], ids=["sampled", "greedy"]
+)
 def test_an_answer_does_not_depend_on_its_batch(tiny, decoding):
     alone = draw(tiny, PROMPTS, decoding, 1)
     assert draw(tiny, PROMPTS, decoding, 9) == alone
@@ -51,8 +67,10 @@ def test_greedy_is_what_transformers_generates(tiny, chat):
     ours = draw(tiny, PROMPTS, Decoding(16), 9)
     for prompt in PROMPTS:
         ids = torch.tensor([chat.prompt_ids(prompt.turns, prompt.system)])
-        theirs = tiny.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16)
-        assert ours[prompt.id] == [theirs[0, ids.shape[1]:].tolist()]
+        theirs = tiny.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16
+        )
+        assert ours[prompt.id] == [theirs[0, ids.shape[1] :].tolist()]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
@@ -64,13 +82,22 @@ def test_draws_follow_the_softmax(temperature):
     expected = torch.softmax(logits.double() / temperature, -1).numpy() * n
     likely = expected > 1
     assert seen[~likely].sum() <= 3
-    assert scipy_stats.chisquare(seen[likely], expected[likely] * seen[likely].sum() / expected[likely].sum()).pvalue > 0.001
+    assert (
+        scipy_stats.chisquare(
+            seen[likely], expected[likely] * seen[likely].sum() / expected[likely].sum()
+        ).pvalue
+        > 0.001
+    )
 
 
 def test_inverse_cdf_at_its_ends():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(3, -1)
     u = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    assert decode.inverse_cdf(logits, 1.0, u).tolist() == [1, 2, 2]  # a token without probability is never drawn
+    assert decode.inverse_cdf(logits, 1.0, u).tolist() == [
+        1,
+        2,
+        2,
+    ]  # a token without probability is never drawn
 
 
 def test_draws_are_the_items_own():
@@ -81,7 +108,9 @@ def test_draws_are_the_items_own():
 
 
 def test_answers_end_at_the_end_token(tiny, chat):
-    answers = [a for of in draw(tiny, PROMPTS, Decoding(40, 1.5, samples=12), 9).values() for a in of]
+    answers = [
+        a for of in draw(tiny, PROMPTS, Decoding(40, 1.5, samples=12), 9).values() for a in of
+    ]
     ended = [a for a in answers if EOS in a]
     assert ended and len(ended) < len(answers)
     assert all(a.index(EOS) == len(a) - 1 for a in ended)
@@ -112,7 +141,9 @@ def test_logps_equal_a_direct_log_softmax(tiny):
     for row, sequence in enumerate(SEQUENCES):
         n, direct = len(sequence.answer_ids), direct_logps(tiny.model, sequence)
         torch.testing.assert_close(logps[row, :n], direct, atol=1e-5, rtol=0)
-        assert (logps[row, n:] == 0).all() and mask[row].tolist() == [1.0] * n + [0.0] * (mask.shape[1] - n)
+        assert (logps[row, n:] == 0).all() and mask[row].tolist() == [1.0] * n + [0.0] * (
+            mask.shape[1] - n
+        )
         assert sums[::-1][row] == pytest.approx(float(direct.sum()), abs=1e-4)
         assert counts[::-1][row] == n
 
@@ -121,9 +152,17 @@ def test_logps_equal_a_direct_log_softmax(tiny):
 def choices(shared: int) -> list[MultipleChoice]:
     """Seven choices with contexts and options of unlike lengths; all contexts begin with ``shared`` equal tokens."""
     start = tuple(20 + k for k in range(shared))
-    return [MultipleChoice(f"c{i}", start + tuple(10 + (11 * i + k) % 200 for k in range(1 + 6 * (i % 3))),
-                   tuple(tuple(30 + (13 * i + 5 * o + k) % 150 for k in range(1 + (i * o) % 6)) for o in range(1 + i % 4)))
-            for i in range(7)]
+    return [
+        MultipleChoice(
+            f"c{i}",
+            start + tuple(10 + (11 * i + k) % 200 for k in range(1 + 6 * (i % 3))),
+            tuple(
+                tuple(30 + (13 * i + 5 * o + k) % 150 for k in range(1 + (i * o) % 6))
+                for o in range(1 + i % 4)
+            ),
+        )
+        for i in range(7)
+    ]
 
 
 @pytest.mark.parametrize("shared", [0, 5, 40])
@@ -135,9 +174,16 @@ def test_option_logps_equal_whole_sequences(tiny, shared, tokens):
     for choice, values in zip(asked, found):
         for option, value in zip(choice.options, values, strict=True):
             with torch.no_grad():
-                logits = tiny.model(input_ids=torch.tensor([choice.context + option])).logits[0].double().log_softmax(-1)
+                logits = (
+                    tiny.model(input_ids=torch.tensor([choice.context + option]))
+                    .logits[0]
+                    .double()
+                    .log_softmax(-1)
+                )
             places = range(len(choice.context) - 1, len(choice.context) + len(option) - 1)
-            assert value == pytest.approx(sum(logits[p, t].item() for p, t in zip(places, option)), abs=1e-4)
+            assert value == pytest.approx(
+                sum(logits[p, t].item() for p, t in zip(places, option)), abs=1e-4
+            )
 
 
 def test_options_are_kept_by_content(tiny_llama, generations, monkeypatch):
@@ -162,16 +208,24 @@ def test_rewards_read_the_last_real_token(tiny):
     sequences = [*SEQUENCES, EncodedExample((5, 6, 7, 8, 0), 2)]
     batched = decode.last_token_rewards(tiny.model, head, sequences, pad=0)
     for reward, sequence in zip(batched, sequences):
-        hidden = tiny.model(input_ids=torch.tensor([sequence.input_ids]), output_hidden_states=True).hidden_states[-1]
+        hidden = tiny.model(
+            input_ids=torch.tensor([sequence.input_ids]), output_hidden_states=True
+        ).hidden_states[-1]
         assert float(reward) == pytest.approx(float(hidden[0, -1] @ head), abs=1e-4)
-    np.testing.assert_allclose(decode.rewards(tiny.model, head, sequences, 0, rows=2), batched, atol=1e-4)
+    np.testing.assert_allclose(
+        decode.rewards(tiny.model, head, sequences, 0, rows=2), batched, atol=1e-4
+    )
 
 
 def test_a_prompt_in_common_runs_once_and_changes_nothing(tiny, monkeypatch):
     """Prompts and answers of unlike length, more answers than a batch holds, one prompt alone."""
     prompts = [tuple(range(5, 5 + n)) for n in (3, 30, 17, 8)]
     answers = [tuple((7 * i + j) % 280 + 3 for j in range(1 + 3 * i % 11)) for i in range(7)]
-    sequences = [EncodedExample(prompt + answer, len(prompt)) for prompt, k in zip(prompts, (5, 6, 7, 1)) for answer in answers[:k]]
+    sequences = [
+        EncodedExample(prompt + answer, len(prompt))
+        for prompt, k in zip(prompts, (5, 6, 7, 1))
+        for answer in answers[:k]
+    ]
     head = torch.randn(32, generator=torch.Generator().manual_seed(0))
     alone = [decode.rewards(tiny.model, head, [s], 0)[0] for s in sequences]
     sums = [decode.answer_logps(tiny.model, [s], 0)[0][0] for s in sequences]
@@ -179,14 +233,23 @@ def test_a_prompt_in_common_runs_once_and_changes_nothing(tiny, monkeypatch):
     read, backbone = [], decode.backbone
 
     def counting(model):
-        return lambda input_ids, **more: read.append(input_ids.numel()) or backbone(model)(input_ids=input_ids, **more)
+        return lambda input_ids, **more: (
+            read.append(input_ids.numel()) or backbone(model)(input_ids=input_ids, **more)
+        )
 
     monkeypatch.setattr(decode, "backbone", counting)
-    np.testing.assert_allclose(decode.rewards(tiny.model, head, sequences, 0, rows=4), alone, atol=1e-4)
-    np.testing.assert_allclose(decode.answer_logps(tiny.model, sequences, 0, rows=4)[0], sums, atol=1e-4)
+    np.testing.assert_allclose(
+        decode.rewards(tiny.model, head, sequences, 0, rows=4), alone, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        decode.answer_logps(tiny.model, sequences, 0, rows=4)[0], sums, atol=1e-4
+    )
     shared, _ = sum(read), read.clear()
     monkeypatch.setattr(decode, "WORTH_SHARING", 1.0)
-    decode.rewards(tiny.model, head, sequences, 0, rows=4), decode.answer_logps(tiny.model, sequences, 0, rows=4)
+    (
+        decode.rewards(tiny.model, head, sequences, 0, rows=4),
+        decode.answer_logps(tiny.model, sequences, 0, rows=4),
+    )
     slides = "sliding_attention" in (getattr(tiny.model.config, "layer_types", None) or ())
     assert shared < 0.9 * sum(read) or slides
 
@@ -239,13 +302,22 @@ def test_what_changes_answers_is_not_reused(tiny_llama, generations, asked):
 
     assert answer() == 9 and answer() == 0
     assert answer("g") == 9
-    for decoding in (Decoding(4, 0.5), Decoding(5, 1.0), Decoding(4, 1.0, samples=2), Decoding(4, 1.0, seed=1)):
+    for decoding in (
+        Decoding(4, 0.5),
+        Decoding(5, 1.0),
+        Decoding(4, 1.0, samples=2),
+        Decoding(4, 1.0, seed=1),
+    ):
         assert answer(decoding=decoding) == 9
-    assert answer(form=Generations(generations.directory, Chat(tiny_llama.tokenizer, "dialogue"))) == 9
+    assert (
+        answer(form=Generations(generations.directory, Chat(tiny_llama.tokenizer, "dialogue"))) == 9
+    )
     assert answer() == 0
 
 
-@pytest.mark.parametrize("cut", [b'{"key": "abc", "ans', '{"key": "abc", "answers": ["caf\u00e9'.encode()[:-1]])
+@pytest.mark.parametrize(
+    "cut", [b'{"key": "abc", "ans', '{"key": "abc", "answers": ["caf\u00e9'.encode()[:-1]]
+)
 def test_a_cut_off_line_is_dropped_and_its_item_run_again(tiny_llama, generations, asked, cut):
     decoding = Decoding(6, 1.0)
     first = generations.answer(tiny_llama.model, "f", "x", PROMPTS, decoding)
@@ -259,11 +331,15 @@ def test_a_cut_off_line_is_dropped_and_its_item_run_again(tiny_llama, generation
     assert path.read_bytes() == whole
 
 
-def test_an_answer_with_a_line_separator_can_be_read_back(tiny_llama, generations, asked, monkeypatch):
+def test_an_answer_with_a_line_separator_can_be_read_back(
+    tiny_llama, generations, asked, monkeypatch
+):
     """U+2028 and U+0085 end a line for ``str.splitlines``, not for JSON."""
     monkeypatch.setattr(generations.chat, "decode", lambda ids: "one\u2028two\u0085three\nfour")
     for _ in range(2):
-        assert generations.answer(tiny_llama.model, "f", "x", PROMPTS[:1], Decoding(3)) == [["one\u2028two\u0085three\nfour"]]
+        assert generations.answer(tiny_llama.model, "f", "x", PROMPTS[:1], Decoding(3)) == [
+            ["one\u2028two\u0085three\nfour"]
+        ]
     assert asked == ["p0"]
 
 

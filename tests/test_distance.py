@@ -25,9 +25,14 @@ def test_a_persons_turn_is_cut_out_of_its_format(tiny_llama, name, text):
 
 def test_loss_is_a_mean_over_tokens_then_over_texts(tiny_llama):
     chat = Chat(tiny_llama.tokenizer, "chatml")
-    pairs = [PreferencePair(f"p{i}", (f"question {i}?",), "the answer " * (i + 1), "no", "helpful") for i in range(3)]
+    pairs = [
+        PreferencePair(f"p{i}", (f"question {i}?",), "the answer " * (i + 1), "no", "helpful")
+        for i in range(3)
+    ]
     texts = distance.preference_texts(pairs, chat)
-    table = distance.distance_table(ModelSet(tiny_llama, {}), texts, tiny_llama.tokenizer.pad_token_id).set_index("text")
+    table = distance.distance_table(
+        ModelSet(tiny_llama, {}), texts, tiny_llama.tokenizer.pad_token_id
+    ).set_index("text")
     assert list(table.index) == ["preference prompts", "chosen answers", "rejected answers"]
     losses = []
     for sequence in texts["chosen answers"]:

@@ -10,23 +10,54 @@ from rlhf_trust.attribution.features import REFUSAL, effect_words, effects, feat
 from rlhf_trust.data.preferences import PreferencePair
 from scipy import stats as scipy_stats
 
-BREAD = ["bread dough oven yeast", "oven bread crust dough", "yeast dough bread flour", "flour oven bread baking"]
-CARS = ["engine brakes motor oil", "motor engine tyres oil", "brakes tyres engine clutch", "clutch oil motor engine"]
+BREAD = [
+    "bread dough oven yeast",
+    "oven bread crust dough",
+    "yeast dough bread flour",
+    "flour oven bread baking",
+]
+CARS = [
+    "engine brakes motor oil",
+    "motor engine tyres oil",
+    "brakes tyres engine clutch",
+    "clutch oil motor engine",
+]
 
 
 def test_features_of_pairs():
     pairs = [
-        PreferencePair("a", ("How do I bake bread?",), "With yeast, dough and an oven.",
-                       "I can't help with bread dough.", "helpful"),
-        PreferencePair("b", ("Bread?", "Yes?", "More bread dough"), "I'm sorry, but I won't.",
-                       "Sure: oven, dough, yeast, bread, now.", "harmless"),
-        PreferencePair("c", ("Is my engine oil low?",), "Check the engine oil.",
-                       "Your motor engine needs oil and brakes.", "helpful"),
+        PreferencePair(
+            "a",
+            ("How do I bake bread?",),
+            "With yeast, dough and an oven.",
+            "I can't help with bread dough.",
+            "helpful",
+        ),
+        PreferencePair(
+            "b",
+            ("Bread?", "Yes?", "More bread dough"),
+            "I'm sorry, but I won't.",
+            "Sure: oven, dough, yeast, bread, now.",
+            "harmless",
+        ),
+        PreferencePair(
+            "c",
+            ("Is my engine oil low?",),
+            "Check the engine oil.",
+            "Your motor engine needs oil and brakes.",
+            "helpful",
+        ),
     ]
     frame = features(pairs, topics=2)
     assert frame.index.tolist() == ["a", "b", "c"]
-    assert frame["harmless_half"].tolist() == [False, True, False] and frame["multi_turn"].tolist() == [False, True, False]
-    assert frame["chosen_words"].tolist() == [6, 5, 4] and frame["rejected_words"].tolist() == [6, 6, 7]
+    assert frame["harmless_half"].tolist() == [False, True, False] and frame[
+        "multi_turn"
+    ].tolist() == [False, True, False]
+    assert frame["chosen_words"].tolist() == [6, 5, 4] and frame["rejected_words"].tolist() == [
+        6,
+        6,
+        7,
+    ]
     assert frame["chosen_longer"].tolist() == [False, False, False]
     assert frame["chosen_refuses"].tolist() == [False, True, False]
     assert frame["rejected_refuses"].tolist() == [True, False, False]
@@ -35,11 +66,21 @@ def test_features_of_pairs():
         features([])
 
 
-@pytest.mark.parametrize("text, refuses", [
-    ("I can't share that.", True), ("I’m not going to do this", True), ("Sorry. I'd rather not say", True),
-    ("As an AI, opinions are not mine", True), ("I don't feel comfortable with it", True), ("I cannot", True),
-    ("You can't do that here", False), ("I can do it", False), ("It will not work", False),
-    ("I am sorry for your loss", False)])
+@pytest.mark.parametrize(
+    "text, refuses",
+    [
+        ("I can't share that.", True),
+        ("I’m not going to do this", True),
+        ("Sorry. I'd rather not say", True),
+        ("As an AI, opinions are not mine", True),
+        ("I don't feel comfortable with it", True),
+        ("I cannot", True),
+        ("You can't do that here", False),
+        ("I can do it", False),
+        ("It will not work", False),
+        ("I am sorry for your loss", False),
+    ],
+)
 def test_refusals(text, refuses):
     assert bool(REFUSAL.search(text)) is refuses
 
@@ -56,19 +97,31 @@ def test_topics_are_named_by_their_words():
 
 
 def some_frame(n: int, rng) -> pd.DataFrame:
-    return pd.DataFrame({"flag": rng.random(n) < 0.3, "length": rng.integers(1, 30, size=n),
-                         "topic": rng.choice(["bread", "cars", "law"], size=n)})
+    return pd.DataFrame(
+        {
+            "flag": rng.random(n) < 0.3,
+            "length": rng.integers(1, 30, size=n),
+            "topic": rng.choice(["bread", "cars", "law"], size=n),
+        }
+    )
 
 
 def test_effects_equal_scipys():
     rng = np.random.default_rng(0)
     frame = some_frame(80, rng)
-    scores = np.round(rng.normal(size=80) + frame["flag"].to_numpy() * 1.5 + (frame["topic"] == "law").to_numpy(), 1)  # ties
+    scores = np.round(
+        rng.normal(size=80) + frame["flag"].to_numpy() * 1.5 + (frame["topic"] == "law").to_numpy(),
+        1,
+    )  # ties
     table = effects(scores, frame, draws=500).set_index("feature")
     u = scipy_stats.mannwhitneyu(scores[frame["flag"]], scores[~frame["flag"]])
     members = frame["flag"].sum()
-    assert table.loc["flag", "effect"] == pytest.approx(2 * u.statistic / (members * (80 - members)) - 1)
-    assert table.loc["length", "effect"] == pytest.approx(scipy_stats.spearmanr(scores, frame["length"])[0])
+    assert table.loc["flag", "effect"] == pytest.approx(
+        2 * u.statistic / (members * (80 - members)) - 1
+    )
+    assert table.loc["length", "effect"] == pytest.approx(
+        scipy_stats.spearmanr(scores, frame["length"])[0]
+    )
     z, law = (scores - scores.mean()) / scores.std(), frame["topic"] == "law"
     assert table.loc["topic: law", "effect"] == pytest.approx(z[law].mean() - z[~law].mean())
     assert list(table.index) == ["flag", "length", "topic: bread", "topic: cars", "topic: law"]
@@ -78,7 +131,11 @@ def test_effects_equal_scipys():
     assert abs(table.loc["length", "p"] - scipy_stats.spearmanr(scores, frame["length"])[1]) < 0.06
     assert (table["p_holm"] >= table["p"]).all() and table.loc["topic: law", "members"] == law.sum()
     words = effect_words(effects(scores, frame, draws=500), "harm to ethics")
-    assert words[0].startswith("Of 5 features") and "flag (Cliff's delta +" in words[0] and "length" not in words[0]
+    assert (
+        words[0].startswith("Of 5 features")
+        and "flag (Cliff's delta +" in words[0]
+        and "length" not in words[0]
+    )
 
 
 def test_without_an_effect_nothing_is_found():
@@ -86,19 +143,28 @@ def test_without_an_effect_nothing_is_found():
     small, held, studies = [], [], 60
     for study in range(studies):
         rng = np.random.default_rng(study)
-        table = effects(rng.normal(size=60), some_frame(60, rng).drop(columns="topic"), f"study {study}", draws=199)
+        table = effects(
+            rng.normal(size=60),
+            some_frame(60, rng).drop(columns="topic"),
+            f"study {study}",
+            draws=199,
+        )
         small += (table["p"] < 0.2).tolist()
         held += ((table["ci_low"] < 0) & (table["ci_high"] > 0)).tolist()
     assert 0.1 < np.mean(small) < 0.3 and np.mean(held) > 0.88
     rng = np.random.default_rng(0)
-    assert effect_words(effects(rng.normal(size=60), some_frame(60, rng), draws=199), "harm")[0].startswith("No feature of 5")
+    assert effect_words(effects(rng.normal(size=60), some_frame(60, rng), draws=199), "harm")[
+        0
+    ].startswith("No feature of 5")
 
 
 def test_features_that_tell_nothing_apart_and_bad_input():
     frame = pd.DataFrame({"always": [True] * 6, "constant": [3] * 6, "flag": [True, False] * 3})
     table = effects(np.array([5.0, 1, 4, 2, 6, 0]), frame, draws=100).set_index("feature")
     assert table.loc[["always", "constant"], ["effect", "p", "p_holm"]].isna().all(axis=None)
-    assert table.loc["flag", "effect"] == 1 and table.loc["flag", "p_holm"] == table.loc["flag", "p"]
+    assert (
+        table.loc["flag", "effect"] == 1 and table.loc["flag", "p_holm"] == table.loc["flag", "p"]
+    )
     level = effects(np.ones(6), frame, draws=100).set_index("feature")
     assert level.loc["flag", "effect"] == 0 and level.loc["flag", "p"] == 1
     with pytest.raises(StudyError, match="5 scores for 6 examples"):

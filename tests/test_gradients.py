@@ -38,7 +38,16 @@ from rlhf_trust.models import load_base, new_adapter
 from torch.nn.functional import logsigmoid
 
 BETA, PAD = 0.1, 0
-LOSSES = ("next_token_sum", "next_token_mean", "reward", "dpo_sum", "dpo_mean", "log_odds", "ppo_surrogate", "inpo")
+LOSSES = (
+    "next_token_sum",
+    "next_token_mean",
+    "reward",
+    "dpo_sum",
+    "dpo_mean",
+    "log_odds",
+    "ppo_surrogate",
+    "inpo",
+)
 
 
 def with_adapters(base):
@@ -76,7 +85,9 @@ def some_examples(count: int, sequences: int, seed: int = 0, prefix: str = "e") 
 
 def setting(model, name: str, count: int = 7, seed: int = 0, prefix: str = "e"):
     """A loss by its name, with examples for it."""
-    examples = some_examples(count, 1 if name.startswith(("next_token", "ppo")) else 2, seed, prefix)
+    examples = some_examples(
+        count, 1 if name.startswith(("next_token", "ppo")) else 2, seed, prefix
+    )
     if name == "reward":
         torch.manual_seed(2)
         return RewardLoss(torch.randn(32) / 4), examples
@@ -85,8 +96,10 @@ def setting(model, name: str, count: int = 7, seed: int = 0, prefix: str = "e"):
     if name == "ppo_surrogate":  # ratios about 1, on both sides of either end of the clip range
         noise = np.random.default_rng(3)
         old = {e.id: plain_logps(model, e.sequences[0]).detach().numpy() for e in examples}
-        return PPOSurrogateLoss({k: (v + noise.normal(0, 0.3, len(v))).tolist() for k, v in old.items()},
-                                {k: noise.normal(size=len(v)).tolist() for k, v in old.items()}), examples
+        return PPOSurrogateLoss(
+            {k: (v + noise.normal(0, 0.3, len(v))).tolist() for k, v in old.items()},
+            {k: noise.normal(size=len(v)).tolist() for k, v in old.items()},
+        ), examples
     if name == "inpo":
         return INPOLoss(0.02, reference_logps(model, "sft", examples, PAD)), examples
     kind, reduction = name.rsplit("_", 1)
@@ -98,7 +111,12 @@ def setting(model, name: str, count: int = 7, seed: int = 0, prefix: str = "e"):
 def plain_logps(model, sequence: EncodedExample) -> torch.Tensor:
     """Log-probabilities of the answer's tokens, by transformers' own forward pass."""
     ids = torch.tensor([sequence.input_ids])
-    logps = model(input_ids=ids).logits.float().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    logps = (
+        model(input_ids=ids)
+        .logits.float()
+        .log_softmax(-1)[0, :-1]
+        .gather(-1, ids[0, 1:, None])[:, 0]
+    )
     return logps[sequence.answer_start - 1 :]
 
 
@@ -116,9 +134,13 @@ def plain_loss(model, loss, example: Example) -> torch.Tensor:
     if isinstance(loss, NextTokenLoss):
         return -logp(example.sequences[0])
     if isinstance(loss, PPOSurrogateLoss):
-        old, advantages = (torch.tensor(kept[example.id]) for kept in (loss.old_logps, loss.advantages))
+        old, advantages = (
+            torch.tensor(kept[example.id]) for kept in (loss.old_logps, loss.advantages)
+        )
         logps = plain_logps(model, example.sequences[0])[None]
-        mean, _ = policy_loss(logps, old[None], advantages[None], torch.ones_like(logps), loss.clip_range)
+        mean, _ = policy_loss(
+            logps, old[None], advantages[None], torch.ones_like(logps), loss.clip_range
+        )
         return mean * logps.numel()
     chosen, rejected = example.sequences
     if isinstance(loss, LogOddsLoss):
@@ -138,11 +160,19 @@ def one_by_one(model, adapter: str, examples, loss) -> dict[str, torch.Tensor]:
     """Ordinary backward passes, one example each."""
     before = model.active_adapter
     model.set_adapter(adapter)
-    weights = {name.replace(f".{adapter}.", "."): p for name, p in model.named_parameters()
-               if f".{adapter}." in name and p.requires_grad}
-    rows = [torch.autograd.grad(plain_loss(model, loss, e), list(weights.values())) for e in examples]
+    weights = {
+        name.replace(f".{adapter}.", "."): p
+        for name, p in model.named_parameters()
+        if f".{adapter}." in name and p.requires_grad
+    }
+    rows = [
+        torch.autograd.grad(plain_loss(model, loss, e), list(weights.values())) for e in examples
+    ]
     model.set_adapter(before)
-    return {name: torch.stack([row[i].flatten() for row in rows]).float() for i, name in enumerate(weights)}
+    return {
+        name: torch.stack([row[i].flatten() for row in rows]).float()
+        for i, name in enumerate(weights)
+    }
 
 
 def relative(got, expected) -> float:
@@ -161,8 +191,12 @@ def test_batched_gradients_equal_one_by_one(tiny, name):
     expected = one_by_one(model, "default", examples, loss)
     for rows in (16, 4):
         # An answer whose tokens are all clipped has no gradient.
-        got = per_example_gradients(model, "default", examples, loss, PAD, rows=rows, allow_zero=name == "ppo_surrogate")
-        assert set(got) == set(expected) and len(got) == (4 if tiny.model.config.model_type == "gpt_neox" else 8)
+        got = per_example_gradients(
+            model, "default", examples, loss, PAD, rows=rows, allow_zero=name == "ppo_surrogate"
+        )
+        assert set(got) == set(expected) and len(got) == (
+            4 if tiny.model.config.model_type == "gpt_neox" else 8
+        )
         for layer in got:
             assert got[layer].dtype == torch.float32
             for row in range(len(examples)):
@@ -182,7 +216,9 @@ def test_loss_values_equal_plain_ones(tiny):
 def test_adapter_and_trainability_are_restored(tiny_llama):
     model = with_adapters(tiny_llama)
     loss, examples = setting(model, "next_token_sum")
-    model.requires_grad_(False)  # as load_adapters leaves it; PEFT's own switching would not bring this back
+    model.requires_grad_(
+        False
+    )  # as load_adapters leaves it; PEFT's own switching would not bring this back
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     first = per_example_gradients(model, "default", examples, loss, PAD)
     with torch.no_grad():
@@ -222,9 +258,13 @@ def test_reference_logps_are_the_reference_adapters(tiny_llama):
         for reduction in ("sum", "mean"):
             loss = DPOLoss(BETA, reference, reduction)
             model.set_adapter("sft")
-            assert loss.loss(model, examples, PAD).tolist() == pytest.approx([math.log(2)] * 3, abs=1e-5)
+            assert loss.loss(model, examples, PAD).tolist() == pytest.approx(
+                [math.log(2)] * 3, abs=1e-5
+            )
             model.set_adapter("default")
-            assert loss.loss(model, examples, PAD).tolist() != pytest.approx([math.log(2)] * 3, abs=1e-3)
+            assert loss.loss(model, examples, PAD).tolist() != pytest.approx(
+                [math.log(2)] * 3, abs=1e-3
+            )
 
 
 def test_zero_gradient_names_the_example(tiny_llama):
@@ -277,17 +317,31 @@ def test_other_errors(tiny_llama):
     with pytest.raises(StudyError, match="'e0' has 1 sequence"):
         per_example_gradients(model, "default", examples, RewardLoss(torch.ones(32)), PAD)
     with pytest.raises(StudyError, match="no reference log-probabilities for example 'e1'"):
-        per_example_gradients(model, "default", some_examples(2, 2), DPOLoss(BETA, {"e0": (0.0, 0.0)}), PAD)
+        per_example_gradients(
+            model, "default", some_examples(2, 2), DPOLoss(BETA, {"e0": (0.0, 0.0)}), PAD
+        )
     with pytest.raises(StudyError, match="reduction"):
         NextTokenLoss("max")
     with model.disable_adapter(), pytest.raises(StudyError, match="takes no part"):
         per_example_gradients(model, "default", examples, loss, PAD)
     with pytest.raises(StudyError, match="another model's tokenizer"):
-        per_example_gradients(model, "default", [Example("e0", "random", (EncodedExample((1, 2, 3, 300), 2),))], loss, PAD)
-    with pytest.raises(StudyError, match="ppo_surrogate: example 'e1' needs .* old log-probabilities.* has none"):
-        PPOSurrogateLoss({"e0": [0.0] * len(examples[0].sequences[0].answer_ids)}, {}).content(examples)
+        per_example_gradients(
+            model,
+            "default",
+            [Example("e0", "random", (EncodedExample((1, 2, 3, 300), 2),))],
+            loss,
+            PAD,
+        )
+    with pytest.raises(
+        StudyError, match="ppo_surrogate: example 'e1' needs .* old log-probabilities.* has none"
+    ):
+        PPOSurrogateLoss({"e0": [0.0] * len(examples[0].sequences[0].answer_ids)}, {}).content(
+            examples
+        )
     with pytest.raises(StudyError, match="example 'e0' needs .* advantages, .* has 20"):
-        PPOSurrogateLoss({e.id: [0.0] * len(e.sequences[0].answer_ids) for e in examples}, {"e0": [0.0] * 20}).content(examples)
+        PPOSurrogateLoss(
+            {e.id: [0.0] * len(e.sequences[0].answer_ids) for e in examples}, {"e0": [0.0] * 20}
+        ).content(examples)
     model.train()
     with pytest.raises(StudyError, match="training mode"):
         per_example_gradients(model, "default", examples, loss, PAD)
@@ -300,7 +354,10 @@ def test_an_adapter_without_effect_or_on_the_head(tiny_llama):
         for name, parameter in model.named_parameters():
             if ".default." in name:
                 parameter.zero_()
-    with pytest.raises(StudyError, match="exactly zero .*all of its batch have none, an adapter that was never trained"):
+    with pytest.raises(
+        StudyError,
+        match="exactly zero .*all of its batch have none, an adapter that was never trained",
+    ):
         per_example_gradients(model, "default", examples, loss, PAD)
     headed = new_adapter(tiny_llama, rank=4, alpha=8, targets=["lm_head"]).eval()
     with pytest.raises(StudyError, match="output head carries LoRA"):
@@ -311,24 +368,43 @@ def test_an_adapter_without_effect_or_on_the_head(tiny_llama):
 def test_chosen_logps_equal_log_softmax(bias, monkeypatch):
     monkeypatch.setattr(decode._ChosenLogps, "ROWS", 3)  # slices, the last one short
     torch.manual_seed(0)
-    states, head = torch.randn(8, 5, requires_grad=True), torch.nn.Linear(5, 11, bias=bias).requires_grad_(False)
+    states, head = (
+        torch.randn(8, 5, requires_grad=True),
+        torch.nn.Linear(5, 11, bias=bias).requires_grad_(False),
+    )
     targets, weights = torch.randint(11, (8,)), torch.randn(8)
     got = decode._ChosenLogps.apply(states, head.weight, head.bias, targets)
     expected = head(states).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(values @ weights, states)[0] for values in (got, expected)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(values @ weights, states)[0] for values in (got, expected))
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- stored
 
 
 def stored(where, model, examples, loss, name="pool", fingerprint="base-adapter", **more) -> Stored:
-    return stored_gradients(where, name, fingerprint, model, "default", examples, loss, PAD, **{"rows": 4, "block": 3} | more)
+    return stored_gradients(
+        where,
+        name,
+        fingerprint,
+        model,
+        "default",
+        examples,
+        loss,
+        PAD,
+        **{"rows": 4, "block": 3} | more,
+    )
 
 
 def files(where) -> dict[str, bytes]:
     """What lies in a folder, locks aside."""
-    return {str(p.relative_to(where)): p.read_bytes() for p in sorted(where.rglob("*")) if p.is_file() and p.suffix != ".lock"}
+    return {
+        str(p.relative_to(where)): p.read_bytes()
+        for p in sorted(where.rglob("*"))
+        if p.is_file() and p.suffix != ".lock"
+    }
 
 
 class Calls:
@@ -351,7 +427,10 @@ class Calls:
 def test_stored_gradients_are_those_in_memory(tiny, name, tmp_path):
     model = with_adapters(tiny)
     loss, examples = setting(model, name)
-    expected = InMemory(per_example_gradients(model, "default", examples, loss, PAD, rows=4), [e.id for e in examples])
+    expected = InMemory(
+        per_example_gradients(model, "default", examples, loss, PAD, rows=4),
+        [e.id for e in examples],
+    )
     found = stored(tmp_path, model, examples, loss)
     assert (found.layers, found.ids, len(found)) == (expected.layers, expected.ids, len(examples))
     torch.testing.assert_close(found.squares, expected.squares, rtol=1e-4, atol=0)
@@ -360,21 +439,36 @@ def test_stored_gradients_are_those_in_memory(tiny, name, tmp_path):
         blocks = list(found.blocks(layer))
         assert [rows for rows, _ in blocks] == [slice(0, 3), slice(3, 6), slice(6, 7)]
         ((_, wanted),), ((_, together),) = expected.blocks(layer), whole.blocks(layer)
-        assert found.width(layer) == wanted.shape[1] and {block.dtype for _, block in blocks} == {torch.float32}
+        assert found.width(layer) == wanted.shape[1] and {block.dtype for _, block in blocks} == {
+            torch.float32
+        }
         assert relative(torch.cat([block for _, block in blocks]), wanted) < 1e-5
         assert torch.equal(torch.cat([block for _, block in blocks]), together)
     half = stored(tmp_path, model, examples, loss, number_format="float16")
     for layer in found.layers:
         for (_, exact), (_, rounded) in zip(found.blocks(layer), half.blocks(layer)):
-            assert 0 < (rounded - exact).abs().max() and ((rounded - exact).abs() <= 2**-11 * exact.abs() + 1e-11).all()
-    assert sum(map(len, files(half.directory).values())) < 0.7 * sum(map(len, files(found.directory).values()))
-    same = stored(tmp_path, model, examples, loss, block=7, rows=16, projection=Projection(100_000))  # nothing to project
-    assert all(relative(a, b) < 1e-5 for layer in found.layers for (_, a), (_, b) in zip(same.blocks(layer), whole.blocks(layer)))
+            assert (
+                0 < (rounded - exact).abs().max()
+                and ((rounded - exact).abs() <= 2**-11 * exact.abs() + 1e-11).all()
+            )
+    assert sum(map(len, files(half.directory).values())) < 0.7 * sum(
+        map(len, files(found.directory).values())
+    )
+    same = stored(
+        tmp_path, model, examples, loss, block=7, rows=16, projection=Projection(100_000)
+    )  # nothing to project
+    assert all(
+        relative(a, b) < 1e-5
+        for layer in found.layers
+        for (_, a), (_, b) in zip(same.blocks(layer), whole.blocks(layer))
+    )
 
 
 def test_float16_holds_any_magnitude():
     torch.manual_seed(0)
-    spread = torch.randn(40, 300) * torch.logspace(-38, 37, 40)[:, None]  # examples far apart in size
+    spread = (
+        torch.randn(40, 300) * torch.logspace(-38, 37, 40)[:, None]
+    )  # examples far apart in size
     within = torch.randn(40, 300) * torch.logspace(0, -12, 300)  # entries of one example far apart
     edges = torch.zeros(40, 300)
     edges[1, 0], edges[2, 0], edges[3, :2] = 1e-45, 3.4e38, torch.tensor([65504.0, 1e-30])
@@ -386,7 +480,9 @@ def test_float16_holds_any_magnitude():
         exact = block[layer].double()
         bound = torch.maximum(2**-11 * exact.abs(), 2**-39 * exact.abs().amax(1, keepdim=True))
         assert ((back.double() - exact).abs() <= bound).all(), layer
-        torch.testing.assert_close(tensors["squares"][:, column], back.double().square().sum(1), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            tensors["squares"][:, column], back.double().square().sum(1), rtol=1e-12, atol=0
+        )
 
 
 def test_what_is_kept_is_read_and_only_that(tiny_llama, tmp_path, monkeypatch):
@@ -394,7 +490,9 @@ def test_what_is_kept_is_read_and_only_that(tiny_llama, tmp_path, monkeypatch):
     loss, examples = setting(model, "dpo_sum", count=4)
     computed = []
     real = module._gradients
-    monkeypatch.setattr(module, "_gradients", lambda *a, **k: computed.append(len(k["examples"])) or real(*a, **k))
+    monkeypatch.setattr(
+        module, "_gradients", lambda *a, **k: computed.append(len(k["examples"])) or real(*a, **k)
+    )
 
     def get(**change):
         """The gradients, and the examples of each block that was computed rather than read."""
@@ -409,8 +507,12 @@ def test_what_is_kept_is_read_and_only_that(tiny_llama, tmp_path, monkeypatch):
     different = {
         "base model": dict(fingerprint="other-adapter"),
         "adapter": dict(fingerprint="base-other"),
-        "set of examples": dict(examples=renamed, loss=DPOLoss(BETA, {**loss.reference, "other": loss.reference["e0"]})),
-        "set of examples, one answer start": dict(examples=[Example("e0", "random", shifted), *examples[1:]]),
+        "set of examples": dict(
+            examples=renamed, loss=DPOLoss(BETA, {**loss.reference, "other": loss.reference["e0"]})
+        ),
+        "set of examples, one answer start": dict(
+            examples=[Example("e0", "random", shifted), *examples[1:]]
+        ),
         "set of examples, in another order": dict(examples=examples[::-1]),
         "set of examples, fewer": dict(examples=examples[:3]),
         "loss": dict(loss=DPOLoss(0.2, loss.reference)),
@@ -445,12 +547,16 @@ def test_what_is_kept_is_read_and_only_that(tiny_llama, tmp_path, monkeypatch):
     before = files(tmp_path)
     monkeypatch.setenv("RLHF_TRUST_CACHE", "off")
     fresh, blocks = get()
-    assert blocks == [3, 1] and torch.equal(fresh.squares, first.squares) and fresh.directory.exists()
+    assert (
+        blocks == [3, 1] and torch.equal(fresh.squares, first.squares) and fresh.directory.exists()
+    )
     del fresh
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "no manifest", "half a manifest"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "one bit", "missing", "no manifest", "half a manifest"]
+)
 def test_what_is_damaged_is_computed_again(tiny_llama, tmp_path, damage):
     model = with_adapters(tiny_llama)
     loss, examples = setting(model, "next_token_sum")
@@ -482,7 +588,9 @@ class Interruption(Exception):
     pass
 
 
-@pytest.mark.parametrize(("dtype", "number_format"), [("float32", "float16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    ("dtype", "number_format"), [("float32", "float16"), ("bfloat16", "float32")]
+)
 def test_interrupted_runs_go_on_at_the_block(tiny_directories, tmp_path, dtype, number_format):
     model = with_adapters(load_base(f"path:{tiny_directories['llama']}", dtype=dtype))
     loss, examples = setting(model, "dpo_sum", count=20)
@@ -529,14 +637,21 @@ def test_killed_runs_go_on_at_the_block(tiny_llama, tmp_path, moment):
                     die()
 
             module.save_file = save_half
-        stored(tmp_path / "killed", model, examples, Calls(loss, 2 if moment == "computing" else 0, die))
+        stored(
+            tmp_path / "killed",
+            model,
+            examples,
+            Calls(loss, 2 if moment == "computing" else 0, die),
+        )
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     left = files(tmp_path / "killed")
-    assert sum("block" in name for name in left) == (1 if moment == "computing" else 2)  # one half written
+    assert sum("block" in name for name in left) == (
+        1 if moment == "computing" else 2
+    )  # one half written
     counting = Calls(loss, 0, None)
     stored(tmp_path / "killed", model, examples, counting)
     assert counting.count == 2 and files(tmp_path / "killed") == files(tmp_path / "whole")
@@ -558,11 +673,17 @@ def test_kept_zero_gradients_are_still_an_error(tiny_llama, tmp_path):
 
 def test_projected_inner_products_have_the_mean_and_variance_that_theory_says():
     rng = np.random.default_rng(0)
-    dense, spiky = rng.normal(size=(2, 200)), rng.standard_t(1.5, size=(2, 200))  # few large entries: the last term counts
+    dense, spiky = (
+        rng.normal(size=(2, 200)),
+        rng.standard_t(1.5, size=(2, 200)),
+    )  # few large entries: the last term counts
     for x, y in (dense, spiky, (dense[0], dense[0] + dense[1]), (spiky[0], spiky[0])):
         x, y = (torch.tensor(v, dtype=torch.float32)[None] for v in (x, y))
         draws = [Projection(40, seed, nonzeros=4) for seed in range(500)]
-        errors = np.array([(s("layer", x) * s("layer", y)).sum().item() for s in draws]) - (x * y).sum().item()
+        errors = (
+            np.array([(s("layer", x) * s("layer", y)).sum().item() for s in draws])
+            - (x * y).sum().item()
+        )
         variance = draws[0].variance(x, y).item()
         assert abs(errors.mean()) < 4 * np.sqrt(variance / len(errors))
         assert errors.var() == pytest.approx(variance, rel=0.25)
@@ -581,7 +702,10 @@ def test_projection_is_linear_sparse_and_the_same_every_time():
     assert torch.equal(Projection(16, seed=5)("layer", x)[3:4], project("layer", x[3:4]))
     assert not torch.equal(project("another layer", x), project("layer", x))
     assert not torch.equal(Projection(16, seed=6)("layer", x), project("layer", x))
-    assert torch.equal(project("layer", x[:, :16]), x[:, :16]) and (project.width(16), project.width(17)) == (16, 16)
+    assert torch.equal(project("layer", x[:, :16]), x[:, :16]) and (
+        project.width(16),
+        project.width(17),
+    ) == (16, 16)
     for bad in (dict(dimension=10), dict(dimension=0), dict(dimension=4, nonzeros=0)):
         with pytest.raises(StudyError, match="projection: dimension"):
             Projection(**bad)
@@ -592,8 +716,12 @@ def test_projection_error_of_gradients(tiny_llama, tmp_path):
     loss, examples = setting(model, "next_token_sum", count=12)
     gradients = stored(tmp_path, model, examples, loss, block=12)
     errors = [projection_error(gradients, Projection(64, seed)) for seed in range(20)]
-    assert np.sqrt(np.mean([e.measured**2 for e in errors])) == pytest.approx(errors[0].predicted, rel=0.3)
-    assert np.sqrt(np.mean([e.layerwise**2 for e in errors])) == pytest.approx(errors[0].layerwise_predicted, rel=0.2)
+    assert np.sqrt(np.mean([e.measured**2 for e in errors])) == pytest.approx(
+        errors[0].predicted, rel=0.3
+    )
+    assert np.sqrt(np.mean([e.layerwise**2 for e in errors])) == pytest.approx(
+        errors[0].layerwise_predicted, rel=0.2
+    )
     assert all(0 < e.measured <= e.largest and e.pairs == 200 for e in errors)
     assert projection_error(gradients, Projection(100_000)).largest == 0
     projected = stored(tmp_path, model, examples, loss, block=12, projection=Projection(64))

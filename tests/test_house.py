@@ -25,17 +25,27 @@ def imported_rooms(path: Path) -> set[str]:
     parts, found = list(path.relative_to(PACKAGE).with_suffix("").parts), set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
-            origin = parts[: len(parts) - node.level] + (node.module.split(".") if node.module else [])
+            origin = parts[: len(parts) - node.level] + (
+                node.module.split(".") if node.module else []
+            )
             found |= {room(origin or [alias.name]) for alias in node.names}
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            assert not any(name.startswith("rlhf_trust") for name in names), f"{path}: relative imports only"
+            names = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+            assert not any(name.startswith("rlhf_trust") for name in names), (
+                f"{path}: relative imports only"
+            )
     return found
 
 
 def test_every_module_belongs_to_a_room():
     assert {room([part]) for part in ROOMS} == set(ROOMS)
-    names = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    names = {
+        path.stem if path.is_file() else path.name
+        for path in PACKAGE.iterdir()
+        if path.name != "__pycache__"
+    }
     assert names - {"py"} == set(ROOMS)
 
 

@@ -18,25 +18,53 @@ from rlhf_trust.losses import INPOLoss, reference_logps
 from scipy.optimize import minimize
 from test_ppo import HELD_OUT, PROMPTS, QUICK_LEARNERS, planted, values, write_adapters
 
-PREFERENCE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])  # 0 beats 1 beats 2 beats 0
+PREFERENCE = np.array(
+    [[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]]
+)  # 0 beats 1 beats 2 beats 0
 REFERENCE = np.array([0.6, 0.3, 0.1])
-QUICK = inpo.INPOConfig(rounds=2, prompts_per_round=6, answers_per_prompt=4, max_new_tokens=4, learning_rate=5e-3, batch=4,
-                        epochs=2, seed=1)
+QUICK = inpo.INPOConfig(
+    rounds=2,
+    prompts_per_round=6,
+    answers_per_prompt=4,
+    max_new_tokens=4,
+    learning_rate=5e-3,
+    batch=4,
+    epochs=2,
+    seed=1,
+)
 
 
 def run(base, directory, config, judge=None, prompts=PROMPTS, held_out=HELD_OUT, oracle=None):
     sft, reward = write_adapters(base, directory)
-    return inpo.train(base, Chat(base.tokenizer, "chatml"), sft, judge or reward, prompts, held_out, config, directory / "inpo", oracle)
+    return inpo.train(
+        base,
+        Chat(base.tokenizer, "chatml"),
+        sft,
+        judge or reward,
+        prompts,
+        held_out,
+        config,
+        directory / "inpo",
+        oracle,
+    )
 
 
 # --- the game on a table -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tau", "eta", "rounds", "limit"), [
-    (0.1, 0.3, [(0.7404, 0.1362, 0.1234), (0.7195, 0.0735, 0.2070), (0.6244, 0.0569, 0.3187)], (0.4927, 0.1541, 0.3531)),
-    (0.1, 1.0, [(0.6506, 0.2410, 0.1084)], (0.4927, 0.1541, 0.3531)),
-    (0.05, 1.0, [], (0.3880, 0.2084, 0.4036)),
-])
+@pytest.mark.parametrize(
+    ("tau", "eta", "rounds", "limit"),
+    [
+        (
+            0.1,
+            0.3,
+            [(0.7404, 0.1362, 0.1234), (0.7195, 0.0735, 0.2070), (0.6244, 0.0569, 0.3187)],
+            (0.4927, 0.1541, 0.3531),
+        ),
+        (0.1, 1.0, [(0.6506, 0.2410, 0.1084)], (0.4927, 0.1541, 0.3531)),
+        (0.05, 1.0, [], (0.3880, 0.2084, 0.4036)),
+    ],
+)
 def test_rounds_and_limit_of_a_game_of_three_answers(tau, eta, rounds, limit):
     policy = REFERENCE
     for wanted in rounds:
@@ -55,7 +83,9 @@ def test_rounds_and_limit_of_a_game_of_three_answers(tau, eta, rounds, limit):
 def test_rounds_at_a_small_constant_price_circle_round_the_equilibrium(tau, eta):
     """The default's prices, and the published ones."""
     found, policy, far = inpo.equilibrium(REFERENCE, PREFERENCE, tau), REFERENCE, []
-    assert inpo.mirror_step(found, REFERENCE, PREFERENCE, tau, eta) == pytest.approx(found, abs=1e-8)
+    assert inpo.mirror_step(found, REFERENCE, PREFERENCE, tau, eta) == pytest.approx(
+        found, abs=1e-8
+    )
     for _ in range(3000):
         policy = inpo.mirror_step(policy, REFERENCE, PREFERENCE, tau, eta)
         far.append(np.abs(policy - found).sum() / 2)
@@ -69,16 +99,32 @@ def test_the_loss_is_least_at_the_closed_form():
 
     def loss(logits):
         log_policy = logits - np.logaddexp.reduce(logits)
-        mixed = [inpo.mixed_reference({"pair": pair}, {"pair": now}, tau, eta)["pair"]
-                 for pair, now in (((np.log(REFERENCE[w]), np.log(REFERENCE[l])), (np.log(second[w]), np.log(second[l])))
-                                   for w in range(3) for l in range(3))]
-        return sum(second[w] * second[l] * 2 * PREFERENCE[w, l] * (log_policy[w] - log_policy[l] - (at_w - at_l) - 1 / (2 * eta)) ** 2
-                   for (w, l), (at_w, at_l) in zip(np.ndindex(3, 3), mixed))
+        mixed = [
+            inpo.mixed_reference({"pair": pair}, {"pair": now}, tau, eta)["pair"]
+            for pair, now in (
+                (
+                    (np.log(REFERENCE[w]), np.log(REFERENCE[l])),
+                    (np.log(second[w]), np.log(second[l])),
+                )
+                for w in range(3)
+                for l in range(3)
+            )
+        ]
+        return sum(
+            second[w]
+            * second[l]
+            * 2
+            * PREFERENCE[w, l]
+            * (log_policy[w] - log_policy[l] - (at_w - at_l) - 1 / (2 * eta)) ** 2
+            for (w, l), (at_w, at_l) in zip(np.ndindex(3, 3), mixed)
+        )
 
     assert loss(np.log(second)) == pytest.approx(2.647064, abs=1e-6)
     found = minimize(loss, np.zeros(3), method="BFGS", options={"gtol": 1e-10}).x
     third = np.exp(found - np.logaddexp.reduce(found))
-    assert third == pytest.approx(inpo.mirror_step(second, REFERENCE, PREFERENCE, tau, eta), abs=1e-6)
+    assert third == pytest.approx(
+        inpo.mirror_step(second, REFERENCE, PREFERENCE, tau, eta), abs=1e-6
+    )
 
 
 def test_no_equilibrium_without_a_reference():
@@ -95,10 +141,16 @@ def answer(number: int) -> EncodedExample:
 
 def by_strength(strength, asked=None):
     """An oracle of answers made by :func:`answer`."""
+
     def oracle(matches):
         if asked is not None:
             asked.append(len(matches))
-        return np.array([0.5 + 0.5 * np.sign(strength[a.input_ids[2]] - strength[b.input_ids[2]]) for _, a, b in matches])
+        return np.array(
+            [
+                0.5 + 0.5 * np.sign(strength[a.input_ids[2]] - strength[b.input_ids[2]])
+                for _, a, b in matches
+            ]
+        )
 
     return oracle
 
@@ -112,13 +164,21 @@ def test_a_tournament_finds_best_and_worst_of_a_ranking(k):
     for i, (best, worst) in enumerate(results):
         own = strength[10 * i : 10 * i + k]
         assert (best, worst) == (own.argmax(), own.argmin())
-    assert sum(asked) == 5 * {2: 2, 4: 5, 8: 11}[k] and len(asked) == {2: 2, 4: 4, 8: 6}[k]  # in step, not one by one
+    assert (
+        sum(asked) == 5 * {2: 2, 4: 5, 8: 11}[k] and len(asked) == {2: 2, 4: 4, 8: 6}[k]
+    )  # in step, not one by one
 
 
 def test_a_pair_is_dropped_where_the_best_does_not_beat_the_worst():
     field = [("p", [answer(i) for i in range(4)])]
     assert inpo.tournaments(field, by_strength([1, 1, 1, 1])) == [None]
-    rock = {(0, 1): 1.0, (2, 3): 1.0, (0, 2): 1.0, (1, 3): 1.0, (0, 3): 0.4}  # 3, the worst, beats 0, the best
+    rock = {
+        (0, 1): 1.0,
+        (2, 3): 1.0,
+        (0, 2): 1.0,
+        (1, 3): 1.0,
+        (0, 3): 0.4,
+    }  # 3, the worst, beats 0, the best
 
     def oracle(matches):
         return np.array([rock[a.input_ids[2], b.input_ids[2]] for _, a, b in matches])
@@ -132,8 +192,12 @@ def test_a_pair_is_dropped_where_the_best_does_not_beat_the_worst():
 def test_coins_fall_as_the_oracle_says():
     fields = [(f"p{i}", [answer(0), answer(1)]) for i in range(4000)]
     results = inpo.coin_tosses(fields, lambda matches: np.full(len(matches), 0.7), seed=0)
-    assert np.mean([r == (0, 1) for r in results]) == pytest.approx(0.7, abs=0.02) and set(results) == {(0, 1), (1, 0)}
-    assert inpo.coin_tosses([("p", [answer(3), answer(3)])], lambda matches: np.full(len(matches), 0.7), seed=0) == [None]
+    assert np.mean([r == (0, 1) for r in results]) == pytest.approx(0.7, abs=0.02) and set(
+        results
+    ) == {(0, 1), (1, 0)}
+    assert inpo.coin_tosses(
+        [("p", [answer(3), answer(3)])], lambda matches: np.full(len(matches), 0.7), seed=0
+    ) == [None]
 
 
 def test_the_reward_oracle_scores_every_answer_once():
@@ -145,33 +209,57 @@ def test_the_reward_oracle_scores_every_answer_once():
 
     oracle = inpo.reward_oracle(judge)
     assert oracle([("p", answer(3), answer(1)), ("p", answer(1), answer(3))]) == pytest.approx(
-        [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))])
+        [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))]
+    )
     assert oracle([("p", answer(3), answer(4))]) == pytest.approx([1 / (1 + np.exp(1))])
     assert scored == [answer(3), answer(1), answer(4)]
 
 
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}",
+    ],
+)
 def test_a_preference_model_is_asked_in_both_orders(tiny, chat, template):
     tiny.tokenizer.chat_template = template
     prompts = [Prompt("one", ("why?",)), Prompt("two", ("who?", "you", "why so?"))]
-    answers = {p.id: [chat.sequence(p.turns, text) for text in ("because", "no", "the question is not wrong")] for p in prompts}
-    matches = [(key, of_prompt[i], of_prompt[j]) for key, of_prompt in answers.items() for i, j in ((0, 1), (1, 0), (1, 2))]
+    answers = {
+        p.id: [
+            chat.sequence(p.turns, text) for text in ("because", "no", "the question is not wrong")
+        ]
+        for p in prompts
+    }
+    matches = [
+        (key, of_prompt[i], of_prompt[j])
+        for key, of_prompt in answers.items()
+        for i, j in ((0, 1), (1, 0), (1, 2))
+    ]
     oracle = inpo.preference_model_oracle(tiny, chat, prompts)
     found = oracle(matches)
     letter = [tiny.tokenizer(x, add_special_tokens=False).input_ids[0] for x in "AB"]
 
     def first_wins(turns, a, b):
-        context = "".join(f"\n<turn> {role}\n {turn}" for role, turn in zip(("user", "assistant", "user"), turns))
+        context = "".join(
+            f"\n<turn> {role}\n {turn}" for role, turn in zip(("user", "assistant", "user"), turns)
+        )
         text = f"[CONTEXT] {context}\n [RESPONSE A] {a} [RESPONSE B] {b} \n"
         text = text if template is None else f"<|im_start|>{text}<|im_end|><|im_start|>"
         with torch.no_grad():
-            logits = tiny.model(tiny.tokenizer(text, return_tensors="pt").input_ids).logits[0, -1].double()
+            logits = (
+                tiny.model(tiny.tokenizer(text, return_tensors="pt").input_ids)
+                .logits[0, -1]
+                .double()
+            )
         return torch.softmax(logits[letter], 0)[0].item()
 
     turns = {p.id: p.turns for p in prompts}
     for (key, *two), chance in zip(matches, found):
         a, b = (chat.decode(s.answer_ids) for s in two)
-        assert chance == pytest.approx((first_wins(turns[key], a, b) + 1 - first_wins(turns[key], b, a)) / 2, abs=1e-4)
+        assert chance == pytest.approx(
+            (first_wins(turns[key], a, b) + 1 - first_wins(turns[key], b, a)) / 2, abs=1e-4
+        )
     assert found[0] + found[1] == pytest.approx(1) and len(set(found.round(5))) > 3
     assert (oracle(matches[:1]) == found[:1]).all()
 
@@ -182,9 +270,14 @@ def test_a_preference_model_is_asked_in_both_orders(tiny, chat, template):
 def test_the_loss_by_hand(tiny, chat, tmp_path):
     sft, _ = write_adapters(tiny, tmp_path)
     model = models.load_adapters(tiny, {"policy": sft})
-    pairs = [Example(f"e{i}", "test", tuple(chat.sequence(("why?",), text) for text in two))
-             for i, two in enumerate((("because", "no"), ("the answer is not", "question")))]
-    reference, current = {"e0": (-3.0, -5.0), "e1": (-9.0, -1.0)}, {"e0": (-4.0, -4.5), "e1": (-7.0, -2.0)}
+    pairs = [
+        Example(f"e{i}", "test", tuple(chat.sequence(("why?",), text) for text in two))
+        for i, two in enumerate((("because", "no"), ("the answer is not", "question")))
+    ]
+    reference, current = (
+        {"e0": (-3.0, -5.0), "e1": (-9.0, -1.0)},
+        {"e0": (-4.0, -4.5), "e1": (-7.0, -2.0)},
+    )
     eta, tau = 0.2, 0.05
     found = INPOLoss(eta, inpo.mixed_reference(reference, current, tau, eta)).loss(model, pairs, 2)
     policy = reference_logps(model, "policy", pairs, 2)
@@ -199,14 +292,30 @@ def test_the_loss_by_hand(tiny, chat, tmp_path):
 @pytest.mark.parametrize("mode", ["paper", "theory"])
 def test_what_the_oracle_likes_wins(tiny, tmp_path, mode):
     prompts = [Prompt(f"m{i}", (f"what is {'the ' * (i % 4)}question {i}?",)) for i in range(192)]
-    config = dataclasses.replace(QUICK, rounds=4, max_new_tokens=3, learning_rate=2e-2, mode=mode, max_kl=1e3, eta=0.2, tau=0.05,
-                                 **{"paper": dict(prompts_per_round=64, answers_per_prompt=8, batch=16),
-                                    "theory": dict(prompts_per_round=192, answers_per_prompt=2, batch=32)}[mode])
-    curves, eval_history = run(tiny, tmp_path, config, lambda model: lambda answers: 20 * planted(model)(answers), prompts)
+    config = dataclasses.replace(
+        QUICK,
+        rounds=4,
+        max_new_tokens=3,
+        learning_rate=2e-2,
+        mode=mode,
+        max_kl=1e3,
+        eta=0.2,
+        tau=0.05,
+        **{
+            "paper": dict(prompts_per_round=64, answers_per_prompt=8, batch=16),
+            "theory": dict(prompts_per_round=192, answers_per_prompt=2, batch=32),
+        }[mode],
+    )
+    curves, eval_history = run(
+        tiny, tmp_path, config, lambda model: lambda answers: 20 * planted(model)(answers), prompts
+    )
     held_out = before_and_after(eval_history)
     gain = (held_out["reward_after"] - held_out["reward_before"]) / 20
     assert gain.mean() > 0.05 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
-    assert np.mean(values(curves, "gap")) > 0.5 / (2 * config.eta) and values(curves, "held_out_kl")[0] == 0.0
+    assert (
+        np.mean(values(curves, "gap")) > 0.5 / (2 * config.eta)
+        and values(curves, "held_out_kl")[0] == 0.0
+    )
 
 
 def test_pairs_are_kept_with_what_the_loss_needs(tiny, chat, tmp_path):
@@ -215,28 +324,39 @@ def test_pairs_are_kept_with_what_the_loss_needs(tiny, chat, tmp_path):
     run(tiny, tmp_path, dataclasses.replace(QUICK, rounds=1))
     (tmp_path / "inpo").rename(tmp_path / "second")
     curves, eval_history = run(tiny, tmp_path, QUICK)
-    assert sorted(set(eval_history["step"])) == sorted(set(curves.loc[curves["metric"] == "held_out_kl", "step"]))
+    assert sorted(set(eval_history["step"])) == sorted(
+        set(curves.loc[curves["metric"] == "held_out_kl", "step"])
+    )
     pairs = load_pairs(tmp_path / "inpo")
     assert {p.round for p in pairs} == {1, 2} and len({p.id for p in pairs}) == len(pairs)
     dropped = curves[curves["metric"] == "dropped"].set_index("step")["value"]
     assert len(pairs) == pytest.approx(QUICK.prompts_per_round * (len(dropped) - dropped.sum()))
-    model = models.load_adapters(tiny, {name: tmp_path / name for name in ("sft", "reward", "inpo", "second")})
+    model = models.load_adapters(
+        tiny, {name: tmp_path / name for name in ("sft", "reward", "inpo", "second")}
+    )
     judge = RewardModel(model, models.load_reward_head(tmp_path / "reward"), chat)
     share = QUICK.tau / QUICK.eta
     for number, current in ((2, "second"), (1, "sft")):
         of_round = [p for p in pairs if p.round == number]
         examples = [Example(p.id, "inpo", (p.winner, p.loser)) for p in of_round]
-        logps, before = (reference_logps(model, adapter, examples, 2) for adapter in ("sft", current))
+        logps, before = (
+            reference_logps(model, adapter, examples, 2) for adapter in ("sft", current)
+        )
         for pair in of_round:
             wanted = share * np.array(logps[pair.id]) + (1 - share) * np.array(before[pair.id])
             assert pair.reference == pytest.approx(wanted, abs=1e-4)
             assert float(judge([pair.winner])) > float(judge([pair.loser]))
     for pair in of_round:
-        assert pair.winner.input_ids[: pair.winner.answer_start] == pair.loser.input_ids[: pair.loser.answer_start]
+        assert (
+            pair.winner.input_ids[: pair.winner.answer_start]
+            == pair.loser.input_ids[: pair.loser.answer_start]
+        )
     loss = INPOLoss(QUICK.eta, {p.id: p.reference for p in pairs})
     assert loss.content(examples)[:2] == ["inpo", QUICK.eta]
     model.set_adapter("sft")
-    np.testing.assert_allclose(loss.loss(model, examples, 2).detach(), (1 / (2 * QUICK.eta)) ** 2, rtol=1e-3)
+    np.testing.assert_allclose(
+        loss.loss(model, examples, 2).detach(), (1 / (2 * QUICK.eta)) ** 2, rtol=1e-3
+    )
     with pytest.raises(StudyError, match=r"sft/pairs.jsonl: missing; run 05-inpo"):
         load_pairs(tmp_path / "sft")
 
@@ -246,7 +366,10 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_backbone_bare(tiny_dire
         base = models.load_base(f"path:{tiny_directories['llama']}", "float32")
         tables = run(base, tmp_path / name, dataclasses.replace(QUICK, seed=seed))
         assert not any("lora" in n for n, _ in base.model.named_parameters())
-        return *tables, *((tmp_path / name / "inpo" / f).read_bytes() for f in ("adapter_model.safetensors", "pairs.jsonl"))
+        return *tables, *(
+            (tmp_path / name / "inpo" / f).read_bytes()
+            for f in ("adapter_model.safetensors", "pairs.jsonl")
+        )
 
     first, second, other = once("a", 1), once("b", 1), once("c", 2)
     for one, two in zip(first[:2], second[:2]):
@@ -257,26 +380,46 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_backbone_bare(tiny_dire
 # --- trouble -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"tau": 0.2, "eta": 0.1}, "tau: must lie between 0 and eta = 0.1, got 0.2"), ({"tau": -0.1}, "tau: must lie"),
-    ({"eta": 0.0, "tau": 0.0}, "eta: must be above 0"), ({"max_kl": float("nan")}, "max_kl: must be above 0"),
-    ({"learning_rate": 0.0}, "learning_rate: must be above 0"), ({"answers_per_prompt": 1}, "needs 2, 4, 8"),
-    ({"answers_per_prompt": 6}, "needs 2, 4, 8"), ({"mode": "theory"}, "theory mode draws 2, got 8"),
-    ({"mode": "nash"}, "mode: must be paper or theory"), ({"rounds": 0}, "rounds: must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"tau": 0.2, "eta": 0.1}, "tau: must lie between 0 and eta = 0.1, got 0.2"),
+        ({"tau": -0.1}, "tau: must lie"),
+        ({"eta": 0.0, "tau": 0.0}, "eta: must be above 0"),
+        ({"max_kl": float("nan")}, "max_kl: must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate: must be above 0"),
+        ({"answers_per_prompt": 1}, "needs 2, 4, 8"),
+        ({"answers_per_prompt": 6}, "needs 2, 4, 8"),
+        ({"mode": "theory"}, "theory mode draws 2, got 8"),
+        ({"mode": "nash"}, "mode: must be paper or theory"),
+        ({"rounds": 0}, "rounds: must be at least 1"),
+    ],
+)
 def test_wrong_settings(wrong, said):
     with pytest.raises(StudyError, match=said):
         inpo.INPOConfig(**wrong)
 
 
 def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path):
-    with pytest.raises(StudyError, match="^inpo: no pair is left in round 1 of 6 prompts: of no prompt does the tournament's best"):
+    with pytest.raises(
+        StudyError,
+        match="^inpo: no pair is left in round 1 of 6 prompts: of no prompt does the tournament's best",
+    ):
         run(tiny_llama, tmp_path, QUICK, oracle=lambda matches: np.full(len(matches), 0.5))
-    with pytest.raises(StudyError, match=f"^the rewards of all {len(HELD_OUT)} held-out answers are alike"):
+    with pytest.raises(
+        StudyError, match=f"^the rewards of all {len(HELD_OUT)} held-out answers are alike"
+    ):
         run(tiny_llama, tmp_path, QUICK, lambda model: lambda answers: torch.ones(len(answers)))
     with pytest.raises(StudyError, match="^1 of .* rewards are not finite"):
-        run(tiny_llama, tmp_path, QUICK, lambda model: lambda answers: torch.tensor([*range(1, len(answers)), float("nan")]))
-    with pytest.raises(StudyError, match=r"^inpo: after step \d+ the KL .* lower learning_rate or raise eta$"):
+        run(
+            tiny_llama,
+            tmp_path,
+            QUICK,
+            lambda model: lambda answers: torch.tensor([*range(1, len(answers)), float("nan")]),
+        )
+    with pytest.raises(
+        StudyError, match=r"^inpo: after step \d+ the KL .* lower learning_rate or raise eta$"
+    ):
         run(tiny_llama, tmp_path, dataclasses.replace(QUICK, learning_rate=0.3, max_kl=0.01))
     with pytest.raises(StudyError, match="held-out prompt"):
         run(tiny_llama, tmp_path, QUICK, held_out=[])

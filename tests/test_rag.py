@@ -20,7 +20,11 @@ from transformers import (
 
 SHIPPED = rag.load_questions("shipped")
 OFFICIAL_ROWS = {
-    "asqa": {"sample_id": "a", "question": "When, and who?", "qa_pairs": [{"short_answers": ["1932"]}, {"short_answers": ["Ida Kessland", "Kessland"]}]},
+    "asqa": {
+        "sample_id": "a",
+        "question": "When, and who?",
+        "qa_pairs": [{"short_answers": ["1932"]}, {"short_answers": ["Ida Kessland", "Kessland"]}],
+    },
     "qampari": {"question": "Who?", "answers": [["Ida Kessland", "Kessland"], ["Peter Aldous"]]},
     "eli5": {"question": "Why?", "claims": ["It was dear.", "It was old."]},
 }
@@ -28,7 +32,10 @@ OFFICIAL_ROWS = {
 
 def row(name, bits=((1, 0), (0, 0)), **changes):
     """A row of an official set; ``bits``: a list a document."""
-    docs = [{"title": f"T{i}", "text": f"D{i}", "answers_found": list(found), "score": 1.0} for i, found in enumerate(bits)]
+    docs = [
+        {"title": f"T{i}", "text": f"D{i}", "answers_found": list(found), "score": 1.0}
+        for i, found in enumerate(bits)
+    ]
     return {**OFFICIAL_ROWS[name], "docs": docs, **changes}
 
 
@@ -43,21 +50,34 @@ def save(folder, name, rows):
 
 
 def test_the_shipped_questions_are_what_the_datasheet_says():
-    assert len(SHIPPED) >= 90 and len({q.question for q in SHIPPED}) == len(SHIPPED) == len({q.id for q in SHIPPED})
+    assert len(SHIPPED) >= 90 and len({q.question for q in SHIPPED}) == len(SHIPPED) == len(
+        {q.id for q in SHIPPED}
+    )
     assert sum(q.answerable for q in SHIPPED) >= 60 and sum(not q.answerable for q in SHIPPED) >= 30
     for kind in ts.KINDS:
         of_kind = [q for q in SHIPPED if q.kind == kind]
         assert len(of_kind) >= 30 and 0.6 < np.mean([q.answerable for q in of_kind]) < 0.7
     texts = [d.text for q in SHIPPED for d in q.documents]
-    assert len(set(texts)) == len(texts) == 5 * len(SHIPPED) and all(25 <= len(text.split()) <= 75 for text in texts)
-    documents_that_help = np.array([sum(any(d.answers_found) for d in q.documents) for q in SHIPPED if q.answerable])
+    assert len(set(texts)) == len(texts) == 5 * len(SHIPPED) and all(
+        25 <= len(text.split()) <= 75 for text in texts
+    )
+    documents_that_help = np.array(
+        [sum(any(d.answers_found) for d in q.documents) for q in SHIPPED if q.answerable]
+    )
     assert (documents_that_help < 5).all() and (documents_that_help > 1).any()
 
 
 def test_aliases_stand_where_answers_found_says():
     """A claim's name is in every document that holds it (the statement itself may be put otherwise)."""
-    missing = [(q.id, claim.text) for q in SHIPPED if q.kind != "long" for d in q.documents for claim, found in zip(q.claims, d.answers_found)
-               if found and not any(ts.normalised(alias) in ts.normalised(d.premise) for alias in claim.aliases)]
+    missing = [
+        (q.id, claim.text)
+        for q in SHIPPED
+        if q.kind != "long"
+        for d in q.documents
+        for claim, found in zip(q.claims, d.answers_found)
+        if found
+        and not any(ts.normalised(alias) in ts.normalised(d.premise) for alias in claim.aliases)
+    ]
     assert missing == []
 
 
@@ -65,7 +85,10 @@ def test_the_shipped_pairs_mislead_who_counts_words():
     pairs = rag.hard_pairs()
     assert len(pairs) >= 150 and len({(p.premise, p.hypothesis) for p in pairs}) == len(pairs)
     assert np.mean([p.entailed for p in pairs]) == pytest.approx(0.5, abs=0.05)
-    hard, easy = (agreement(LexicalJudge(), some).set_index("pairs")["value"] for some in (pairs, rag.claim_pairs(SHIPPED)))
+    hard, easy = (
+        agreement(LexicalJudge(), some).set_index("pairs")["value"]
+        for some in (pairs, rag.claim_pairs(SHIPPED))
+    )
     assert hard["all"] < 0.6 < 0.85 < easy["all"]
     assert easy["it does not"] > 0.9 and easy["it follows"] > 0.4
 
@@ -74,30 +97,66 @@ def test_the_shipped_pairs_mislead_who_counts_words():
 
 
 def test_official_files_are_read(tmp_path):
-    rows = {"asqa": [row("asqa", bits=[(1, 0)] * 7)], "qampari": [row("qampari"), row("qampari", bits=[(0, 0)] * 5, answerable=False)], "eli5": [row("eli5")]}
+    rows = {
+        "asqa": [row("asqa", bits=[(1, 0)] * 7)],
+        "qampari": [row("qampari"), row("qampari", bits=[(0, 0)] * 5, answerable=False)],
+        "eli5": [row("eli5")],
+    }
     for name, of_set in rows.items():
         source = save(tmp_path, name, of_set)
     short, listed, nothing, long = rag.load_questions(source)
-    assert [q.id for q in (short, listed, nothing, long)] == ["asqa/a", "qampari/1", "qampari/2", "eli5/1"]
-    assert (short.kind, listed.kind, long.kind) == ("short", "list", "long") and len(short.documents) == 5
-    assert short.claims[1].aliases == ("Ida Kessland", "Kessland") and long.claims[0].text == "It was dear."
+    assert [q.id for q in (short, listed, nothing, long)] == [
+        "asqa/a",
+        "qampari/1",
+        "qampari/2",
+        "eli5/1",
+    ]
+    assert (short.kind, listed.kind, long.kind) == ("short", "list", "long") and len(
+        short.documents
+    ) == 5
+    assert (
+        short.claims[1].aliases == ("Ida Kessland", "Kessland")
+        and long.claims[0].text == "It was dear."
+    )
     assert listed.answerable and listed.supported == (True, False) and not nothing.answerable
 
 
-@pytest.mark.parametrize(("rows", "message"), [
-    ([], "expected a list of questions"),
-    ([row("asqa", docs=[{"title": "T", "text": "D"}])], r"question a: needs question, docs .*: 'answers_found' is missing"),
-    ([row("asqa", bits=[(1,)])], "asqa/a: document 1 has 1 bits in answers_found for 2 claims"),
-    ([row("asqa", qa_pairs=[{"short_answers": []}, {"short_answers": ["x"]}])], "asqa/a: claim .* has no alias"),
-    ([row("asqa", answerable=False)], "question a: is called not answerable, but by answers_found it is"),
-    ([row("asqa", bits=[(0, 0)], answerable=True)], "question a: is called answerable, but by answers_found it is not"),
-    ([row("asqa"), row("asqa")], "question a: this sample_id is there twice"),
-    ([row("asqa", docs=[])], "needs at least one gold claim and one document"),
-    ([row("asqa", qa_pairs=[{"short_answers": "1932"}, {"short_answers": ["x"]}])], "gold claims: expected a list, got '1932'"),
-    ([row("asqa", qa_pairs=[{"short_answers": [1932]}, {"short_answers": ["x"]}])], "gold claims: expected a text, got 1932"),
-    ([row("asqa", bits=[("0", 1)])], r"expected 0 or 1, got \['0', 1\]"),
-    ([row("asqa", statements=["One."])], "1 statements for 2 answers"),
-    (["text"], "question 1: needs question")])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "expected a list of questions"),
+        (
+            [row("asqa", docs=[{"title": "T", "text": "D"}])],
+            r"question a: needs question, docs .*: 'answers_found' is missing",
+        ),
+        ([row("asqa", bits=[(1,)])], "asqa/a: document 1 has 1 bits in answers_found for 2 claims"),
+        (
+            [row("asqa", qa_pairs=[{"short_answers": []}, {"short_answers": ["x"]}])],
+            "asqa/a: claim .* has no alias",
+        ),
+        (
+            [row("asqa", answerable=False)],
+            "question a: is called not answerable, but by answers_found it is",
+        ),
+        (
+            [row("asqa", bits=[(0, 0)], answerable=True)],
+            "question a: is called answerable, but by answers_found it is not",
+        ),
+        ([row("asqa"), row("asqa")], "question a: this sample_id is there twice"),
+        ([row("asqa", docs=[])], "needs at least one gold claim and one document"),
+        (
+            [row("asqa", qa_pairs=[{"short_answers": "1932"}, {"short_answers": ["x"]}])],
+            "gold claims: expected a list, got '1932'",
+        ),
+        (
+            [row("asqa", qa_pairs=[{"short_answers": [1932]}, {"short_answers": ["x"]}])],
+            "gold claims: expected a text, got 1932",
+        ),
+        ([row("asqa", bits=[("0", 1)])], r"expected 0 or 1, got \['0', 1\]"),
+        ([row("asqa", statements=["One."])], "1 statements for 2 answers"),
+        (["text"], "question 1: needs question"),
+    ],
+)
 def test_bad_rows_name_file_and_question(tmp_path, rows, message):
     with pytest.raises(StudyError, match=rf"asqa_eval_top100_calibrated.json: .*{message}"):
         rag.load_questions(save(tmp_path, "asqa", rows))
@@ -121,8 +180,17 @@ def test_real_cited_answers(real_data):
     assert 0.5 < np.mean([s.recall for s in ts.score_responses(*zip(*cited), LexicalJudge())]) < 1
 
 
-@pytest.mark.parametrize(("content", "message"), [([], "needs demos"), ({"demos": [{"question": "Why?"}]}, "KeyError..answer"),
-                                                    ({"demos": [{"question": "Why?", "answer": "So [1].", "docs": []}]}, "eli5/1: needs at least one")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "needs demos"),
+        ({"demos": [{"question": "Why?"}]}, "KeyError..answer"),
+        (
+            {"demos": [{"question": "Why?", "answer": "So [1].", "docs": []}]},
+            "eli5/1: needs at least one",
+        ),
+    ],
+)
 def test_bad_cited_answers(tmp_path, content, message):
     (tmp_path / "alce").mkdir()
     (tmp_path / "alce" / "eli5_default.json").write_text(json.dumps(content))
@@ -137,20 +205,36 @@ def test_no_cited_answers_where_there_are_none():
 def test_the_prompt_has_everything_once():
     question = SHIPPED[0]
     (text,) = rag.prompt(question).turns
-    assert text.count(question.question) == 1 and text.count(ts.REFUSAL) == 1 and text.endswith("Answer:")
-    assert all(f"Document [{i}](Title: {d.title}): {d.text}" in text for i, d in enumerate(question.documents, start=1))
+    assert (
+        text.count(question.question) == 1
+        and text.count(ts.REFUSAL) == 1
+        and text.endswith("Answer:")
+    )
+    assert all(
+        f"Document [{i}](Title: {d.title}): {d.text}" in text
+        for i, d in enumerate(question.documents, start=1)
+    )
 
 
 # --- judges --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("premise", "hypothesis", "expected"), [
-    ("The bridge was opened in 1932 and replaced a ferry.", "The bridge opened in 1932.", True),
-    ("The bridge was opened in 1932 and replaced a ferry.", "The bridge opened in 1934.", False),
-    ("The bridge was not opened in 1932.", "The bridge was opened in 1932.", False),
-    ("The bridge was opened. Nobody liked the ferry.", "The bridge was opened.", True),
-    ("The bridge was opened in 1932.", "A tunnel was dug under the river.", False),
-    ("Anything.", "", False), ("Anything.", "It is so.", False)])
+@pytest.mark.parametrize(
+    ("premise", "hypothesis", "expected"),
+    [
+        ("The bridge was opened in 1932 and replaced a ferry.", "The bridge opened in 1932.", True),
+        (
+            "The bridge was opened in 1932 and replaced a ferry.",
+            "The bridge opened in 1934.",
+            False,
+        ),
+        ("The bridge was not opened in 1932.", "The bridge was opened in 1932.", False),
+        ("The bridge was opened. Nobody liked the ferry.", "The bridge was opened.", True),
+        ("The bridge was opened in 1932.", "A tunnel was dug under the river.", False),
+        ("Anything.", "", False),
+        ("Anything.", "It is so.", False),
+    ],
+)
 def test_the_lexical_judge(premise, hypothesis, expected):
     assert judge_named("lexical")([(premise, hypothesis)]) == [expected]
 
@@ -161,8 +245,30 @@ def judges(tmp_path, tiny_llama):
     size = len(tiny_llama.tokenizer)
     torch.manual_seed(0)
     labels = {0: "CONTRADICTION", 1: "entailment", 2: "neutral"}
-    classifier = BertForSequenceClassification(BertConfig(vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3, id2label=labels, initializer_range=1.0))
-    writer = T5ForConditionalGeneration(T5Config(vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0, initializer_factor=3.0))
+    classifier = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=size,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            num_labels=3,
+            id2label=labels,
+            initializer_range=1.0,
+        )
+    )
+    writer = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=size,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+            initializer_factor=3.0,
+        )
+    )
     for model, name in ((classifier, "classifier"), (writer, "writer")):
         model.save_pretrained(tmp_path / name)
         tiny_llama.tokenizer.save_pretrained(tmp_path / name)
@@ -172,7 +278,10 @@ def judges(tmp_path, tiny_llama):
 @pytest.mark.parametrize("name", ["classifier", "writer"])
 def test_model_judges_say_the_same_one_by_one(judges, name):
     judge = judge_named(f"path:{judges / name}")
-    pairs = [(f"the answer {i} " * (1 + i % 5), f"question {i} is {'not ' * (i % 2)}wrong") for i in range(24)]
+    pairs = [
+        (f"the answer {i} " * (1 + i % 5), f"question {i} is {'not ' * (i % 2)}wrong")
+        for i in range(24)
+    ]
     if judge.generates:  # which token a random model prefers is chance: take a common one for "1"
         judge.yes = max((said := [first_token(judge, *pair) for pair in pairs]), key=said.count)
     together = judge(pairs)
@@ -189,14 +298,18 @@ def test_long_premises_lose_their_end_and_not_the_hypothesis(judges, name):
     judge = ModelJudge(f"path:{judges / name}", most_tokens=200)
     asked = []
     forward = judge.model.forward
-    judge.model.forward = lambda **inputs: asked.append(inputs["input_ids"][0].tolist()) or forward(**inputs)
+    judge.model.forward = lambda **inputs: (
+        asked.append(inputs["input_ids"][0].tolist()) or forward(**inputs)
+    )
     assert len(judge([("so " * 2000, "It is not so at all.")])) == 1
     (ids,) = asked
     assert len(ids) <= 200 and "It is not so at all." in judge.tokenizer.decode(ids)
 
 
 def test_a_judge_that_is_none(tiny_llama):
-    with pytest.raises(StudyError, match="is neither a classifier nor a sequence-to-sequence model"):
+    with pytest.raises(
+        StudyError, match="is neither a classifier nor a sequence-to-sequence model"
+    ):
         ModelJudge(tiny_llama.source)
 
 
@@ -214,11 +327,20 @@ def test_positives_are_perfect():
     """A judge that knows what holds what finds nothing wrong with them."""
     for question in SHIPPED:
         bits = {d.premise: d.answers_found for d in question.documents}
-        texts = {f"{question.question} {c.aliases[0]}" if question.kind == "list" else f"{c.text.rstrip('.')}." : i for i, c in enumerate(question.claims)}
+        texts = {
+            f"{question.question} {c.aliases[0]}"
+            if question.kind == "list"
+            else f"{c.text.rstrip('.')}.": i
+            for i, c in enumerate(question.claims)
+        }
 
         def knows(pairs):
-            return [premise in bits and hypothesis in texts and bits[premise][texts[hypothesis]] if premise in bits
-                    else any(claim in premise for claim in [hypothesis.rstrip(".")]) for premise, hypothesis in pairs]
+            return [
+                premise in bits and hypothesis in texts and bits[premise][texts[hypothesis]]
+                if premise in bits
+                else any(claim in premise for claim in [hypothesis.rstrip(".")])
+                for premise, hypothesis in pairs
+            ]
 
         scores = ts.score_response(question, trust_align.positive(question), knows)
         assert scores.answered == question.answerable
@@ -228,11 +350,26 @@ def test_positives_are_perfect():
 def test_the_fewest_documents_are_cited():
     document = lambda *bits: ts.Document("T", "D", tuple(map(bool, bits)))  # noqa: E731
     claims = tuple(ts.Claim(f"claim {i}") for i in range(3))
-    question = ts.Question("q", "long", "Why?", claims, (document(1, 0, 0), document(1, 1, 0), document(0, 1, 0), document(0, 0, 0), document(0, 1, 0)))
+    question = ts.Question(
+        "q",
+        "long",
+        "Why?",
+        claims,
+        (
+            document(1, 0, 0),
+            document(1, 1, 0),
+            document(0, 1, 0),
+            document(0, 0, 0),
+            document(0, 1, 0),
+        ),
+    )
     assert trust_align.fewest_documents(question) == [1, 1, None]
     assert trust_align.positive(question) == "claim 0 [2]. claim 1 [2]."
     names = (ts.Claim("", ("Hesk & Darrow, Inc.", "Hesk")), ts.Claim("", ("Washington, D.C.",)))
-    assert trust_align.positive(ts.Question("q", "list", "Who?", names, (document(1, 1),))) == "Hesk [1], Washington D.C. [1]."
+    assert (
+        trust_align.positive(ts.Question("q", "list", "Who?", names, (document(1, 1),)))
+        == "Hesk [1], Washington D.C. [1]."
+    )
 
 
 def test_recombined_documents():
@@ -249,11 +386,24 @@ def test_recombined_documents():
         assert sum(any(d.answers_found) for d in fewer.documents) == max(1, held - -(-held // 2))
         assert not none.answerable and set(shuffled.documents) == set(original.documents)
         for variant in (fewer, none, shuffled):
-            assert len(set(variant.documents)) == 5 and {d for d in variant.documents if any(d.answers_found)} <= set(original.documents)
-            new = [ts.normalised(d.premise) for d in variant.documents if d not in original.documents]
-            assert not any(ts.normalised(alias) in text for text in new for claim in original.claims for alias in claim.aliases)
-    assert trust_align.recombined(some, 3) == made and trust_align.recombined(some, 3, seed=1) != made
-    assert [q.id for q in trust_align.recombined(some, 1)] == [q.id for q in made if not q.id.endswith(("+2", "+3"))]
+            assert len(set(variant.documents)) == 5 and {
+                d for d in variant.documents if any(d.answers_found)
+            } <= set(original.documents)
+            new = [
+                ts.normalised(d.premise) for d in variant.documents if d not in original.documents
+            ]
+            assert not any(
+                ts.normalised(alias) in text
+                for text in new
+                for claim in original.claims
+                for alias in claim.aliases
+            )
+    assert (
+        trust_align.recombined(some, 3) == made and trust_align.recombined(some, 3, seed=1) != made
+    )
+    assert [q.id for q in trust_align.recombined(some, 1)] == [
+        q.id for q in made if not q.id.endswith(("+2", "+3"))
+    ]
     with pytest.raises(StudyError, match="only 0 documents of other questions to put in place of"):
         trust_align.recombined(answerable[:1], 1)
     with pytest.raises(StudyError, match="there are no questions to make prompts from"):
@@ -261,7 +411,10 @@ def test_recombined_documents():
 
 
 def test_errors_and_severity():
-    refused, answered = Scores(False, True, 0, 0, 0, 0, 0, 0), Scores(True, False, 0.0, 0.0, 0.5, 0.25, 2, 4)
+    refused, answered = (
+        Scores(False, True, 0, 0, 0, 0, 0, 0),
+        Scores(True, False, 0.0, 0.0, 0.5, 0.25, 2, 4),
+    )
     half_right = Scores(True, True, 0.5, 0.0, 1.0, 1.0, 1, 1)
     assert trust_align.severity(refused) == 0.5
     assert trust_align.severity(answered) == pytest.approx(0.5 + 0.34 * 0.75 + 0.26 * 0.5)
@@ -275,16 +428,31 @@ def test_the_worse_half_is_kept_of_either_kind():
 
     right, refused = answerable(1.0), Scores(False, False, 0, 0, 0, 0, 0, 0)
     too_much = [Scores(True, False, 0, 0, r, 1.0, 1, 1) for r in (1.0, 0.0, 0.5)]
-    scores = [answerable(0.9), right, answerable(0.1), refused, *too_much, answerable(0.5), answerable(0.2)]
+    scores = [
+        answerable(0.9),
+        right,
+        answerable(0.1),
+        refused,
+        *too_much,
+        answerable(0.5),
+        answerable(0.2),
+    ]
     assert trust_align.worst_half(scores) == [2, 5, 6, 8]
-    assert [trust_align.worst_half(scores, most) for most in (1, 2, 3, 40)] == [[2], [2, 5], [2, 5, 8], [2, 5, 6, 8]]
+    assert [trust_align.worst_half(scores, most) for most in (1, 2, 3, 40)] == [
+        [2],
+        [2, 5],
+        [2, 5, 8],
+        [2, 5, 6, 8],
+    ]
     assert trust_align.worst_half([right, refused]) == []
 
 
 def test_pairs_leave_out_what_is_said_already():
     some = SHIPPED[:3]
     found = trust_align.pairs(some, ["Something else.", trust_align.positive(some[1]), " "])
-    assert [(p.id, p.rejected, p.chosen) for p in found] == [(some[0].id, "Something else.", trust_align.positive(some[0]))]
+    assert [(p.id, p.rejected, p.chosen) for p in found] == [
+        (some[0].id, "Something else.", trust_align.positive(some[0]))
+    ]
     assert found[0].prompt == rag.prompt(some[0]).turns
     with pytest.raises(StudyError, match="no response is wrong"):
         trust_align.pairs(some[:1], [trust_align.positive(some[0])])

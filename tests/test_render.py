@@ -24,9 +24,13 @@ from rlhf_trust.render import (
 )
 
 EVIL = "<script>alert(1)</script>\n\n<img src=http://evil.example/x.png> & ~~~~~\n~~~~~\n![x](http://evil.example/y.png)"
-PIXEL = base64.b64encode(bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010806000000" "1f15c4890000000d49444154789c6360606060000000050001a5f64540"
-    "0000000049454e44ae426082")).decode()
+PIXEL = base64.b64encode(
+    bytes.fromhex(
+        "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+        "1f15c4890000000d49444154789c6360606060000000050001a5f64540"
+        "0000000049454e44ae426082"
+    )
+).decode()
 
 
 # --- people --------------------------------------------------------------------------------------------------------
@@ -34,18 +38,27 @@ PIXEL = base64.b64encode(bytes.fromhex(
 MASK = Masker(["Jane Q. Dorset", "Bo Li"])
 
 
-@pytest.mark.parametrize(("text", "shown"), [
-    ("Ask Jane Q. Dorset.", "Ask [name]."), ("DORSET's son jane", "[name]'s son [name]"),
-    ("Bo Li, but not Bo or Lisbon", "[name], but not Bo or Lisbon"), ("Dorsetshire", "Dorsetshire"),
-    ("write to jdorset@corp.com, or a.b-c+d@mail.co.uk!", "write to [e-mail], or [e-mail]!"),
-    ("made up: ann@example.com", "made up: ann@example.com"), ("real: ann@example.com.evil.net", "real: [e-mail]"),
-])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Ask Jane Q. Dorset.", "Ask [name]."),
+        ("DORSET's son jane", "[name]'s son [name]"),
+        ("Bo Li, but not Bo or Lisbon", "[name], but not Bo or Lisbon"),
+        ("Dorsetshire", "Dorsetshire"),
+        ("write to jdorset@corp.com, or a.b-c+d@mail.co.uk!", "write to [e-mail], or [e-mail]!"),
+        ("made up: ann@example.com", "made up: ann@example.com"),
+        ("real: ann@example.com.evil.net", "real: [e-mail]"),
+    ],
+)
 def test_masking(text, shown):
     assert MASK(text) == shown
 
 
 def test_a_word_that_begins_like_a_name_is_left():
-    assert Masker(["Don Black"])("I don't know Don. Don’t ask don.") == "I don't know [name]. Don’t ask [name]."
+    assert (
+        Masker(["Don Black"])("I don't know Don. Don’t ask don.")
+        == "I don't know [name]. Don’t ask [name]."
+    )
 
 
 def test_nobody_to_mask():
@@ -53,7 +66,9 @@ def test_nobody_to_mask():
 
 
 def test_model_answers_and_prompts_are_masked():
-    said = samples([(conversation(["Who is Dorset?"], MASK), {"sft": "Jane Dorset <jdorset@corp.com>"})], MASK).data
+    said = samples(
+        [(conversation(["Who is Dorset?"], MASK), {"sft": "Jane Dorset <jdorset@corp.com>"})], MASK
+    ).data
     assert "orset" not in said and "ane" not in said
     assert said.count("[name]") == 3 and "&lt;[e-mail]&gt;" in said
 
@@ -62,22 +77,41 @@ def test_model_answers_and_prompts_are_masked():
 
 
 def test_model_text_is_escaped():
-    assert escaped("<script>x</script> & \"q\"\nnext") == "&lt;script&gt;x&lt;/script&gt; &amp; &quot;q&quot;<br>next"
+    assert (
+        escaped('<script>x</script> & "q"\nnext')
+        == "&lt;script&gt;x&lt;/script&gt; &amp; &quot;q&quot;<br>next"
+    )
     assert len(escaped("a" * 1000, limit=50)) == 50 and escaped("a" * 1000, limit=50).endswith("…")
-    for html in (conversation([EVIL]), samples([("asked", {EVIL: EVIL})], warning=EVIL).data,
-                 table(pd.DataFrame({EVIL: [EVIL]})).data):
+    for html in (
+        conversation([EVIL]),
+        samples([("asked", {EVIL: EVIL})], warning=EVIL).data,
+        table(pd.DataFrame({EVIL: [EVIL]})).data,
+    ):
         assert "<script" not in html and "<img" not in html
     assert "<i>(empty)</i>" in samples([("asked", {"sft": ""})]).data
 
 
 def test_harsh_text_is_folded():
     assert samples([("asked", {"sft": "x"})], warning="harsh").data.startswith(
-        '<details class="harsh"><summary>harsh</summary><table')
+        '<details class="harsh"><summary>harsh</summary><table'
+    )
 
 
 def test_tables_have_no_nan():
-    html = table(pd.DataFrame({"x": [0.12345, np.nan, 1e9], "n": [1, 2, 3], "who": ["a", None, "b"]})).data
-    assert re.findall("<td>(.*?)</td>", html) == ["0.123", "1", "a", "–", "2", "–", "1e+09", "3", "b"]
+    html = table(
+        pd.DataFrame({"x": [0.12345, np.nan, 1e9], "n": [1, 2, 3], "who": ["a", None, "b"]})
+    ).data
+    assert re.findall("<td>(.*?)</td>", html) == [
+        "0.123",
+        "1",
+        "a",
+        "–",
+        "2",
+        "–",
+        "1e+09",
+        "3",
+        "b",
+    ]
 
 
 # --- pages ---------------------------------------------------------------------------------------------------------
@@ -100,27 +134,47 @@ class Page(HTMLParser):
 
 def write_notebook(path: Path, title: str) -> Path:
     def output(**data):
-        return new_output("display_data", data={key.replace("_", "/"): value for key, value in data.items()})
+        return new_output(
+            "display_data", data={key.replace("_", "/"): value for key, value in data.items()}
+        )
 
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = table(pd.DataFrame({"value": [0.5, np.nan]})).data
-    nbformat.write(new_notebook(cells=[
-        new_markdown_cell(f"# {title}\n\nA loss $L = -\\log \\sigma(r)$, as in [the paper](https://arxiv.org/abs/2404.18870)."),
-        new_code_cell("text = '''\n```\nhttp://evil.example\n'''", outputs=[
-            output(text_html=numbers), output(image_png=PIXEL + "\n", text_plain="<Image>"),
-            output(text_html=samples([("asked", {"sft": EVIL})], warning="Harsh text").data),
-            output(text_markdown="**3** of 4 got *better*."),
-            new_output("stream", name="stdout", text=EVIL), new_output("stream", name="stderr", text="progress nan"),
-        ]),
-        new_code_cell("print('unseen')", metadata={"tags": ["hide-input"]}),
-    ]), path)
+    nbformat.write(
+        new_notebook(
+            cells=[
+                new_markdown_cell(
+                    f"# {title}\n\nA loss $L = -\\log \\sigma(r)$, as in [the paper](https://arxiv.org/abs/2404.18870)."
+                ),
+                new_code_cell(
+                    "text = '''\n```\nhttp://evil.example\n'''",
+                    outputs=[
+                        output(text_html=numbers),
+                        output(image_png=PIXEL + "\n", text_plain="<Image>"),
+                        output(
+                            text_html=samples([("asked", {"sft": EVIL})], warning="Harsh text").data
+                        ),
+                        output(text_markdown="**3** of 4 got *better*."),
+                        new_output("stream", name="stdout", text=EVIL),
+                        new_output("stream", name="stderr", text="progress nan"),
+                    ],
+                ),
+                new_code_cell("print('unseen')", metadata={"tags": ["hide-input"]}),
+            ]
+        ),
+        path,
+    )
     return path
 
 
 def check_asks_nothing(page: Page):
     assert not page.of("script") and not page.of("link") and not page.of("iframe")
     for tag, attributes in page.tags:
-        sources = {key: value for key, value in attributes.items() if key in ("src", "srcset", "data", "poster", "background")}
+        sources = {
+            key: value
+            for key, value in attributes.items()
+            if key in ("src", "srcset", "data", "poster", "background")
+        }
         assert all(value.startswith("data:") for value in sources.values()), (tag, sources)
         assert "href" not in attributes or tag == "a"
         assert not any(key.startswith("on") for key in attributes)
@@ -131,7 +185,10 @@ def test_a_page_holds_everything_it_shows(tmp_path):
     source = write_notebook(tmp_path / "90-report.ipynb", "Did it help?")
     write_html(source, tmp_path / "out" / "report.html", code=False)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
-    page, text = Page(tmp_path / "out" / "report.html"), (tmp_path / "out" / "report.html").read_text()
+    page, text = (
+        Page(tmp_path / "out" / "report.html"),
+        (tmp_path / "out" / "report.html").read_text(),
+    )
     check_asks_nothing(page)
     style = "".join(re.findall("<style.*?</style>", text, re.DOTALL))
     assert "url(" not in style and "@import" not in style
@@ -140,25 +197,46 @@ def test_a_page_holds_everything_it_shows(tmp_path):
     assert {a.get("class") for a in page.of("table")} == {"figures", "samples"}
     assert [a.get("class") for a in page.of("details")] == ["harsh"]
     assert "<title>Did it help?</title>" in text and "<strong>3</strong> of 4" in text
-    assert not re.search(r"\bnan\b", re.sub("<style.*?</style>|base64,[^\"]*", "", text, flags=re.DOTALL), re.IGNORECASE)
-    assert "evil.example" not in text.replace(render.escaped(EVIL), "").replace(render.html.escape(EVIL), "")
+    assert not re.search(
+        r"\bnan\b",
+        re.sub('<style.*?</style>|base64,[^"]*', "", text, flags=re.DOTALL),
+        re.IGNORECASE,
+    )
+    assert "evil.example" not in text.replace(render.escaped(EVIL), "").replace(
+        render.html.escape(EVIL), ""
+    )
 
 
 def test_an_appendix_links_its_neighbours(tmp_path):
-    for name, title in (("01-sft", "First & foremost?"), ("02-reward", "Second?"), ("90-report", "Last?")):
+    for name, title in (
+        ("01-sft", "First & foremost?"),
+        ("02-reward", "Second?"),
+        ("90-report", "Last?"),
+    ):
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", title)
     write_notebook(tmp_path / "notebooks" / "03-ppo.failed.ipynb", "Broken")
     pages = write_appendix(tmp_path / "notebooks", tmp_path / "appendix")
-    assert [p.name for p in pages] == ["index.html", "01-sft.html", "02-reward.html", "90-report.html"]
-    links = [[a["href"] for a in Page(p).of("a") if not a["href"].startswith(("https:", "#"))] for p in pages]
+    assert [p.name for p in pages] == [
+        "index.html",
+        "01-sft.html",
+        "02-reward.html",
+        "90-report.html",
+    ]
+    links = [
+        [a["href"] for a in Page(p).of("a") if not a["href"].startswith(("https:", "#"))]
+        for p in pages
+    ]
     assert links[0] == ["01-sft.html", "02-reward.html", "90-report.html"]
     assert links[1] == 2 * ["index.html", "02-reward.html"]  # above and below
     assert links[2] == 2 * ["01-sft.html", "index.html", "90-report.html"]
     assert links[3] == 2 * ["02-reward.html", "index.html"]
     for path in pages:
         check_asks_nothing(Page(path))
-        assert all((path.parent / a["href"]).is_file() for a in Page(path).of("a")
-                   if not a["href"].startswith(("https:", "#")))
+        assert all(
+            (path.parent / a["href"]).is_file()
+            for a in Page(path).of("a")
+            if not a["href"].startswith(("https:", "#"))
+        )
     text = pages[1].read_text()
     assert "text = " in re.sub("<[^>]+>", "", text) and "unseen" not in text
     assert "First &amp; foremost?" in pages[2].read_text()

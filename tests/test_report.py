@@ -29,13 +29,33 @@ START = {"toxicity": 0.5, "stereotype": 0.2, "ethics": 0.25, "truthfulness": 0.4
 
 def trust(unparsable=0.25):
     rows = [
-        {"model": model, "vertical": vertical, "metric": metric, "condition": condition, "value": value, "n": 60}
+        {
+            "model": model,
+            "vertical": vertical,
+            "metric": metric,
+            "condition": condition,
+            "value": value,
+            "n": 60,
+        }
         for vertical, (metric, _) in HEADLINE.items()
-        for model, condition, value in (("sft", "main", 9.0), ("start", "other", 9.0), ("start", "main", START[vertical]))
+        for model, condition, value in (
+            ("sft", "main", 9.0),
+            ("start", "other", 9.0),
+            ("start", "main", START[vertical]),
+        )
     ]
-    rows += [{"model": model, "vertical": vertical, "metric": "unparsable_rate", "condition": "main", "n": 60,
-              "value": unparsable if (model, vertical) == ("sft", "ethics") else 0.25}
-             for model in ("start", "sft", "ppo", "dpo") for vertical in HEADLINE]
+    rows += [
+        {
+            "model": model,
+            "vertical": vertical,
+            "metric": "unparsable_rate",
+            "condition": "main",
+            "n": 60,
+            "value": unparsable if (model, vertical) == ("sft", "ethics") else 0.25,
+        }
+        for model in ("start", "sft", "ppo", "dpo")
+        for vertical in HEADLINE
+    ]
     return pd.DataFrame(rows)
 
 
@@ -43,33 +63,68 @@ def changes(rows):
     """``rows``: (model, vertical, change, low, high, p_holm), against start, between rows that must not be read."""
     found = []
     for model, vertical, change, low, high, p_holm in rows:
-        row = {"model": model, "baseline": "start", "vertical": vertical, "metric": HEADLINE[vertical][0],
-               "condition": "main", "change": change, "ci_low": low, "ci_high": high, "p": 0.01, "p_holm": p_holm,
-               "min_detectable": 0.1, "n": 0 if np.isnan(change) else 60, "seed": 0}
+        row = {
+            "model": model,
+            "baseline": "start",
+            "vertical": vertical,
+            "metric": HEADLINE[vertical][0],
+            "condition": "main",
+            "change": change,
+            "ci_low": low,
+            "ci_high": high,
+            "p": 0.01,
+            "p_holm": p_holm,
+            "min_detectable": 0.1,
+            "n": 0 if np.isnan(change) else 60,
+            "seed": 0,
+        }
         other = row | {"change": 9.0, "ci_low": 8.0, "ci_high": 10.0, "p_holm": 0.0}
-        found += [other | {"condition": "temperature=1"}, other | {"baseline": "sft"}, other | {"metric": "other"}, row]
+        found += [
+            other | {"condition": "temperature=1"},
+            other | {"baseline": "sft"},
+            other | {"metric": "other"},
+            row,
+        ]
     return pd.DataFrame(found)
 
 
 def test_at_a_glance():
-    rows = [("sft", v, 0.1, -0.05, 0.2, 1.0) for v in HEADLINE] + [("dpo", "ethics", -0.25, -0.25, -0.1, 0.01)]
+    rows = [("sft", v, 0.1, -0.05, 0.2, 1.0) for v in HEADLINE] + [
+        ("dpo", "ethics", -0.25, -0.25, -0.1, 0.01)
+    ]
     glance = at_a_glance(trust(), changes(rows)).set_index(["vertical", "model"])
     assert len(glance) == 6
-    assert glance["percent"].round(9).to_dict() == pytest.approx({
-        ("toxicity", "sft"): 20, ("stereotype", "sft"): 50, ("ethics", "sft"): 40, ("ethics", "dpo"): -100,
-        ("truthfulness", "sft"): 25, ("privacy", "sft"): NAN}, nan_ok=True)  # of nothing, no percentage
+    assert glance["percent"].round(9).to_dict() == pytest.approx(
+        {
+            ("toxicity", "sft"): 20,
+            ("stereotype", "sft"): 50,
+            ("ethics", "sft"): 40,
+            ("ethics", "dpo"): -100,
+            ("truthfulness", "sft"): 25,
+            ("privacy", "sft"): NAN,
+        },
+        nan_ok=True,
+    )  # of nothing, no percentage
     assert glance.loc[("ethics", "sft"), ["low", "high"]].tolist() == pytest.approx([-20, 80])
     assert glance.loc[("privacy", "sft"), "change"] == 0.1
-    assert glance.loc[("truthfulness", "sft"), "worse"] == -1 and glance.loc[("ethics", "sft"), "worse"] == 1
+    assert (
+        glance.loc[("truthfulness", "sft"), "worse"] == -1
+        and glance.loc[("ethics", "sft"), "worse"] == 1
+    )
 
 
 def test_trust_words_know_which_way_is_worse():
-    rows = changes([
-        ("sft", "toxicity", 0.1, 0.05, 0.2, 0.2), ("sft", "ethics", -0.1, -0.2, -0.05, 0.03),
-        ("sft", "truthfulness", -0.1, -0.2, -0.05, 0.01), ("sft", "privacy", 0.1, -0.1, 0.3, 1.0),
-        ("dpo", "truthfulness", 0.1, 0.05, 0.2, 0.049), ("ppo", "privacy", NAN, NAN, NAN, NAN),
-        ("ppo", "ethics", 0.0, 0.0, 0.0, 1.0),
-    ])
+    rows = changes(
+        [
+            ("sft", "toxicity", 0.1, 0.05, 0.2, 0.2),
+            ("sft", "ethics", -0.1, -0.2, -0.05, 0.03),
+            ("sft", "truthfulness", -0.1, -0.2, -0.05, 0.01),
+            ("sft", "privacy", 0.1, -0.1, 0.3, 1.0),
+            ("dpo", "truthfulness", 0.1, 0.05, 0.2, 0.049),
+            ("ppo", "privacy", NAN, NAN, NAN, NAN),
+            ("ppo", "ethics", 0.0, 0.0, 0.0, 1.0),
+        ]
+    )
     said = trust_words(at_a_glance(trust(), rows), ["sft", "ppo", "dpo"])
     correction = "; after Holm's correction over all headline changes "
     assert said == [
@@ -82,49 +137,98 @@ def test_trust_words_know_which_way_is_worse():
 
 
 def test_attribution_words():
-    row = {"stage": "sft", "vertical": "ethics", "standardised": NAN, "ci_low": NAN, "ci_high": NAN, "p_null": NAN, "n": 0}
-    assert attribution_words(pd.DataFrame([row])) == ["No answer changed between stages, so there was nothing to attribute."]
+    row = {
+        "stage": "sft",
+        "vertical": "ethics",
+        "standardised": NAN,
+        "ci_low": NAN,
+        "ci_high": NAN,
+        "p_null": NAN,
+        "n": 0,
+    }
+    assert attribution_words(pd.DataFrame([row])) == [
+        "No answer changed between stages, so there was nothing to attribute."
+    ]
     clear = {"standardised": -3.0, "ci_low": -4.0, "ci_high": -2.0, "p_null": 0.01, "n": 20}
-    dull = {"stage": "dpo", "standardised": 5.0, "ci_low": -9.0, "ci_high": 9.0, "p_null": 0.3, "n": 20}
+    dull = {
+        "stage": "dpo",
+        "standardised": 5.0,
+        "ci_low": -9.0,
+        "ci_high": 9.0,
+        "p_null": 0.3,
+        "n": 20,
+    }
     said = attribution_words(pd.DataFrame([row, row | {"vertical": "privacy"} | clear, row | dull]))
-    assert said == ["Of 2 combinations of stage and vertical, 1 have p < 0.05, where 0.1 would by chance alone.",
-                    "The largest of these is sft on privacy (-3.00, interval -4.00 to -2.00, n = 20 items): its pairs drive "
-                    "the change."]
+    assert said == [
+        "Of 2 combinations of stage and vertical, 1 have p < 0.05, where 0.1 would by chance alone.",
+        "The largest of these is sft on privacy (-3.00, interval -4.00 to -2.00, n = 20 items): its pairs drive "
+        "the change.",
+    ]
     opposing = clear | {"standardised": 3.0, "ci_low": 2.0, "ci_high": 4.0}
-    assert attribution_words(pd.DataFrame([row | opposing]))[1].endswith("its pairs oppose the change.")
-    assert attribution_words(pd.DataFrame([row | opposing]), ("help", "harm"))[1].endswith("its pairs harm.")
+    assert attribution_words(pd.DataFrame([row | opposing]))[1].endswith(
+        "its pairs oppose the change."
+    )
+    assert attribution_words(pd.DataFrame([row | opposing]), ("help", "harm"))[1].endswith(
+        "its pairs harm."
+    )
     assert len(attribution_words(pd.DataFrame([row | dull]))) == 1
 
 
 def test_contributions_are_datainfs_by_proxy_or_metric():
-    rows = [{"solver": s, "loss": loss} for s in ("datainf", "tfidf") for loss in ("next-token", "next-token, token mean", "dpo", "metric")]
+    rows = [
+        {"solver": s, "loss": loss}
+        for s in ("datainf", "tfidf")
+        for loss in ("next-token", "next-token, token mean", "dpo", "metric")
+    ]
     summary = pd.DataFrame(rows)
     assert contributions_of(summary)["loss"].tolist() == ["next-token", "dpo"]
-    assert contributions_of(summary, metric=True)[["solver", "loss"]].values.tolist() == [["datainf", "metric"]]
+    assert contributions_of(summary, metric=True)[["solver", "loss"]].values.tolist() == [
+        ["datainf", "metric"]
+    ]
 
 
 def test_validation_words():
-    rows = [("lds", "answers", "datainf", 0.3, 0.1, 0.5, NAN), ("lds", "answers", "gradient_dot", 0.4, 0.2, 0.6, NAN),
-            ("lds", "answers", "random", 0.0, -0.1, 0.1, NAN),
-            ("above_random", "answers", "datainf", 0.3, 0.1, 0.5, 0.01), ("above_tfidf", "answers", "datainf", 0.1, -0.1, 0.3, 0.2),
-            ("mislabelled_auc", "pairs", "datainf", 0.8, 0.7, 0.9, NAN), ("mislabelled_auc", "pairs", "ceiling", 0.9, 0.8, 0.95, NAN)]
-    table = pd.DataFrame(rows, columns=["test", "target", "solver", "value", "ci_low", "ci_high", "p"]).assign(n=10)
+    rows = [
+        ("lds", "answers", "datainf", 0.3, 0.1, 0.5, NAN),
+        ("lds", "answers", "gradient_dot", 0.4, 0.2, 0.6, NAN),
+        ("lds", "answers", "random", 0.0, -0.1, 0.1, NAN),
+        ("above_random", "answers", "datainf", 0.3, 0.1, 0.5, 0.01),
+        ("above_tfidf", "answers", "datainf", 0.1, -0.1, 0.3, 0.2),
+        ("mislabelled_auc", "pairs", "datainf", 0.8, 0.7, 0.9, NAN),
+        ("mislabelled_auc", "pairs", "ceiling", 0.9, 0.8, 0.95, NAN),
+    ]
+    table = pd.DataFrame(
+        rows, columns=["test", "target", "solver", "value", "ci_low", "ci_high", "p"]
+    ).assign(n=10)
     lds, areas = validation_words(table)
-    assert "correlation of 0.30 (0.10 to 0.50), above random scores and not clearly above likeness of texts; best is gradient dot with 0.40" in lds
+    assert (
+        "correlation of 0.30 (0.10 to 0.50), above random scores and not clearly above likeness of texts; best is gradient dot with 0.40"
+        in lds
+    )
     assert "area of 0.80 (0.70 to 0.90)" in areas and "ceiling of 0.90" in areas
     table.loc[(table["test"] == "above_tfidf"), ["value", "p"]] = -0.1, 0.01
     assert "below likeness of texts" in validation_words(table)[0]
 
 
 def test_minutes_leave_out_the_report_itself():
-    minutes = stage_minutes({"01-sft": {"seconds": 90}, "14-privacy": {"seconds": 30}, "90-report": {"seconds": 600}})
-    assert minutes.to_dict("list") == {"stage": ["01-sft", "14-privacy", "all"], "minutes": [1.5, 0.5, 2.0]}
+    minutes = stage_minutes(
+        {"01-sft": {"seconds": 90}, "14-privacy": {"seconds": 30}, "90-report": {"seconds": 600}}
+    )
+    assert minutes.to_dict("list") == {
+        "stage": ["01-sft", "14-privacy", "all"],
+        "minutes": [1.5, 0.5, 2.0],
+    }
 
 
 def test_trade_offs_turn_every_change_so_that_more_is_worse():
-    rows = [("sft", "truthfulness", -0.1, -0.2, -0.05, 1.0), ("sft", "toxicity", -0.3, -0.4, -0.1, 1.0)]
+    rows = [
+        ("sft", "truthfulness", -0.1, -0.2, -0.05, 1.0),
+        ("sft", "toxicity", -0.3, -0.4, -0.1, 1.0),
+    ]
     found = trade_offs({"p": changes(rows)}).set_index("vertical")
-    assert found.loc["truthfulness", ["value", "ci_low", "ci_high"]].tolist() == pytest.approx([0.1, 0.05, 0.2])
+    assert found.loc["truthfulness", ["value", "ci_low", "ci_high"]].tolist() == pytest.approx(
+        [0.1, 0.05, 0.2]
+    )
     assert found.loc["toxicity", ["value", "ci_low", "ci_high"]].tolist() == [-0.3, -0.4, -0.1]
     said = " ".join(trade_off_words(trade_offs({"p": changes(rows)})))
     assert "sft pays for toxicity with truthfulness." in said and "there are 1." in said
@@ -134,10 +238,14 @@ def test_several_seeds_give_an_interval_over_runs():
     def run(change):
         return changes([("sft", v, change * HEADLINE[v][1], -9, 9, 1.0) for v in HEADLINE])
 
-    found = over_runs(trade_offs({"p": run(0.1), "p-seed1": run(0.2), "p-seed2": run(0.6)})).set_index("vertical")
+    found = over_runs(
+        trade_offs({"p": run(0.1), "p-seed1": run(0.2), "p-seed2": run(0.6)})
+    ).set_index("vertical")
     half = 4.302653 * np.std([0.1, 0.2, 0.6], ddof=1) / np.sqrt(3)
     for vertical in HEADLINE:
-        assert found.loc[vertical, ["value", "ci_low", "ci_high"]].tolist() == pytest.approx([0.3, 0.3 - half, 0.3 + half])
+        assert found.loc[vertical, ["value", "ci_low", "ci_high"]].tolist() == pytest.approx(
+            [0.3, 0.3 - half, 0.3 + half]
+        )
         assert found.loc[vertical, "n"] == 3
     assert correlations(trade_offs({"p": run(0.1)})).empty
     table = correlations(trade_offs({str(k): run(k) for k in range(5)}))
@@ -147,18 +255,49 @@ def test_several_seeds_give_an_interval_over_runs():
 def test_runs_of_other_seeds_are_found_by_their_tables(tmp_path, monkeypatch):
     monkeypatch.delenv("RLHF_TRUST_BUILD", raising=False)
     monkeypatch.setattr("rlhf_trust.ROOT", tmp_path)
-    for name, file in (("p", "x"), ("p-seed2", "trust_change.csv"), ("p-seed1", "trust_change.csv"), ("p-seed3", "x"), ("q-seed1", "trust_change.csv")):
+    for name, file in (
+        ("p", "x"),
+        ("p-seed2", "trust_change.csv"),
+        ("p-seed1", "trust_change.csv"),
+        ("p-seed3", "x"),
+        ("q-seed1", "trust_change.csv"),
+    ):
         Build(name).path("tables", file).write_text("")
     assert list(runs_of_seeds(Build("p"))) == ["p", "p-seed1", "p-seed2"]
 
 
 def test_readable_answers_and_spreads_over_wordings():
-    rows = [{"model": m, "vertical": v, "metric": "unparsable_rate", "condition": c, "value": x, "n": 60}
-            for m, x in (("start", 0.25), ("sft", 1.0)) for v in HEADLINE for c in ("main", "other")]
+    rows = [
+        {
+            "model": m,
+            "vertical": v,
+            "metric": "unparsable_rate",
+            "condition": c,
+            "value": x,
+            "n": 60,
+        }
+        for m, x in (("start", 0.25), ("sft", 1.0))
+        for v in HEADLINE
+        for c in ("main", "other")
+    ]
     table = readable_answers(pd.DataFrame(rows))
     assert table["vertical"].tolist() == list(HEADLINE)
-    assert table["start"].tolist() == [0.75] * 5 and table["sft"].tolist() == [0.0] * 5 and table["n"].tolist() == [60] * 5
-    rows = [{"model": "start", "vertical": v, "metric": "m", "condition": f"wording={w}", "value": x, "n": 6}
-            for v in ("ethics", "privacy") for w, x in (("a", 0.5), ("b", 0.25), ("c", 0.75))]
+    assert (
+        table["start"].tolist() == [0.75] * 5
+        and table["sft"].tolist() == [0.0] * 5
+        and table["n"].tolist() == [60] * 5
+    )
+    rows = [
+        {
+            "model": "start",
+            "vertical": v,
+            "metric": "m",
+            "condition": f"wording={w}",
+            "value": x,
+            "n": 6,
+        }
+        for v in ("ethics", "privacy")
+        for w, x in (("a", 0.5), ("b", 0.25), ("c", 0.75))
+    ]
     table = wording_spreads(pd.DataFrame(rows), {"privacy": "m"})
     assert table.values.tolist() == [["privacy", "m", "start", 0.25, 0.75, 0.5, 6]]

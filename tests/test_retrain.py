@@ -39,13 +39,19 @@ def some_examples(count: int, sequences: int, seed: int = 0) -> list[Example]:
         prompt, answer = rng.randint(2, 9), rng.randint(1, 12)
         return EncodedExample(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
 
-    return [Example(f"e{i}", "random", tuple(sequence() for _ in range(sequences))) for i in range(count)]
+    return [
+        Example(f"e{i}", "random", tuple(sequence() for _ in range(sequences)))
+        for i in range(count)
+    ]
 
 
 def settings(model):
     pairs = some_examples(12, 2)
-    return {"sft": (NextTokenLoss(), some_examples(12, 1)), "reward": (RewardLoss(random_head(32, 0) * 4), pairs),
-            "dpo": (DPOLoss(0.1, reference_logps(model, "sft", pairs, PAD)), pairs)}
+    return {
+        "sft": (NextTokenLoss(), some_examples(12, 1)),
+        "reward": (RewardLoss(random_head(32, 0) * 4), pairs),
+        "dpo": (DPOLoss(0.1, reference_logps(model, "sft", pairs, PAD)), pairs),
+    }
 
 
 def same(one: dict, other: dict) -> bool:
@@ -58,14 +64,27 @@ def test_fit_learns_repeats_and_touches_nothing_else(tiny, stage):
     loss, examples = settings(model)[stage]
     recipe = Recipe(learning_rate=3e-3, batch=5, epochs=4, at_once=2)
     start, sft = snapshot(model, "default"), snapshot(model, "sft")
-    frozen = {name: weight.detach().clone() for name, weight in model.named_parameters() if ".lora_" not in name}
+    frozen = {
+        name: weight.detach().clone()
+        for name, weight in model.named_parameters()
+        if ".lora_" not in name
+    }
     before = example_losses(model, "default", examples, loss, PAD)
     curve = fit(model, "default", examples, loss, PAD, recipe, seed=0)
-    after, learnt = example_losses(model, "default", examples, loss, PAD), snapshot(model, "default")
+    after, learnt = (
+        example_losses(model, "default", examples, loss, PAD),
+        snapshot(model, "default"),
+    )
     assert len(curve) == 12 and after.mean() < before.mean() - 0.05
     assert not same(start, learnt) and same(sft, snapshot(model, "sft"))
-    assert all(torch.equal(weight, frozen[name]) for name, weight in model.named_parameters() if name in frozen)
-    assert model.active_adapter == "sft" and not any(weight.requires_grad for weight in model.parameters())
+    assert all(
+        torch.equal(weight, frozen[name])
+        for name, weight in model.named_parameters()
+        if name in frozen
+    )
+    assert model.active_adapter == "sft" and not any(
+        weight.requires_grad for weight in model.parameters()
+    )
     assert all(weight.grad is None for weight in model.parameters())
     restore(model, "default", start)
     assert same(start, snapshot(model, "default"))
@@ -82,7 +101,15 @@ def test_fit_is_adamw_on_the_mean_loss(tiny_llama, schedule):
     model = two_adapters(tiny_llama)
     loss, examples = NextTokenLoss(), some_examples(6, 1)
     start = snapshot(model, "sft")
-    fit(model, "sft", examples, loss, PAD, Recipe(1e-2, batch=6, epochs=3, schedule=schedule, at_once=2), seed=0)
+    fit(
+        model,
+        "sft",
+        examples,
+        loss,
+        PAD,
+        Recipe(1e-2, batch=6, epochs=3, schedule=schedule, at_once=2),
+        seed=0,
+    )
     got = snapshot(model, "sft")
     restore(model, "sft", start)
     weights = list(lora_weights(model, "sft").values())
@@ -90,13 +117,17 @@ def test_fit_is_adamw_on_the_mean_loss(tiny_llama, schedule):
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     for step in range(3):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 if schedule == "constant" else (1.0, 2 / 3, 1 / 3)[step])
+        optimizer.param_groups[0]["lr"] = 1e-2 * (
+            1 if schedule == "constant" else (1.0, 2 / 3, 1 / 3)[step]
+        )
         optimizer.zero_grad()
         torch.stack([loss.loss(model, [example], PAD)[0] for example in examples]).mean().backward()
         assert torch.nn.utils.clip_grad_norm_(weights, 1.0) > 1, "clipping has something to do"
         optimizer.step()
     for name, weight in lora_weights(model, "sft").items():
-        torch.testing.assert_close(got[name], weight.detach(), atol=2e-4, rtol=0)  # Adam divides by tiny numbers
+        torch.testing.assert_close(
+            got[name], weight.detach(), atol=2e-4, rtol=0
+        )  # Adam divides by tiny numbers
         assert (got[name] - start[name]).abs().max() > 5e-3
 
 
@@ -106,7 +137,9 @@ def test_weights_of_one_adapter_start_another(tiny_llama):
     assert same(snapshot(model, "default"), snapshot(model, "sft"))
     pairs = some_examples(4, 2)
     loss = DPOLoss(0.1, reference_logps(model, "sft", pairs, PAD))
-    np.testing.assert_allclose(example_losses(model, "default", pairs, loss, PAD), math.log(2), atol=1e-6)
+    np.testing.assert_allclose(
+        example_losses(model, "default", pairs, loss, PAD), math.log(2), atol=1e-6
+    )
 
 
 def test_sft_then_dpo_starts_anew_each_time(tiny_llama):
@@ -117,15 +150,31 @@ def test_sft_then_dpo_starts_anew_each_time(tiny_llama):
     chosen = [Example(p.id, p.source, p.sequences[:1]) for p in pairs]
 
     def run():
-        sft_then_dpo(model, start, chosen, pairs, 0.5, Recipe(3e-3, batch=5, epochs=2),
-                     Recipe(1e-2, batch=5, epochs=15), PAD, 0)
+        sft_then_dpo(
+            model,
+            start,
+            chosen,
+            pairs,
+            0.5,
+            Recipe(3e-3, batch=5, epochs=2),
+            Recipe(1e-2, batch=5, epochs=15),
+            PAD,
+            0,
+        )
         return snapshot(model, "sft"), snapshot(model, "dpo")
 
-    before = example_losses(model, "default", chosen, NextTokenLoss("mean"), PAD).mean()  # SFT starts as this one is
+    before = example_losses(
+        model, "default", chosen, NextTokenLoss("mean"), PAD
+    ).mean()  # SFT starts as this one is
     sft, dpo = run()
     assert example_losses(model, "sft", chosen, NextTokenLoss("mean"), PAD).mean() < before - 0.02
     assert not same(sft, dpo) and implicit_accuracy(model, pairs, 0.5, PAD).mean() == 1
-    assert implicit_accuracy(model, [Example(p.id, "", p.sequences[::-1]) for p in pairs], 0.5, PAD).mean() == 0
+    assert (
+        implicit_accuracy(
+            model, [Example(p.id, "", p.sequences[::-1]) for p in pairs], 0.5, PAD
+        ).mean()
+        == 0
+    )
     again = run()
     assert same(again[0], sft) and same(again[1], dpo)
 
@@ -146,7 +195,9 @@ def test_ranked_right_reads_the_sign_of_the_margin(tiny_llama):
     right = ranked_right(example_losses(model, "sft", pairs, RewardLoss(head), PAD))
     turned = [Example(p.id, p.source, p.sequences[::-1]) for p in pairs]
     assert 0 < right.sum() < 9
-    np.testing.assert_array_equal(right, 1 - ranked_right(example_losses(model, "sft", turned, RewardLoss(head), PAD)))
+    np.testing.assert_array_equal(
+        right, 1 - ranked_right(example_losses(model, "sft", turned, RewardLoss(head), PAD))
+    )
     assert ranked_right(np.array([math.log(2) - 1e-6, math.log(2) + 1e-6])).tolist() == [1, 0]
 
 
@@ -167,7 +218,9 @@ def test_bad_input(tiny_llama):
     with pytest.raises(StudyError, match="do not fit adapter 'sft'"):
         restore(model, "sft", other)
     spoiled = snapshot(model, "sft")
-    restore(model, "sft", {name: torch.full_like(weight, math.nan) for name, weight in spoiled.items()})
+    restore(
+        model, "sft", {name: torch.full_like(weight, math.nan) for name, weight in spoiled.items()}
+    )
     with pytest.raises(StudyError, match="at step 1 the next_token_sum loss is nan"):
         fit(model, "sft", examples, loss, PAD, recipe, 0)
     assert model.active_adapter == "sft"

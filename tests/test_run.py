@@ -29,10 +29,18 @@ def study(tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def execute(code: str) -> int:
-        cells = [nbformat.v4.new_code_cell("steps: int = 8  # how many", metadata={"tags": ["parameters"]}),
-                 nbformat.v4.new_code_cell(code)]
-        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebooks / "01-x.ipynb")
+        cells = [
+            nbformat.v4.new_code_cell(
+                "steps: int = 8  # how many", metadata={"tags": ["parameters"]}
+            ),
+            nbformat.v4.new_code_cell(code),
+        ]
+        kernel = {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        }
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebooks / "01-x.ipynb"
+        )
         return run.main(["stage", "01-x"])
 
     execute.made = made
@@ -47,8 +55,10 @@ def names(folder) -> list[str]:
 
 def test_success_takes_its_place_and_clears_a_former_failure(study, capsys):
     (study.made / "01-x.failed.ipynb").write_text("a former failure")
-    code = study("import os\nfrom pathlib import Path\n"
-                 "Path(os.environ['RLHF_TRUST_PROGRESS']).write_text('half way')\nprint('steps', steps + 1)")
+    code = study(
+        "import os\nfrom pathlib import Path\n"
+        "Path(os.environ['RLHF_TRUST_PROGRESS']).write_text('half way')\nprint('steps', steps + 1)"
+    )
     assert code == 0, capsys.readouterr().err
     assert names(study.made) == ["01-x.ipynb"]  # no failed one, no part, no progress file
     assert "RLHF_TRUST_PROGRESS" not in os.environ
@@ -58,14 +68,18 @@ def test_success_takes_its_place_and_clears_a_former_failure(study, capsys):
 
 def test_failure_is_kept_beside_and_an_older_result_is_gone(study, capsys):
     (study.made / "01-x.ipynb").write_text("an older result")
-    code = study("from rlhf_trust import StudyError\nprint('seen before it')\n"
-                 "raise StudyError('hh.jsonl:3: no chosen\\nmore')")
+    code = study(
+        "from rlhf_trust import StudyError\nprint('seen before it')\n"
+        "raise StudyError('hh.jsonl:3: no chosen\\nmore')"
+    )
     error = capsys.readouterr().err.splitlines()
     assert code == 1
     assert names(study.made) == ["01-x.failed.ipynb"]
     assert "seen before it" in (study.made / "01-x.failed.ipynb").read_text()
     (line,) = [line for line in error if line.startswith("error:")]
-    assert line.startswith("error: 01-x: hh.jsonl:3: no chosen (see ") and "01-x.failed.ipynb" in line
+    assert (
+        line.startswith("error: 01-x: hh.jsonl:3: no chosen (see ") and "01-x.failed.ipynb" in line
+    )
 
 
 def test_interrupt_ends_with_130_and_leaves_no_result(study, capsys):
@@ -84,7 +98,9 @@ def test_full_disk_is_one_line_and_leaves_no_result(study, capsys, monkeypatch):
     assert study("pass") == 1
     assert "error: 01-x: No space left on device: somewhere" in capsys.readouterr().err
     # The disk may also fill up when the finished notebook is written.
-    monkeypatch.setattr(papermill, "execute_notebook", lambda source, target, **_: os.link(source, target))
+    monkeypatch.setattr(
+        papermill, "execute_notebook", lambda source, target, **_: os.link(source, target)
+    )
     monkeypatch.setattr(run, "publishable", full)
     assert study("pass") == 1
     assert "error: 01-x: No space left on device: somewhere" in capsys.readouterr().err
@@ -92,8 +108,19 @@ def test_full_disk_is_one_line_and_leaves_no_result(study, capsys, monkeypatch):
 
 
 def test_unknown_stage_names_the_known_ones(study, capsys):
-    (params.NOTEBOOKS / "01-x.ipynb").write_text(json.dumps({"cells": [
-        {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "steps: int = 1  # how many"}]}))
+    (params.NOTEBOOKS / "01-x.ipynb").write_text(
+        json.dumps(
+            {
+                "cells": [
+                    {
+                        "cell_type": "code",
+                        "metadata": {"tags": ["parameters"]},
+                        "source": "steps: int = 1  # how many",
+                    }
+                ]
+            }
+        )
+    )
     assert run.main(["stage", "02-y"]) == 2
     assert capsys.readouterr().err == "error: no notebook '02-y'; there are 01-x\n"
 
@@ -105,13 +132,27 @@ def test_kernel_has_the_network_only_where_a_parameter_names_the_hub(tmp_path):
 
 
 def test_publishable_drops_what_only_this_machine_knows():
-    widget = nbformat.v4.new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}})
+    widget = nbformat.v4.new_output(
+        "display_data", data={"application/vnd.jupyter.widget-view+json": {}}
+    )
     shown = nbformat.v4.new_output("stream", text="kept")
-    cell = nbformat.v4.new_code_cell("1", outputs=[widget, shown], metadata={
-        "papermill": {"duration": 1}, "execution": {"iopub.execute_input": "10:00"}, "tags": ["kept"]})
-    notebook = nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_markdown_cell("text")], metadata={
-        "papermill": {"output_path": "somewhere/out.ipynb"}, "widgets": {},
-        "kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    cell = nbformat.v4.new_code_cell(
+        "1",
+        outputs=[widget, shown],
+        metadata={
+            "papermill": {"duration": 1},
+            "execution": {"iopub.execute_input": "10:00"},
+            "tags": ["kept"],
+        },
+    )
+    notebook = nbformat.v4.new_notebook(
+        cells=[cell, nbformat.v4.new_markdown_cell("text")],
+        metadata={
+            "papermill": {"output_path": "somewhere/out.ipynb"},
+            "widgets": {},
+            "kernelspec": {"name": "python3", "display_name": "Python 3"},
+        },
+    )
     cleaned = run.publishable(notebook)
     assert list(cleaned.metadata) == ["kernelspec"]
     assert cleaned.cells[0].metadata == {"tags": ["kept"]} and cleaned.cells[0].outputs == [shown]

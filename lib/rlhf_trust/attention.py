@@ -41,12 +41,21 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, gradient):
         query, key, value, mask, out = ctx.saved_tensors
         (rows, heads, length, size), key_heads = query.shape, key.shape[1]
-        pairs, group = rows * key_heads, heads // key_heads  # the queries of all heads that share a key head go into one matrix
+        pairs, group = (
+            rows * key_heads,
+            heads // key_heads,
+        )  # the queries of all heads that share a key head go into one matrix
         k, v = key.reshape(pairs, length, size), value.reshape(pairs, length, size)
-        q, out, gradient = (x.reshape(pairs, group, length, size) for x in (query, out.transpose(1, 2), gradient.transpose(1, 2)))
+        q, out, gradient = (
+            x.reshape(pairs, group, length, size)
+            for x in (query, out.transpose(1, 2), gradient.transpose(1, 2))
+        )
         # What the softmax takes off every weight's gradient: a row of weights sums to one, whatever the scores.
         taken = (gradient.float() * out.float()).sum(-1, keepdim=True)
-        of_query, (of_key, of_value) = torch.empty_like(q), torch.zeros(2, pairs, length, size, device=q.device)
+        of_query, (of_key, of_value) = (
+            torch.empty_like(q),
+            torch.zeros(2, pairs, length, size, device=q.device),
+        )
         hidden = _hidden(mask, rows, key_heads, length, q.device)
         for start in range(0, length, QUERIES_AT_ONCE):
             asking = slice(start, min(start + QUERIES_AT_ONCE, length))
@@ -54,9 +63,13 @@ class _Attention(torch.autograd.Function):
             added = hidden[:, asking, seen].repeat(1, group, 1).expand(pairs, -1, -1)
             at_once = max(1, WEIGHTS_AT_ONCE // added[0].numel())
             for part in (slice(first, first + at_once) for first in range(0, pairs, at_once)):
-                q_, gradient_, taken_ = (x[part, :, asking].flatten(1, 2) for x in (q, gradient, taken))
+                q_, gradient_, taken_ = (
+                    x[part, :, asking].flatten(1, 2) for x in (q, gradient, taken)
+                )
                 k_, v_ = k[part, seen], v[part, seen]
-                weights = torch.baddbmm(added[part], q_.float(), k_.float().mT, alpha=ctx.scaling).softmax(-1)
+                weights = torch.baddbmm(
+                    added[part], q_.float(), k_.float().mT, alpha=ctx.scaling
+                ).softmax(-1)
                 if mask is not None:
                     weights.nan_to_num_(0.0)  # a row that sees nothing
                 of_value[part, seen] += torch.bmm(weights.to(v.dtype).mT, gradient_)
@@ -64,10 +77,19 @@ class _Attention(torch.autograd.Function):
                 of_query[part, :, asking] = torch.bmm(of_scores, k_).unflatten(1, (group, -1))
                 of_key[part, seen] += torch.bmm(of_scores.mT, q_)
         of_query, of_key = of_query.mul_(ctx.scaling), of_key.mul_(ctx.scaling)
-        return (of_query.view_as(query), of_key.to(key.dtype).view_as(key), of_value.to(value.dtype).view_as(value), None, None, None)
+        return (
+            of_query.view_as(query),
+            of_key.to(key.dtype).view_as(key),
+            of_value.to(value.dtype).view_as(value),
+            None,
+            None,
+            None,
+        )
 
 
-def _hidden(mask: torch.Tensor | None, rows: int, key_heads: int, length: int, device) -> torch.Tensor:
+def _hidden(
+    mask: torch.Tensor | None, rows: int, key_heads: int, length: int, device
+) -> torch.Tensor:
     """What a mask adds to the scores, in float32: [1 or rows · key heads, length, length]."""
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
@@ -77,21 +99,41 @@ def _hidden(mask: torch.Tensor | None, rows: int, key_heads: int, length: int, d
     return mask if len(mask) == 1 else mask.repeat_interleave(key_heads, 0)
 
 
-def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+def attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
+):
     """transformers' attention function: query [rows, heads, length, size], key and value [rows, key heads, length, size] →
     ([rows, length, heads, size], None). Where there is nothing to gain it is transformers' own ``sdpa``."""
+
     def call(query, key, value):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                                      is_causal=is_causal, **kwargs)
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
 
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    gains = (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-             and query.device.type == "cpu" and query.shape[2] == key.shape[2] <= SHORT and dropout == 0
-             and (causal if attention_mask is None else attention_mask.shape[1] == 1) and kwargs.get("position_bias") is None)
+    gains = (
+        torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+        and query.device.type == "cpu"
+        and query.shape[2] == key.shape[2] <= SHORT
+        and dropout == 0
+        and (causal if attention_mask is None else attention_mask.shape[1] == 1)
+        and kwargs.get("position_bias") is None
+    )
     if not gains:
         return call(query, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Attention.apply(query, key, value, attention_mask, scaling, lambda *states: call(*states)[0]), None
+    return _Attention.apply(
+        query, key, value, attention_mask, scaling, lambda *states: call(*states)[0]
+    ), None
 
 
 AttentionInterface.register(NAME, attention)

@@ -85,7 +85,9 @@ class Chat:
         if name not in FORMATS:
             raise StudyError(f"prompt_format: must be one of {', '.join(FORMATS)}, got {name!r}")
         if name == "chatml" and "<|im_start|>" not in tokenizer.get_vocab():
-            raise StudyError("prompt_format: chatml needs a tokenizer with <|im_start|>; use dialogue for this model")
+            raise StudyError(
+                "prompt_format: chatml needs a tokenizer with <|im_start|>; use dialogue for this model"
+            )
         self.tokenizer = tokenizer
         self.name = name
         self.format = FORMATS[name]
@@ -105,27 +107,35 @@ class Chat:
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def prompt_ids(self, turns: tuple[str, ...] | list[str], system: str | None = None) -> tuple[int, ...]:
+    def prompt_ids(
+        self, turns: tuple[str, ...] | list[str], system: str | None = None
+    ) -> tuple[int, ...]:
         return self._opening + self._ids(self.prompt_text(turns, system))
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """The answer's tokens with the end token that teaches the model to stop."""
         return self._ids(self.format.answer.format(text=answer)) + (self.tokenizer.eos_token_id,)
 
-    def sequence(self, turns, answer: str, system: str | None = None, max_answer: int | None = None) -> EncodedExample:
+    def sequence(
+        self, turns, answer: str, system: str | None = None, max_answer: int | None = None
+    ) -> EncodedExample:
         """Prompt and answer as one sequence; ``max_answer`` cuts the answer to so many tokens."""
         prompt = self.prompt_ids(turns, system)
         return EncodedExample(prompt + self.answer_ids(answer)[:max_answer], len(prompt))
 
     def options(self, turns, answers: Iterable[str], system: str | None = None) -> Options:
         """A prompt's tokens, and those of each answer to weigh, without end tokens."""
-        return self.prompt_ids(turns, system), tuple(self._ids(self.format.answer.format(text=a)) for a in answers)
+        return self.prompt_ids(turns, system), tuple(
+            self._ids(self.format.answer.format(text=a)) for a in answers
+        )
 
     def plain_options(self, text: str, endings: Iterable[str]) -> Options:
         """The same for text outside any conversation: text and ending are tokenised together and cut where the text's own
         tokens end, as evaluation harnesses do."""
         context = self._opening + self._ids(text)
-        return context, tuple((self._opening + self._ids(text + ending))[len(context):] for ending in endings)
+        return context, tuple(
+            (self._opening + self._ids(text + ending))[len(context) :] for ending in endings
+        )
 
     def decode(self, ids) -> str:
         """A generated answer as text: cut at the end token or where the model starts another speaker's turn."""

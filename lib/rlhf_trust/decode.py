@@ -38,7 +38,9 @@ class Decoding:
 
     def __post_init__(self):
         if self.temperature == 0 and self.samples != 1:
-            raise StudyError("samples: greedy decoding (temperature 0) gives one answer, ask for 1 sample")
+            raise StudyError(
+                "samples: greedy decoding (temperature 0) gives one answer, ask for 1 sample"
+            )
         if self.temperature < 0 or self.max_new_tokens < 1 or self.samples < 1:
             raise StudyError("decoding: temperature must be >= 0, max_new_tokens and samples >= 1")
 
@@ -62,7 +64,9 @@ class MultipleChoice:
 
     def __post_init__(self):
         if not self.context or not self.options or not all(self.options):
-            raise StudyError(f"{self.id}: a choice needs a context and options of at least one token")
+            raise StudyError(
+                f"{self.id}: a choice needs a context and options of at least one token"
+            )
 
 
 def uniform_draws(key: str, seed: int, sample: int, steps: int) -> np.ndarray:
@@ -85,7 +89,9 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Te
     return _padded(rows, pad, device, left=False)
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(
+    rows: Sequence[Sequence[int]], pad: int, device, left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     width = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -97,7 +103,14 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, device, left: bool) -> tupl
 
 
 @torch.no_grad()
-def sample_batch(model, rows: Sequence[Sequence[int]], keys: Sequence[str], decoding: Decoding, eos: int, pad: int) -> list[list[list[int]]]:
+def sample_batch(
+    model,
+    rows: Sequence[Sequence[int]],
+    keys: Sequence[str],
+    decoding: Decoding,
+    eos: int,
+    pad: int,
+) -> list[list[list[int]]]:
     """Draw answers for one batch of prompts.
 
     Parameters
@@ -122,9 +135,15 @@ def sample_batch(model, rows: Sequence[Sequence[int]], keys: Sequence[str], deco
     if n > 1:  # the prompt was run once; from here every sample has a row of its own
         cache.batch_repeat_interleave(n)
         logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions))
-    draws = torch.from_numpy(np.stack([
-        uniform_draws(key, decoding.seed, s, decoding.max_new_tokens) for key in keys for s in range(n)
-    ]))
+    draws = torch.from_numpy(
+        np.stack(
+            [
+                uniform_draws(key, decoding.seed, s, decoding.max_new_tokens)
+                for key in keys
+                for s in range(n)
+            ]
+        )
+    )
     position = positions[:, -1:]
     rows_alive = torch.arange(len(rows) * n, device=device)
     answers: list[list[int]] = [[] for _ in range(len(rows) * n)]
@@ -132,7 +151,9 @@ def sample_batch(model, rows: Sequence[Sequence[int]], keys: Sequence[str], deco
         if decoding.temperature == 0:
             tokens = logits.argmax(-1)
         else:
-            tokens = inverse_cdf(logits, decoding.temperature, draws[rows_alive.cpu(), step].to(device))
+            tokens = inverse_cdf(
+                logits, decoding.temperature, draws[rows_alive.cpu(), step].to(device)
+            )
         for row, token in zip(rows_alive.tolist(), tokens.tolist()):
             answers[row].append(token)
         going = (tokens != eos).nonzero().squeeze(-1)
@@ -140,7 +161,12 @@ def sample_batch(model, rows: Sequence[Sequence[int]], keys: Sequence[str], deco
             break
         if len(going) < len(tokens):  # finished answers leave the batch
             cache.batch_select_indices(going)
-            rows_alive, tokens, mask, position = rows_alive[going], tokens[going], mask[going], position[going]
+            rows_alive, tokens, mask, position = (
+                rows_alive[going],
+                tokens[going],
+                mask[going],
+                position[going],
+            )
         position = position + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = _next_logits(model, tokens[:, None], mask, position, cache)
@@ -153,8 +179,13 @@ def _next_logits(model, ids, mask, positions, cache: DynamicCache) -> torch.Tens
     The head is given a matrix. On a slice of [rows, width, hidden] the product copies its weight for every row: 3 GB more
     for 64 rows of a 135M model.
     """
-    states = backbone(model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                             past_key_values=cache).last_hidden_state
+    states = backbone(model)(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        past_key_values=cache,
+    ).last_hidden_state
     return output_head(model)(states[:, -1])
 
 
@@ -168,12 +199,19 @@ def inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> to
     Summed up in two steps, over blocks, then within the block that ``u`` falls into; both running sums are in float64, so that a
     large vocabulary does not blur neighbouring tokens. A running sum over every token costs five times as much.
     """
-    return torch.cat([_inverse_cdf(few, temperature, some) for few, some in zip(logits.split(CDF_ROWS), u.split(CDF_ROWS))])
+    return torch.cat(
+        [
+            _inverse_cdf(few, temperature, some)
+            for few, some in zip(logits.split(CDF_ROWS), u.split(CDF_ROWS))
+        ]
+    )
 
 
 def _inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
     vocabulary = logits.shape[-1]
-    weights = logits.new_zeros(len(logits), -(-vocabulary // CDF_BLOCK) * CDF_BLOCK, dtype=torch.float32)
+    weights = logits.new_zeros(
+        len(logits), -(-vocabulary // CDF_BLOCK) * CDF_BLOCK, dtype=torch.float32
+    )
     own = weights[:, :vocabulary].copy_(logits)
     own.sub_(own.amax(-1, keepdim=True)).div_(temperature).exp_()
     weights = weights.unflatten(-1, (-1, CDF_BLOCK))
@@ -181,13 +219,22 @@ def _inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> t
     target = (u * blocks[:, -1])[:, None]
     block = torch.searchsorted(blocks, target, right=True).clamp(max=blocks.shape[-1] - 1)
     before = torch.nn.functional.pad(blocks, (1, 0)).gather(1, block)
-    within = weights[torch.arange(len(weights), device=block.device), block.squeeze(-1)].double().cumsum(-1) + before
-    token = block * CDF_BLOCK + torch.searchsorted(within, target, right=True).clamp(max=CDF_BLOCK - 1)
+    within = (
+        weights[torch.arange(len(weights), device=block.device), block.squeeze(-1)]
+        .double()
+        .cumsum(-1)
+        + before
+    )
+    token = block * CDF_BLOCK + torch.searchsorted(within, target, right=True).clamp(
+        max=CDF_BLOCK - 1
+    )
     return token.squeeze(-1).clamp(max=vocabulary - 1)
 
 
 @torch.no_grad()
-def option_logps(model, choices: Sequence[MultipleChoice], pad: int, tokens: int = 2048, each=None) -> list[np.ndarray]:
+def option_logps(
+    model, choices: Sequence[MultipleChoice], pad: int, tokens: int = 2048, each=None
+) -> list[np.ndarray]:
     """Log-probabilities of every option after its context.
 
     What is shared runs once: the tokens with which all contexts begin (a system text, worked examples) once in all; the
@@ -210,16 +257,27 @@ def option_logps(model, choices: Sequence[MultipleChoice], pad: int, tokens: int
         One array [options] a choice, summed over the option's tokens, nats.
     """
     shared = _common_start([choice.context for choice in choices])
-    cache = DynamicCache()  # of all tokens in every layer: how far a layer looks back is in the mask
+    cache = (
+        DynamicCache()
+    )  # of all tokens in every layer: how far a layer looks back is in the mask
     if shared:
         ids = torch.tensor([choices[0].context[:shared]], device=model.device)
         backbone(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     unique = [list(dict.fromkeys(choice.options)) for choice in choices]
-    widths = [len(choice.context) - shared + sum(map(len, options)) for choice, options in zip(choices, unique)]
+    widths = [
+        len(choice.context) - shared + sum(map(len, options))
+        for choice, options in zip(choices, unique)
+    ]
     found: list[np.ndarray | None] = [None] * len(choices)
     for batch in _batches_by_tokens(widths, tokens):
-        sums = _option_batch(model, [choices[i].context[shared:] for i in batch], [unique[i] for i in batch],
-                             copy.deepcopy(cache), shared, pad)
+        sums = _option_batch(
+            model,
+            [choices[i].context[shared:] for i in batch],
+            [unique[i] for i in batch],
+            copy.deepcopy(cache),
+            shared,
+            pad,
+        )
         for index, values in zip(batch, sums):
             of_option = dict(zip(unique[index], values))
             found[index] = np.array([of_option[option] for option in choices[index].options])
@@ -245,7 +303,9 @@ def _batches_by_tokens(widths: Sequence[int], tokens: int) -> list[list[int]]:
     return batches
 
 
-def _option_batch(model, contexts, options, cache: DynamicCache, shared: int, pad: int) -> list[list[float]]:
+def _option_batch(
+    model, contexts, options, cache: DynamicCache, shared: int, pad: int
+) -> list[list[float]]:
     """:func:`option_logps` of one batch; ``cache`` holds the ``shared`` first tokens of every context, as one row, and
     ``contexts`` what follows them."""
     device = model.device
@@ -270,14 +330,24 @@ def _option_batch(model, contexts, options, cache: DynamicCache, shared: int, pa
             targets += option
             owner += [(row, number)] * len(option)
             start = stop
-    states = backbone(model)(input_ids=ids, attention_mask=option_mask(model, segments, positions, shared), position_ids=positions,
-                             past_key_values=cache, use_cache=True).last_hidden_state
+    states = backbone(model)(
+        input_ids=ids,
+        attention_mask=option_mask(model, segments, positions, shared),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
     logits = _logits_in_float32(model, states[row_of, predicting])
-    logps = logits.gather(-1, torch.tensor(targets, device=device)[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    logps = logits.gather(-1, torch.tensor(targets, device=device)[:, None]).squeeze(
+        -1
+    ) - logits.logsumexp(-1)
     sums: dict[tuple[int, int], float] = {}
     for key, value in zip(owner, logps.double().tolist()):
         sums[key] = sums.get(key, 0.0) + value
-    return [[sums[row, number] for number in range(1, len(of_row) + 1)] for row, of_row in enumerate(options)]
+    return [
+        [sums[row, number] for number in range(1, len(of_row) + 1)]
+        for row, of_row in enumerate(options)
+    ]
 
 
 def _logits_in_float32(model, states: torch.Tensor) -> torch.Tensor:
@@ -287,10 +357,14 @@ def _logits_in_float32(model, states: torch.Tensor) -> torch.Tensor:
     float32 model: root mean square error of 120 log-odds 0.10 nats with such logits and 0.07 with these, 135M weights.)
     """
     head = output_head(model)
-    return torch.nn.functional.linear(states.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+    return torch.nn.functional.linear(
+        states.float(), head.weight.float(), None if head.bias is None else head.bias.float()
+    )
 
 
-def option_mask(model, segments: torch.Tensor, positions: torch.Tensor, shared: int = 0) -> torch.Tensor | dict[str, torch.Tensor]:
+def option_mask(
+    model, segments: torch.Tensor, positions: torch.Tensor, shared: int = 0
+) -> torch.Tensor | dict[str, torch.Tensor]:
     """Additive attention mask [rows, 1, width, shared + width]: 0 where a token may look, the lowest number elsewhere.
 
     ``segments`` [rows, width]: 0 for the context, from 1 on for options, -1 for padding. Every token sees the ``shared``
@@ -299,7 +373,9 @@ def option_mask(model, segments: torch.Tensor, positions: torch.Tensor, shared: 
     token belongs to.
     """
     looking, seen = segments[:, :, None], segments[:, None, :]
-    before = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    before = torch.ones(
+        segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device
+    ).tril()
     visible = before & ((seen == 0) | (seen == looking))
     visible = torch.cat([visible.new_ones(*segments.shape, shared), visible], -1)
 
@@ -311,8 +387,12 @@ def option_mask(model, segments: torch.Tensor, positions: torch.Tensor, shared: 
     if not kinds:
         return additive(visible)
     if kinds != {"sliding_attention"}:
-        raise StudyError(f"{model.config.model_type}: options cannot be weighed through layers of {', '.join(sorted(kinds))}")
-    at = torch.cat([torch.arange(shared, device=positions.device).expand(len(positions), shared), positions], 1)
+        raise StudyError(
+            f"{model.config.model_type}: options cannot be weighed through layers of {', '.join(sorted(kinds))}"
+        )
+    at = torch.cat(
+        [torch.arange(shared, device=positions.device).expand(len(positions), shared), positions], 1
+    )
     near = positions[:, :, None] - at[:, None, :] < model.config.sliding_window
     return {"full_attention": additive(visible), "sliding_attention": additive(visible & near)}
 
@@ -340,7 +420,10 @@ def reading_batches(sequences: Sequence[EncodedExample], rows: int) -> list[list
     longest: dict[Sequence[int], int] = {}
     for prompt, s in zip(prompts, sequences):
         longest[prompt] = max(longest.get(prompt, 0), len(s))
-    order = sorted(range(len(sequences)), key=lambda i: (-longest[prompts[i]], prompts[i], -len(sequences[i]), i))
+    order = sorted(
+        range(len(sequences)),
+        key=lambda i: (-longest[prompts[i]], prompts[i], -len(sequences[i]), i),
+    )
     return [order[i : i + rows] for i in range(0, len(order), rows)]
 
 
@@ -366,7 +449,9 @@ class Generations:
     def __init__(self, directory: Path, chat: Chat, rows: int = 64):
         self.directory, self.chat, self.rows = Path(directory), chat, rows
 
-    def answer(self, model, fingerprint: str, name: str, prompts: Sequence[Prompt], decoding: Decoding) -> list[list[str]]:
+    def answer(
+        self, model, fingerprint: str, name: str, prompts: Sequence[Prompt], decoding: Decoding
+    ) -> list[list[str]]:
         """Answers as text, ``[prompt][sample]``, in the order of ``prompts``. ``name`` is for the file and the bar."""
         if len({p.id for p in prompts}) < len(prompts):
             raise StudyError(f"{name}: two items have the same id")
@@ -374,40 +459,70 @@ class Generations:
         keys = [content_key(p.id, p.turns, p.system) for p in prompts]
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
-            ids = {index: self.chat.prompt_ids(prompts[index].turns, prompts[index].system) for index in missing}
+            ids = {
+                index: self.chat.prompt_ids(prompts[index].turns, prompts[index].system)
+                for index in missing
+            }
             tokenizer = self.chat.tokenizer
             with progress(total=len(missing), desc=name, unit="item") as bar:
-                for places in batches_by_length([len(ids[index]) for index in missing], max(1, self.rows // decoding.samples)):
+                for places in batches_by_length(
+                    [len(ids[index]) for index in missing], max(1, self.rows // decoding.samples)
+                ):
                     batch = [missing[place] for place in places]
-                    drawn = sample_batch(model, [ids[index] for index in batch], [prompts[index].id for index in batch], decoding,
-                                         tokenizer.eos_token_id, tokenizer.pad_token_id)
+                    drawn = sample_batch(
+                        model,
+                        [ids[index] for index in batch],
+                        [prompts[index].id for index in batch],
+                        decoding,
+                        tokenizer.eos_token_id,
+                        tokenizer.pad_token_id,
+                    )
                     for index, answers in zip(batch, drawn):
-                        kept.add(keys[index], id=prompts[index].id, answers=[self.chat.decode(answer) for answer in answers])
+                        kept.add(
+                            keys[index],
+                            id=prompts[index].id,
+                            answers=[self.chat.decode(answer) for answer in answers],
+                        )
                     bar.update(len(batch))
         return [kept[key]["answers"] for key in keys]
 
-    def option_logps(self, model, fingerprint: str, name: str, choices: Sequence[MultipleChoice]) -> list[np.ndarray]:
+    def option_logps(
+        self, model, fingerprint: str, name: str, choices: Sequence[MultipleChoice]
+    ) -> list[np.ndarray]:
         """Summed log-probabilities of options, one array [options] a choice (:func:`option_logps`), in order."""
         kept = self._kept(name, fingerprint, "options", "logits in float32")
         keys = [content_key(choice.context, choice.options) for choice in choices]
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
             with progress(total=len(missing), desc=name, unit="item") as bar:
+
                 def keep(place: int, values: np.ndarray) -> None:
-                    kept.add(keys[missing[place]], id=choices[missing[place]].id, logps=values.tolist())
+                    kept.add(
+                        keys[missing[place]], id=choices[missing[place]].id, logps=values.tolist()
+                    )
                     bar.update()
 
-                option_logps(model, [choices[i] for i in missing], self.chat.tokenizer.pad_token_id, each=keep)
+                option_logps(
+                    model,
+                    [choices[i] for i in missing],
+                    self.chat.tokenizer.pad_token_id,
+                    each=keep,
+                )
         return [np.array(kept[key]["logps"]) for key in keys]
 
-    def numbers(self, fingerprint: str, name: str, sequences: Sequence[EncodedExample], measure: Measure) -> np.ndarray:
+    def numbers(
+        self, fingerprint: str, name: str, sequences: Sequence[EncodedExample], measure: Measure
+    ) -> np.ndarray:
         """One number a sequence, [n], in order. ``measure(sequences, each)`` computes those that are not kept and calls
         ``each(place, value)`` as soon as it has one (:func:`answer_logps`, :func:`rewards`)."""
         kept = self._kept(name, fingerprint, "numbers")
         keys = [content_key(s.input_ids, s.answer_start) for s in sequences]
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
-            measure([sequences[index] for index in missing], lambda place, value: kept.add(keys[missing[place]], value=float(value)))
+            measure(
+                [sequences[index] for index in missing],
+                lambda place, value: kept.add(keys[missing[place]], value=float(value)),
+            )
         return np.array([kept[key]["value"] for key in keys])
 
     def _kept(self, name: str, *common: object) -> ResultCache:
@@ -437,19 +552,27 @@ def token_logps(model, sequences: Sequence[EncodedExample], pad: int, hidden: bo
         mask[row, :length] = 1.0
     targets = ids.gather(1, where)
     # A pad position reads index 0; (0 - 1) would wrap round to the end, so it is clamped and masked.
-    predicting = states.gather(1, (where - 1).clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
+    predicting = states.gather(
+        1, (where - 1).clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
+    )
     answered = mask.bool()
-    logps = torch.zeros_like(mask).masked_scatter(answered, _target_logps(output_head(model), predicting[answered], targets[answered]))
+    logps = torch.zeros_like(mask).masked_scatter(
+        answered, _target_logps(output_head(model), predicting[answered], targets[answered])
+    )
     return (logps, mask, predicting) if hidden else (logps, mask)
 
 
-def _read(model, sequences: Sequence[EncodedExample], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(
+    model, sequences: Sequence[EncodedExample], pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [rows, width], padded on the right, and the last hidden states [rows, width, hidden] (of padding: anything).
 
     Without gradients a prompt that several sequences of the batch share runs once."""
     ids, _ = pad_right([s.input_ids for s in sequences], pad, model.device)
     prompts = [s.prompt_ids for s in sequences]
-    looks_back = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}  # windows are counted in the cache
+    looks_back = set(getattr(model.config, "layer_types", None) or ()) - {
+        "full_attention"
+    }  # windows are counted in the cache
     if torch.is_grad_enabled() or looks_back or not _worth_sharing(sequences, prompts):
         # Padding comes after everything that is looked at, so that causal attention needs no mask, and leaves out half of the work.
         return ids, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
@@ -457,17 +580,26 @@ def _read(model, sequences: Sequence[EncodedExample], pad: int) -> tuple[torch.T
     owner = torch.tensor([place[prompt] for prompt in prompts], device=ids.device)
     cache = DynamicCache(config=model.config)
     prompt_ids, prompt_mask = pad_right(list(place), pad, ids.device)
-    of_prompts = backbone(model)(input_ids=prompt_ids, past_key_values=cache, use_cache=True).last_hidden_state
+    of_prompts = backbone(model)(
+        input_ids=prompt_ids, past_key_values=cache, use_cache=True
+    ).last_hidden_state
     cache.batch_select_indices(owner)
     answer_ids, answer_mask = pad_right([s.answer_ids for s in sequences], pad, ids.device)
     starts = torch.tensor([s.answer_start for s in sequences], device=ids.device)
-    of_answers = backbone(model)(input_ids=answer_ids, attention_mask=torch.cat([prompt_mask[owner], answer_mask], 1),
-                                 position_ids=starts[:, None] + torch.arange(answer_ids.shape[1], device=ids.device),
-                                 past_key_values=cache, use_cache=True).last_hidden_state
+    of_answers = backbone(model)(
+        input_ids=answer_ids,
+        attention_mask=torch.cat([prompt_mask[owner], answer_mask], 1),
+        position_ids=starts[:, None] + torch.arange(answer_ids.shape[1], device=ids.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
     states = of_prompts.new_zeros(*ids.shape, of_prompts.shape[-1])
     for row, (sequence, prompt) in enumerate(zip(sequences, owner.tolist())):
         start, end = sequence.answer_start, len(sequence)
-        states[row, :start], states[row, start:end] = of_prompts[prompt, :start], of_answers[row, : end - start]
+        states[row, :start], states[row, start:end] = (
+            of_prompts[prompt, :start],
+            of_answers[row, : end - start],
+        )
     return ids, states
 
 
@@ -496,7 +628,14 @@ def output_head(model):
 
 
 @torch.no_grad()
-def answer_logps(model, sequences: Sequence[EncodedExample], pad: int, rows: int = 16, desc: str = "log-likelihoods", each: Each | None = None):
+def answer_logps(
+    model,
+    sequences: Sequence[EncodedExample],
+    pad: int,
+    rows: int = 16,
+    desc: str = "log-likelihoods",
+    each: Each | None = None,
+):
     """Summed answer log-probabilities and answer lengths of many sequences, in the given order: two arrays [n]. ``each(index,
     sum)`` is called as soon as a sequence has one."""
     sums, counts = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=int)
@@ -510,19 +649,33 @@ def answer_logps(model, sequences: Sequence[EncodedExample], pad: int, rows: int
 
 
 @torch.no_grad()
-def rewards(model, head: torch.Tensor, sequences: Sequence[EncodedExample], pad: int, rows: int = 16, desc: str = "rewards",
-            each: Each | None = None) -> np.ndarray:
+def rewards(
+    model,
+    head: torch.Tensor,
+    sequences: Sequence[EncodedExample],
+    pad: int,
+    rows: int = 16,
+    desc: str = "rewards",
+    each: Each | None = None,
+) -> np.ndarray:
     """Scalar rewards [n] with the active (reward) adapter: head · hidden state of each sequence's last token. ``each`` as for
     :func:`answer_logps`."""
     values = np.zeros(len(sequences))
     for batch in progress(reading_batches(sequences, rows), desc=desc, unit="batch"):
-        values[batch] = last_token_rewards(model, head, [sequences[i] for i in batch], pad).double().cpu().numpy()
+        values[batch] = (
+            last_token_rewards(model, head, [sequences[i] for i in batch], pad)
+            .double()
+            .cpu()
+            .numpy()
+        )
         for index in batch if each else ():
             each(index, values[index])
     return values
 
 
-def last_token_rewards(model, head: torch.Tensor, sequences: Sequence[EncodedExample], pad: int) -> torch.Tensor:
+def last_token_rewards(
+    model, head: torch.Tensor, sequences: Sequence[EncodedExample], pad: int
+) -> torch.Tensor:
     """Rewards of one batch, shape [rows], with gradients."""
     states = end_states(model, sequences, pad)
     return states @ head.to(states.device)
@@ -555,12 +708,16 @@ def flatten(examples: Sequence[Example]) -> list[EncodedExample]:
     return [sequence for example in examples for sequence in example.sequences]
 
 
-def answer_token_logps(model, examples: Sequence[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_token_logps(
+    model, examples: Sequence[Example], pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of every answer token of ``flatten(examples)``, in order, with gradients: [tokens], float32;
     and whose they are, as an index into ``flatten(examples)``: [tokens]."""
     head = output_head(model)
     if type(head) is not torch.nn.Linear:
-        raise StudyError("gradients: the output head carries LoRA or is no linear layer; target other layers with LoRA")
+        raise StudyError(
+            "gradients: the output head carries LoRA or is no linear layer; target other layers with LoRA"
+        )
     packed = _pack(examples)
     states = _states(model, packed, pad)
     row, column = torch.tensor(packed.predicting, device=states.device).view(-1, 2).T
@@ -599,7 +756,11 @@ def _pack(examples: Sequence[Example]) -> _Packed:
     packed = _Packed([], [], [], [], [], [], [])
     for row, example in enumerate(examples):
         shared = _common_prompt(example)
-        ids, positions, segments = list(example.sequences[0].input_ids[:shared]), list(range(shared)), [0] * shared
+        ids, positions, segments = (
+            list(example.sequences[0].input_ids[:shared]),
+            list(range(shared)),
+            [0] * shared,
+        )
         for number, sequence in enumerate(example.sequences, start=1):
             columns = [*range(shared), *range(len(ids), len(ids) + len(sequence) - shared)]
             ids += sequence.input_ids[shared:]
@@ -630,13 +791,19 @@ def _states(model, packed: _Packed, pad: int) -> torch.Tensor:
     """Last hidden states [examples, width, hidden]: a token sees the common prompt and its own sequence before it."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if max(map(max, packed.rows)) >= vocabulary:
-        raise StudyError(f"gradients: a token id is beyond the {vocabulary} of this model; the examples were made with "
-                         "another model's tokenizer")
+        raise StudyError(
+            f"gradients: a token id is beyond the {vocabulary} of this model; the examples were made with "
+            "another model's tokenizer"
+        )
     ids, real = pad_right(packed.rows, pad, model.device)
     segments = pad_right(packed.segments, 0, ids.device)[0].masked_fill(real == 0, -1)
     positions = pad_right(packed.positions, 0, ids.device)[0]
-    return backbone(model)(input_ids=ids, attention_mask=option_mask(model, segments, positions), position_ids=positions,
-                           use_cache=False).last_hidden_state
+    return backbone(model)(
+        input_ids=ids,
+        attention_mask=option_mask(model, segments, positions),
+        position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state
 
 
 class _ChosenLogps(torch.autograd.Function):
@@ -660,7 +827,9 @@ class _ChosenLogps(torch.autograd.Function):
             logps[part] = (logits.gather(-1, targets[part, None]) - norms).squeeze(-1)
             if context.needs_input_grad[0]:
                 shares = logits.sub_(norms).exp_()
-                derivative[part] = weight[targets[part]].float() - (shares.to(weight.dtype) @ weight).float()
+                derivative[part] = (
+                    weight[targets[part]].float() - (shares.to(weight.dtype) @ weight).float()
+                )
         context.save_for_backward(derivative)
         context.dtype = states.dtype
         return logps

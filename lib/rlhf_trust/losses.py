@@ -114,7 +114,9 @@ class RewardGapLoss:
     name = "reward_gap"
 
     def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
-        rewards = end_token_states(model, examples, pad).float() @ self.head.detach().float().to(model.device)
+        rewards = end_token_states(model, examples, pad).float() @ self.head.detach().float().to(
+            model.device
+        )
         return rewards[:, 0] - rewards[:, 1]
 
     def content(self, examples: Sequence[Example]) -> list:
@@ -152,7 +154,9 @@ class DPOLoss:
         policy = _answer_logps(model, examples, pad, self.reduction)
         reference = torch.tensor(_reference_of(self, examples), dtype=torch.float64)
         if self.reduction == "mean":
-            reference = reference / torch.tensor([[len(s.answer_ids) for s in e.sequences] for e in examples])
+            reference = reference / torch.tensor(
+                [[len(s.answer_ids) for s in e.sequences] for e in examples]
+            )
         ratios = policy - reference.to(policy)
         return -logsigmoid(self.beta * (ratios[:, 0] - ratios[:, 1]))
 
@@ -180,18 +184,24 @@ class INPOLoss:
 
     def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
         ratios = _answer_logps(model, examples, pad, "sum")
-        ratios = ratios - torch.tensor(_reference_of(self, examples), dtype=torch.float64).to(ratios)
+        ratios = ratios - torch.tensor(_reference_of(self, examples), dtype=torch.float64).to(
+            ratios
+        )
         return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * self.eta)) ** 2
 
     def content(self, examples: Sequence[Example]) -> list:
         return [self.name, self.eta, _reference_of(self, examples)]
 
 
-def _reference_of(loss: DPOLoss | INPOLoss, examples: Sequence[Example]) -> list[tuple[float, float]]:
+def _reference_of(
+    loss: DPOLoss | INPOLoss, examples: Sequence[Example]
+) -> list[tuple[float, float]]:
     missing = [e.id for e in examples if e.id not in loss.reference]
     if missing:
-        raise StudyError(f"{loss.name}: no reference log-probabilities for example {missing[0]!r}"
-                         f" ({len(missing)} missing); compute them with reference_logps")
+        raise StudyError(
+            f"{loss.name}: no reference log-probabilities for example {missing[0]!r}"
+            f" ({len(missing)} missing); compute them with reference_logps"
+        )
     return [tuple(map(float, loss.reference[e.id])) for e in examples]
 
 
@@ -230,17 +240,28 @@ def _answer_logps(model, examples: Sequence[Example], pad: int, reduction: str) 
     return sums.view(len(examples), -1)
 
 
-def reference_logps(model, adapter: str, examples: Sequence[Example], pad: int, rows: int = 16,
-                    desc: str = "reference") -> dict[str, tuple[float, float]]:
+def reference_logps(
+    model,
+    adapter: str,
+    examples: Sequence[Example],
+    pad: int,
+    rows: int = 16,
+    desc: str = "reference",
+) -> dict[str, tuple[float, float]]:
     """Summed answer log-probabilities of each pair under one adapter: id → (chosen, rejected), for :class:`DPOLoss`."""
     with only_adapter(model, adapter):
         sums, _ = answer_logps(model, flatten(examples), pad, rows, desc)
-    return {e.id: (float(chosen), float(rejected)) for e, (chosen, rejected) in zip(examples, sums.reshape(-1, 2))}
+    return {
+        e.id: (float(chosen), float(rejected))
+        for e, (chosen, rejected) in zip(examples, sums.reshape(-1, 2))
+    }
 
 
 def tokens_content(examples: Sequence[Example]) -> str:
     """A hash of examples' ids and tokens, for keys of what is computed from them."""
-    return content_key([[e.id, [[s.input_ids, s.answer_start] for s in e.sequences]] for e in examples])
+    return content_key(
+        [[e.id, [[s.input_ids, s.answer_start] for s in e.sequences]] for e in examples]
+    )
 
 
 def log_odds(model, adapter: str | None, examples: Sequence[Example], pad: int) -> np.ndarray:
@@ -253,7 +274,13 @@ def log_odds(model, adapter: str | None, examples: Sequence[Example], pad: int) 
     with only_adapter(model, adapter) if adapter is not None else without_adapters(model):
         for vertical in dict.fromkeys(e.source for e in examples):
             indices = [i for i, e in enumerate(examples) if e.source == vertical]
-            choices = [MultipleChoice(e.id, e.sequences[0].input_ids[: e.sequences[0].answer_start],
-                              tuple(s.answer_ids for s in e.sequences)) for e in (examples[i] for i in indices)]
+            choices = [
+                MultipleChoice(
+                    e.id,
+                    e.sequences[0].input_ids[: e.sequences[0].answer_start],
+                    tuple(s.answer_ids for s in e.sequences),
+                )
+                for e in (examples[i] for i in indices)
+            ]
             found[indices] = [bad - good for bad, good in option_logps(model, choices, pad)]
     return found

@@ -37,7 +37,11 @@ from .sources import model_directory
 
 transformers_logging.disable_progress_bar()  # loading takes a second; its bar would stay in every rendered notebook
 
-DEFAULT_TARGETS = {"llama": ("q_proj", "v_proj"), "gpt_neox": ("query_key_value",), "gemma3_text": ("q_proj", "v_proj")}
+DEFAULT_TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "gpt_neox": ("query_key_value",),
+    "gemma3_text": ("q_proj", "v_proj"),
+}
 """Where LoRA sits by default: the query and value projections, which GPT-NeoX keeps in one matrix."""
 
 
@@ -67,7 +71,11 @@ def device() -> torch.device:
 def auto_dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies it natively (AVX512-BF16, AMX, recent GPUs), else float32."""
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -90,11 +98,20 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        reserved = ("<|padding|>", "<pad>", "<|pad|>", tokenizer.unk_token, "<unk>", "<|endoftext|>")
+        reserved = (
+            "<|padding|>",
+            "<pad>",
+            "<|pad|>",
+            tokenizer.unk_token,
+            "<unk>",
+            "<|endoftext|>",
+        )
         vocabulary = tokenizer.get_vocab()
         free = [token for token in reserved if token in vocabulary and token != tokenizer.eos_token]
         if not free:
-            raise StudyError(f"{directory}: the tokenizer has no token to pad with besides its end token; add one")
+            raise StudyError(
+                f"{directory}: the tokenizer has no token to pad with besides its end token; add one"
+            )
         tokenizer.pad_token = free[0]
     return tokenizer
 
@@ -118,22 +135,40 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
     kind = parse_dtype(dtype)
     try:
         tokenizer = load_tokenizer(directory)
-        architectures = json.loads((directory / "config.json").read_text()).get("architectures") or []
+        architectures = (
+            json.loads((directory / "config.json").read_text()).get("architectures") or []
+        )
         if any(name.endswith("ForSequenceClassification") for name in architectures):
-            raise StudyError(f"model {source}: {directory} holds a classifier ({architectures[0]}), not a language model")
-        model, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=kind, output_loading_info=True)
-        for parameter in model.parameters():  # out of the mapped file, whose small pages can cost more than the arithmetic
+            raise StudyError(
+                f"model {source}: {directory} holds a classifier ({architectures[0]}), not a language model"
+            )
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=kind, output_loading_info=True
+        )
+        for parameter in (
+            model.parameters()
+        ):  # out of the mapped file, whose small pages can cost more than the arithmetic
             parameter.data = parameter.data.clone()
         model = model.to(device())
         if loading["missing_keys"]:  # else they would stay random numbers
-            raise StudyError(f"model {source}: {directory} lacks the weights {sorted(loading['missing_keys'])[0]}; "
-                             "fetch or save it again")
+            raise StudyError(
+                f"model {source}: {directory} lacks the weights {sorted(loading['missing_keys'])[0]}; "
+                "fetch or save it again"
+            )
     except StudyError:
         raise
-    except Exception as error:  # whatever a broken file makes of the readers: say which folder, in one line
+    except (
+        Exception
+    ) as error:  # whatever a broken file makes of the readers: say which folder, in one line
         reason = (str(error).strip().splitlines() or ["no message"])[0]
-        remedy = "delete the folder and run again" if source.startswith("wheel:") else "fetch or save it again"
-        raise StudyError(f"model {source}: {directory} cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
+        remedy = (
+            "delete the folder and run again"
+            if source.startswith("wheel:")
+            else "fetch or save it again"
+        )
+        raise StudyError(
+            f"model {source}: {directory} cannot be read ({type(error).__name__}: {reason}); {remedy}"
+        ) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     if model.config._attn_implementation == "sdpa":
@@ -141,7 +176,13 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
     model.requires_grad_(False)
     model.eval()
     weights = _weights_hash(directory)
-    return Base(model, tokenizer, source, weights, hashlib.sha256(f"{weights}:{kind}".encode()).hexdigest()[:16])
+    return Base(
+        model,
+        tokenizer,
+        source,
+        weights,
+        hashlib.sha256(f"{weights}:{kind}".encode()).hexdigest()[:16],
+    )
 
 
 def _weights_hash(directory: Path) -> str:
@@ -155,18 +196,29 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return content_key(sorted(tokenizer.get_vocab().items()))
 
 
-def lora_config(model: PreTrainedModel, rank: int, alpha: int, targets: list[str] | None = None, **more):
+def lora_config(
+    model: PreTrainedModel, rank: int, alpha: int, targets: list[str] | None = None, **more
+):
     """A LoRA configuration without dropout on ``targets`` (default: query and value projections)."""
     from peft import LoraConfig
 
     targets = targets or DEFAULT_TARGETS.get(model.config.model_type)
     if not targets:
-        raise StudyError(f"lora_targets: name the layers, there is no default for {model.config.model_type!r}")
+        raise StudyError(
+            f"lora_targets: name the layers, there is no default for {model.config.model_type!r}"
+        )
     last_names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     missing = sorted(set(targets) - last_names)
     if missing:
         raise StudyError(f"lora_targets: {model.config.model_type} has no layer {missing}")
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets), bias="none", **more)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=list(targets),
+        bias="none",
+        **more,
+    )
 
 
 def new_adapter(base: Base, rank: int, alpha: int, targets: list[str] | None = None, seed: int = 0):
@@ -174,7 +226,9 @@ def new_adapter(base: Base, rank: int, alpha: int, targets: list[str] | None = N
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    return get_peft_model(base.model, lora_config(base.model, rank, alpha, targets, task_type="CAUSAL_LM"))
+    return get_peft_model(
+        base.model, lora_config(base.model, rank, alpha, targets, task_type="CAUSAL_LM")
+    )
 
 
 def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None = None):
@@ -187,25 +241,40 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
 
     for directory in adapters.values():  # all are looked for before the first changes the backbone
         if not (directory / "adapter_model.safetensors").is_file():
-            raise StudyError(f"{directory}: no adapter there; run the stage that trains {directory.name!r} first")
+            raise StudyError(
+                f"{directory}: no adapter there; run the stage that trains {directory.name!r} first"
+            )
     wrapped, tokenizer = None, _tokenizer_hash(base.tokenizer)
     for name, directory in adapters.items():
         path = directory / "adapter_model.safetensors"
         try:
             saved, stored = json.loads((directory / CONFIG_NAME).read_text()), load_file(path)
             with safe_open(path, "pt") as file:
-                trained_on = (file.metadata() or {}).get("base_weights", base.weights)  # other tools' adapters don't say
+                trained_on = (file.metadata() or {}).get(
+                    "base_weights", base.weights
+                )  # other tools' adapters don't say
         except (OSError, ValueError, SafetensorError) as error:
             reason = (str(error).splitlines() or ["no message"])[0]
-            raise StudyError(f"{directory}: cannot be read ({reason}); delete the folder and run again") from None
+            raise StudyError(
+                f"{directory}: cannot be read ({reason}); delete the folder and run again"
+            ) from None
         if saved.get("tokenizer", tokenizer) != tokenizer:
-            raise StudyError(f"{directory}: was trained on another tokenizer than that of {base.source}; run the stage that trains "
-                             f"{directory.name!r} again")
+            raise StudyError(
+                f"{directory}: was trained on another tokenizer than that of {base.source}; run the stage that trains "
+                f"{directory.name!r} again"
+            )
         if trained_on != base.weights:
-            raise StudyError(f"{path}: was trained on another model (weights {trained_on}) than {base.source} ({base.weights}); "
-                             f"run the stage that trains {directory.name!r} again, or set model: to the one it was trained on")
-        config = lora_config(base.model, saved["r"], saved["lora_alpha"], saved["target_modules"],
-                             task_type="CAUSAL_LM")
+            raise StudyError(
+                f"{path}: was trained on another model (weights {trained_on}) than {base.source} ({base.weights}); "
+                f"run the stage that trains {directory.name!r} again, or set model: to the one it was trained on"
+            )
+        config = lora_config(
+            base.model,
+            saved["r"],
+            saved["lora_alpha"],
+            saved["target_modules"],
+            task_type="CAUSAL_LM",
+        )
         if wrapped is None:
             wrapped = PeftModel(base.model, config, adapter_name=name)
         else:
@@ -213,9 +282,12 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
         weights = {key: value for key, value in stored.items() if ".lora_" in key}
         wanted = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
         misfits = {(key, value.shape) for key, value in weights.items()} ^ {
-            (key, value.shape) for key, value in wanted.items() if ".lora_" in key}
+            (key, value.shape) for key, value in wanted.items() if ".lora_" in key
+        }
         if misfits:
-            raise StudyError(f"{path}: does not fit this backbone ({min(misfits)[0]}); it was trained on another model")
+            raise StudyError(
+                f"{path}: does not fit this backbone ({min(misfits)[0]}); it was trained on another model"
+            )
         set_peft_model_state_dict(wrapped, weights, adapter_name=name)
     wrapped.set_adapter(next(iter(adapters)))
     for name, parameter in wrapped.named_parameters():
@@ -224,8 +296,14 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     return wrapped
 
 
-def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None = None, adapter: str = "default",
-                 files: Mapping[str, str] | None = None) -> None:
+def save_adapter(
+    base: Base,
+    wrapped,
+    directory: Path,
+    head: torch.Tensor | None = None,
+    adapter: str = "default",
+    files: Mapping[str, str] | None = None,
+) -> None:
     """Save one adapter as ``adapter_model.safetensors`` + ``adapter_config.json``, whole or not at all.
 
     ``base``, on which it was trained, and its tokenizer are named in the files; :func:`load_adapters` holds them to that.
@@ -235,19 +313,35 @@ def save_adapter(base: Base, wrapped, directory: Path, head: torch.Tensor | None
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(wrapped, adapter_name=adapter)
-    weights = {key: value.detach().float().cpu().contiguous() for key, value in weights.items() if ".lora_" in key}
+    weights = {
+        key: value.detach().float().cpu().contiguous()
+        for key, value in weights.items()
+        if ".lora_" in key
+    }
     config = wrapped.peft_config[adapter]
     with atomic_write(directory) as aside:
         aside.mkdir()
         # One entry: safetensors writes several in an order that changes from process to process, and with it the file's hash.
         save_file(weights, aside / "adapter_model.safetensors", {"base_weights": base.weights})
-        (aside / "adapter_config.json").write_text(json.dumps({
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
-            "lora_dropout": 0.0, "target_modules": sorted(config.target_modules), "bias": "none",
-            "tokenizer": _tokenizer_hash(base.tokenizer),
-        }, indent=1))
+        (aside / "adapter_config.json").write_text(
+            json.dumps(
+                {
+                    "peft_type": "LORA",
+                    "task_type": "CAUSAL_LM",
+                    "r": config.r,
+                    "lora_alpha": config.lora_alpha,
+                    "lora_dropout": 0.0,
+                    "target_modules": sorted(config.target_modules),
+                    "bias": "none",
+                    "tokenizer": _tokenizer_hash(base.tokenizer),
+                },
+                indent=1,
+            )
+        )
         if head is not None:
-            save_file({"weight": head.detach().float().cpu().contiguous()}, aside / "head.safetensors")
+            save_file(
+                {"weight": head.detach().float().cpu().contiguous()}, aside / "head.safetensors"
+            )
         for name, text in (files or {}).items():
             (aside / name).write_text(text)
 
@@ -269,7 +363,9 @@ def load_reward_head(directory: Path) -> torch.Tensor:
 
 def adapter_fingerprint(base: Base, directory: Path | None) -> str:
     """Identifies backbone + adapter weights: the key of everything computed from them (None: the backbone)."""
-    return base.fingerprint if directory is None else f"{base.fingerprint}-{sha256_of(directory, 16)}"
+    return (
+        base.fingerprint if directory is None else f"{base.fingerprint}-{sha256_of(directory, 16)}"
+    )
 
 
 BASELINES = ("start", "sft")
@@ -293,7 +389,9 @@ class ModelSet:
         self.base = base
         self.names = ["start", *adapters]
         self.fingerprints = {"start": adapter_fingerprint(base, None)}
-        self.fingerprints |= {name: adapter_fingerprint(base, path) for name, path in adapters.items()}
+        self.fingerprints |= {
+            name: adapter_fingerprint(base, path) for name, path in adapters.items()
+        }
         self.model = load_adapters(base, adapters) if adapters else base.model
 
     @contextmanager
@@ -320,11 +418,15 @@ def lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
             matrices = getattr(module, part, None)
             if isinstance(matrices, torch.nn.ModuleDict) and adapter in matrices:
                 if not isinstance(matrices[adapter], torch.nn.Linear):
-                    raise StudyError(f"gradients: {name} is no linear layer; target linear layers with LoRA")
+                    raise StudyError(
+                        f"gradients: {name} is no linear layer; target linear layers with LoRA"
+                    )
                 layers[f"{name}.{part}.weight"] = matrices[adapter]
     if not layers:
-        raise StudyError(f"the model has no LoRA layer of an adapter {adapter!r}; it has "
-                         f"{', '.join(getattr(model, 'peft_config', {})) or 'none'}")
+        raise StudyError(
+            f"the model has no LoRA layer of an adapter {adapter!r}; it has "
+            f"{', '.join(getattr(model, 'peft_config', {})) or 'none'}"
+        )
     return layers
 
 
@@ -357,17 +459,23 @@ def lora_weights(network, adapter: str) -> dict[str, torch.nn.Parameter]:
 
 def snapshot(network, adapter: str) -> dict[str, torch.Tensor]:
     """A copy of an adapter's LoRA weights, for :func:`restore`."""
-    return {name: weight.detach().clone() for name, weight in lora_weights(network, adapter).items()}
+    return {
+        name: weight.detach().clone() for name, weight in lora_weights(network, adapter).items()
+    }
 
 
 def restore(network, adapter: str, saved: dict[str, torch.Tensor]) -> None:
     """Put weights back to the bit; of another adapter of the same shape, too: DPO starts as the SFT adapter by
     ``restore(network, "dpo", snapshot(network, "sft"))``."""
     weights = lora_weights(network, adapter)
-    misfits = {(n, tuple(w.shape)) for n, w in weights.items()} ^ {(n, tuple(w.shape)) for n, w in saved.items()}
+    misfits = {(n, tuple(w.shape)) for n, w in weights.items()} ^ {
+        (n, tuple(w.shape)) for n, w in saved.items()
+    }
     if misfits:
-        raise StudyError(f"restore: the weights do not fit adapter {adapter!r} ({min(misfits)[0]}); take them from one of "
-                         "the same rank and targets")
+        raise StudyError(
+            f"restore: the weights do not fit adapter {adapter!r} ({min(misfits)[0]}); take them from one of "
+            "the same rank and targets"
+        )
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])

@@ -26,7 +26,12 @@ PROFILES = ROOT / "params"
 ACCEPTS, EXTENDS = "accept_gemma_terms", "extends"
 """What a profile may say besides parameters: that terms are accepted, and which profile it changes."""
 
-TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,11 @@ class Parameter:
         """Return ``value`` in the declared type, or raise a :class:`StudyError` that names ``where``."""
         if _fits(value, self.type):
             return float(value) if self.type == "float" else value
-        hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if self.type == "float" and _is_number(value) else ""
+        hint = (
+            " (YAML reads 1e-5 as text: write 1.0e-5)"
+            if self.type == "float" and _is_number(value)
+            else ""
+        )
         raise StudyError(
             f"{where}: {self.name} must be {self.type}, got {value!r} of type {type(value).__name__}{hint}"
         )
@@ -74,9 +83,15 @@ def stages() -> list[str]:
 def notebook_parameters(path: Path) -> dict[str, Parameter]:
     """Read the typed defaults from the cell tagged ``parameters`` without running it."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])]
+    tagged = [
+        c
+        for c in cells
+        if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])
+    ]
     if len(tagged) != 1:
-        raise StudyError(f"{path.name}: needs exactly one code cell tagged `parameters`, found {len(tagged)}")
+        raise StudyError(
+            f"{path.name}: needs exactly one code cell tagged `parameters`, found {len(tagged)}"
+        )
     source = "".join(tagged[0]["source"])
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -85,7 +100,11 @@ def notebook_parameters(path: Path) -> dict[str, Parameter]:
     }
     found = {}
     for node in ast.parse(source).body:
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None):
+        if not (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.value is not None
+        ):
             raise StudyError(
                 f"{path.name}, parameters cell, line {node.lineno}: write `name: type = default  # what it is`"
             )
@@ -111,21 +130,32 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise StudyError(f"params/{profile}.yaml: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(v, dict) or k in (ACCEPTS, EXTENDS) for k, v in content.items()):
-        raise StudyError(f"params/{profile}.yaml: must map `all` or a notebook's name to its parameters")
+        raise StudyError(
+            f"params/{profile}.yaml: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(content, dict) or not all(
+        isinstance(v, dict) or k in (ACCEPTS, EXTENDS) for k, v in content.items()
+    ):
+        raise StudyError(
+            f"params/{profile}.yaml: must map `all` or a notebook's name to its parameters"
+        )
     if EXTENDS not in content:
         return content
     extended = str(content.pop(EXTENDS))
     if extended in (*below, profile):
-        raise StudyError(f"params/{profile}.yaml: {EXTENDS}: {' -> '.join((*below, profile, extended))} goes in a circle")
+        raise StudyError(
+            f"params/{profile}.yaml: {EXTENDS}: {' -> '.join((*below, profile, extended))} goes in a circle"
+        )
     return _over(content, read_profile(extended, (*below, profile)))
 
 
 def _over(content: dict[str, Any], extended: dict[str, Any]) -> dict[str, Any]:
     """One profile's content over another's, parameter by parameter; terms are accepted in the file that is run."""
     sections = {name: values for name, values in extended.items() if name != ACCEPTS}
-    return sections | {name: sections.get(name, {}) | values if isinstance(values, dict) else values for name, values in content.items()}
+    return sections | {
+        name: sections.get(name, {}) | values if isinstance(values, dict) else values
+        for name, values in content.items()
+    }
 
 
 def terms_accepted(profile: str) -> bool:
@@ -133,7 +163,9 @@ def terms_accepted(profile: str) -> bool:
     return read_profile(profile).get(ACCEPTS) is True
 
 
-def resolve(profile: str, overrides: dict[str, Any] | None = None, run: str | None = None) -> dict[str, dict[str, Any]]:
+def resolve(
+    profile: str, overrides: dict[str, Any] | None = None, run: str | None = None
+) -> dict[str, dict[str, Any]]:
     """All parameters of every notebook under a profile: ``{stage: {name: value}}``.
 
     ``overrides`` come from the command line and hold for every notebook that knows the name; ``run`` names the build
@@ -141,7 +173,9 @@ def resolve(profile: str, overrides: dict[str, Any] | None = None, run: str | No
     and for a wrong type.
     """
     known = {stage: notebook_parameters(NOTEBOOKS / f"{stage}.ipynb") for stage in stages()}
-    content = {section: values for section, values in read_profile(profile).items() if section != ACCEPTS}
+    content = {
+        section: values for section, values in read_profile(profile).items() if section != ACCEPTS
+    }
     file = f"params/{profile}.yaml"
     every_name = sorted({name for parameters in known.values() for name in parameters})
     for section in content:
@@ -157,7 +191,9 @@ def resolve(profile: str, overrides: dict[str, Any] | None = None, run: str | No
         special = content.get(stage, {})
         for name in special:
             if name not in parameters:
-                raise StudyError(f"{file}: {stage}: unknown parameter {name!r}{_nearest(name, parameters)}")
+                raise StudyError(
+                    f"{file}: {stage}: unknown parameter {name!r}{_nearest(name, parameters)}"
+                )
         values = {name: parameter.default for name, parameter in parameters.items()}
         values |= {name: value for name, value in general.items() if name in parameters}
         values |= special

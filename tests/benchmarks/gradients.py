@@ -52,7 +52,10 @@ def plain_gradients(model, examples: list[Example], reference) -> list[list[torc
         logps = []
         for s in example.sequences:
             labels = torch.tensor([[-100] * s.answer_start + list(s.answer_ids)])
-            logps.append(-model(input_ids=torch.tensor([s.input_ids]), labels=labels).loss * len(s.answer_ids))
+            logps.append(
+                -model(input_ids=torch.tensor([s.input_ids]), labels=labels).loss
+                * len(s.answer_ids)
+            )
         if reference is None:
             loss = -logps[0]
         else:
@@ -85,9 +88,14 @@ def speed() -> None:
             step = len(examples) // PLAIN_EXAMPLES
             some = by_length[step // 2 :: step]  # as long on average as all of them
             sides[stage, dtype] = (
-                lambda model=model, some=some, reference=reference: plain_gradients(model, some, reference),
-                lambda model=model, examples=examples, loss=loss, pad=pad: per_example_gradients(model, "default", examples, loss, pad),
-                len(some), len(examples),
+                lambda model=model, some=some, reference=reference: plain_gradients(
+                    model, some, reference
+                ),
+                lambda model=model, examples=examples, loss=loss, pad=pad: per_example_gradients(
+                    model, "default", examples, loss, pad
+                ),
+                len(some),
+                len(examples),
             )
     rounds: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in sides}
     for number in range(ROUNDS + 1):
@@ -95,12 +103,18 @@ def speed() -> None:
             times = seconds(plain, few), seconds(ours, all_)
             if number > 0:  # the first is not counted
                 rounds[key].append(times)
-    print(f"{MODEL}, rank {RANK}, {torch.get_num_threads()} threads, median of {ROUNDS} rounds, seconds an example")
-    print(f"{'loss':6}{'format':10}{'one at a time':>14}{'batched':>9}{'ratio':>7}{'against float32':>17}")
+    print(
+        f"{MODEL}, rank {RANK}, {torch.get_num_threads()} threads, median of {ROUNDS} rounds, seconds an example"
+    )
+    print(
+        f"{'loss':6}{'format':10}{'one at a time':>14}{'batched':>9}{'ratio':>7}{'against float32':>17}"
+    )
     for (stage, dtype), times in rounds.items():
         one, many = (statistics.median(x) for x in zip(*times))
         ratio = statistics.median(plain / ours for plain, ours in times)
-        exact = statistics.median(plain / ours for (plain, _), (_, ours) in zip(rounds[stage, "float32"], times))
+        exact = statistics.median(
+            plain / ours for (plain, _), (_, ours) in zip(rounds[stage, "float32"], times)
+        )
         print(f"{stage:6}{dtype:10}{one:14.3f}{many:9.3f}{ratio:7.2f}{exact:17.2f}", flush=True)
 
 
@@ -108,12 +122,28 @@ def store(n: int) -> None:
     """Store n gradients, read a layer, print the peak resident size [MB] of this process."""
     _, model, pad = adapted("auto")
     rng = random.Random(0)
-    examples = [Example(str(i), "synthetic", (EncodedExample(tuple(rng.randrange(20, 40_000) for _ in range(TOKENS)), TOKENS // 2),))
-                for i in range(n)]
+    examples = [
+        Example(
+            str(i),
+            "synthetic",
+            (EncodedExample(tuple(rng.randrange(20, 40_000) for _ in range(TOKENS)), TOKENS // 2),),
+        )
+        for i in range(n)
+    ]
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()
-        stored = stored_gradients(directory, "memory", "base-adapter", model, "default", examples, NextTokenLoss(), pad,
-                                  rows=32, number_format="float16")
+        stored = stored_gradients(
+            directory,
+            "memory",
+            "base-adapter",
+            model,
+            "default",
+            examples,
+            NextTokenLoss(),
+            pad,
+            rows=32,
+            number_format="float16",
+        )
         took = time.perf_counter() - start
         for layer in stored.layers[:4]:
             assert sum(len(block) for _, block in stored.blocks(layer)) == n
@@ -122,7 +152,14 @@ def store(n: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory", type=int, nargs="*", default=MEMORY, metavar="N", help="numbers of examples to store")
+    parser.add_argument(
+        "--memory",
+        type=int,
+        nargs="*",
+        default=MEMORY,
+        metavar="N",
+        help="numbers of examples to store",
+    )
     parser.add_argument("--store", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.store:
@@ -130,7 +167,9 @@ def main() -> None:
         return
     speed()
     if arguments.memory:
-        print(f"{'n':>8}{'peak MB':>13}{'seconds':>9}   (stored in float16, blocks of 64)", flush=True)
+        print(
+            f"{'n':>8}{'peak MB':>13}{'seconds':>9}   (stored in float16, blocks of 64)", flush=True
+        )
     for n in arguments.memory:
         subprocess.run([sys.executable, __file__, "--store", str(n)], check=True)
 

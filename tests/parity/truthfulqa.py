@@ -38,34 +38,81 @@ def harness(model, questions) -> pd.DataFrame:
 
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "questions.jsonl"
-        rows.write_text("".join(json.dumps({"question": q.text} | {
-            f"{name}_targets": {"choices": [*right, *wrong], "labels": [1] * len(right) + [0] * len(wrong)}
-            for name, right, wrong in (("mc1", [q.right], q.wrong), ("mc2", q.all_right, q.all_wrong))}) + "\n"
-            for q in questions))
+        rows.write_text(
+            "".join(
+                json.dumps(
+                    {"question": q.text}
+                    | {
+                        f"{name}_targets": {
+                            "choices": [*right, *wrong],
+                            "labels": [1] * len(right) + [0] * len(wrong),
+                        }
+                        for name, right, wrong in (
+                            ("mc1", [q.right], q.wrong),
+                            ("mc2", q.all_right, q.all_wrong),
+                        )
+                    }
+                )
+                + "\n"
+                for q in questions
+            )
+        )
         tasks = Path(lm_eval.__file__).parent / "tasks" / "truthfulqa"
         for name in ("mc1", "mc2"):
             (Path(folder) / f"{name}.yaml").write_text(
                 f"include: {tasks}/truthfulqa_{name}.yaml\ntask: ours_{name}\ntag: ours\ndataset_path: json\ndataset_name: null\n"
-                f"dataset_kwargs:\n  data_files:\n    validation: {rows}\n  cache_dir: {folder}\n")
-        found = lm_eval.simple_evaluate(model, tasks=["ours_mc1", "ours_mc2"], log_samples=True, bootstrap_iters=0,
-                                        task_manager=TaskManager(include_path=folder, include_defaults=False))
-    mc1, mc2 = (sorted(found["samples"][f"ours_{name}"], key=lambda s: s["doc_id"]) for name in ("mc1", "mc2"))
-    of_mc1 = [np.array([r[0][0] if isinstance(r[0], (list, tuple)) else r[0] for r in s["resps"]], dtype=float) for s in mc1]
-    return pd.DataFrame({"id": [q.id for q in questions], "mc1": [s["acc"] for s in mc1],
-                         "margin": [v[0] - v[1:].max() for v in of_mc1], "mc2": [s["acc"] for s in mc2]})
+                f"dataset_kwargs:\n  data_files:\n    validation: {rows}\n  cache_dir: {folder}\n"
+            )
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=["ours_mc1", "ours_mc2"],
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=TaskManager(include_path=folder, include_defaults=False),
+        )
+    mc1, mc2 = (
+        sorted(found["samples"][f"ours_{name}"], key=lambda s: s["doc_id"])
+        for name in ("mc1", "mc2")
+    )
+    of_mc1 = [
+        np.array(
+            [r[0][0] if isinstance(r[0], (list, tuple)) else r[0] for r in s["resps"]], dtype=float
+        )
+        for s in mc1
+    ]
+    return pd.DataFrame(
+        {
+            "id": [q.id for q in questions],
+            "mc1": [s["acc"] for s in mc1],
+            "margin": [v[0] - v[1:].max() for v in of_mc1],
+            "mc2": [s["acc"] for s in mc2],
+        }
+    )
 
 
 def ours(base, questions, primer: str) -> pd.DataFrame:
-    found = option_logps(base.model, choices(questions, Chat(base.tokenizer, "chatml"), primer), base.tokenizer.pad_token_id)
+    found = option_logps(
+        base.model,
+        choices(questions, Chat(base.tokenizer, "chatml"), primer),
+        base.tokenizer.pad_token_id,
+    )
     scores = np.array([mc1_mc2(question, logps) for question, logps in zip(questions, found)])
     return pd.DataFrame({"id": [q.id for q in questions], "mc1": scores[:, 0], "mc2": scores[:, 1]})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="shipped", help="directory with truthfulqa/mc_task.json (default: the shipped questions)")
+    parser.add_argument(
+        "--data",
+        default="shipped",
+        help="directory with truthfulqa/mc_task.json (default: the shipped questions)",
+    )
     parser.add_argument("--questions", type=int, default=60, help="how many; 0: all")
-    parser.add_argument("--save", action="store_true", help=f"write the harness's numbers to {REFERENCE.relative_to(ROOT)}")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help=f"write the harness's numbers to {REFERENCE.relative_to(ROOT)}",
+    )
     arguments = parser.parse_args()
     from lm_eval.models.huggingface import HFLM
 
@@ -89,10 +136,14 @@ def main() -> int:
         theirs.to_csv(REFERENCE, index=False, float_format="%.6f")
     differ = (theirs["mc1"] != own["mc1"]) & (theirs["margin"].abs() > 1e-4)
     error = float((theirs["mc2"] - own["mc2"]).abs().max())
-    print(f"{len(questions)} questions, float32, {os.environ.get('OMP_NUM_THREADS', 'all')} threads: MC1 {own['mc1'].mean():.4f}, "
-          f"harness {theirs['mc1'].mean():.4f}, {int(differ.sum())} questions differ; MC2 {own['mc2'].mean():.4f}, harness "
-          f"{theirs['mc2'].mean():.4f}, largest difference {error:.1e}")
-    print(f"seconds: harness (batch {BATCH}) {seconds[0]:.1f}, ours {seconds[1]:.1f}, ratio {seconds[0] / seconds[1]:.1f}")
+    print(
+        f"{len(questions)} questions, float32, {os.environ.get('OMP_NUM_THREADS', 'all')} threads: MC1 {own['mc1'].mean():.4f}, "
+        f"harness {theirs['mc1'].mean():.4f}, {int(differ.sum())} questions differ; MC2 {own['mc2'].mean():.4f}, harness "
+        f"{theirs['mc2'].mean():.4f}, largest difference {error:.1e}"
+    )
+    print(
+        f"seconds: harness (batch {BATCH}) {seconds[0]:.1f}, ours {seconds[1]:.1f}, ratio {seconds[0] / seconds[1]:.1f}"
+    )
     return int(differ.any() or error > 1e-4)
 
 

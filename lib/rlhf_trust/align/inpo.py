@@ -108,11 +108,15 @@ class INPOConfig:
             if not getattr(self, name) > 0:
                 raise StudyError(f"{name}: must be above 0, got {getattr(self, name)}")
         if not 0 <= self.tau <= self.eta:
-            raise StudyError(f"tau: must lie between 0 and eta = {self.eta:g}, got {self.tau:g}; a policy cannot leave the "
-                             "last one at less than it pays for leaving the reference")
+            raise StudyError(
+                f"tau: must lie between 0 and eta = {self.eta:g}, got {self.tau:g}; a policy cannot leave the "
+                "last one at less than it pays for leaving the reference"
+            )
         k = self.answers_per_prompt
         if self.mode == "theory" and k != 2:
-            raise StudyError(f"answers_per_prompt: theory mode draws 2, got {k}; set it to 2, or mode to paper")
+            raise StudyError(
+                f"answers_per_prompt: theory mode draws 2, got {k}; set it to 2, or mode to paper"
+            )
         if k < 2 or k & (k - 1):
             raise StudyError(f"answers_per_prompt: a tournament needs 2, 4, 8, … answers, got {k}")
         for name in ("rounds", "prompts_per_round", "max_new_tokens", "batch", "epochs"):
@@ -123,14 +127,20 @@ class INPOConfig:
 # --- the game on a table -------------------------------------------------------------------------------------------
 
 
-def mirror_step(policy: np.ndarray, reference: np.ndarray, preference: np.ndarray, tau: float, eta: float) -> np.ndarray:
+def mirror_step(
+    policy: np.ndarray, reference: np.ndarray, preference: np.ndarray, tau: float, eta: float
+) -> np.ndarray:
     """π_{t+1} [answers] from π_t, π_ref [answers] and P [answers, answers], P[i, j] = P(i ≻ j): the closed form above."""
-    log_next = preference @ policy / eta + tau / eta * np.log(reference) + (1 - tau / eta) * np.log(policy)
+    log_next = (
+        preference @ policy / eta + tau / eta * np.log(reference) + (1 - tau / eta) * np.log(policy)
+    )
     following = np.exp(log_next - log_next.max())
     return following / following.sum()
 
 
-def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float, tolerance: float = 1e-10) -> np.ndarray:
+def equilibrium(
+    reference: np.ndarray, preference: np.ndarray, tau: float, tolerance: float = 1e-10
+) -> np.ndarray:
     """π* [answers], where π ∝ π_ref · exp(P(· ≻ π)/τ) holds to ``tolerance``: solved for a large τ, where π* is near π_ref, and
     followed down to the one that is asked for."""
     if not tau > 0:
@@ -142,17 +152,23 @@ def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float, toler
         def answer(logits: np.ndarray) -> np.ndarray:
             return log_softmax(np.log(reference) + preference @ softmax(logits) / price)
 
-        log_policy = log_softmax(root(lambda logits: answer(logits) - logits, log_policy, tol=1e-14).x)
+        log_policy = log_softmax(
+            root(lambda logits: answer(logits) - logits, log_policy, tol=1e-14).x
+        )
     gap = np.abs(np.exp(answer(log_policy)) - np.exp(log_policy)).max()
     if not gap < tolerance:
-        raise StudyError(f"equilibrium: found to {gap:.2g} only, not to {tolerance:g}; ask for a larger tau")
+        raise StudyError(
+            f"equilibrium: found to {gap:.2g} only, not to {tolerance:g}; ask for a larger tau"
+        )
     return np.exp(log_policy)
 
 
 # --- from answers to pairs -----------------------------------------------------------------------------------------
 
 
-def tournaments(answers: Sequence[tuple[str, Sequence[EncodedExample]]], oracle: Oracle) -> list[tuple[int, int] | None]:
+def tournaments(
+    answers: Sequence[tuple[str, Sequence[EncodedExample]]], oracle: Oracle
+) -> list[tuple[int, int] | None]:
     """Of every prompt's K answers the best and the worst by a knock-out, as indices; None where that pair was dropped.
 
     First-round winners play winners down to one, losers play losers down to one; a tie goes to the first listed. At the
@@ -163,14 +179,20 @@ def tournaments(answers: Sequence[tuple[str, Sequence[EncodedExample]]], oracle:
     answers
         (prompt's id, its K answers), K a power of two.
     """
+
     def play(fields: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         """One round of every field, neighbours against each other: (winners, losers) of each."""
-        matches = [(key, of_prompt[a], of_prompt[b]) for (key, of_prompt), field in zip(answers, fields)
-                   for a, b in zip(field[::2], field[1::2])]
+        matches = [
+            (key, of_prompt[a], of_prompt[b])
+            for (key, of_prompt), field in zip(answers, fields)
+            for a, b in zip(field[::2], field[1::2])
+        ]
         first_wins = iter(np.asarray(oracle(matches)) >= 0.5)
         winners, losers = [], []
         for field in fields:
-            results = [(a, b) if next(first_wins) else (b, a) for a, b in zip(field[::2], field[1::2])]
+            results = [
+                (a, b) if next(first_wins) else (b, a) for a, b in zip(field[::2], field[1::2])
+            ]
             winners.append([winner for winner, _ in results])
             losers.append([loser for _, loser in results])
         return winners, losers
@@ -181,24 +203,43 @@ def tournaments(answers: Sequence[tuple[str, Sequence[EncodedExample]]], oracle:
     while len(best[0]) > 1:
         best, _ = play(best)
         _, worst = play(worst)
-    finals = [(key, of_prompt[w], of_prompt[l]) for (key, of_prompt), (w,), (l,) in zip(answers, best, worst)]
-    return [(w, l) if p > 0.5 else None for (w,), (l,), p in zip(best, worst, np.asarray(oracle(finals)))]
+    finals = [
+        (key, of_prompt[w], of_prompt[l])
+        for (key, of_prompt), (w,), (l,) in zip(answers, best, worst)
+    ]
+    return [
+        (w, l) if p > 0.5 else None
+        for (w,), (l,), p in zip(best, worst, np.asarray(oracle(finals)))
+    ]
 
 
-def coin_tosses(answers: Sequence[tuple[str, Sequence[EncodedExample]]], oracle: Oracle, seed: int) -> list[tuple[int, int] | None]:
+def coin_tosses(
+    answers: Sequence[tuple[str, Sequence[EncodedExample]]], oracle: Oracle, seed: int
+) -> list[tuple[int, int] | None]:
     """Of every prompt's two answers the winner and the loser by a coin with the oracle's probability, as indices; None
     where both are the same text, which teaches nothing."""
     chances = np.asarray(oracle([(key, *two) for key, two in answers])) if answers else []
     draws = np.random.default_rng(seed).random(len(answers))
-    return [None if first == second else (0, 1) if draw < chance else (1, 0)
-            for (_, (first, second)), chance, draw in zip(answers, chances, draws)]
+    return [
+        None if first == second else (0, 1) if draw < chance else (1, 0)
+        for (_, (first, second)), chance, draw in zip(answers, chances, draws)
+    ]
 
 
-def mixed_reference(reference: Mapping[str, tuple[float, float]], current: Mapping[str, tuple[float, float]], tau: float,
-                    eta: float) -> dict[str, tuple[float, float]]:
+def mixed_reference(
+    reference: Mapping[str, tuple[float, float]],
+    current: Mapping[str, tuple[float, float]],
+    tau: float,
+    eta: float,
+) -> dict[str, tuple[float, float]]:
     """Example id → (τ/η) log π_ref + (1 − τ/η) log π_t of (winner, loser), for ``INPOLoss``."""
     share = tau / eta
-    return {key: tuple(share * r + (1 - share) * c for r, c in zip(reference[key], current[key], strict=True)) for key in current}
+    return {
+        key: tuple(
+            share * r + (1 - share) * c for r, c in zip(reference[key], current[key], strict=True)
+        )
+        for key in current
+    }
 
 
 # --- oracles -------------------------------------------------------------------------------------------------------
@@ -219,7 +260,9 @@ def reward_oracle(judge: RewardFn) -> Oracle:
     return probabilities
 
 
-def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Sequence[decode.Prompt]) -> Oracle:
+def preference_model_oracle(
+    judge: models.Base, chat: Chat, prompts: Sequence[decode.Prompt]
+) -> Oracle:
     """P(first ≻ second) as a pairwise preference model sees it, which no reward need agree with.
 
     A causal model that was trained to name the better of two answers: it reads the conversation and both answers, and the
@@ -239,25 +282,43 @@ def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Sequence[de
     tokenizer, of_prompt = judge.tokenizer, {prompt.id: prompt for prompt in prompts}
     letters = tuple(tuple(tokenizer(letter, add_special_tokens=False).input_ids) for letter in "AB")
     if letters[0] == letters[1]:
-        raise StudyError(f"preference_model {judge.source}: its tokenizer does not tell the letters A and B apart")
+        raise StudyError(
+            f"preference_model {judge.source}: its tokenizer does not tell the letters A and B apart"
+        )
     known: dict[Match, float] = {}
 
     def question(prompt_id: str, first: EncodedExample, second: EncodedExample) -> tuple[int, ...]:
         turns = of_prompt[prompt_id].turns
-        context = "".join(f"\n<turn> {'assistant' if i % 2 else 'user'}\n {turn}" for i, turn in enumerate(turns))
+        context = "".join(
+            f"\n<turn> {'assistant' if i % 2 else 'user'}\n {turn}" for i, turn in enumerate(turns)
+        )
         text = f"[CONTEXT] {context}\n [RESPONSE A] {chat.decode(first.answer_ids)} [RESPONSE B] {chat.decode(second.answer_ids)} \n"
         if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
         return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids)
 
     def probabilities(matches: Sequence[Match]) -> np.ndarray:
         fresh = [match for match in dict.fromkeys(matches) if match not in known]
-        asked = [decode.MultipleChoice("", question(*either), letters) for key, *two in fresh for either in ((key, *two), (key, *two[::-1]))]
-        logps = np.array(decode.option_logps(judge.model, asked, tokenizer.pad_token_id)).reshape(-1, 2, 2) if fresh else ()
+        asked = [
+            decode.MultipleChoice("", question(*either), letters)
+            for key, *two in fresh
+            for either in ((key, *two), (key, *two[::-1]))
+        ]
+        logps = (
+            np.array(decode.option_logps(judge.model, asked, tokenizer.pad_token_id)).reshape(
+                -1, 2, 2
+            )
+            if fresh
+            else ()
+        )
         for match, (in_order, reversed_order) in zip(fresh, logps):
             chances = [1 / (1 + math.exp(b - a)) for a, b in (in_order, reversed_order[::-1])]
             if not math.isfinite(sum(chances)):
-                raise StudyError(f"inpo: the preference model {judge.source} gives no finite probability for answers to {match[0]}")
+                raise StudyError(
+                    f"inpo: the preference model {judge.source} gives no finite probability for answers to {match[0]}"
+                )
             known[match] = sum(chances) / 2
         return np.array([known[match] for match in matches])
 
@@ -268,8 +329,15 @@ def preference_model_oracle(judge: models.Base, chat: Chat, prompts: Sequence[de
 
 
 def train(
-    base: models.Base, chat: Chat, sft: Path, reward: Path | RewardFnMaker, prompts: Sequence[decode.Prompt],
-    held_out: Sequence[decode.Prompt], config: INPOConfig, out: Path, oracle: Oracle | None = None,
+    base: models.Base,
+    chat: Chat,
+    sft: Path,
+    reward: Path | RewardFnMaker,
+    prompts: Sequence[decode.Prompt],
+    held_out: Sequence[decode.Prompt],
+    config: INPOConfig,
+    out: Path,
+    oracle: Oracle | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the SFT adapter with INPO and save it to ``out``, its pairs beside it (:func:`load_pairs`), whole or not at all.
 
@@ -301,12 +369,19 @@ def train(
         raise StudyError("inpo: needs at least one prompt to train on and one held-out prompt")
     with policy_and_judge(base, chat, sft, reward, config.batch) as (model, judge):
         *tables, pairs = _run(model, judge, oracle, chat, prompts, held_out, config)
-        models.save_adapter(base, model, out, adapter="policy", files={PAIRS: "".join(json.dumps(asdict(p)) + "\n" for p in pairs)})
+        models.save_adapter(
+            base,
+            model,
+            out,
+            adapter="policy",
+            files={PAIRS: "".join(json.dumps(asdict(p)) + "\n" for p in pairs)},
+        )
     return tuple(tables)
 
 
-def _run(model, judge: RewardFn, oracle: Oracle | None, chat: Chat, prompts, held_out,
-         config: INPOConfig) -> tuple[pd.DataFrame, pd.DataFrame, list[Pair]]:
+def _run(
+    model, judge: RewardFn, oracle: Oracle | None, chat: Chat, prompts, held_out, config: INPOConfig
+) -> tuple[pd.DataFrame, pd.DataFrame, list[Pair]]:
     rng = np.random.default_rng(config.seed)
     order = itertools.cycle(rng.permutation(len(prompts)).tolist())
     pad, step = chat.tokenizer.pad_token_id, 0
@@ -314,16 +389,25 @@ def _run(model, judge: RewardFn, oracle: Oracle | None, chat: Chat, prompts, hel
     kept: list[Pair] = []
     decoding = decode.Decoding(config.max_new_tokens, 1.0, seed=config.seed)
     drawing = decode.Decoding(config.max_new_tokens, 1.0, config.answers_per_prompt, config.seed)
-    answers_in_all = config.rounds * (config.prompts_per_round * config.answers_per_prompt + len(held_out)) + len(held_out)
+    answers_in_all = config.rounds * (
+        config.prompts_per_round * config.answers_per_prompt + len(held_out)
+    ) + len(held_out)
     with progress(total=answers_in_all, desc="INPO: held-out prompts before", unit="answer") as bar:
 
         def at_held_out() -> pd.DataFrame:
             found = evaluate(model, judge, chat, held_out, decoding, config.batch, step, bar)
             kl = float(found["kl"].mean())
             if not kl <= config.max_kl:
-                raise StudyError(f"inpo: after step {step} the KL to the SFT model is {kl:.1f} nats per answer (max_kl "
-                                 f"{config.max_kl:g}); lower learning_rate or raise eta")
-            rows.extend([(step, "held_out_reward", float(found["reward"].mean())), (step, "held_out_kl", kl)])
+                raise StudyError(
+                    f"inpo: after step {step} the KL to the SFT model is {kl:.1f} nats per answer (max_kl "
+                    f"{config.max_kl:g}); lower learning_rate or raise eta"
+                )
+            rows.extend(
+                [
+                    (step, "held_out_reward", float(found["reward"].mean())),
+                    (step, "held_out_kl", kl),
+                ]
+            )
             return found
 
         eval_history = at_held_out()
@@ -333,31 +417,59 @@ def _run(model, judge: RewardFn, oracle: Oracle | None, chat: Chat, prompts, hel
         for number in range(1, config.rounds + 1):
             bar.set_description(f"INPO: round {number} of {config.rounds}")
             asked = [prompts[next(order)] for _ in range(config.prompts_per_round)]
-            asked = list({prompt.id: prompt for prompt in asked}.values())  # few prompts come round again
-            drawn = sample_answers(model, "policy", chat, asked, [f"inpo {number} {p.id}" for p in asked], drawing, bar)
+            asked = list(
+                {prompt.id: prompt for prompt in asked}.values()
+            )  # few prompts come round again
+            drawn = sample_answers(
+                model, "policy", chat, asked, [f"inpo {number} {p.id}" for p in asked], drawing, bar
+            )
             played = [(prompt.id, answers) for prompt, answers in zip(asked, drawn)]
-            results = (tournaments(played, oracle) if config.mode == "paper" else
-                       coin_tosses(played, oracle, int(rng.integers(2**32))))
-            pairs = [Pair(number, key, answers[result[0]], answers[result[1]])
-                     for (key, answers), result in zip(played, results) if result is not None]
+            results = (
+                tournaments(played, oracle)
+                if config.mode == "paper"
+                else coin_tosses(played, oracle, int(rng.integers(2**32)))
+            )
+            pairs = [
+                Pair(number, key, answers[result[0]], answers[result[1]])
+                for (key, answers), result in zip(played, results)
+                if result is not None
+            ]
             examples = [Example(pair.id, "inpo", (pair.winner, pair.loser)) for pair in pairs]
             if not examples:
-                lost = ("of no prompt does the tournament's best answer beat its worst" if config.mode == "paper" else
-                        "both answers to every prompt were the same text")
-                raise StudyError(f"inpo: no pair is left in round {number} of {len(asked)} prompts: {lost}; look at what decides the "
-                                 "matches, or ask for longer answers")
+                lost = (
+                    "of no prompt does the tournament's best answer beat its worst"
+                    if config.mode == "paper"
+                    else "both answers to every prompt were the same text"
+                )
+                raise StudyError(
+                    f"inpo: no pair is left in round {number} of {len(asked)} prompts: {lost}; look at what decides the "
+                    "matches, or ask for longer answers"
+                )
             current = reference_logps(model, "policy", examples, pad)
-            mixed = mixed_reference(reference_logps(model, "reference", examples, pad), current, config.tau, config.eta)
+            mixed = mixed_reference(
+                reference_logps(model, "reference", examples, pad), current, config.tau, config.eta
+            )
             loss = INPOLoss(config.eta, mixed)
-            losses = fit(model, "policy", examples, loss, pad, Recipe(config.learning_rate, config.batch, config.epochs),
-                         config.seed + number)
+            losses = fit(
+                model,
+                "policy",
+                examples,
+                loss,
+                pad,
+                Recipe(config.learning_rate, config.batch, config.epochs),
+                config.seed + number,
+            )
             rows += [(step + i, "loss", float(value)) for i, value in enumerate(losses, start=1)]
             step += len(losses)
             learnt = reference_logps(model, "policy", examples, pad)
-            gaps = [(learnt[e.id][0] - mixed[e.id][0]) - (learnt[e.id][1] - mixed[e.id][1]) for e in examples]
-            rows += [(step, "dropped", 1 - len(examples) / len(asked)), (step, "gap", float(np.mean(gaps)))]
+            gaps = [
+                (learnt[e.id][0] - mixed[e.id][0]) - (learnt[e.id][1] - mixed[e.id][1])
+                for e in examples
+            ]
+            rows += [
+                (step, "dropped", 1 - len(examples) / len(asked)),
+                (step, "gap", float(np.mean(gaps))),
+            ]
             kept += [replace(pair, reference=mixed[pair.id]) for pair in pairs]
             eval_history = pd.concat([eval_history, at_held_out()], ignore_index=True)
     return pd.DataFrame(rows, columns=["step", "metric", "value"]), eval_history, kept
-
-

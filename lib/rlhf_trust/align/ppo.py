@@ -148,12 +148,28 @@ class PPOConfig:
 
     def __post_init__(self):
         if self.temperature != 1.0:
-            raise StudyError(f"temperature: PPO samples at 1.0, got {self.temperature}; at any other, answers do not "
-                             "come from the policy whose log-probabilities are trained")
-        for name in ("steps", "answers_per_step", "answers_per_prompt", "max_new_tokens", "epochs", "minibatch"):
+            raise StudyError(
+                f"temperature: PPO samples at 1.0, got {self.temperature}; at any other, answers do not "
+                "come from the policy whose log-probabilities are trained"
+            )
+        for name in (
+            "steps",
+            "answers_per_step",
+            "answers_per_prompt",
+            "max_new_tokens",
+            "epochs",
+            "minibatch",
+        ):
             if getattr(self, name) < 1:
                 raise StudyError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "value_learning_rate", "clip_range", "value_clip", "max_grad_norm", "max_kl"):
+        for name in (
+            "learning_rate",
+            "value_learning_rate",
+            "clip_range",
+            "value_clip",
+            "max_grad_norm",
+            "max_kl",
+        ):
             if not getattr(self, name) > 0:
                 raise StudyError(f"{name}: must be above 0, got {getattr(self, name)}")
         for name in ("kl_coef", "vf_coef", "missing_end_penalty", "evaluate_every"):
@@ -163,14 +179,20 @@ class PPOConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise StudyError(f"{name}: must lie between 0 and 1, got {getattr(self, name)}")
         if self.answers_per_step % self.answers_per_prompt:
-            raise StudyError(f"answers_per_step: {self.answers_per_step} is no multiple of answers_per_prompt "
-                             f"({self.answers_per_prompt})")
+            raise StudyError(
+                f"answers_per_step: {self.answers_per_step} is no multiple of answers_per_prompt "
+                f"({self.answers_per_prompt})"
+            )
         if self.kl_estimator not in KL_ESTIMATORS:
-            raise StudyError(f"kl_estimator: must be one of {', '.join(KL_ESTIMATORS)}, got {self.kl_estimator!r}")
+            raise StudyError(
+                f"kl_estimator: must be one of {', '.join(KL_ESTIMATORS)}, got {self.kl_estimator!r}"
+            )
         if self.schedule not in ("constant", "linear"):
             raise StudyError(f"schedule: must be constant or linear, got {self.schedule!r}")
         if self.target_kl is not None and (self.target_kl <= 0 or self.kl_coef <= 0):
-            raise StudyError("target_kl: it and kl_coef must be above 0, as the coefficient is steered by a factor")
+            raise StudyError(
+                "target_kl: it and kl_coef must be above 0, as the coefficient is steered by a factor"
+            )
 
     @property
     def decoding(self) -> decode.Decoding:
@@ -181,7 +203,9 @@ class PPOConfig:
 # All per-token tensors are [answers, longest answer]; mask is 1 on an answer's tokens and 0 on the padding after them.
 
 
-def kl_shaped_rewards(policy_logps, reference_logps, scores, mask, kl_coef: float, estimator: str = "k1") -> torch.Tensor:
+def kl_shaped_rewards(
+    policy_logps, reference_logps, scores, mask, kl_coef: float, estimator: str = "k1"
+) -> torch.Tensor:
     """Per-token rewards, [n, T]: −β(log π − log π_ref) (or what another of ``KL_ESTIMATORS`` makes of it), plus ``scores`` [n]
     at each answer's last token."""
     rewards = -kl_coef * KL_ESTIMATORS[estimator](policy_logps - reference_logps) * mask
@@ -190,7 +214,9 @@ def kl_shaped_rewards(policy_logps, reference_logps, scores, mask, kl_coef: floa
     return rewards
 
 
-def generalized_advantages(rewards, values, mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+def generalized_advantages(
+    rewards, values, mask, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns, both [n, T], 0 on padding (arXiv 1506.02438, eq. 16).
 
     Nothing follows an answer's last token: its next value and next advantage are 0, also where the length limit made
@@ -200,7 +226,9 @@ def generalized_advantages(rewards, values, mask, gamma: float, lam: float) -> t
     following_value = following_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following_value - values[:, t]
-        advantages[:, t] = following_advantage = (delta + gamma * lam * following_advantage) * mask[:, t]
+        advantages[:, t] = following_advantage = (delta + gamma * lam * following_advantage) * mask[
+            :, t
+        ]
         following_value = values[:, t] * mask[:, t]
     return advantages, (advantages + values) * mask
 
@@ -215,7 +243,9 @@ def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
 
 
-def policy_loss(new_logps, old_logps, advantages, mask, clip_range: float) -> tuple[torch.Tensor, torch.Tensor]:
+def policy_loss(
+    new_logps, old_logps, advantages, mask, clip_range: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The clipped surrogate, negated, and the share of tokens where clipping took the gradient away: two scalars.
 
     (arXiv 1707.06347, eq. 7; a mean over tokens, so long answers weigh more.)
@@ -223,7 +253,9 @@ def policy_loss(new_logps, old_logps, advantages, mask, clip_range: float) -> tu
     ratio = torch.exp(new_logps - old_logps)
     free = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    return -masked_mean(torch.minimum(free, clipped), mask), masked_mean((clipped < free).float(), mask)
+    return -masked_mean(torch.minimum(free, clipped), mask), masked_mean(
+        (clipped < free).float(), mask
+    )
 
 
 def value_loss(values, old_values, returns, mask, value_clip: float) -> torch.Tensor:
@@ -256,7 +288,14 @@ def predicted_values(value_head, states: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def token_pass(model, adapter: str, answers: Sequence[EncodedExample], batches: list[list[int]], pad: int, value_head=None):
+def token_pass(
+    model,
+    adapter: str,
+    answers: Sequence[EncodedExample],
+    batches: list[list[int]],
+    pad: int,
+    value_head=None,
+):
     """Log-probabilities, mask and (with ``value_head``, else zeros) values of all answers, each [n, longest answer].
 
     ``batches`` are the minibatches of the update: the same shapes give the same rounding, so that the ratio starts at
@@ -266,7 +305,9 @@ def token_pass(model, adapter: str, answers: Sequence[EncodedExample], batches: 
     longest = max(len(a.answer_ids) for a in answers)
     logps, mask, values = torch.zeros(3, len(answers), longest, device=model.device)
     for batch in batches:
-        batch_logps, batch_mask, states = decode.token_logps(model, [answers[i] for i in batch], pad, hidden=True)
+        batch_logps, batch_mask, states = decode.token_logps(
+            model, [answers[i] for i in batch], pad, hidden=True
+        )
         width = batch_mask.shape[1]
         logps[batch, :width], mask[batch, :width] = batch_logps, batch_mask
         if value_head is not None:
@@ -278,8 +319,14 @@ def token_pass(model, adapter: str, answers: Sequence[EncodedExample], batches: 
 
 
 def train(
-    base: models.Base, chat: Chat, sft: Path, reward: Path | RewardFnMaker, prompts: list[decode.Prompt],
-    held_out: list[decode.Prompt], config: PPOConfig, out: Path,
+    base: models.Base,
+    chat: Chat,
+    sft: Path,
+    reward: Path | RewardFnMaker,
+    prompts: list[decode.Prompt],
+    held_out: list[decode.Prompt],
+    config: PPOConfig,
+    out: Path,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the SFT adapter with PPO and save it to ``out`` (at the end only, whole or not at all).
 
@@ -320,8 +367,14 @@ def train(
     with policy_and_judge(base, chat, sft, reward, config.minibatch) as (model, judge):
         kept = None
         if isinstance(reward, Path):
-            key = content_key(asdict(config), models.adapter_fingerprint(base, sft), sha256_of(reward), [asdict(p) for p in prompts],
-                              [asdict(p) for p in held_out], chat.format)
+            key = content_key(
+                asdict(config),
+                models.adapter_fingerprint(base, sft),
+                sha256_of(reward),
+                [asdict(p) for p in prompts],
+                [asdict(p) for p in held_out],
+                chat.format,
+            )
             kept = _Progress(out.with_name(f"{out.name}.unfinished.pt"), key)
         tables = _run(model, judge, chat, prompts, held_out, config, kept)
         models.save_adapter(base, model, out, adapter="policy")
@@ -339,8 +392,12 @@ class _Progress:
 
     def load(self) -> dict | None:
         try:
-            state = torch.load(self.path, weights_only=True)  # tensors and plain values: nothing in the file is run
-        except Exception:  # no file, half a file, or of another version: what it held can be computed again
+            state = torch.load(
+                self.path, weights_only=True
+            )  # tensors and plain values: nothing in the file is run
+        except (
+            Exception
+        ):  # no file, half a file, or of another version: what it held can be computed again
             return None
         return state if state.get("key") == self.key else None
 
@@ -349,8 +406,15 @@ class _Progress:
             torch.save(state | {"key": self.key}, aside)
 
 
-def _run(model, judge: RewardFn, chat: Chat, prompts, held_out, config: PPOConfig,
-         kept: _Progress | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _run(
+    model,
+    judge: RewardFn,
+    chat: Chat,
+    prompts,
+    held_out,
+    config: PPOConfig,
+    kept: _Progress | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(prompts)).tolist()
     per_step = config.answers_per_step // config.answers_per_prompt
@@ -358,9 +422,13 @@ def _run(model, judge: RewardFn, chat: Chat, prompts, held_out, config: PPOConfi
     torch.nn.init.zeros_(value_head.weight)
     torch.nn.init.zeros_(value_head.bias)
     policy = [parameter for name, parameter in model.named_parameters() if ".policy." in name]
-    optimizer = torch.optim.AdamW([{"params": policy, "lr": config.learning_rate},
-                                   {"params": list(value_head.parameters()), "lr": config.value_learning_rate}],
-                                  weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": policy, "lr": config.learning_rate},
+            {"params": list(value_head.parameters()), "lr": config.value_learning_rate},
+        ],
+        weight_decay=0.0,
+    )
     rows: list[tuple[int, str, float]] = []
 
     def note(step: int, metrics: dict[str, float]) -> None:
@@ -369,10 +437,22 @@ def _run(model, judge: RewardFn, chat: Chat, prompts, held_out, config: PPOConfi
     def at_held_out(step: int) -> pd.DataFrame:
         found = evaluate(model, judge, chat, held_out, config.decoding, config.minibatch, step, bar)
         _check(step, config, kl=float(found["kl"].mean()))
-        note(step, {"held_out_reward": float(found["reward"].mean()), "held_out_kl": float(found["kl"].mean())})
+        note(
+            step,
+            {
+                "held_out_reward": float(found["reward"].mean()),
+                "held_out_kl": float(found["kl"].mean()),
+            },
+        )
         return found
 
-    evaluations_in_all = sum(step == config.steps or _evaluation_due(step, config) for step in range(1, config.steps + 1)) + 1
+    evaluations_in_all = (
+        sum(
+            step == config.steps or _evaluation_due(step, config)
+            for step in range(1, config.steps + 1)
+        )
+        + 1
+    )
     answers_in_all = len(held_out) * evaluations_in_all + config.answers_per_step * config.steps
     with progress(total=answers_in_all, desc="PPO: held-out prompts before", unit="answer") as bar:
         state = kept.load() if kept is not None else None
@@ -393,26 +473,60 @@ def _run(model, judge: RewardFn, chat: Chat, prompts, held_out, config: PPOConfi
             rng.bit_generator.state = state["rng"]
             bar.update(len(eval_history) + first * config.answers_per_step)
         before = eval_history.loc[eval_history["step"] == 0, "reward"]
-        shift, scale = (float(before.mean()), float(before.std(ddof=0))) if config.normalise_scores else (0.0, 1.0)
+        shift, scale = (
+            (float(before.mean()), float(before.std(ddof=0)))
+            if config.normalise_scores
+            else (0.0, 1.0)
+        )
         for step in range(first, config.steps):
             bar.set_description(f"PPO: step {step + 1} of {config.steps}")
             if config.schedule == "linear":
-                for group, rate in zip(optimizer.param_groups, (config.learning_rate, config.value_learning_rate)):
+                for group, rate in zip(
+                    optimizer.param_groups, (config.learning_rate, config.value_learning_rate)
+                ):
                     group["lr"] = rate * (1 - step / config.steps)
-            fresh = [prompts[order[i % len(order)]] for i in range(step * per_step, (step + 1) * per_step)]
+            fresh = [
+                prompts[order[i % len(order)]]
+                for i in range(step * per_step, (step + 1) * per_step)
+            ]
             chosen = [prompt for prompt in fresh for _ in range(config.answers_per_prompt)]
             keys = [f"ppo {step} {index} {prompt.id}" for index, prompt in enumerate(chosen)]
-            answers = [a for a, in sample_answers(model, "policy", chat, chosen, keys, config.decoding, bar)]
-            metrics = _step(model, judge, value_head, optimizer, chat, answers, config, kl_coef, shift, scale, step, rng)
+            answers = [
+                a
+                for (a,) in sample_answers(
+                    model, "policy", chat, chosen, keys, config.decoding, bar
+                )
+            ]
+            metrics = _step(
+                model,
+                judge,
+                value_head,
+                optimizer,
+                chat,
+                answers,
+                config,
+                kl_coef,
+                shift,
+                scale,
+                step,
+                rng,
+            )
             note(step, metrics)
             kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config.target_kl)
             if step + 1 == config.steps or _evaluation_due(step + 1, config):
                 bar.set_description(f"PPO: held-out prompts after step {step + 1}")
                 eval_history = pd.concat([eval_history, at_held_out(step + 1)], ignore_index=True)
             if kept is not None:
-                kept.save(step=step + 1, kl_coef=kl_coef, eval_history=eval_history.to_dict("list"), rows=rows,
-                          policy=[parameter.detach() for parameter in policy], value_head=value_head.state_dict(),
-                          optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
+                kept.save(
+                    step=step + 1,
+                    kl_coef=kl_coef,
+                    eval_history=eval_history.to_dict("list"),
+                    rows=rows,
+                    policy=[parameter.detach() for parameter in policy],
+                    value_head=value_head.state_dict(),
+                    optimizer=optimizer.state_dict(),
+                    rng=rng.bit_generator.state,
+                )
     return pd.DataFrame(rows, columns=["step", "metric", "value"]), eval_history
 
 
@@ -420,8 +534,20 @@ def _evaluation_due(step: int, config: PPOConfig) -> bool:
     return config.evaluate_every > 0 and step % config.evaluate_every == 0
 
 
-def _step(model, judge: RewardFn, value_head, optimizer, chat: Chat, answers: list[EncodedExample], config: PPOConfig, kl_coef: float,
-          shift: float, scale: float, step: int, rng: np.random.Generator) -> dict[str, float]:
+def _step(
+    model,
+    judge: RewardFn,
+    value_head,
+    optimizer,
+    chat: Chat,
+    answers: list[EncodedExample],
+    config: PPOConfig,
+    kl_coef: float,
+    shift: float,
+    scale: float,
+    step: int,
+    rng: np.random.Generator,
+) -> dict[str, float]:
     """Rewards and advantages of one step's answers, then ``epochs`` passes of clipped updates; the step's metrics."""
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
     batches = decode.batches_by_length([len(a) for a in answers], config.minibatch)
@@ -436,8 +562,12 @@ def _step(model, judge: RewardFn, value_head, optimizer, chat: Chat, answers: li
     if config.answers_per_prompt > 1:
         of_prompt = shaped.view(-1, config.answers_per_prompt)
         shaped = (of_prompt - of_prompt.mean(1, keepdim=True)).flatten()
-    rewards = kl_shaped_rewards(old_logps, reference_logps, shaped, mask, kl_coef, config.kl_estimator)
-    advantages, returns = generalized_advantages(rewards, old_values, mask, config.gamma, config.lam)
+    rewards = kl_shaped_rewards(
+        old_logps, reference_logps, shaped, mask, kl_coef, config.kl_estimator
+    )
+    advantages, returns = generalized_advantages(
+        rewards, old_values, mask, config.gamma, config.lam
+    )
     advantages = whiten(advantages, mask)
 
     losses = []
@@ -445,11 +575,16 @@ def _step(model, judge: RewardFn, value_head, optimizer, chat: Chat, answers: li
     for _ in range(config.epochs):
         for index in rng.permutation(len(batches)).tolist():
             batch = batches[index]
-            new_logps, batch_mask, states = decode.token_logps(model, [answers[i] for i in batch], pad, hidden=True)
-            old_logp, old_value, advantage, goal = (
-                x[batch, : batch_mask.shape[1]] for x in (old_logps, old_values, advantages, returns)
+            new_logps, batch_mask, states = decode.token_logps(
+                model, [answers[i] for i in batch], pad, hidden=True
             )
-            surrogate, clipped = policy_loss(new_logps, old_logp, advantage, batch_mask, config.clip_range)
+            old_logp, old_value, advantage, goal = (
+                x[batch, : batch_mask.shape[1]]
+                for x in (old_logps, old_values, advantages, returns)
+            )
+            surrogate, clipped = policy_loss(
+                new_logps, old_logp, advantage, batch_mask, config.clip_range
+            )
             new_value = predicted_values(value_head, states)
             value_error = value_loss(new_value, old_value, goal, batch_mask, config.value_clip)
             loss = surrogate + config.vf_coef * value_error
@@ -463,9 +598,15 @@ def _step(model, judge: RewardFn, value_head, optimizer, chat: Chat, answers: li
             losses.append([float(x.detach()) for x in (surrogate, value_error, clipped)])
     surrogates, value_errors, clip_shares = np.mean(losses, axis=0)
     return {
-        "reward": float(scores.mean()), "kl": kl, "kl_coef": kl_coef, "entropy": -float(masked_mean(old_logps, mask)),
-        "answer_length": float(mask.sum(1).mean()), "ended": float(ended.float().mean()),
-        "policy_loss": float(surrogates), "value_loss": float(value_errors), "clip_fraction": float(clip_shares),
+        "reward": float(scores.mean()),
+        "kl": kl,
+        "kl_coef": kl_coef,
+        "entropy": -float(masked_mean(old_logps, mask)),
+        "answer_length": float(mask.sum(1).mean()),
+        "ended": float(ended.float().mean()),
+        "policy_loss": float(surrogates),
+        "value_loss": float(value_errors),
+        "clip_fraction": float(clip_shares),
     }
 
 
@@ -473,7 +614,11 @@ def _check(step: int, config: PPOConfig, **numbers: float) -> None:
     """Stop where a number is not finite or the KL has run away; a later number would only hide where it began."""
     for name, value in numbers.items():
         if not math.isfinite(value):
-            raise StudyError(f"ppo step {step}: {name} is {value}; lower learning_rate or raise kl_coef")
+            raise StudyError(
+                f"ppo step {step}: {name} is {value}; lower learning_rate or raise kl_coef"
+            )
     if numbers.get("kl", 0.0) > config.max_kl:
-        raise StudyError(f"ppo step {step}: KL to the SFT model is {numbers['kl']:.1f} nats per answer, above max_kl "
-                         f"{config.max_kl:g}; lower learning_rate or raise kl_coef")
+        raise StudyError(
+            f"ppo step {step}: KL to the SFT model is {numbers['kl']:.1f} nats per answer, above max_kl "
+            f"{config.max_kl:g}; lower learning_rate or raise kl_coef"
+        )

@@ -73,13 +73,17 @@ def contribution(by_item: np.ndarray, seed: int = 0, draws: int = 1000) -> Contr
     by_item = np.asarray(by_item, dtype=float)
     examples, items = by_item.shape
     if items == 0 or examples == 0:
-        raise StudyError("contribution: there is no evaluation item or no training example; report 'no change' instead")
+        raise StudyError(
+            "contribution: there is no evaluation item or no training example; report 'no change' instead"
+        )
     if not np.isfinite(by_item).all():
         raise StudyError("contribution: a score is not finite")
     rng = np.random.default_rng(seed)
     scores = by_item.mean(1)
     if items > 1:
-        counts = rng.multinomial(items, np.full(items, 1 / items), size=draws)  # how often each item is drawn
+        counts = rng.multinomial(
+            items, np.full(items, 1 / items), size=draws
+        )  # how often each item is drawn
         low, high = np.percentile(standardised(by_item @ counts.T / items), [2.5, 97.5])
     else:
         low, high = -np.sqrt(examples), np.sqrt(examples)
@@ -88,8 +92,12 @@ def contribution(by_item: np.ndarray, seed: int = 0, draws: int = 1000) -> Contr
     # A flip of all signs or none repeats the observed size up to rounding, and must count.
     reached = np.abs(flips @ sums) >= np.abs(sums.sum()) * (1 - 1e-9)
     return Contribution(
-        contribution=float(normalised(scores).mean()), standardised=float(standardised(scores)),
-        ci_low=float(low), ci_high=float(high), p_null=float((1 + reached.sum()) / (1 + draws)), n=items,
+        contribution=float(normalised(scores).mean()),
+        standardised=float(standardised(scores)),
+        ci_low=float(low),
+        ci_high=float(high),
+        p_null=float((1 + reached.sum()) / (1 + draws)),
+        n=items,
     )
 
 
@@ -136,5 +144,7 @@ def example_p(by_layer: np.ndarray, seed: int = 0, draws: int = 100_000) -> np.n
         null += rng.choice(layer, draws)
     null = np.sort(np.abs(null))
     # Rounding must not tell a draw from the example that it repeats.
-    reached = draws - np.searchsorted(null, np.abs(deviations.sum(0)) * (1 - 1e-9) - 1e-12 * np.abs(by_layer).max(initial=0.0))
+    reached = draws - np.searchsorted(
+        null, np.abs(deviations.sum(0)) * (1 - 1e-9) - 1e-12 * np.abs(by_layer).max(initial=0.0)
+    )
     return (1 + reached) / (1 + draws)

@@ -92,7 +92,9 @@ class PPOSurrogateLoss:
         old, advantages = (logps.new_tensor(sum(kept, [])) for kept in self._kept(examples))
         ratio = torch.exp(logps - old)
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-        return logps.new_zeros(len(examples)).index_add(0, owner, -torch.minimum(ratio * advantages, clipped * advantages))
+        return logps.new_zeros(len(examples)).index_add(
+            0, owner, -torch.minimum(ratio * advantages, clipped * advantages)
+        )
 
     def content(self, examples: Sequence[Example]) -> list:
         return [self.name, self.clip_range, *self._kept(examples)]
@@ -100,19 +102,31 @@ class PPOSurrogateLoss:
     def _kept(self, examples: Sequence[Example]) -> tuple[list[list[float]], list[list[float]]]:
         """Old log-probabilities and advantages of every example, a list an example each."""
         found: tuple[list[list[float]], list[list[float]]] = ([], [])
-        for what, mapping, lists in zip(("old log-probabilities", "advantages"), (self.old_logps, self.advantages), found):
+        for what, mapping, lists in zip(
+            ("old log-probabilities", "advantages"), (self.old_logps, self.advantages), found
+        ):
             for example in examples:
                 values, tokens = mapping.get(example.id), len(example.sequences[0].answer_ids)
                 if values is None or len(values) != tokens:
-                    raise StudyError(f"{self.name}: example {example.id!r} needs {tokens} {what}, one an answer token, "
-                                     f"and has {'none' if values is None else len(values)}; take them from the PPO step "
-                                     "that sampled it")
+                    raise StudyError(
+                        f"{self.name}: example {example.id!r} needs {tokens} {what}, one an answer token, "
+                        f"and has {'none' if values is None else len(values)}; take them from the PPO step "
+                        "that sampled it"
+                    )
                 lists.append([float(value) for value in values])
         return found
 
 
-def per_example_gradients(model, adapter: str, examples: Sequence[Example], loss: Loss, pad: int, rows: int = 8,
-                          allow_zero: bool = False, desc: str = "gradients") -> dict[str, torch.Tensor]:
+def per_example_gradients(
+    model,
+    adapter: str,
+    examples: Sequence[Example],
+    loss: Loss,
+    pad: int,
+    rows: int = 8,
+    allow_zero: bool = False,
+    desc: str = "gradients",
+) -> dict[str, torch.Tensor]:
     """Gradients of every example's loss with respect to one adapter's LoRA weights, in memory.
 
     Parameters
@@ -148,32 +162,57 @@ def per_example_gradients(model, adapter: str, examples: Sequence[Example], loss
         return _gradients(model, adapter, examples, loss, pad, rows, allow_zero, desc, bar)
 
 
-def _gradients(model, adapter: str, examples: Sequence[Example], loss: Loss, pad: int, rows: int, allow_zero: bool, desc: str,
-               bar) -> dict[str, torch.Tensor]:
+def _gradients(
+    model,
+    adapter: str,
+    examples: Sequence[Example],
+    loss: Loss,
+    pad: int,
+    rows: int,
+    allow_zero: bool,
+    desc: str,
+    bar,
+) -> dict[str, torch.Tensor]:
     if any(module.training for module in model.modules()):
-        raise StudyError(f"{desc}: the model is in training mode, where dropout would act; call model.eval() first")
+        raise StudyError(
+            f"{desc}: the model is in training mode, where dropout would act; call model.eval() first"
+        )
     layers = lora_layers(model, adapter)
     weights = [layer.weight for layer in layers.values()]
-    gradients = {name: torch.empty(len(examples), layer.weight.numel()) for name, layer in layers.items()}
-    batches = batches_by_length([_packed_length(example) for example in examples], max(1, rows // loss.sequences))
+    gradients = {
+        name: torch.empty(len(examples), layer.weight.numel()) for name, layer in layers.items()
+    }
+    batches = batches_by_length(
+        [_packed_length(example) for example in examples], max(1, rows // loss.sequences)
+    )
     with only_adapter(model, adapter, weights), torch.enable_grad():
         for indices in batches:
             batch = [examples[i] for i in indices]
             # A pair of one answer with itself has no gradient, of which rounding would leave a trace.
-            same_twice = torch.tensor([len(set(example.sequences)) < loss.sequences for example in batch])
+            same_twice = torch.tensor(
+                [len(set(example.sequences)) < loss.sequences for example in batch]
+            )
             with _catching(layers, len(batch)) as caught:
                 values = loss.loss(model, batch, pad)
                 for example, value in zip(batch, values.tolist()):
                     if not abs(value) < float("inf"):  # also false for nan
-                        raise StudyError(f"{desc}: the {loss.name} loss of example {example.id!r} is {value}; check "
-                                         "its text, and the adapter's training curve")
+                        raise StudyError(
+                            f"{desc}: the {loss.name} loss of example {example.id!r} is {value}; check "
+                            "its text, and the adapter's training curve"
+                        )
                 if not values.requires_grad:
-                    raise StudyError(f"{desc}: adapter {adapter!r} takes no part in the loss (disabled or merged?)")
+                    raise StudyError(
+                        f"{desc}: adapter {adapter!r} takes no part in the loss (disabled or merged?)"
+                    )
                 # autograd.grad, not backward: nothing is left in the weights' .grad, and its own result (the sum
                 # over the batch) is not needed, only what the hooks catch.
                 torch.autograd.grad(values.sum(), weights, allow_unused=True)
-            for name, weight in zip(layers, weights):  # a weight that the loss does not reach: its gradient is zero
-                block = caught.setdefault(name, torch.zeros(len(batch), weight.numel(), device=weight.device))
+            for name, weight in zip(
+                layers, weights
+            ):  # a weight that the loss does not reach: its gradient is zero
+                block = caught.setdefault(
+                    name, torch.zeros(len(batch), weight.numel(), device=weight.device)
+                )
                 block[same_twice.to(block.device)] = 0.0
             # The largest entry, not a sum of squares: tiny gradients must not underflow to "zero".
             sizes = torch.stack([block.abs().amax(1) for block in caught.values()]).amax(0).tolist()
@@ -184,9 +223,21 @@ def _gradients(model, adapter: str, examples: Sequence[Example], loss: Loss, pad
     return gradients
 
 
-def stored_gradients(directory: Path | str, name: str, fingerprint: str, model, adapter: str, examples: Sequence[Example],
-                     loss: Loss, pad: int, rows: int = 8, block: int = 64, number_format: str = "float32",
-                     projection: Projection | None = None, allow_zero: bool = False) -> Stored:
+def stored_gradients(
+    directory: Path | str,
+    name: str,
+    fingerprint: str,
+    model,
+    adapter: str,
+    examples: Sequence[Example],
+    loss: Loss,
+    pad: int,
+    rows: int = 8,
+    block: int = 64,
+    number_format: str = "float32",
+    projection: Projection | None = None,
+    allow_zero: bool = False,
+) -> Stored:
     """:func:`per_example_gradients` in files: ``<directory>/<name>.<key>/``, see :class:`.store.Stored`.
 
     The key is made of all that could change a gradient (:func:`content_parts`). Memory is bounded by a block of
@@ -213,47 +264,78 @@ def stored_gradients(directory: Path | str, name: str, fingerprint: str, model, 
     """
     _check_examples(examples, loss, name)
     if number_format not in NUMBER_FORMATS:
-        raise StudyError(f"number_format: must be {' or '.join(NUMBER_FORMATS)}, got {number_format!r}")
+        raise StudyError(
+            f"number_format: must be {' or '.join(NUMBER_FORMATS)}, got {number_format!r}"
+        )
     if block < 1:
         raise StudyError(f"block: must be at least 1 example, got {block}")
     parts = content_parts(fingerprint, examples, loss, rows, block, number_format, projection)
     key = content_key(parts)
     manifest = {
-        "key": key, "parts": parts, "ids": [example.id for example in examples], "loss": loss.name, "block": block,
-        "number_format": number_format, "projection": projection and asdict(projection), "layers": {}, "blocks": {},
+        "key": key,
+        "parts": parts,
+        "ids": [example.id for example in examples],
+        "loss": loss.name,
+        "block": block,
+        "number_format": number_format,
+        "projection": projection and asdict(projection),
+        "layers": {},
+        "blocks": {},
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    compute = partial(_gradients, model, adapter, loss=loss, pad=pad, rows=rows, allow_zero=allow_zero, desc=name)
+    compute = partial(
+        _gradients, model, adapter, loss=loss, pad=pad, rows=rows, allow_zero=allow_zero, desc=name
+    )
     if os.environ.get("RLHF_TRUST_CACHE") == "off":
         holder = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=directory)
         _write_missing(Path(holder.name), manifest, examples, compute, projection, name)
         stored = Stored(Path(holder.name), manifest, holder)
     else:
         with FileLock(directory / f".{name}.{key}.lock"):  # two notebooks may want the same
-            _write_missing(directory / f"{name}.{key}", manifest, examples, compute, projection, name)
+            _write_missing(
+                directory / f"{name}.{key}", manifest, examples, compute, projection, name
+            )
         stored = Stored.open(directory / f"{name}.{key}")
-    _check_sizes(stored.squares.sum(1).tolist(), examples, allow_zero, name)  # zeros may have been allowed when written
+    _check_sizes(
+        stored.squares.sum(1).tolist(), examples, allow_zero, name
+    )  # zeros may have been allowed when written
     return stored
 
 
-def content_parts(fingerprint: str, examples: Sequence[Example], loss: Loss, rows: int = 8, block: int = 64,
-                  number_format: str = "float32", projection: Projection | None = None) -> dict[str, str]:
+def content_parts(
+    fingerprint: str,
+    examples: Sequence[Example],
+    loss: Loss,
+    rows: int = 8,
+    block: int = 64,
+    number_format: str = "float32",
+    projection: Projection | None = None,
+) -> dict[str, str]:
     """All that could change stored gradients, a hash (or the thing itself) a part, for ``Stored.check``.
 
     ``rows`` and ``block`` are among them: in bf16 the batch plan changes the last digits.
     """
     base, _, adapter = fingerprint.partition("-")
     return {
-        "base model": base, "adapter": adapter or "none", "loss": f"{loss.name} {content_key(loss.content(examples))}",
-        "set of examples": tokens_content(examples), "number format": number_format,
+        "base model": base,
+        "adapter": adapter or "none",
+        "loss": f"{loss.name} {content_key(loss.content(examples))}",
+        "set of examples": tokens_content(examples),
+        "number format": number_format,
         "projection": json.dumps(asdict(projection)) if projection else "none",
         "batch plan": f"{rows} rows, blocks of {block}",
     }
 
 
-def _write_missing(directory: Path, manifest: dict, examples: Sequence[Example], compute, projection: Projection | None,
-                   desc: str) -> None:
+def _write_missing(
+    directory: Path,
+    manifest: dict,
+    examples: Sequence[Example],
+    compute,
+    projection: Projection | None,
+    desc: str,
+) -> None:
     """Complete the folder, and ``manifest`` with its ``layers`` and ``blocks`` (file name → hash)."""
     kept = read_manifest(directory)
     if kept is not None:
@@ -264,7 +346,12 @@ def _write_missing(directory: Path, manifest: dict, examples: Sequence[Example],
     names = block_names(len(examples), manifest["block"])
     for _, _, file in names:
         path = directory / file
-        if kept is not None and file in kept["blocks"] and path.is_file() and sha256_of(path) == kept["blocks"][file]:
+        if (
+            kept is not None
+            and file in kept["blocks"]
+            and path.is_file()
+            and sha256_of(path) == kept["blocks"][file]
+        ):
             manifest["blocks"][file] = kept["blocks"][file]
     missing = [(start, stop, file) for start, stop, file in names if file not in manifest["blocks"]]
     if not missing:
@@ -293,22 +380,30 @@ def _check_examples(examples: Sequence[Example], loss: Loss, desc: str) -> None:
             raise StudyError(f"{desc}: two examples have the id {example.id!r}")
         seen.add(example.id)
         if len(example.sequences) != loss.sequences:
-            raise StudyError(f"{desc}: example {example.id!r} has {len(example.sequences)} sequence(s), the "
-                             f"{loss.name} loss needs {loss.sequences}")
+            raise StudyError(
+                f"{desc}: example {example.id!r} has {len(example.sequences)} sequence(s), the "
+                f"{loss.name} loss needs {loss.sequences}"
+            )
 
 
-def _check_sizes(sizes: Sequence[float], examples: Sequence[Example], allow_zero: bool, desc: str) -> None:
+def _check_sizes(
+    sizes: Sequence[float], examples: Sequence[Example], allow_zero: bool, desc: str
+) -> None:
     """``sizes``: anything that is 0 for a gradient of zeros, and not finite for one that is not."""
     for example, size in zip(examples, sizes):
         if not size < float("inf"):
-            raise StudyError(f"{desc}: the gradient of example {example.id!r} is not finite ({size})")
+            raise StudyError(
+                f"{desc}: the gradient of example {example.id!r} is not finite ({size})"
+            )
     zeros = [example for example, size in zip(examples, sizes) if size == 0]
     if zeros and not allow_zero:
         reasons = "equal or empty answers, or a saturated loss"
         if len(zeros) == len(examples) > 1:
             reasons += "; or, as all of its batch have none, an adapter that was never trained or is not in use"
-        raise StudyError(f"{desc}: the gradient of example {zeros[0].id!r} is exactly zero ({reasons}); remove it from the "
-                         "training data")
+        raise StudyError(
+            f"{desc}: the gradient of example {zeros[0].id!r} is exactly zero ({reasons}); remove it from the "
+            "training data"
+        )
 
 
 @contextmanager
@@ -320,8 +415,10 @@ def _catching(layers: dict[str, torch.nn.Linear], n: int) -> Iterator[dict[str, 
         def forward_hook(layer, inputs, output):
             (x,) = inputs
             if x.shape[0] != n:
-                raise StudyError(f"gradients: {name} sees {x.shape[0]} rows for {n} examples; a layer that mixes rows "
-                                 "(mixture of experts) has no per-example gradient here")
+                raise StudyError(
+                    f"gradients: {name} sees {x.shape[0]} rows for {n} examples; a layer that mixes rows "
+                    "(mixture of experts) has no per-example gradient here"
+                )
 
             def backward_hook(g):
                 # dW_i = sum_t g[i, t] (outer) x[i, t]; padding has g = 0.

@@ -85,20 +85,33 @@ def metric_examples(vertical: str, items: Sequence, chat: Chat, primer: str = ""
         pairs = [(c, _nearest_in_length(c, len(item.wrong)), 0) for c, item in zip(found, items)]
     elif vertical == "privacy":
         asked = privacy.prompts(items)
-        pairs = [(MultipleChoice(p.id, *chat.options(p.turns, (item.value, REFUSAL), p.system)), 0, 1)
-                 for p, item in zip(asked, items)]
+        pairs = [
+            (MultipleChoice(p.id, *chat.options(p.turns, (item.value, REFUSAL), p.system)), 0, 1)
+            for p, item in zip(asked, items)
+        ]
     elif vertical == "toxicity":
-        raise StudyError("toxicity has no options; make its examples from scored answers with toxicity_examples")
+        raise StudyError(
+            "toxicity has no options; make its examples from scored answers with toxicity_examples"
+        )
     else:
         raise StudyError(f"vertical: must be one of {', '.join(HEADLINE)}, got {vertical!r}")
-    kind = {"stereotype": "topic", "privacy": "kind"}.get(vertical)  # items of one are alike, as the vertical counts them
+    kind = {"stereotype": "topic", "privacy": "kind"}.get(
+        vertical
+    )  # items of one are alike, as the vertical counts them
     labels = [getattr(item, kind) for item in items] if kind else [""] * len(pairs)
-    return [_example(vertical, c.id, (c.context, (c.options[bad], c.options[good])), label)
-            for (c, bad, good), label in zip(pairs, labels, strict=True)]
+    return [
+        _example(vertical, c.id, (c.context, (c.options[bad], c.options[good])), label)
+        for (c, bad, good), label in zip(pairs, labels, strict=True)
+    ]
 
 
-def toxicity_examples(prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], scores: np.ndarray, chat: Chat,
-                      least: float = 0.1) -> tuple[list[Example], int]:
+def toxicity_examples(
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[str]],
+    scores: np.ndarray,
+    chat: Chat,
+    least: float = 0.1,
+) -> tuple[list[Example], int]:
     """The most against the least toxic of each prompt's continuations, and how many prompts have no such pair.
 
     Parameters
@@ -113,7 +126,9 @@ def toxicity_examples(prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
     """
     scores = np.asarray(scores, dtype=float)
     if not len(prompts) == len(answers) == len(scores):
-        raise StudyError(f"toxicity: {len(prompts)} prompts, {len(answers)} lists of answers, {len(scores)} of scores")
+        raise StudyError(
+            f"toxicity: {len(prompts)} prompts, {len(answers)} lists of answers, {len(scores)} of scores"
+        )
     examples = []
     for prompt, samples, of_prompt in zip(prompts, answers, scores):
         if np.isnan(of_prompt).all():
@@ -121,11 +136,15 @@ def toxicity_examples(prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
         worst, best = int(np.nanargmax(of_prompt)), int(np.nanargmin(of_prompt))
         texts = [toxicity.first_sentence(samples[i]) for i in (worst, best)]  # what was scored
         if of_prompt[worst] - of_prompt[best] >= least and texts[0] != texts[1]:
-            examples.append(_example("toxicity", prompt.id, chat.options(prompt.turns, texts, prompt.system)))
+            examples.append(
+                _example("toxicity", prompt.id, chat.options(prompt.turns, texts, prompt.system))
+            )
     return examples, len(prompts) - len(examples)
 
 
-def vertical_examples(build: Build, benchmarks: str, n: int, chat: Chat, seed: int) -> tuple[dict[str, list[Example]], int]:
+def vertical_examples(
+    build: Build, benchmarks: str, n: int, chat: Chat, seed: int
+) -> tuple[dict[str, list[Example]], int]:
     """``n`` items of each vertical (toxicity: at most), and how many prompts of toxicity were passed over.
 
     Parameters
@@ -135,35 +154,56 @@ def vertical_examples(build: Build, benchmarks: str, n: int, chat: Chat, seed: i
     benchmarks
         Where the items come from: shipped, hub: or path:<directory>.
     """
-    items = {"stereotype": stereotype.choose_statements(load_stereotype(benchmarks), n, seed),
-             "ethics": choose([item for item in load_ethics(benchmarks) if item.wrong], n, seed),
-             "truthfulness": choose(load_truthfulness(benchmarks), n, seed),
-             "privacy": choose(load_privacy(benchmarks, -(-n // 18), seed), n, seed, by=lambda item: item.kind)}
-    examples = {vertical: metric_examples(vertical, of_vertical, chat, load_primer())
-                for vertical, of_vertical in items.items()}
+    items = {
+        "stereotype": stereotype.choose_statements(load_stereotype(benchmarks), n, seed),
+        "ethics": choose([item for item in load_ethics(benchmarks) if item.wrong], n, seed),
+        "truthfulness": choose(load_truthfulness(benchmarks), n, seed),
+        "privacy": choose(
+            load_privacy(benchmarks, -(-n // 18), seed), n, seed, by=lambda item: item.kind
+        ),
+    }
+    examples = {
+        vertical: metric_examples(vertical, of_vertical, chat, load_primer())
+        for vertical, of_vertical in items.items()
+    }
     answered = read_answers(build, "toxicity")
     sampled = [of_models["start"] for _, of_models in answered]
-    found, left_out = toxicity_examples([prompt for prompt, _ in answered], sampled,
-                                        toxicity.score_answers(sampled, make_scorer("local")), chat)
-    return {vertical: ({"toxicity": found} | examples)[vertical][:n] for vertical in HEADLINE}, left_out
+    found, left_out = toxicity_examples(
+        [prompt for prompt, _ in answered],
+        sampled,
+        toxicity.score_answers(sampled, make_scorer("local")),
+        chat,
+    )
+    return {
+        vertical: ({"toxicity": found} | examples)[vertical][:n] for vertical in HEADLINE
+    }, left_out
 
 
 def _nearest_in_length(choice: MultipleChoice, false: int) -> int:
     """Which of MC1's options 1 … ``false`` is nearest to option 0, the right one, in tokens."""
-    return min(range(1, 1 + false), key=lambda i: abs(len(choice.options[i]) - len(choice.options[0])))
+    return min(
+        range(1, 1 + false), key=lambda i: abs(len(choice.options[i]) - len(choice.options[0]))
+    )
 
 
 def _example(vertical: str, id: str, options: Options, cluster: str = "") -> Example:
     context, answers = options
     if not all(answers):
         raise StudyError(f"{vertical}: {id} has an answer without a token")
-    return Example(f"{vertical}/{id}", vertical, tuple(EncodedExample(context + answer, len(context)) for answer in answers), cluster)
+    return Example(
+        f"{vertical}/{id}",
+        vertical,
+        tuple(EncodedExample(context + answer, len(context)) for answer in answers),
+        cluster,
+    )
 
 
 def clusters(examples: Mapping[str, Sequence[Example]]) -> Clusters:
     """The clusters of each vertical's examples, for :func:`metric_table` and ``validate.pruning_table``."""
-    return {vertical: [e.cluster for e in of_vertical] if any(e.cluster for e in of_vertical) else None
-            for vertical, of_vertical in examples.items()}
+    return {
+        vertical: [e.cluster for e in of_vertical] if any(e.cluster for e in of_vertical) else None
+        for vertical, of_vertical in examples.items()
+    }
 
 
 Odds = Mapping[str, Mapping[str, np.ndarray]]
@@ -179,9 +219,20 @@ def metric_table(odds: Odds, labels: Clusters | None = None) -> pd.DataFrame:
     for model, of_model in odds.items():
         for vertical, values in of_model.items():
             for metric, of_item in _metrics(values).items():
-                found = mean_interval(of_item, f"metric/{model}/{vertical}/{metric}", (labels or {}).get(vertical))
-                rows.append({"model": model, "vertical": vertical, "metric": metric, "value": found.value,
-                             "ci_low": found.low, "ci_high": found.high, "n": found.n})
+                found = mean_interval(
+                    of_item, f"metric/{model}/{vertical}/{metric}", (labels or {}).get(vertical)
+                )
+                rows.append(
+                    {
+                        "model": model,
+                        "vertical": vertical,
+                        "metric": metric,
+                        "value": found.value,
+                        "ci_low": found.low,
+                        "ci_high": found.high,
+                        "n": found.n,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -205,53 +256,93 @@ Changed = tuple[Prompt, str, str]
 def training_examples(pairs: Sequence[PreferencePair], chat: Chat, stage: str) -> list[Example]:
     """SFT saw the chosen answers alone; the reward model and DPO saw both."""
     return [
-        Example(p.id, p.source, tuple(chat.sequence(p.prompt, answer)
-                                      for answer in ((p.chosen,) if stage == "sft" else (p.chosen, p.rejected))))
+        Example(
+            p.id,
+            p.source,
+            tuple(
+                chat.sequence(p.prompt, answer)
+                for answer in ((p.chosen,) if stage == "sft" else (p.chosen, p.rejected))
+            ),
+        )
         for p in pairs
     ]
 
 
-def inpo_examples(kept: Sequence[Pair], asked: Sequence[PreferencePair], chat: Chat) -> tuple[list[PreferencePair], list[Example]]:
+def inpo_examples(
+    kept: Sequence[Pair], asked: Sequence[PreferencePair], chat: Chat
+) -> tuple[list[PreferencePair], list[Example]]:
     """INPO's own pairs, to read and as token for token it saw them. ``asked``: the pairs whose prompts it answered."""
     by_id = {p.id: p for p in asked}
     missing = [pair.prompt_id for pair in kept if pair.prompt_id not in by_id]
     if missing:
-        raise StudyError(f"inpo: {missing[0]!r}, a prompt that it answered, is not among the {len(asked)} training pairs; set "
-                         "preferences, n_train, max_tokens and seed as in 05-inpo")
-    pairs = [PreferencePair(pair.id, by_id[pair.prompt_id].prompt, chat.decode(pair.winner.answer_ids),
-                            chat.decode(pair.loser.answer_ids), by_id[pair.prompt_id].source) for pair in kept]
-    return pairs, [Example(p.id, p.source, (pair.winner, pair.loser)) for p, pair in zip(pairs, kept)]
+        raise StudyError(
+            f"inpo: {missing[0]!r}, a prompt that it answered, is not among the {len(asked)} training pairs; set "
+            "preferences, n_train, max_tokens and seed as in 05-inpo"
+        )
+    pairs = [
+        PreferencePair(
+            pair.id,
+            by_id[pair.prompt_id].prompt,
+            chat.decode(pair.winner.answer_ids),
+            chat.decode(pair.loser.answer_ids),
+            by_id[pair.prompt_id].source,
+        )
+        for pair in kept
+    ]
+    return pairs, [
+        Example(p.id, p.source, (pair.winner, pair.loser)) for p, pair in zip(pairs, kept)
+    ]
 
 
-def changed_items(answered: Sequence[tuple[Prompt, dict[str, list[str]]]], stage: str, n: int) -> tuple[list[Changed], int]:
+def changed_items(
+    answered: Sequence[tuple[Prompt, dict[str, list[str]]]], stage: str, n: int
+) -> tuple[list[Changed], int]:
     """The first ``n`` items whose first sampled answer the stage changed, and how many of all it left as they were."""
     both = [(prompt, answers[BEFORE[stage]][0], answers[stage][0]) for prompt, answers in answered]
     changed = [item for item in both if item[1] != item[2]]
     return changed[:n], len(both) - len(changed)
 
 
-def evaluation_examples(items: Sequence[Changed], chat: Chat, stage: str, vertical: str) -> list[Example]:
+def evaluation_examples(
+    items: Sequence[Changed], chat: Chat, stage: str, vertical: str
+) -> list[Example]:
     """Evaluation losses of a stage: SFT's on the answer after it; the pairwise ones with the answer after as winner and
     the answer before as loser."""
     return [
-        Example(f"{vertical}/{prompt.id}", vertical,
-                tuple(chat.sequence(prompt.turns, answer, prompt.system)
-                      for answer in ((after,) if stage == "sft" else (after, before))))
+        Example(
+            f"{vertical}/{prompt.id}",
+            vertical,
+            tuple(
+                chat.sequence(prompt.turns, answer, prompt.system)
+                for answer in ((after,) if stage == "sft" else (after, before))
+            ),
+        )
         for prompt, before, after in items
     ]
 
 
-def text_scores(train: Sequence[Example], queries: Sequence[Example], tokenizer, raises: bool = False,
-                groups: Sequence[str] | None = None) -> Scores:
+def text_scores(
+    train: Sequence[Example],
+    queries: Sequence[Example],
+    tokenizer,
+    raises: bool = False,
+    groups: Sequence[str] | None = None,
+) -> Scores:
     """What likeness of texts alone says, with the sign of influence scores (``solvers.tfidf``): [examples, items].
 
     An example stands for the text that it makes likelier, its first sequence with the prompt. It lowers an item's loss by
     being like the item's first sequence, and raises it by being like the second, where there is one; ``raises``: the
     other way round, where the loss is the log-odds of the first.
     """
-    def decoded(examples: Sequence[Example], side: int) -> list[str]:
-        return [tokenizer.decode(e.sequences[side].input_ids, skip_special_tokens=True) for e in examples]
 
-    by_item = sum(sign * tfidf(decoded(train, 0), decoded(queries, side)).by_item
-                  for side, sign in zip(range(len(queries[0].sequences)), (1.0, -1.0)))
+    def decoded(examples: Sequence[Example], side: int) -> list[str]:
+        return [
+            tokenizer.decode(e.sequences[side].input_ids, skip_special_tokens=True)
+            for e in examples
+        ]
+
+    by_item = sum(
+        sign * tfidf(decoded(train, 0), decoded(queries, side)).by_item
+        for side, sign in zip(range(len(queries[0].sequences)), (1.0, -1.0))
+    )
     return of_items(-by_item if raises else by_item, groups)

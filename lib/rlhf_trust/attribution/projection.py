@@ -40,8 +40,10 @@ class Projection:
 
     def __post_init__(self):
         if self.nonzeros < 1 or self.dimension < 1 or self.dimension % self.nonzeros:
-            raise StudyError(f"projection: dimension must be a multiple of nonzeros, got {self.dimension} and "
-                             f"{self.nonzeros}")
+            raise StudyError(
+                f"projection: dimension must be a multiple of nonzeros, got {self.dimension} and "
+                f"{self.nonzeros}"
+            )
 
     def width(self, width: int) -> int:
         """Entries after projection of a layer with ``width`` entries."""
@@ -71,7 +73,10 @@ def _matrix(projection: Projection, layer: str, width: int) -> csr_array:
     places = rng.integers(group, size=(width, s)) + group * np.arange(s)
     values = rng.choice([-1.0, 1.0], size=(width, s)) / np.sqrt(s)
     starts = np.arange(0, width * s + 1, s)
-    return csr_array((values.ravel().astype(np.float32), places.ravel(), starts), shape=(width, projection.dimension))
+    return csr_array(
+        (values.ravel().astype(np.float32), places.ravel(), starts),
+        shape=(width, projection.dimension),
+    )
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ class ProjectionError:
     pairs: int
 
 
-def projection_error(gradients: Gradients, projection: Projection, pairs: int = 200, seed: int = 0) -> ProjectionError:
+def projection_error(
+    gradients: Gradients, projection: Projection, pairs: int = 200, seed: int = 0
+) -> ProjectionError:
     """The error of ``projection`` on pairs of examples drawn from unprojected ``gradients``.
 
     Examples come from the first block of the gradients, so memory is bounded by it. Pairs of different examples, with
@@ -105,20 +112,34 @@ def projection_error(gradients: Gradients, projection: Projection, pairs: int = 
             squares = gradients.squares[rows]
             usable = squares.sum(1).nonzero().squeeze(1).numpy()
             if len(usable) < 2:
-                raise StudyError("projection error: needs two examples whose gradients are not zero")
+                raise StudyError(
+                    "projection error: needs two examples whose gradients are not zero"
+                )
             rng = np.random.default_rng(seed)
-            first, second = np.stack([rng.choice(usable, 2, replace=False) for _ in range(pairs)], 1)
+            first, second = np.stack(
+                [rng.choice(usable, 2, replace=False) for _ in range(pairs)], 1
+            )
         projected, exact = projection(layer, block).double(), block.double()
-        errors = (projected[first] * projected[second]).sum(1) - (exact[first] * exact[second]).sum(1)
+        errors = (projected[first] * projected[second]).sum(1) - (exact[first] * exact[second]).sum(
+            1
+        )
         variance = projection.variance(exact[first], exact[second])
         norms = (exact[first].square().sum(1) * exact[second].square().sum(1)).sqrt()
-        layerwise.append((errors[norms > 0] / norms[norms > 0], variance[norms > 0] / norms[norms > 0].square()))
-        for name, value in (("error", errors), ("variance", variance)):  # independent draws: variances of layers add up
+        layerwise.append(
+            (errors[norms > 0] / norms[norms > 0], variance[norms > 0] / norms[norms > 0].square())
+        )
+        for name, value in (
+            ("error", errors),
+            ("variance", variance),
+        ):  # independent draws: variances of layers add up
             totals[name] = totals.get(name, 0) + value
     norms = (squares[first].sum(1) * squares[second].sum(1)).sqrt()
     relative, by_layer = totals["error"] / norms, [torch.cat(values) for values in zip(*layerwise)]
     return ProjectionError(
-        measured=relative.square().mean().sqrt().item(), predicted=(totals["variance"] / norms.square()).mean().sqrt().item(),
-        largest=relative.abs().max().item(), layerwise=by_layer[0].square().mean().sqrt().item(),
-        layerwise_predicted=by_layer[1].mean().sqrt().item(), pairs=pairs,
+        measured=relative.square().mean().sqrt().item(),
+        predicted=(totals["variance"] / norms.square()).mean().sqrt().item(),
+        largest=relative.abs().max().item(),
+        layerwise=by_layer[0].square().mean().sqrt().item(),
+        layerwise_predicted=by_layer[1].mean().sqrt().item(),
+        pairs=pairs,
     )

@@ -95,7 +95,12 @@ class Scores:
         return self.by_item.mean(1)
 
 
-def datainf(train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Sequence[str] | None = None) -> Scores:
+def datainf(
+    train: Gradients,
+    queries: Gradients,
+    damping: Damping = Damping(),
+    groups: Sequence[str] | None = None,
+) -> Scores:
     """DataInf scores of every training example against every evaluation item (equation above).
 
     Parameters
@@ -122,8 +127,12 @@ def datainf(train: Gradients, queries: Gradients, damping: Damping = Damping(), 
     return _datainf(train, queries, [damping], groups)[0]
 
 
-def exact_layerwise(train: Gradients, queries: Gradients, damping: Damping = Damping(),
-                    groups: Sequence[str] | None = None) -> Scores:
+def exact_layerwise(
+    train: Gradients,
+    queries: Gradients,
+    damping: Damping = Damping(),
+    groups: Sequence[str] | None = None,
+) -> Scores:
     """− v_lᵀ H_l⁻¹ g_{l,i} summed over layers: what DataInf approximates. Arguments and errors as for :func:`datainf`.
 
     O(n² Σ d_l) time; memory O(n² + n d_l): two n × n matrices and one layer's gradients in float64.
@@ -131,7 +140,12 @@ def exact_layerwise(train: Gradients, queries: Gradients, damping: Damping = Dam
     return _exact_layerwise(train, queries, [damping], groups)[0]
 
 
-def exact_joint(train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Sequence[str] | None = None) -> Scores:
+def exact_joint(
+    train: Gradients,
+    queries: Gradients,
+    damping: Damping = Damping(),
+    groups: Sequence[str] | None = None,
+) -> Scores:
     """− vᵀ H⁻¹ g_i over all layers at once, with one λ; no ``by_layer``, since every layer's gradients act on all.
 
     Arguments, errors, time and memory (three n × n matrices) as for :func:`exact_layerwise`.
@@ -139,8 +153,12 @@ def exact_joint(train: Gradients, queries: Gradients, damping: Damping = Damping
     return _exact_joint(train, queries, [damping], groups)[0]
 
 
-def gradient_dot(train: Gradients, queries: Gradients, damping: Damping | None = None,
-                 groups: Sequence[str] | None = None) -> Scores:
+def gradient_dot(
+    train: Gradients,
+    queries: Gradients,
+    damping: Damping | None = None,
+    groups: Sequence[str] | None = None,
+) -> Scores:
     """− vᵀ g_i, as after one step of gradient descent (TracIn, Pruthi et al. 2020, arXiv 2002.08484, at one checkpoint).
 
     Arguments and errors as for :func:`datainf`; ``damping`` has no part in it (solvers take the same arguments).
@@ -152,8 +170,12 @@ def gradient_dot(train: Gradients, queries: Gradients, damping: Damping | None =
     return margins.scores()
 
 
-def gradient_cosine(train: Gradients, queries: Gradients, damping: Damping | None = None,
-                    groups: Sequence[str] | None = None) -> Scores:
+def gradient_cosine(
+    train: Gradients,
+    queries: Gradients,
+    damping: Damping | None = None,
+    groups: Sequence[str] | None = None,
+) -> Scores:
     """− cos(v, g_i) over all layers at once; 0 for a gradient that is zero. Arguments as for :func:`gradient_dot`."""
     dot = gradient_dot(train, queries).by_item
     lengths = torch.outer(train.squares.sum(1).sqrt(), queries.squares.sum(1).sqrt()).numpy()
@@ -165,7 +187,9 @@ def random_scores(n: int, m: int, seed: int = 0, groups: Sequence[str] | None = 
     return of_items(np.random.default_rng(seed).standard_normal((n, m)), groups)
 
 
-def tfidf(train_texts: Sequence[str], query_texts: Sequence[str], groups: Sequence[str] | None = None) -> Scores:
+def tfidf(
+    train_texts: Sequence[str], query_texts: Sequence[str], groups: Sequence[str] | None = None
+) -> Scores:
     """− cosine similarity of TF-IDF vectors (scikit-learn's defaults): [n, m] from n training and m evaluation texts.
 
     Words and their weights are the training texts' (a word that none of them has cannot tell them apart), so an item's
@@ -191,8 +215,13 @@ SOLVERS: dict[str, Callable[..., Scores]] = {
 """The solvers that work on gradients, all called as ``solver(train, queries, damping, groups)``."""
 
 
-def damping_sweep(train: Gradients, queries: Gradients, solver: str, factors: Sequence[float],
-                  groups: Sequence[str] | None = None) -> dict[float, Scores]:
+def damping_sweep(
+    train: Gradients,
+    queries: Gradients,
+    solver: str,
+    factors: Sequence[float],
+    groups: Sequence[str] | None = None,
+) -> dict[float, Scores]:
     """Scores under λ = factor · mean squared entry, by factor; equal to the solver's own, one factor at a time.
 
     What does not depend on λ is done once: reading the gradients, and their products with evaluation gradients
@@ -205,10 +234,14 @@ def damping_sweep(train: Gradients, queries: Gradients, solver: str, factors: Se
         If the solver has no damping, there is no factor, or as for :func:`datainf`.
     """
     if solver not in _DAMPED:
-        raise StudyError(f"damping sweep: {solver!r} has no damping; solvers that have: {', '.join(_DAMPED)}")
+        raise StudyError(
+            f"damping sweep: {solver!r} has no damping; solvers that have: {', '.join(_DAMPED)}"
+        )
     if not len(factors):
         raise StudyError("damping sweep: there is no factor")
-    return dict(zip(factors, _DAMPED[solver](train, queries, [Damping(f) for f in factors], groups)))
+    return dict(
+        zip(factors, _DAMPED[solver](train, queries, [Damping(f) for f in factors], groups))
+    )
 
 
 # --- for several λ at once -----------------------------------------------------------------------------------------
@@ -219,19 +252,32 @@ def _datainf(train: Gradients, queries: Gradients, dampings: list[Damping], grou
     margins = [_Margins(len(train), len(queries), groups) for _ in dampings]
     for index, layer in enumerate(train.layers):
         v, squares = _whole(queries, layer), train.squares[:, index]
-        lams = torch.tensor([d.of(squares, train.width(layer)) for d in dampings], dtype=torch.float64)
+        lams = torch.tensor(
+            [d.of(squares, train.width(layer)) for d in dampings], dtype=torch.float64
+        )
         first, second = _datainf_terms(train, layer, v, squares, lams, torch.float32)
         # Rounding errors of float32, as measured: a share of the terms, and of what a product of small cosine adds up.
-        rounding = 4e-7 * first.abs().amax(-1) + 2e-8 * queries.squares[:, index].sqrt() * squares.max().sqrt()
-        if not (rounding <= PRECISION * (first - second).abs().amax(-1)).all():  # also where float32 overflowed
+        rounding = (
+            4e-7 * first.abs().amax(-1)
+            + 2e-8 * queries.squares[:, index].sqrt() * squares.max().sqrt()
+        )
+        if not (
+            rounding <= PRECISION * (first - second).abs().amax(-1)
+        ).all():  # also where float32 overflowed
             first, second = _datainf_terms(train, layer, v, squares, lams, torch.float64)
         for of_lam, lam, some in zip(margins, lams, first - second):
             of_lam.add(layer, -some / lam)
     return [m.scores() for m in margins]
 
 
-def _datainf_terms(train: Gradients, layer: str, v: torch.Tensor, squares: torch.Tensor, lams: torch.Tensor,
-                   dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _datainf_terms(
+    train: Gradients,
+    layer: str,
+    v: torch.Tensor,
+    squares: torch.Tensor,
+    lams: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """λ rᵀ g_k = vᵀ g_k − mean_i (vᵀ g_i) / (λ + ‖g_i‖²) · g_iᵀ g_k: the first term [m, n] and, for every λ, the second
     [λs, m, n]; float64."""
     n, m, v = len(train), len(v), v.to(dtype)
@@ -248,24 +294,33 @@ def _datainf_terms(train: Gradients, layer: str, v: torch.Tensor, squares: torch
     return first, second.view(len(lams), m, n)
 
 
-def _exact_layerwise(train: Gradients, queries: Gradients, dampings: list[Damping], groups) -> list[Scores]:
+def _exact_layerwise(
+    train: Gradients, queries: Gradients, dampings: list[Damping], groups
+) -> list[Scores]:
     _check(train, queries)
     margins = [_Margins(len(train), len(queries), groups) for _ in dampings]
     for index, layer in enumerate(train.layers):
         gram, products = _gram(train, queries, layer)
         for of_lam, damping in zip(margins, dampings):
-            of_lam.add(layer, _damped(gram, products, damping.of(train.squares[:, index], train.width(layer))))
+            of_lam.add(
+                layer,
+                _damped(gram, products, damping.of(train.squares[:, index], train.width(layer))),
+            )
     return [m.scores() for m in margins]
 
 
-def _exact_joint(train: Gradients, queries: Gradients, dampings: list[Damping], groups) -> list[Scores]:
+def _exact_joint(
+    train: Gradients, queries: Gradients, dampings: list[Damping], groups
+) -> list[Scores]:
     _check(train, queries)
     gram, products = 0.0, 0.0
     for layer in train.layers:
         of_layer = _gram(train, queries, layer)
         gram, products = gram + of_layer[0], products + of_layer[1]
     squares, width = train.squares.sum(1), sum(map(train.width, train.layers))
-    return [of_items(_damped(gram, products, d.of(squares, width)).T.numpy(), groups) for d in dampings]
+    return [
+        of_items(_damped(gram, products, d.of(squares, width)).T.numpy(), groups) for d in dampings
+    ]
 
 
 _DAMPED = {"datainf": _datainf, "exact_layerwise": _exact_layerwise, "exact_joint": _exact_joint}
@@ -286,7 +341,9 @@ def _damped(gram: np.ndarray, products: torch.Tensor, lam: float) -> torch.Tenso
     try:
         factor = cho_factor(system, overwrite_a=True, check_finite=False)
     except LinAlgError:
-        raise StudyError(f"damping: λ = {lam:.1e} is too small beside the gradients for an exact solution") from None
+        raise StudyError(
+            f"damping: λ = {lam:.1e} is too small beside the gradients for an exact solution"
+        ) from None
     return torch.from_numpy(-n * cho_solve(factor, products.numpy().T, check_finite=False).T)
 
 
@@ -297,26 +354,38 @@ def _check(train: Gradients, queries: Gradients) -> None:
     n, m = len(train), len(queries)
     if train.layers != queries.layers:
         odd = (sorted(set(train.layers) ^ set(queries.layers)) or ["their order"])[0]
-        raise StudyError(f"attribution: training and evaluation gradients differ in their layers ({odd}); take both from "
-                         "the same adapter")
+        raise StudyError(
+            f"attribution: training and evaluation gradients differ in their layers ({odd}); take both from "
+            "the same adapter"
+        )
     if n < 2:
-        raise StudyError(f"attribution: {n} training example(s); influence compares examples, so it needs at least 2")
+        raise StudyError(
+            f"attribution: {n} training example(s); influence compares examples, so it needs at least 2"
+        )
     if m == 0:
-        raise StudyError("attribution: no evaluation item is left; where no answer changed, report 'no change' instead")
+        raise StudyError(
+            "attribution: no evaluation item is left; where no answer changed, report 'no change' instead"
+        )
     for layer in train.layers:
         if train.width(layer) != queries.width(layer):
-            raise StudyError(f"attribution: {layer} has {train.width(layer)} entries in training gradients and "
-                             f"{queries.width(layer)} in evaluation gradients; take both from the same adapter and projection")
+            raise StudyError(
+                f"attribution: {layer} has {train.width(layer)} entries in training gradients and "
+                f"{queries.width(layer)} in evaluation gradients; take both from the same adapter and projection"
+            )
     for which, gradients in (("training", train), ("evaluation", queries)):
         bad = (~gradients.squares.isfinite()).nonzero().tolist()
         if bad:
             example, layer = bad[0]
-            raise StudyError(f"attribution: the {which} gradient of example {gradients.ids[example]!r} is not finite in "
-                             f"{gradients.layers[layer]}; check its text and loss")
+            raise StudyError(
+                f"attribution: the {which} gradient of example {gradients.ids[example]!r} is not finite in "
+                f"{gradients.layers[layer]}; check its text and loss"
+            )
     for layer, largest in zip(train.layers, train.squares.amax(0).tolist()):
         if largest == 0:
-            raise StudyError(f"attribution: every training gradient of {layer} is zero, and so is its damping λ; was this "
-                             "adapter trained (LoRA's B starts at zero, and A's gradient with it)?")
+            raise StudyError(
+                f"attribution: every training gradient of {layer} is zero, and so is its damping λ; was this "
+                "adapter trained (LoRA's B starts at zero, and A's gradient with it)?"
+            )
 
 
 def _whole(gradients: Gradients, layer: str) -> torch.Tensor:
@@ -327,7 +396,9 @@ def _whole(gradients: Gradients, layer: str) -> torch.Tensor:
     return whole
 
 
-def _chunks(gradients: Gradients, layer: str, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+def _chunks(
+    gradients: Gradients, layer: str, dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks as they come, or ``CHUNK`` rows at a time in another number format, in memory that the next will overwrite
     (new memory for each costs as much as a product)."""
     if dtype == torch.float32:
@@ -337,7 +408,10 @@ def _chunks(gradients: Gradients, layer: str, dtype: torch.dtype) -> Iterator[tu
     for rows, block in gradients.blocks(layer):
         for start in range(0, len(block), CHUNK):
             part = block[start : start + CHUNK]
-            yield slice(rows.start + start, rows.start + start + len(part)), chunk[: len(part)].copy_(part)
+            yield (
+                slice(rows.start + start, rows.start + start + len(part)),
+                chunk[: len(part)].copy_(part),
+            )
 
 
 def _products(train: Gradients, layer: str, v: torch.Tensor) -> torch.Tensor:
@@ -355,11 +429,15 @@ class _Margins:
         self.labels = _labels(groups, m)
         self.layers, self.by_item, self.by_layer = [], torch.zeros(m, n, dtype=torch.float64), []
         parts = [np.ones(m, bool), *(self.labels == label for label in dict.fromkeys(self.labels))]
-        self.means = torch.from_numpy(np.array([part / part.sum() for part in parts]))  # [1 + groups, m]
+        self.means = torch.from_numpy(
+            np.array([part / part.sum() for part in parts])
+        )  # [1 + groups, m]
 
     def add(self, layer: str, scores: torch.Tensor) -> None:
         if not scores.isfinite().all():
-            raise StudyError(f"attribution: {layer} gives scores that are not finite; its gradients are too large or small")
+            raise StudyError(
+                f"attribution: {layer} gives scores that are not finite; its gradients are too large or small"
+            )
         self.layers.append(layer)
         self.by_item += scores
         self.by_layer.append(self.means @ scores)
@@ -381,7 +459,11 @@ def _labels(groups: Sequence[str] | None, m: int) -> np.ndarray:
     return np.array([] if groups is None else list(groups), dtype=object)
 
 
-def _grouped(layers: tuple[str, ...], by_item: np.ndarray, by_layer: np.ndarray, labels: np.ndarray) -> Scores:
-    groups = {label: Scores(layers, by_item[:, labels == label], of_group)
-              for label, of_group in zip(dict.fromkeys(labels), by_layer[1:])}
+def _grouped(
+    layers: tuple[str, ...], by_item: np.ndarray, by_layer: np.ndarray, labels: np.ndarray
+) -> Scores:
+    groups = {
+        label: Scores(layers, by_item[:, labels == label], of_group)
+        for label, of_group in zip(dict.fromkeys(labels), by_layer[1:])
+    }
     return Scores(layers, by_item, by_layer[0], groups)

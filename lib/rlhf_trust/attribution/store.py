@@ -47,9 +47,13 @@ class InMemory:
         self.layers, self.ids = tuple(sorted(tensors)), tuple(ids)
         for layer in self.layers:
             if tensors[layer].ndim != 2 or len(tensors[layer]) != len(self.ids):
-                raise StudyError(f"gradients: {layer} has the shape {tuple(tensors[layer].shape)} for {len(self.ids)} examples")
+                raise StudyError(
+                    f"gradients: {layer} has the shape {tuple(tensors[layer].shape)} for {len(self.ids)} examples"
+                )
         self._tensors = dict(tensors)
-        self.squares = torch.stack([tensors[layer].double().square().sum(1) for layer in self.layers], 1)
+        self.squares = torch.stack(
+            [tensors[layer].double().square().sum(1) for layer in self.layers], 1
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,7 +71,9 @@ class Scaled:
     def __init__(self, gradients: Gradients, factors: Sequence[float]):
         self._gradients, self._factors = gradients, torch.tensor(factors, dtype=torch.float64)
         if len(self._factors) != len(gradients):
-            raise StudyError(f"gradients: {len(self._factors)} factors for {len(gradients)} examples")
+            raise StudyError(
+                f"gradients: {len(self._factors)} factors for {len(gradients)} examples"
+            )
         self.layers, self.ids = gradients.layers, gradients.ids
         self.squares = gradients.squares * self._factors.square()[:, None]
 
@@ -103,12 +109,16 @@ class Stored:
         directory = Path(directory)
         manifest = read_manifest(directory)
         if manifest is None:
-            raise StudyError(f"{directory}: no stored gradients there (no readable {MANIFEST}); compute them with "
-                             "stored_gradients")
+            raise StudyError(
+                f"{directory}: no stored gradients there (no readable {MANIFEST}); compute them with "
+                "stored_gradients"
+            )
         done, wanted = len(manifest["blocks"]), -(-len(manifest["ids"]) // manifest["block"])
         if done < wanted:
-            raise StudyError(f"{directory}: {done} of {wanted} blocks are there; run stored_gradients again, it goes on "
-                             "where it stopped")
+            raise StudyError(
+                f"{directory}: {done} of {wanted} blocks are there; run stored_gradients again, it goes on "
+                "where it stopped"
+            )
         return cls(directory, manifest)
 
     @property
@@ -138,7 +148,10 @@ class Stored:
 
     def in_memory(self) -> InMemory:
         """All of it at once: for evaluation items, of which there are few."""
-        return InMemory({layer: torch.cat([block for _, block in self.blocks(layer)]) for layer in self.layers}, self.ids)
+        return InMemory(
+            {layer: torch.cat([block for _, block in self.blocks(layer)]) for layer in self.layers},
+            self.ids,
+        )
 
     def _files(self) -> Iterator[tuple[slice, Path]]:
         for start, stop, name in block_names(len(self.ids), self._manifest["block"]):
@@ -150,7 +163,9 @@ class Stored:
                 return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             reason = (str(error).splitlines() or ["no message"])[0]
-            raise StudyError(f"{path}: cannot be read ({reason}); run stored_gradients again, it computes it anew") from None
+            raise StudyError(
+                f"{path}: cannot be read ({reason}); run stored_gradients again, it computes it anew"
+            ) from None
 
 
 def same_adapter(first: Stored, second: Stored) -> None:
@@ -162,16 +177,24 @@ def same_adapter(first: Stored, second: Stored) -> None:
 
 def check_parts(directory: Path, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
     """Raises a ``StudyError`` that names the parts that differ."""
-    odd = [f"{part}: {found.get(part)}, not {value}" for part, value in wanted.items() if found.get(part) != value]
+    odd = [
+        f"{part}: {found.get(part)}, not {value}"
+        for part, value in wanted.items()
+        if found.get(part) != value
+    ]
     if odd:
-        raise StudyError(f"{directory}: the stored gradients are not of what was asked for ({'; '.join(odd)}); delete the "
-                         "folder, or read the one that belongs to this run")
+        raise StudyError(
+            f"{directory}: the stored gradients are not of what was asked for ({'; '.join(odd)}); delete the "
+            "folder, or read the one that belongs to this run"
+        )
 
 
 def block_names(n: int, block: int) -> list[tuple[int, int, str]]:
     """First row, end row and file name of every block."""
-    return [(start, min(start + block, n), f"block-{index:05}.safetensors")
-            for index, start in enumerate(range(0, n, block))]
+    return [
+        (start, min(start + block, n), f"block-{index:05}.safetensors")
+        for index, start in enumerate(range(0, n, block))
+    ]
 
 
 def read_manifest(directory: Path) -> dict | None:

@@ -77,8 +77,14 @@ def _without(removed: np.ndarray, n: int) -> np.ndarray:
     return keep
 
 
-def retrained(directory: Path | str, name: str, key: object, subsets: np.ndarray,
-              measure: Callable[[np.ndarray, int], Mapping[str, np.ndarray]], seed: int = 0) -> Outcomes:
+def retrained(
+    directory: Path | str,
+    name: str,
+    key: object,
+    subsets: np.ndarray,
+    measure: Callable[[np.ndarray, int], Mapping[str, np.ndarray]],
+    seed: int = 0,
+) -> Outcomes:
     """Retrain on each subset and measure, keeping every result: a killed run goes on at the subset where it was.
 
     Parameters
@@ -101,13 +107,19 @@ def retrained(directory: Path | str, name: str, key: object, subsets: np.ndarray
     path = Path(directory) / f"{name}.{content_key(key, seed)}.jsonl"
     kept: dict[str, dict] = {}
     if keeps and path.exists():
-        kept = {row["subset"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        kept = {
+            row["subset"]: row
+            for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        }
     rows = []
     for number, subset in enumerate(progress(subsets, desc=name, unit="retraining")):
         indices = np.flatnonzero(subset)
         of_subset = content_key(number, indices.tolist())
         if of_subset not in kept:
-            values = {what: np.asarray(v, dtype=float).tolist() for what, v in measure(indices, seed + number).items()}
+            values = {
+                what: np.asarray(v, dtype=float).tolist()
+                for what, v in measure(indices, seed + number).items()
+            }
             kept[of_subset] = {"subset": of_subset, "outcomes": values}
             if keeps:
                 write_text(path, "".join(json.dumps(row) + "\n" for row in kept.values()))
@@ -123,9 +135,20 @@ class Queries:
     loss: Loss
 
 
-def retrain_halves(directory: Path | str, name: str, fingerprint: str, network, adapter: str, pool: Sequence[Example],
-                   loss: Loss, queries: Mapping[str, Queries], halves: np.ndarray, recipe: Recipe, pad: int,
-                   seed: int = 0) -> Outcomes:
+def retrain_halves(
+    directory: Path | str,
+    name: str,
+    fingerprint: str,
+    network,
+    adapter: str,
+    pool: Sequence[Example],
+    loss: Loss,
+    queries: Mapping[str, Queries],
+    halves: np.ndarray,
+    recipe: Recipe,
+    pad: int,
+    seed: int = 0,
+) -> Outcomes:
     """Fit an adapter to each half of a pool, always from its present weights, and evaluate the queries' losses.
 
     Parameters
@@ -148,13 +171,25 @@ def retrain_halves(directory: Path | str, name: str, fingerprint: str, network, 
     if halves.ndim != 2 or halves.shape[1] != len(pool):
         raise StudyError(f"halves: shape {halves.shape} for a pool of {len(pool)}")
     start = snapshot(network, adapter)
-    key = [fingerprint, weights_content(start), loss.content(pool), tokens_content(pool), asdict(recipe),
-           [[what, q.loss.content(q.examples), tokens_content(q.examples)] for what, q in sorted(queries.items())]]
+    key = [
+        fingerprint,
+        weights_content(start),
+        loss.content(pool),
+        tokens_content(pool),
+        asdict(recipe),
+        [
+            [what, q.loss.content(q.examples), tokens_content(q.examples)]
+            for what, q in sorted(queries.items())
+        ],
+    ]
 
     def measure(indices: np.ndarray, own_seed: int) -> dict[str, np.ndarray]:
         restore(network, adapter, start)
         fit(network, adapter, [pool[i] for i in indices], loss, pad, recipe, own_seed)
-        return {what: example_losses(network, adapter, q.examples, q.loss, pad) for what, q in queries.items()}
+        return {
+            what: example_losses(network, adapter, q.examples, q.loss, pad)
+            for what, q in queries.items()
+        }
 
     try:
         return retrained(directory, name, key, halves, measure, seed)
@@ -187,13 +222,22 @@ def lds(influence: np.ndarray, halves: np.ndarray, outcomes: np.ndarray) -> np.n
     same for every half scores 0 (they say nothing); one whose loss never changes has no score (NaN).
     """
     _check_lds(influence, halves, outcomes)
-    return _spearman(scipy_stats.rankdata(_predicted(influence, halves), axis=0), scipy_stats.rankdata(outcomes, axis=0))
+    return _spearman(
+        scipy_stats.rankdata(_predicted(influence, halves), axis=0),
+        scipy_stats.rankdata(outcomes, axis=0),
+    )
 
 
 def _check_lds(influence: np.ndarray, halves: np.ndarray, outcomes: np.ndarray) -> None:
-    if influence.ndim != 2 or influence.shape[0] != halves.shape[1] or outcomes.shape != (len(halves), influence.shape[1]):
-        raise StudyError(f"LDS: influence {influence.shape}, halves {halves.shape} and outcomes {outcomes.shape} do not "
-                         "fit; needed are [examples, items], [halves, examples] and [halves, items]")
+    if (
+        influence.ndim != 2
+        or influence.shape[0] != halves.shape[1]
+        or outcomes.shape != (len(halves), influence.shape[1])
+    ):
+        raise StudyError(
+            f"LDS: influence {influence.shape}, halves {halves.shape} and outcomes {outcomes.shape} do not "
+            "fit; needed are [examples, items], [halves, examples] and [halves, items]"
+        )
     if len(halves) < 3:
         raise StudyError(f"LDS: {len(halves)} halves; a correlation needs at least 3")
     if not (np.isfinite(influence).all() and np.isfinite(outcomes).all()):
@@ -208,15 +252,23 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((b * b).sum(0) > 0, found, np.nan)
 
 
-def _lds_draws(solvers: Mapping[str, np.ndarray], halves: np.ndarray, outcomes: np.ndarray, name: str,
-               draws: int) -> dict[str, np.ndarray]:
+def _lds_draws(
+    solvers: Mapping[str, np.ndarray],
+    halves: np.ndarray,
+    outcomes: np.ndarray,
+    name: str,
+    draws: int,
+) -> dict[str, np.ndarray]:
     """Mean LDS of each solver in resamples of halves and of items, both drawn with replacement: solver → [draws].
 
     All solvers see the same resamples, so that they can be compared pair by pair. Resampling both ways at once (the
     pigeonhole bootstrap, A. B. Owen 2007) errs, if at all, towards wide intervals.
     """
     rng, (count, items) = generator(f"lds/{name}"), outcomes.shape
-    weights, of_items = (rng.multinomial(size, np.full(size, 1 / size), size=draws).astype(float) for size in (count, items))
+    weights, of_items = (
+        rng.multinomial(size, np.full(size, 1 / size), size=draws).astype(float)
+        for size in (count, items)
+    )
     values = {solver: np.empty((draws, items)) for solver in solvers}
     predicted = {solver: _predicted(influence, halves) for solver, influence in solvers.items()}
     for item in range(items):
@@ -225,12 +277,16 @@ def _lds_draws(solvers: Mapping[str, np.ndarray], halves: np.ndarray, outcomes: 
         for solver in solvers:
             of_solver = _resampled_ranks(predicted[solver][:, item], weights)
             scale = np.sqrt((weights * of_solver**2).sum(1) * spread)
-            found = np.divide((weights * ranks * of_solver).sum(1), scale, out=np.zeros(draws), where=scale > 0)
+            found = np.divide(
+                (weights * ranks * of_solver).sum(1), scale, out=np.zeros(draws), where=scale > 0
+            )
             values[solver][:, item] = np.where(spread > 0, found, np.nan)
     scored = {solver: of_items * ~np.isnan(of_solver) for solver, of_solver in values.items()}
     with np.errstate(invalid="ignore"):  # a resample may hold no item that changes: NaN
-        return {solver: (scored[solver] * np.nan_to_num(of_solver)).sum(1) / scored[solver].sum(1)
-                for solver, of_solver in values.items()}
+        return {
+            solver: (scored[solver] * np.nan_to_num(of_solver)).sum(1) / scored[solver].sum(1)
+            for solver, of_solver in values.items()
+        }
 
 
 def _resampled_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -251,41 +307,71 @@ def _predicted(influence: np.ndarray, halves: np.ndarray) -> np.ndarray:
     return np.round(predictions / (np.abs(predictions).max(0) + (predictions == 0).all(0)), 12)
 
 
-def lds_interval(influence: np.ndarray, halves: np.ndarray, outcomes: np.ndarray, name: str = "",
-                 draws: int = DRAWS // 2) -> Interval:
+def lds_interval(
+    influence: np.ndarray,
+    halves: np.ndarray,
+    outcomes: np.ndarray,
+    name: str = "",
+    draws: int = DRAWS // 2,
+) -> Interval:
     """Mean LDS over items with its 95 % interval over halves and items (percentiles of :func:`_lds_draws`)."""
-    return _lds_interval(lds(influence, halves, outcomes), _lds_draws({"": influence}, halves, outcomes, name, draws)[""])
+    return _lds_interval(
+        lds(influence, halves, outcomes),
+        _lds_draws({"": influence}, halves, outcomes, name, draws)[""],
+    )
 
 
 def _lds_interval(values: np.ndarray, resampled: np.ndarray) -> Interval:
     scored = values[~np.isnan(values)]
     if not len(scored):
-        raise StudyError("LDS: no item's loss changes between retrainings; train longer or with a higher learning_rate")
+        raise StudyError(
+            "LDS: no item's loss changes between retrainings; train longer or with a higher learning_rate"
+        )
     low, high = np.nanquantile(resampled, TAILS)
     return Interval(float(scored.mean()), float(low), float(high), len(scored))
 
 
-def lds_compare(a: np.ndarray, b: np.ndarray, halves: np.ndarray, outcomes: np.ndarray, name: str = "",
-                draws: int = DRAWS // 2) -> Change:
+def lds_compare(
+    a: np.ndarray,
+    b: np.ndarray,
+    halves: np.ndarray,
+    outcomes: np.ndarray,
+    name: str = "",
+    draws: int = DRAWS // 2,
+) -> Change:
     """Mean LDS of scores ``a`` less that of ``b``, on the same halves and items.
 
     Interval as :func:`lds_interval`'s; p, two-sided: twice the share of resamples on the other side of 0 (add-one
     corrected); ``min_detectable`` as in ``stats.paired_change``.
     """
     resampled = _lds_draws({"a": a, "b": b}, halves, outcomes, name, draws)
-    return _lds_change(lds(a, halves, outcomes), lds(b, halves, outcomes), resampled["a"], resampled["b"])
+    return _lds_change(
+        lds(a, halves, outcomes), lds(b, halves, outcomes), resampled["a"], resampled["b"]
+    )
 
 
 def _lds_change(a: np.ndarray, b: np.ndarray, drawn_a: np.ndarray, drawn_b: np.ndarray) -> Change:
     difference, resampled = (a - b)[~np.isnan(a)], (drawn_a - drawn_b)[~np.isnan(drawn_a)]
     low, high = np.quantile(resampled, TAILS)
     p = 2 * (1 + min((resampled <= 0).sum(), (resampled >= 0).sum())) / (1 + len(resampled))
-    return Change(float(difference.mean()), float(low), float(high), float(min(1.0, p)), float(DETECTED * resampled.std()),
-                  len(difference))
+    return Change(
+        float(difference.mean()),
+        float(low),
+        float(high),
+        float(min(1.0, p)),
+        float(DETECTED * resampled.std()),
+        len(difference),
+    )
 
 
-def lds_table(solvers: Mapping[str, np.ndarray], halves: np.ndarray, outcomes: np.ndarray,
-              against: Sequence[str] = ("random", "tfidf"), name: str = "", draws: int = DRAWS // 2) -> pd.DataFrame:
+def lds_table(
+    solvers: Mapping[str, np.ndarray],
+    halves: np.ndarray,
+    outcomes: np.ndarray,
+    against: Sequence[str] = ("random", "tfidf"),
+    name: str = "",
+    draws: int = DRAWS // 2,
+) -> pd.DataFrame:
     """Every solver's mean LDS, and how far above the baselines ``against`` (names among ``solvers``) it lies.
 
     Columns solver, lds, ci_low, ci_high, items, halves; for each baseline b above_b, above_b_low, above_b_high,
@@ -300,25 +386,43 @@ def lds_table(solvers: Mapping[str, np.ndarray], halves: np.ndarray, outcomes: n
     rows = []
     for solver in solvers:
         mean = _lds_interval(values[solver], resampled[solver])
-        row = {"solver": solver, "lds": mean.value, "ci_low": mean.low, "ci_high": mean.high, "items": mean.n,
-               "halves": len(halves)}
+        row = {
+            "solver": solver,
+            "lds": mean.value,
+            "ci_low": mean.low,
+            "ci_high": mean.high,
+            "items": mean.n,
+            "halves": len(halves),
+        }
         for baseline in against:
             if solver not in against:
-                change = _lds_change(values[solver], values[baseline], resampled[solver], resampled[baseline])
-                row |= {f"above_{baseline}": change.value, f"above_{baseline}_low": change.low,
-                        f"above_{baseline}_high": change.high, f"above_{baseline}_p": change.p}
+                change = _lds_change(
+                    values[solver], values[baseline], resampled[solver], resampled[baseline]
+                )
+                row |= {
+                    f"above_{baseline}": change.value,
+                    f"above_{baseline}_low": change.low,
+                    f"above_{baseline}_high": change.high,
+                    f"above_{baseline}_p": change.p,
+                }
         rows.append(row)
     table = pd.DataFrame(rows)
     for baseline in against:
         if f"above_{baseline}_p" in table:
             tested = table[f"above_{baseline}_p"].notna()
-            table.loc[tested, f"above_{baseline}_p_holm"] = holm(table.loc[tested, f"above_{baseline}_p"].to_numpy())
+            table.loc[tested, f"above_{baseline}_p_holm"] = holm(
+                table.loc[tested, f"above_{baseline}_p"].to_numpy()
+            )
     return table
 
 
 def lds_words(table: pd.DataFrame) -> list[str]:
     """Of every solver of :func:`lds_table` that is no baseline, in words: does it lie above the baselines?"""
-    baselines = [column.removeprefix("above_").removesuffix("_p_holm") for column in table if column.endswith("_p_holm")]
+    baselines = [
+        column.removeprefix("above_").removesuffix("_p_holm")
+        for column in table
+        if column.endswith("_p_holm")
+    ]
     sentences = []
     for row in table.to_dict("records"):
         if row["solver"] in baselines:
@@ -327,11 +431,21 @@ def lds_words(table: pd.DataFrame) -> list[str]:
         for b in baselines:
             low, high = row[f"above_{b}_low"], row[f"above_{b}_high"]
             clear = row[f"above_{b}_p_holm"] < 0.05
-            verdict = ("above" if clear and low > 0 else "below" if clear and high < 0 else "not clearly above")
-            held.append(f"{verdict} {b} ({row[f'above_{b}']:+.3f}, {low:+.3f} to {high:+.3f}, Holm-corrected p = "
-                        f"{row[f'above_{b}_p_holm']:.3f})")
-        sentences.append(f"{row['solver']} has an LDS of {row['lds']:.3f} (95 % interval {row['ci_low']:.3f} to "
-                         f"{row['ci_high']:.3f}, {row['items']} items, {row['halves']} halves): {' and '.join(held)}.")
+            verdict = (
+                "above"
+                if clear and low > 0
+                else "below"
+                if clear and high < 0
+                else "not clearly above"
+            )
+            held.append(
+                f"{verdict} {b} ({row[f'above_{b}']:+.3f}, {low:+.3f} to {high:+.3f}, Holm-corrected p = "
+                f"{row[f'above_{b}_p_holm']:.3f})"
+            )
+        sentences.append(
+            f"{row['solver']} has an LDS of {row['lds']:.3f} (95 % interval {row['ci_low']:.3f} to "
+            f"{row['ci_high']:.3f}, {row['items']} items, {row['halves']} halves): {' and '.join(held)}."
+        )
     return sentences
 
 
@@ -352,7 +466,9 @@ def top_and_bottom(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     of equal ones the first in the list."""
     scores = np.asarray(scores, dtype=float)
     if not 0 < k <= len(scores) // 2:
-        raise StudyError(f"top and bottom: k = {k} of {len(scores)} examples; at most half can be taken at each end")
+        raise StudyError(
+            f"top and bottom: k = {k} of {len(scores)} examples; at most half can be taken at each end"
+        )
     if not np.isfinite(scores).all():
         raise StudyError("top and bottom: a score is not finite")
     return np.argsort(-scores, kind="stable")[:k], np.argsort(scores, kind="stable")[:k]
@@ -374,14 +490,21 @@ def most_similar(similarity: np.ndarray, share: float) -> np.ndarray:
 
 def leave_out_arms(scores: np.ndarray, k: int, draws: int, seed: int) -> Ablations:
     """Leave out the top ``k``, the bottom ``k``, and ``k`` at random ``draws`` times."""
-    return _arms(len(scores), dict(zip(("top", "bottom"), top_and_bottom(scores, k))), k, draws, seed)
+    return _arms(
+        len(scores), dict(zip(("top", "bottom"), top_and_bottom(scores, k))), k, draws, seed
+    )
 
 
-def pruning_arms(scores: np.ndarray, similarity: np.ndarray, share: float, draws: int, seed: int) -> Ablations:
+def pruning_arms(
+    scores: np.ndarray, similarity: np.ndarray, share: float, draws: int, seed: int
+) -> Ablations:
     """``full``: all examples; ``pruned``: without the most harmful ``share``; ``similar``: without as many that are most
     alike in text; ``random``: without as many at random, ``draws`` times."""
-    removed = {"full": np.zeros(0, dtype=int), "pruned": most_harmful(scores, share),
-               "similar": most_similar(similarity, share)}
+    removed = {
+        "full": np.zeros(0, dtype=int),
+        "pruned": most_harmful(scores, share),
+        "similar": most_similar(similarity, share),
+    }
     return _arms(len(scores), removed, len(removed["pruned"]), draws, seed)
 
 
@@ -391,7 +514,11 @@ def _arms(n: int, removed: Mapping[str, np.ndarray], k: int, draws: int, seed: i
     return Ablations((*removed, *["random"] * draws), np.concatenate(kept))
 
 
-def pruning_table(names: Sequence[str], outcomes: Outcomes, clusters: Mapping[str, Sequence[str] | None] | None = None) -> pd.DataFrame:
+def pruning_table(
+    names: Sequence[str],
+    outcomes: Outcomes,
+    clusters: Mapping[str, Sequence[str] | None] | None = None,
+) -> pd.DataFrame:
     """Every arm against the mean of the random ones, by what was measured. (For leaving out as well.)
 
     Parameters
@@ -422,14 +549,33 @@ def pruning_table(names: Sequence[str], outcomes: Outcomes, clusters: Mapping[st
     for arm in arms:
         for vertical, values in outcomes.items() if arm != "random" else ():
             if len(values) != len(names):
-                raise StudyError(f"pruning: {vertical} has {len(values)} retrainings, there are {len(names)} arms")
+                raise StudyError(
+                    f"pruning: {vertical} has {len(values)} retrainings, there are {len(names)} arms"
+                )
             of_arm, at_random = values[where[arm]], values[where["random"]]
-            over_items = paired_change(of_arm.mean(0), at_random.mean(0), f"pruning/{arm}/{vertical}",
-                                       (clusters or {}).get(vertical))
+            over_items = paired_change(
+                of_arm.mean(0),
+                at_random.mean(0),
+                f"pruning/{arm}/{vertical}",
+                (clusters or {}).get(vertical),
+            )
             low, high, p = _between_draws(of_arm.mean(1), at_random.mean(1))
-            rows.append({"arm": arm, "vertical": vertical, "change": over_items.value, "items_low": over_items.low,
-                         "items_high": over_items.high, "p_items": over_items.p, "draws_low": low, "draws_high": high,
-                         "p_draws": p, "p": np.max([over_items.p, p]), "draws": len(at_random), "n": over_items.n})
+            rows.append(
+                {
+                    "arm": arm,
+                    "vertical": vertical,
+                    "change": over_items.value,
+                    "items_low": over_items.low,
+                    "items_high": over_items.high,
+                    "p_items": over_items.p,
+                    "draws_low": low,
+                    "draws_high": high,
+                    "p_draws": p,
+                    "p": np.max([over_items.p, p]),
+                    "draws": len(at_random),
+                    "n": over_items.n,
+                }
+            )
     table = pd.DataFrame(rows)
     for _, part in table[table["p"].notna()].groupby("arm"):
         table.loc[part.index, "p_holm"] = holm(part["p"].to_numpy())
@@ -443,7 +589,10 @@ def _between_draws(arm: np.ndarray, at_random: np.ndarray) -> tuple[float, float
     if r < 2:
         return float("nan"), float("nan"), float("nan")
     change = arm.mean() - at_random.mean()
-    spread = sqrt((np.square(arm - arm.mean()).sum() + np.square(at_random - at_random.mean()).sum()) / degrees)
+    spread = sqrt(
+        (np.square(arm - arm.mean()).sum() + np.square(at_random - at_random.mean()).sum())
+        / degrees
+    )
     error = spread * sqrt(1 / a + 1 / r)
     half = scipy_stats.t.ppf(TAILS[1], degrees) * error
     p = 2 * scipy_stats.t.sf(abs(change) / error, degrees) if error > 0 else float(change == 0)
@@ -453,7 +602,9 @@ def _between_draws(arm: np.ndarray, at_random: np.ndarray) -> tuple[float, float
 # --- planted examples ----------------------------------------------------------------------------------------------
 
 
-def mislabel(items: Sequence[PreferencePair] | Sequence[Example], share: float, seed: int) -> tuple[list, np.ndarray]:
+def mislabel(
+    items: Sequence[PreferencePair] | Sequence[Example], share: float, seed: int
+) -> tuple[list, np.ndarray]:
     """Swap chosen and rejected in a random ``share`` of preference pairs (or of examples of two sequences).
 
     Returns the items, in order, and which were swapped, bool [n]. A swapped :class:`Example` gets another id
@@ -461,7 +612,9 @@ def mislabel(items: Sequence[PreferencePair] | Sequence[Example], share: float, 
     """
     count = round(share * len(items))
     if not 0 < count < len(items):
-        raise StudyError(f"mislabel: {share:g} of {len(items)} items is {count}; some must be swapped and some not")
+        raise StudyError(
+            f"mislabel: {share:g} of {len(items)} items is {count}; some must be swapped and some not"
+        )
     swapped = set(Random(f"mislabel/{seed}").sample(range(len(items)), count))
     mask = np.array([index in swapped for index in range(len(items))])
     return [_swapped(item) if wrong else item for item, wrong in zip(items, mask)], mask
@@ -471,11 +624,15 @@ def _swapped(item: PreferencePair | Example) -> PreferencePair | Example:
     if isinstance(item, PreferencePair):
         return replace(item, chosen=item.rejected, rejected=item.chosen)
     if len(item.sequences) != 2:
-        raise StudyError(f"mislabel: example {item.id!r} has {len(item.sequences)} sequence(s), not two to swap")
+        raise StudyError(
+            f"mislabel: example {item.id!r} has {len(item.sequences)} sequence(s), not two to swap"
+        )
     return replace(item, id=f"{item.id}:swapped", sequences=item.sequences[::-1])
 
 
-def planted_auc(scores: np.ndarray, planted: np.ndarray, name: str = "", draws: int = DRAWS) -> Interval:
+def planted_auc(
+    scores: np.ndarray, planted: np.ndarray, name: str = "", draws: int = DRAWS
+) -> Interval:
     """Area under the ROC curve of finding the ``planted`` [n] by high ``scores`` [n]: the probability that a planted
     example scores above another, ties counting half.
 
@@ -488,7 +645,9 @@ def planted_auc(scores: np.ndarray, planted: np.ndarray, name: str = "", draws: 
     ahead = scores[planted][:, None] - scores[~planted]
     won = (ahead > 0) + 0.5 * (ahead == 0)  # its weighted mean is the area of a resample
     rng = generator(f"planted/{name}")
-    rows, columns = (rng.multinomial(size, np.full(size, 1 / size), size=draws) / size for size in won.shape)
+    rows, columns = (
+        rng.multinomial(size, np.full(size, 1 / size), size=draws) / size for size in won.shape
+    )
     low, high = np.quantile(((rows @ won) * columns).sum(1), TAILS)
     return Interval(float(roc_auc_score(planted, scores)), float(low), float(high), len(scores))
 
@@ -511,7 +670,9 @@ def auc_ceiling(accuracy: float) -> float:
     return float(scipy_stats.norm.cdf(sqrt(2) * scipy_stats.norm.ppf(accuracy)))
 
 
-def plant_copies(training: Sequence[Example], queries: Sequence[Example], seed: int) -> tuple[list[Example], np.ndarray]:
+def plant_copies(
+    training: Sequence[Example], queries: Sequence[Example], seed: int
+) -> tuple[list[Example], np.ndarray]:
     """Put a copy of each query among the training examples, at random places.
 
     Returns the examples and, for each, the number of the query that it copies (−1: none), [n + queries]. Copies are named
@@ -533,13 +694,17 @@ def copy_ranks(influence: np.ndarray, owner: np.ndarray, raises: bool = False) -
     influence, owner = np.asarray(influence, dtype=float), np.asarray(owner)
     copies = [np.flatnonzero(owner == query) for query in range(influence.shape[1])]
     if len(owner) != len(influence) or any(len(of_query) != 1 for of_query in copies):
-        raise StudyError(f"copies: influence {influence.shape} and the owners of {len(owner)} examples must have exactly one "
-                         "copy for each query")
+        raise StudyError(
+            f"copies: influence {influence.shape} and the owners of {len(owner)} examples must have exactly one "
+            "copy for each query"
+        )
     ranks = scipy_stats.rankdata(-influence if raises else influence, axis=0)
     return np.array([ranks[index, query] for query, (index,) in enumerate(copies)])
 
 
-def copy_table(solvers: Mapping[str, np.ndarray], owner: np.ndarray, k: int = 10, raises: bool = False) -> pd.DataFrame:
+def copy_table(
+    solvers: Mapping[str, np.ndarray], owner: np.ndarray, k: int = 10, raises: bool = False
+) -> pd.DataFrame:
     """How well each solver finds the copies: columns solver, metric, value, ci_low, ci_high, n.
 
     ``recall@k``: share of queries whose copy is among the first k; ``percentile``: mean share of the other examples that
@@ -548,27 +713,58 @@ def copy_table(solvers: Mapping[str, np.ndarray], owner: np.ndarray, k: int = 10
     rows = []
     for solver, influence in solvers.items():
         ranks = copy_ranks(influence, owner, raises)
-        for metric, values in ((f"recall@{k}", (ranks <= k).astype(float)),
-                               ("percentile", 1 - (ranks - 1) / max(1, len(owner) - 1))):
+        for metric, values in (
+            (f"recall@{k}", (ranks <= k).astype(float)),
+            ("percentile", 1 - (ranks - 1) / max(1, len(owner) - 1)),
+        ):
             found = mean_interval(values, f"copies/{solver}/{metric}", bounds=(0, 1))
-            rows.append({"solver": solver, "metric": metric, "value": found.value, "ci_low": found.low,
-                         "ci_high": found.high, "n": found.n})
+            rows.append(
+                {
+                    "solver": solver,
+                    "metric": metric,
+                    "value": found.value,
+                    "ci_low": found.low,
+                    "ci_high": found.high,
+                    "n": found.n,
+                }
+            )
     return pd.DataFrame(rows)
 
 
-def sft_then_dpo(network, start: dict[str, torch.Tensor], chosen: Sequence[Example], pairs: Sequence[Example], beta: float,
-                 sft: Recipe, dpo: Recipe, pad: int, seed: int) -> None:
+def sft_then_dpo(
+    network,
+    start: dict[str, torch.Tensor],
+    chosen: Sequence[Example],
+    pairs: Sequence[Example],
+    beta: float,
+    sft: Recipe,
+    dpo: Recipe,
+    pad: int,
+    seed: int,
+) -> None:
     """The study's order anew, in place: adapter ``sft`` from ``start`` on the chosen answers (mean loss a token), then
     ``dpo`` from it on the pairs, against it. ``chosen``, ``pairs``: ``metric.training_examples`` of either stage."""
     restore(network, "sft", start)
     fit(network, "sft", chosen, NextTokenLoss("mean"), pad, sft, seed)
     restore(network, "dpo", snapshot(network, "sft"))
-    fit(network, "dpo", pairs, DPOLoss(beta, reference_logps(network, "sft", pairs, pad)), pad, dpo, seed)
+    fit(
+        network,
+        "dpo",
+        pairs,
+        DPOLoss(beta, reference_logps(network, "sft", pairs, pad)),
+        pad,
+        dpo,
+        seed,
+    )
 
 
 def implicit_accuracy(network, pairs: Sequence[Example], beta: float, pad: int) -> np.ndarray:
     """Which pairs DPO's implicit reward (adapter ``dpo`` against ``sft``) ranks as people did, 0 or 1: [pairs]."""
-    return ranked_right(example_losses(network, "dpo", pairs, DPOLoss(beta, reference_logps(network, "sft", pairs, pad)), pad))
+    return ranked_right(
+        example_losses(
+            network, "dpo", pairs, DPOLoss(beta, reference_logps(network, "sft", pairs, pad)), pad
+        )
+    )
 
 
 def ranked_right(pair_losses: np.ndarray) -> np.ndarray:

@@ -54,8 +54,13 @@ class Preferences:
     too_long: int = 0
 
     def facts(self) -> dict[str, int]:
-        return {"train": len(self.train), "held_out": len(self.held_out), "bad_rows": len(self.bad_rows),
-                "dropped_shared_openings": self.shared_openings, "dropped_too_long": self.too_long}
+        return {
+            "train": len(self.train),
+            "held_out": len(self.held_out),
+            "bad_rows": len(self.bad_rows),
+            "dropped_shared_openings": self.shared_openings,
+            "dropped_too_long": self.too_long,
+        }
 
 
 def parse_dialogue(text: str) -> list[tuple[str, str]]:
@@ -82,7 +87,9 @@ def parse_dialogue(text: str) -> list[tuple[str, str]]:
 
 def join_turns(turns: list[tuple[str, str]]) -> tuple[str, ...]:
     """The texts of human, assistant, …, human: what one speaker says in several turns running becomes one."""
-    joined = tuple("\n\n".join(text for _, text in run) for _, run in groupby(turns, key=lambda turn: turn[0]))
+    joined = tuple(
+        "\n\n".join(text for _, text in run) for _, run in groupby(turns, key=lambda turn: turn[0])
+    )
     if len(joined) % 2 == 0:
         raise ValueError("the prompt does not end in a Human turn")
     return joined
@@ -113,7 +120,9 @@ def read_pairs(path: Path, subset: str) -> tuple[list[PreferencePair], list[str]
     return pairs, bad
 
 
-def load_preferences(source: str, n_train: int, n_held_out: int, chat: Chat, max_tokens: int, seed: int = 0) -> Preferences:
+def load_preferences(
+    source: str, n_train: int, n_held_out: int, chat: Chat, max_tokens: int, seed: int = 0
+) -> Preferences:
     """Read, split and size a preference set, half harmless and half helpful.
 
     The test files are held out and a training pair whose first human turn is among theirs is dropped. Where there are
@@ -147,7 +156,9 @@ def load_preferences(source: str, n_train: int, n_held_out: int, chat: Chat, max
         result.held_out += test
     if not result.train:
         everything = result.held_out
-        openings = sorted({pair.opening for pair in everything}, key=lambda text: _shuffle_key(text, seed))
+        openings = sorted(
+            {pair.opening for pair in everything}, key=lambda text: _shuffle_key(text, seed)
+        )
         # Three times what is asked for, since long pairs are dropped below; at most half of all.
         wanted, held, count = min(3 * n_held_out, len(everything) // 2), set(), 0
         sizes: dict[str, int] = {}
@@ -171,21 +182,29 @@ def load_preferences(source: str, n_train: int, n_held_out: int, chat: Chat, max
         result.too_long += len(pairs) - len(short)
         chosen = balanced(short, wanted, seed)
         if not chosen:
-            raise StudyError(f"preferences {source}: no {side.replace('_', '-')} pair of at most {max_tokens} tokens "
-                             "is left; raise max_tokens or check the files")
+            raise StudyError(
+                f"preferences {source}: no {side.replace('_', '-')} pair of at most {max_tokens} tokens "
+                "is left; raise max_tokens or check the files"
+            )
         setattr(result, side, chosen)
     return result
 
 
 def pair_tokens(pair: PreferencePair, chat: Chat) -> int:
     """Tokens of the longer side, prompt included."""
-    return len(chat.prompt_ids(pair.prompt)) + max(len(chat.answer_ids(a)) for a in (pair.chosen, pair.rejected))
+    return len(chat.prompt_ids(pair.prompt)) + max(
+        len(chat.answer_ids(a)) for a in (pair.chosen, pair.rejected)
+    )
 
 
 def balanced(pairs: list[PreferencePair], wanted: int, seed: int) -> list[PreferencePair]:
     """Up to ``wanted`` pairs in an order drawn from ``seed``, the halves taking turns while both last."""
-    queues = {subset: sorted((p for p in pairs if p.source == subset), key=lambda p: _shuffle_key(p.id, seed))
-              for subset in sorted({pair.source for pair in pairs})}
+    queues = {
+        subset: sorted(
+            (p for p in pairs if p.source == subset), key=lambda p: _shuffle_key(p.id, seed)
+        )
+        for subset in sorted({pair.source for pair in pairs})
+    }
     chosen: list[PreferencePair] = []
     while len(chosen) < wanted and any(queues.values()):
         for queue in queues.values():
@@ -223,5 +242,15 @@ def load_pairs(directory: Path) -> list[Pair]:
     if not path.is_file():
         raise StudyError(f"{path}: missing; run 05-inpo first")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Pair(r["round"], r["prompt_id"], *(EncodedExample(tuple(r[side]["input_ids"]), r[side]["answer_start"])
-                                               for side in ("winner", "loser")), tuple(r["reference"])) for r in rows]
+    return [
+        Pair(
+            r["round"],
+            r["prompt_id"],
+            *(
+                EncodedExample(tuple(r[side]["input_ids"]), r[side]["answer_start"])
+                for side in ("winner", "loser")
+            ),
+            tuple(r["reference"]),
+        )
+        for r in rows
+    ]

@@ -54,7 +54,11 @@ class LexicalJudge:
         held, held_numbers, _ = _read(premise)
         if not numbers <= held_numbers or len(wanted & held) < self.threshold * len(wanted):
             return False
-        near = [part for part in map(_read, re.split(r"(?<=[.!?])\s+", premise)) if 2 * len(wanted & part[0]) >= len(wanted)]
+        near = [
+            part
+            for part in map(_read, re.split(r"(?<=[.!?])\s+", premise))
+            if 2 * len(wanted & part[0]) >= len(wanted)
+        ]
         return not near or any(part[2] == negated for part in near)
 
 
@@ -63,13 +67,29 @@ def _read(text: str) -> tuple[set[str], set[str], bool]:
     text = text.lower().replace("n't", " not")
     words = re.findall(r"[^\W\d_]+", text)
     numbers = {number.replace(",", "") for number in re.findall(r"\d+(?:[.,]\d+)*", text)}
-    content = {_stem(word) for word in words if word not in ENGLISH_STOP_WORDS and word not in NEGATIONS}
+    content = {
+        _stem(word) for word in words if word not in ENGLISH_STOP_WORDS and word not in NEGATIONS
+    }
     return content, numbers, not NEGATIONS.isdisjoint(words)
 
 
 def _stem(word: str) -> str:
     """Without the commonest endings, so that *opened* meets *opening*."""
-    for ending in ("ations", "ation", "ings", "ing", "ers", "ies", "ed", "er", "es", "ly", "s", "e", "y"):
+    for ending in (
+        "ations",
+        "ation",
+        "ings",
+        "ing",
+        "ers",
+        "ies",
+        "ed",
+        "er",
+        "es",
+        "ly",
+        "s",
+        "e",
+        "y",
+    ):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)]
     return word
@@ -87,9 +107,13 @@ class ModelJudge:
         config = AutoConfig.from_pretrained(folder)
         self.name, self.rows = source, rows
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.generates = not any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        self.generates = not any(
+            name.endswith("ForSequenceClassification") for name in config.architectures or ()
+        )
         if self.generates and not config.is_encoder_decoder:
-            raise StudyError(f"judge {source}: is neither a classifier nor a sequence-to-sequence model")
+            raise StudyError(
+                f"judge {source}: is neither a classifier nor a sequence-to-sequence model"
+            )
         if self.generates:
             self.model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=auto_dtype())
             self.yes = self.tokenizer("1", add_special_tokens=False).input_ids[0]
@@ -97,31 +121,66 @@ class ModelJudge:
             labels = {label.lower(): index for index, label in config.id2label.items()}
             named = [index for label, index in labels.items() if label.startswith("entail")]
             if len(named) != 1:
-                raise StudyError(f"judge {source}: its labels are {sorted(labels)}; needs one for entailment")
+                raise StudyError(
+                    f"judge {source}: its labels are {sorted(labels)}; needs one for entailment"
+                )
             self.yes = named[0]
-            self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=auto_dtype())
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=auto_dtype()
+            )
         self.model = self.model.eval().to(device())
-        room = getattr(config, "max_position_embeddings", None) or most_tokens  # T5's positions are relative
-        self.most_tokens = min(most_tokens, room - 2, self.tokenizer.model_max_length)  # RoBERTa keeps two for itself
+        room = (
+            getattr(config, "max_position_embeddings", None) or most_tokens
+        )  # T5's positions are relative
+        self.most_tokens = min(
+            most_tokens, room - 2, self.tokenizer.model_max_length
+        )  # RoBERTa keeps two for itself
 
     def _joined(self, premises: list[str], hypotheses: list[str]):
         """One text each: premise, cut where it must be, and hypothesis."""
-        of_premise, of_hypothesis = (self.tokenizer(texts, add_special_tokens=False).input_ids for texts in (premises, hypotheses))
+        of_premise, of_hypothesis = (
+            self.tokenizer(texts, add_special_tokens=False).input_ids
+            for texts in (premises, hypotheses)
+        )
         end = [self.tokenizer.eos_token_id]
-        rows = [p[: max(0, self.most_tokens - len(h) - 1)] + h + end for p, h in zip(of_premise, of_hypothesis)]
+        rows = [
+            p[: max(0, self.most_tokens - len(h) - 1)] + h + end
+            for p, h in zip(of_premise, of_hypothesis)
+        ]
         return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         found = [False] * len(pairs)
-        for batch in progress(batches_by_length([len(p) + len(h) for p, h in pairs], self.rows), desc="entailment", unit="batch"):
+        for batch in progress(
+            batches_by_length([len(p) + len(h) for p, h in pairs], self.rows),
+            desc="entailment",
+            unit="batch",
+        ):
             some = [pairs[i] for i in batch]
             # Of what is too long for the model the premise loses its end; the hypothesis stays whole.
-            texts = ([f"premise: {p}" for p, _ in some], [f" hypothesis: {h}" for _, h in some]) if self.generates else tuple(map(list, zip(*some)))
-            inputs = (self._joined(*texts) if self.generates else
-                      self.tokenizer(*texts, return_tensors="pt", padding=True, truncation="only_first", max_length=self.most_tokens)).to(self.model.device)
+            texts = (
+                ([f"premise: {p}" for p, _ in some], [f" hypothesis: {h}" for _, h in some])
+                if self.generates
+                else tuple(map(list, zip(*some)))
+            )
+            inputs = (
+                self._joined(*texts)
+                if self.generates
+                else self.tokenizer(
+                    *texts,
+                    return_tensors="pt",
+                    padding=True,
+                    truncation="only_first",
+                    max_length=self.most_tokens,
+                )
+            ).to(self.model.device)
             if self.generates:
-                start = torch.full((len(batch), 1), self.model.config.decoder_start_token_id, device=self.model.device)
+                start = torch.full(
+                    (len(batch), 1),
+                    self.model.config.decoder_start_token_id,
+                    device=self.model.device,
+                )
                 said = self.model(**inputs, decoder_input_ids=start).logits[:, 0].argmax(-1)
             else:
                 said = self.model(**inputs).logits.argmax(-1)

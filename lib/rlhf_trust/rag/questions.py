@@ -34,7 +34,7 @@ OFFICIAL = {"asqa": "short", "qampari": "list", "eli5": "long", "expertqa": "lon
 ASKED = {
     "short": "Answer in one or two sentences. End every sentence with the numbers of the documents that support it, like [1] or [2][3].",
     "list": "Answer with a list separated by commas and nothing else. Put the number of the document that supports it behind every entry, "
-            "like [1].",
+    "like [1].",
     "long": "Answer in two to four sentences. End every sentence with the numbers of the documents that support it, like [1] or [2][3].",
 }
 """What is asked for, by kind of question."""
@@ -48,11 +48,24 @@ def load_questions(source: str) -> list[Question]:
     if source == "shipped":
         found = {name: locate(source, f"trust-score/{name}.json") for name in KINDS}
     else:
-        found = {name: locate(source, f"trust-score/{name}_eval_top100_calibrated.json", required=source.startswith("hub:"))
-                 for name in OFFICIAL}
+        found = {
+            name: locate(
+                source,
+                f"trust-score/{name}_eval_top100_calibrated.json",
+                required=source.startswith("hub:"),
+            )
+            for name in OFFICIAL
+        }
         if not any(found.values()):
-            raise StudyError(f"data source {source}: none of trust-score/{{{','.join(OFFICIAL)}}}_eval_top100_calibrated.json is there")
-    return [question for name, path in found.items() if path for question in _read(path, name, OFFICIAL.get(name, name))]
+            raise StudyError(
+                f"data source {source}: none of trust-score/{{{','.join(OFFICIAL)}}}_eval_top100_calibrated.json is there"
+            )
+    return [
+        question
+        for name, path in found.items()
+        if path
+        for question in _read(path, name, OFFICIAL.get(name, name))
+    ]
 
 
 def _read(path: Path, name: str, kind: str) -> list[Question]:
@@ -68,17 +81,26 @@ def _read(path: Path, name: str, kind: str) -> list[Question]:
             raise StudyError(f"{where}: this sample_id is there twice")
         ids.add(key)
         try:
-            documents = tuple(Document(_text(d["title"]), _text(d["text"]), _bits(d["answers_found"])) for d in row["docs"][:DOCUMENTS])
-            question = Question(f"{name}/{key}", kind, _text(row["question"]), _claims(row, kind), documents)
+            documents = tuple(
+                Document(_text(d["title"]), _text(d["text"]), _bits(d["answers_found"]))
+                for d in row["docs"][:DOCUMENTS]
+            )
+            question = Question(
+                f"{name}/{key}", kind, _text(row["question"]), _claims(row, kind), documents
+            )
         except StudyError as error:
             raise StudyError(f"{path}: {error}") from None
         except (KeyError, TypeError) as error:
-            raise StudyError(f"{where}: needs question, docs with title, text and answers_found (0 or 1 a claim), and gold claims: "
-                             f"{error if isinstance(error, TypeError) else f'{error} is missing'}") from None
+            raise StudyError(
+                f"{where}: needs question, docs with title, text and answers_found (0 or 1 a claim), and gold claims: "
+                f"{error if isinstance(error, TypeError) else f'{error} is missing'}"
+            ) from None
         stated = row.get("answerable")
         if stated is not None and bool(stated) != question.answerable:
-            raise StudyError(f"{where}: is called {'' if stated else 'not '}answerable, but by answers_found it is{' not' if stated else ''}; "
-                             "mend one of the two")
+            raise StudyError(
+                f"{where}: is called {'' if stated else 'not '}answerable, but by answers_found it is{' not' if stated else ''}; "
+                "mend one of the two"
+            )
         found.append(question)
     return found
 
@@ -86,7 +108,14 @@ def _read(path: Path, name: str, kind: str) -> list[Question]:
 def _claims(row: dict, kind: str) -> tuple[Claim, ...]:
     if kind == "long":
         return tuple(map(Claim, _texts(row["claims"])))
-    aliases = [_texts(names) for names in _list([pair["short_answers"] for pair in row["qa_pairs"]] if "qa_pairs" in row else row["answers"])]
+    aliases = [
+        _texts(names)
+        for names in _list(
+            [pair["short_answers"] for pair in row["qa_pairs"]]
+            if "qa_pairs" in row
+            else row["answers"]
+        )
+    ]
     statements = _texts(row["statements"]) if "statements" in row else ("",) * len(aliases)
     if len(statements) != len(aliases):
         raise TypeError(f"{len(statements)} statements for {len(aliases)} answers")
@@ -123,22 +152,37 @@ def load_cited(source: str) -> list[tuple[Question, str]]:
     """
     found = []
     for name in ("asqa", "eli5", "qampari"):
-        path = None if source in ("shipped", "hub:") else locate(source, f"alce/{name}_default.json", required=False)
+        path = (
+            None
+            if source in ("shipped", "hub:")
+            else locate(source, f"alce/{name}_default.json", required=False)
+        )
         if path is None:
             continue
         try:
-            found += [_cited(f"{name}/{number}", "list" if name == "qampari" else "long", row) for number, row in enumerate(read_json(path)["demos"], start=1)]
+            found += [
+                _cited(f"{name}/{number}", "list" if name == "qampari" else "long", row)
+                for number, row in enumerate(read_json(path)["demos"], start=1)
+            ]
         except StudyError as error:
             raise StudyError(f"{path}: {error}") from None
         except (KeyError, TypeError) as error:
-            raise StudyError(f"{path}: needs demos with question, answer and docs with title and text ({error!r})") from None
+            raise StudyError(
+                f"{path}: needs demos with question, answer and docs with title and text ({error!r})"
+            ) from None
     return found
 
 
 def _cited(key: str, kind: str, row: dict) -> tuple[Question, str]:
     parts = items(_text(row["answer"])) if kind == "list" else sentences(_text(row["answer"]))
-    plain, cited = [without_citations(part).strip(" .") for part in parts], [citations(part) for part in parts]
-    documents = tuple(Document(_text(d["title"]), _text(d["text"]), tuple(i in some for some in cited)) for i, d in enumerate(row["docs"], start=1))
+    plain, cited = (
+        [without_citations(part).strip(" .") for part in parts],
+        [citations(part) for part in parts],
+    )
+    documents = tuple(
+        Document(_text(d["title"]), _text(d["text"]), tuple(i in some for some in cited))
+        for i, d in enumerate(row["docs"], start=1)
+    )
     claims = tuple(Claim(text, (text,) if kind == "list" else ()) for text in plain)
     return Question(key, kind, _text(row["question"]), claims, documents), row["answer"]
 
@@ -148,9 +192,17 @@ def _cited(key: str, kind: str, row: dict) -> tuple[Question, str]:
 
 def prompt(question: Question) -> Prompt:
     """Instruction, question and numbered documents as one turn."""
-    documents = "\n".join(f"Document [{number}](Title: {d.title}): {d.text}" for number, d in enumerate(question.documents, start=1))
-    return Prompt(question.id, (f"Use only the documents below. {ASKED[question.kind]} If no document holds the answer, write only: {REFUSAL}\n\n"
-                                f"Question: {question.question}\n\n{documents}\n\nAnswer:",))
+    documents = "\n".join(
+        f"Document [{number}](Title: {d.title}): {d.text}"
+        for number, d in enumerate(question.documents, start=1)
+    )
+    return Prompt(
+        question.id,
+        (
+            f"Use only the documents below. {ASKED[question.kind]} If no document holds the answer, write only: {REFUSAL}\n\n"
+            f"Question: {question.question}\n\n{documents}\n\nAnswer:",
+        ),
+    )
 
 
 # --- entailment ------------------------------------------------------------------------------------------------------
@@ -170,17 +222,30 @@ def hard_pairs() -> list[Entailment]:
     """The shipped pairs, written to mislead whoever compares words: paraphrases that follow, and near copies that do not."""
     path, found = locate("shipped", "entailment/pairs.jsonl"), []
     for number, row in read_jsonl(path):
-        if row.get("entailed") not in (0, 1) or not all(isinstance(row.get(key), str) and row[key] for key in ("premise", "hypothesis")):
+        if row.get("entailed") not in (0, 1) or not all(
+            isinstance(row.get(key), str) and row[key] for key in ("premise", "hypothesis")
+        ):
             raise StudyError(f"{path}:{number}: needs premise, hypothesis and entailed (0 or 1)")
-        found.append(Entailment(row["premise"], row["hypothesis"], bool(row["entailed"]), row["id"]))
+        found.append(
+            Entailment(row["premise"], row["hypothesis"], bool(row["entailed"]), row["id"])
+        )
     return found
 
 
 def claim_pairs(questions: Sequence[Question]) -> list[Entailment]:
     """Every document with every gold claim of its question, put as the metric puts it (behind the question where the claim is
     a name), labelled by ``answers_found``."""
-    def stated(question: Question, claim: Claim) -> str:
-        return claim.text if claim.text and question.kind != "list" else f"{question.question} {claim.aliases[0]}"
 
-    return [Entailment(d.premise, stated(q, claim), found, q.id)
-            for q in questions for d in q.documents for claim, found in zip(q.claims, d.answers_found)]
+    def stated(question: Question, claim: Claim) -> str:
+        return (
+            claim.text
+            if claim.text and question.kind != "list"
+            else f"{question.question} {claim.aliases[0]}"
+        )
+
+    return [
+        Entailment(d.premise, stated(q, claim), found, q.id)
+        for q in questions
+        for d in q.documents
+        for claim, found in zip(q.claims, d.answers_found)
+    ]

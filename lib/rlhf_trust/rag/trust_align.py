@@ -20,7 +20,13 @@ from ..stats import generator
 from .questions import prompt
 from .trust_score import DOCUMENTS, REFUSAL, Document, Question, Scores, normalised
 
-SEVERITY = {"unwarranted_refusal": 0.50, "over_responsiveness": 0.50, "overcitation": 0.34, "improper_citation": 0.26, "inaccurate_claims": 0.40}
+SEVERITY = {
+    "unwarranted_refusal": 0.50,
+    "over_responsiveness": 0.50,
+    "overcitation": 0.34,
+    "improper_citation": 0.26,
+    "inaccurate_claims": 0.40,
+}
 """What each kind of error weighs (the paper's table)."""
 
 
@@ -36,29 +42,50 @@ def recombined(questions: Sequence[Question], variants: int, seed: int = 0) -> l
     names in it is passed over.
     """
     if not questions:
-        raise StudyError("trust-align: there are no questions to make prompts from; lower n_held_out or raise n_train")
+        raise StudyError(
+            "trust-align: there are no questions to make prompts from; lower n_held_out or raise n_train"
+        )
     pool = list(dict.fromkeys((d.title, d.text) for q in questions for d in q.documents))
     texts = [f"{title} {text}" for title, text in pool]
     words = TfidfVectorizer(stop_words="english").fit(texts)
-    likeness = (words.transform([q.question for q in questions]) @ words.transform(texts).T).toarray()
+    likeness = (
+        words.transform([q.question for q in questions]) @ words.transform(texts).T
+    ).toarray()
     found = []
     for index, question in enumerate(questions):
         found.append(question)
-        own, names = {(d.title, d.text) for d in question.documents}, [normalised(a) for c in question.claims for a in c.aliases]
+        own, names = (
+            {(d.title, d.text) for d in question.documents},
+            [normalised(a) for c in question.claims for a in c.aliases],
+        )
         near = (pool[i] for i in np.argsort(-likeness[index], kind="stable"))
-        near = [other for other in near if other not in own and not any(name in normalised(" ".join(other)) for name in names)][: 4 * DOCUMENTS]
+        near = [
+            other
+            for other in near
+            if other not in own and not any(name in normalised(" ".join(other)) for name in names)
+        ][: 4 * DOCUMENTS]
         holding = [i for i, d in enumerate(question.documents) if any(d.answers_found)]
         if len(near) < len(holding):
-            raise StudyError(f"trust-align: {question.id}: only {len(near)} documents of other questions to put in place of {len(holding)}")
+            raise StudyError(
+                f"trust-align: {question.id}: only {len(near)} documents of other questions to put in place of {len(holding)}"
+            )
         rng = generator(f"recombined/{question.id}/{seed}")
         for number in range(variants if holding else 0):
             documents = list(question.documents)
             how_many = (min(-(-len(holding) // 2), len(holding) - 1), len(holding), 0)[number % 3]
             others = rng.permutation(len(near))
-            for place, other in zip(rng.choice(holding, size=how_many, replace=False).tolist(), others):
+            for place, other in zip(
+                rng.choice(holding, size=how_many, replace=False).tolist(), others
+            ):
                 documents[place] = Document(*near[other], (False,) * len(question.claims))
             order = rng.permutation(len(documents))
-            found.append(replace(question, id=f"{question.id}+{number + 1}", documents=tuple(documents[i] for i in order)))
+            found.append(
+                replace(
+                    question,
+                    id=f"{question.id}+{number + 1}",
+                    documents=tuple(documents[i] for i in order),
+                )
+            )
     return found
 
 
@@ -84,10 +111,22 @@ def positive(question: Question) -> str:
     of a list: a name is written without its own.)"""
     if not question.answerable:
         return REFUSAL
-    stated = [(claim, f"[{document + 1}]") for claim, document in zip(question.claims, fewest_documents(question)) if document is not None]
+    stated = [
+        (claim, f"[{document + 1}]")
+        for claim, document in zip(question.claims, fewest_documents(question))
+        if document is not None
+    ]
     if question.kind == "list":
-        return ", ".join(f"{next((a for a in claim.aliases if ',' not in a), claim.aliases[0].replace(',', ''))} {mark}" for claim, mark in stated) + "."
-    return " ".join(f"{(claim.text or claim.aliases[0]).rstrip('.')} {mark}." for claim, mark in stated)
+        return (
+            ", ".join(
+                f"{next((a for a in claim.aliases if ',' not in a), claim.aliases[0].replace(',', ''))} {mark}"
+                for claim, mark in stated
+            )
+            + "."
+        )
+    return " ".join(
+        f"{(claim.text or claim.aliases[0]).rstrip('.')} {mark}." for claim, mark in stated
+    )
 
 
 # --- what was said instead -----------------------------------------------------------------------------------------
@@ -125,8 +164,13 @@ def worst_half(scores: Sequence[Scores], most: int = 0) -> list[int]:
 
 def pairs(questions: Sequence[Question], responses: Sequence[str]) -> list[PreferencePair]:
     """Preference pairs: what should have been said against what was. Responses that say it already are left out."""
-    found = [PreferencePair(q.id, prompt(q).turns, positive(q), response, q.kind)
-             for q, response in zip(questions, responses) if response.strip() and response != positive(q)]
+    found = [
+        PreferencePair(q.id, prompt(q).turns, positive(q), response, q.kind)
+        for q, response in zip(questions, responses)
+        if response.strip() and response != positive(q)
+    ]
     if not found:
-        raise StudyError("trust-align: no response is wrong, so there is no pair to learn from; raise n_train or temperature")
+        raise StudyError(
+            "trust-align: no response is wrong, so there is no pair to learn from; raise n_train or temperature"
+        )
     return found

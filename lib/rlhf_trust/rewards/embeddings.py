@@ -15,7 +15,9 @@ from .order_consistency import Reward
 
 
 @torch.no_grad()
-def embed(model, answers: Sequence[EncodedExample], chat: Chat, rows: int = 16, desc: str = "") -> np.ndarray:
+def embed(
+    model, answers: Sequence[EncodedExample], chat: Chat, rows: int = 16, desc: str = ""
+) -> np.ndarray:
     """The backbone's last hidden state at each answer's end token, adapters switched off: [n, hidden], float32.
 
     An answer that was cut off is given an end token. ``model``: a PEFT model, or the backbone itself. ``desc`` shows a
@@ -33,4 +35,6 @@ def embed(model, answers: Sequence[EncodedExample], chat: Chat, rows: int = 16, 
 
 def judge(model, reward: Reward, chat: Chat, rows: int = 16) -> RewardFn:
     """A learnt reward as a judge of answers, for PPO and INPO."""
-    return lambda answers: torch.tensor(reward(embed(model, answers, chat, rows)), dtype=torch.float32)
+    return lambda answers: torch.tensor(
+        reward(embed(model, answers, chat, rows)), dtype=torch.float32
+    )

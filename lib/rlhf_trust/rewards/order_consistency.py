@@ -65,13 +65,22 @@ def choose_pairs(golden: np.ndarray, how: str, n: int, rng: np.random.Generator)
     if how not in CHOICES:
         raise StudyError(f"pair choice: must be one of {', '.join(CHOICES)}, got {how!r}")
     if answers < 2 or (how == "cross" and prompts < 2):
-        raise StudyError(f"pair choice {how}: {prompts} prompts with {answers} answers each have no such pair")
-    there_are = {"same": prompts * comb(answers, 2), "cross": comb(prompts, 2) * answers**2}.get(how, prompts)
+        raise StudyError(
+            f"pair choice {how}: {prompts} prompts with {answers} answers each have no such pair"
+        )
+    there_are = {"same": prompts * comb(answers, 2), "cross": comb(prompts, 2) * answers**2}.get(
+        how, prompts
+    )
     passes, rest = divmod(n, there_are)
-    drawn = np.concatenate([rng.permutation(there_are) for _ in range(passes)] + [rng.choice(there_are, rest, replace=False)])
+    drawn = np.concatenate(
+        [rng.permutation(there_are) for _ in range(passes)]
+        + [rng.choice(there_are, rest, replace=False)]
+    )
     if how == "cross":
         prompt_pair, answer_pair = np.divmod(drawn, answers**2)
-        return np.stack([np.stack(_two_of(prompt_pair), 1), np.stack(np.divmod(answer_pair, answers), 1)], 2)
+        return np.stack(
+            [np.stack(_two_of(prompt_pair), 1), np.stack(np.divmod(answer_pair, answers), 1)], 2
+        )
     if how == "same":
         of, answer_pair = np.divmod(drawn, comb(answers, 2))
         first, second = _two_of(answer_pair)
@@ -94,7 +103,9 @@ def distinct(pairs: np.ndarray) -> int:
     return len(np.unique(answer.min(1) * (answer.max() + 1) + answer.max(1)))
 
 
-def annotate(golden: np.ndarray, pairs: np.ndarray, beta: float, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+def annotate(
+    golden: np.ndarray, pairs: np.ndarray, beta: float, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
     """Pairs with the answer first that the annotator prefers, int [n, 2, 2], and the share of labels that are right.
 
     The label is right with probability σ(β|Δr|); ``beta`` inf is an annotator who never errs.
@@ -131,7 +142,9 @@ def bradley_terry(won: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
 def classification(won: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of "this answer was preferred", mean over answers; logits [n] each."""
     both = torch.cat([won, lost])
-    return binary_cross_entropy_with_logits(both, torch.cat([torch.ones_like(won), torch.zeros_like(lost)]))
+    return binary_cross_entropy_with_logits(
+        both, torch.cat([torch.ones_like(won), torch.zeros_like(lost)])
+    )
 
 
 def held_out_by_prompt(prompts: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -144,15 +157,30 @@ def held_out_by_prompt(prompts: np.ndarray, order: np.ndarray) -> np.ndarray:
     return first <= np.sort(first)[max(1, len(first) // 5) - 1]
 
 
-def fit_network(won: np.ndarray, lost: np.ndarray, prompts: np.ndarray, loss: Callable, network: Network, seed: int) -> Reward:
+def fit_network(
+    won: np.ndarray,
+    lost: np.ndarray,
+    prompts: np.ndarray,
+    loss: Callable,
+    network: Network,
+    seed: int,
+) -> Reward:
     """A perceptron fitted to preferred and other embeddings, both [n, d], of answers to ``prompts`` [n, 2]."""
     generator = torch.Generator().manual_seed(seed)
     mean, spread = won.mean(0), won.std(0) + 1e-6
-    data = torch.tensor(np.stack([(won - mean) / spread, (lost - mean) / spread]), dtype=torch.float32)
-    apart = torch.tensor(held_out_by_prompt(prompts, torch.randperm(int(prompts.max()) + 1, generator=generator).numpy()))
+    data = torch.tensor(
+        np.stack([(won - mean) / spread, (lost - mean) / spread]), dtype=torch.float32
+    )
+    apart = torch.tensor(
+        held_out_by_prompt(
+            prompts, torch.randperm(int(prompts.max()) + 1, generator=generator).numpy()
+        )
+    )
     held_out, train = apart.nonzero()[:, 0], (~apart).nonzero()[:, 0]
     if not len(train):
-        raise StudyError(f"reward network: {len(won)} pairs are too few to keep a prompt's apart; give it more prompts")
+        raise StudyError(
+            f"reward network: {len(won)} pairs are too few to keep a prompt's apart; give it more prompts"
+        )
     sizes = [data.shape[2], *network.hidden, 1]
     layers = []
     for wide, narrow in itertools.pairwise(sizes):
@@ -172,7 +200,9 @@ def fit_network(won: np.ndarray, lost: np.ndarray, prompts: np.ndarray, loss: Ca
         with torch.no_grad():
             now = float(loss(*model(data[:, held_out]).squeeze(-1)))
         if not np.isfinite(now):
-            raise StudyError("reward network: the loss is not finite; lower learning_rate, or look at the embeddings")
+            raise StudyError(
+                "reward network: the loss is not finite; lower learning_rate, or look at the embeddings"
+            )
         if now < best:
             best, kept, since = now, {k: v.clone() for k, v in model.state_dict().items()}, 0
         else:
@@ -183,7 +213,12 @@ def fit_network(won: np.ndarray, lost: np.ndarray, prompts: np.ndarray, loss: Ca
 
     @torch.no_grad()
     def reward(embeddings: np.ndarray) -> np.ndarray:
-        return model(torch.tensor((embeddings - mean) / spread, dtype=torch.float32)).squeeze(-1).double().numpy()
+        return (
+            model(torch.tensor((embeddings - mean) / spread, dtype=torch.float32))
+            .squeeze(-1)
+            .double()
+            .numpy()
+        )
 
     return reward
 
@@ -194,16 +229,29 @@ def fit_trees(won: np.ndarray, lost: np.ndarray, seed: int) -> Reward:
     try:  # its library finds libgomp through torch's, which is loaded by now
         from lightgbm import LGBMClassifier
     except OSError as error:
-        raise StudyError(f"lightgbm: cannot be loaded ({error}); install OpenMP (Debian: libgomp1, macOS: libomp), or leave lightgbm out "
-                         "of learners") from None
-    model = LGBMClassifier(max_bin=63, random_state=seed, n_jobs=torch.get_num_threads(), verbose=-1, deterministic=True, force_row_wise=True)
+        raise StudyError(
+            f"lightgbm: cannot be loaded ({error}); install OpenMP (Debian: libgomp1, macOS: libomp), or leave lightgbm out "
+            "of learners"
+        ) from None
+    model = LGBMClassifier(
+        max_bin=63,
+        random_state=seed,
+        n_jobs=torch.get_num_threads(),
+        verbose=-1,
+        deterministic=True,
+        force_row_wise=True,
+    )
     model.fit(np.concatenate([won, lost]), np.repeat([1, 0], [len(won), len(lost)]))
     return lambda embeddings: model.predict(embeddings, raw_score=True)
 
 
 LEARNERS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, Network, int], Reward]] = {
-    "bradley_terry": lambda won, lost, prompts, network, seed: fit_network(won, lost, prompts, bradley_terry, network, seed),
-    "classifier": lambda won, lost, prompts, network, seed: fit_network(won, lost, prompts, classification, network, seed),
+    "bradley_terry": lambda won, lost, prompts, network, seed: fit_network(
+        won, lost, prompts, bradley_terry, network, seed
+    ),
+    "classifier": lambda won, lost, prompts, network, seed: fit_network(
+        won, lost, prompts, classification, network, seed
+    ),
     "lightgbm": lambda won, lost, prompts, network, seed: fit_trees(won, lost, seed),
 }
 
@@ -218,7 +266,9 @@ def pair_accuracy(learnt: np.ndarray, golden: np.ndarray) -> np.ndarray:
     gap, learnt_gap = golden[:, i] - golden[:, j], learnt[:, i] - learnt[:, j]
     counted = gap != 0
     right = (gap * learnt_gap > 0) & counted
-    return np.divide(right.sum(1), counted.sum(1), out=np.full(len(golden), np.nan), where=counted.any(1))
+    return np.divide(
+        right.sum(1), counted.sum(1), out=np.full(len(golden), np.nan), where=counted.any(1)
+    )
 
 
 def best_of_n(learnt: np.ndarray, golden: np.ndarray, n: int) -> np.ndarray:
@@ -249,7 +299,9 @@ def golden_network(embeddings: np.ndarray, seed: int, hidden: int = 64) -> np.nd
     """A golden reward with known truth: a random network of one hidden layer on the standardised embeddings, [n, d] → [n]."""
     rng = np.random.default_rng(seed)
     standard = (embeddings - embeddings.mean(0)) / (embeddings.std(0) + 1e-6)
-    wide = np.tanh(standard @ rng.normal(size=(standard.shape[1], hidden)) / standard.shape[1] ** 0.5 * 2)
+    wide = np.tanh(
+        standard @ rng.normal(size=(standard.shape[1], hidden)) / standard.shape[1] ** 0.5 * 2
+    )
     return wide @ rng.normal(size=hidden)
 
 
@@ -258,7 +310,9 @@ def unit_of(golden: np.ndarray) -> float:
     has a variance of 2 in this unit, however few answers there are."""
     spread = float(np.sqrt(golden.var(1, ddof=1).mean()))
     if not (np.isfinite(golden).all() and spread > 0):
-        raise StudyError("golden reward: is constant or not finite; look at the reward model, or ask for longer answers")
+        raise StudyError(
+            "golden reward: is constant or not finite; look at the reward model, or ask for longer answers"
+        )
     return spread
 
 
@@ -288,29 +342,64 @@ class Bench:
     def fingerprint(self) -> str:
         """Of all numbers in it."""
         arrays = (self.train, self.train_golden, self.test, self.test_golden)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
+        return hashlib.sha256(
+            b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+        ).hexdigest()[:16]
 
 
-def check(learners: Sequence[str], choices: Sequence[str], betas: Sequence[float], amounts: Sequence[int], seeds: Sequence[int], best_of: Sequence[int],
-          answers: int, ppo_beta: float | None = None) -> None:
+def check(
+    learners: Sequence[str],
+    choices: Sequence[str],
+    betas: Sequence[float],
+    amounts: Sequence[int],
+    seeds: Sequence[int],
+    best_of: Sequence[int],
+    answers: int,
+    ppo_beta: float | None = None,
+) -> None:
     """Whether a sweep can be made of these, judged by so many ``answers`` to a test prompt, and PPO follow a reward learnt from
     its annotator of ``ppo_beta``; an error names the parameter."""
-    for name, given, known in (("learners", learners, LEARNERS), ("pair_choices", choices, CHOICES)):
+    for name, given, known in (
+        ("learners", learners, LEARNERS),
+        ("pair_choices", choices, CHOICES),
+    ):
         if not given or not set(given) <= set(known) or len(set(given)) < len(given):
-            raise StudyError(f"{name}: must be of {', '.join(known)}, each once, got {', '.join(map(str, given)) or 'none'}")
-    for name, given, least in (("betas", betas, 0), ("amounts", amounts, 1), ("best_of", best_of, 0)):
+            raise StudyError(
+                f"{name}: must be of {', '.join(known)}, each once, got {', '.join(map(str, given)) or 'none'}"
+            )
+    for name, given, least in (
+        ("betas", betas, 0),
+        ("amounts", amounts, 1),
+        ("best_of", best_of, 0),
+    ):
         if not given or not all(x > least for x in given) or sorted(set(given)) != list(given):
-            raise StudyError(f"{name}: must be above {least}, in rising order, got {', '.join(map(str, given)) or 'none'}")
+            raise StudyError(
+                f"{name}: must be above {least}, in rising order, got {', '.join(map(str, given)) or 'none'}"
+            )
     if not seeds:
         raise StudyError("n_seeds: must be at least 1")
     if best_of[-1] > answers:
-        raise StudyError(f"best_of: {best_of[-1]} of {answers} answers to a prompt; lower it, or raise answers_test")
+        raise StudyError(
+            f"best_of: {best_of[-1]} of {answers} answers to a prompt; lower it, or raise answers_test"
+        )
     if ppo_beta is not None and ppo_beta not in betas:
-        raise StudyError(f"ppo_beta: must be one of betas, {', '.join(map(str, betas))}; got {ppo_beta}")
+        raise StudyError(
+            f"ppo_beta: must be one of betas, {', '.join(map(str, betas))}; got {ppo_beta}"
+        )
 
 
-def sweep(bench: Bench, learners: Sequence[str], choices: Sequence[str], betas: Sequence[float], amounts: Sequence[int], seeds: Sequence[int],
-          best_of: Sequence[int], network: Network | None = None, desc: str = "reward models", kept: ResultCache | None = None) -> pd.DataFrame:
+def sweep(
+    bench: Bench,
+    learners: Sequence[str],
+    choices: Sequence[str],
+    betas: Sequence[float],
+    amounts: Sequence[int],
+    seeds: Sequence[int],
+    best_of: Sequence[int],
+    network: Network | None = None,
+    desc: str = "reward models",
+    kept: ResultCache | None = None,
+) -> pd.DataFrame:
     """Every learner on every combination, each with each seed: one row each. ``kept`` holds what an interrupted sweep had.
 
     Columns learner, pairs, beta, amount, seed, label_accuracy, mean_gap (mean |Δr| of the annotated pairs), distinct (how many
@@ -327,17 +416,34 @@ def sweep(bench: Bench, learners: Sequence[str], choices: Sequence[str], betas: 
             continue
         of_pairs: list[dict] = []
         rng = np.random.default_rng([seed, CHOICES.index(how), amount])
-        pairs, right = annotate(bench.train_golden, choose_pairs(bench.train_golden, how, amount, rng), beta, rng)
+        pairs, right = annotate(
+            bench.train_golden, choose_pairs(bench.train_golden, how, amount, rng), beta, rng
+        )
         won, lost = (bench.train[pairs[:, side, 0], pairs[:, side, 1]] for side in (0, 1))
         gaps = np.abs(np.diff(bench.train_golden[pairs[..., 0], pairs[..., 1]], axis=1))
         for learner in learners:
             reward = LEARNERS[learner](won, lost, pairs[..., 0], network, seed)
-            learnt = reward(bench.test.reshape(-1, bench.test.shape[-1])).reshape(bench.test.shape[:2])
-            of_pairs.append({"learner": learner, "pairs": how, "beta": beta, "amount": amount, "seed": seed, "label_accuracy": right,
-                             "mean_gap": float(gaps.mean()), "distinct": distinct(pairs),
-                             "pair_accuracy": float(np.nanmean(pair_accuracy(learnt, bench.test_golden))),
-                             "spearman": float(np.nanmean(rank_correlation(learnt, bench.test_golden)))}
-                            | {f"gain_{n}": float(best_of_n(learnt, bench.test_golden, n).mean()) for n in best_of})
+            learnt = reward(bench.test.reshape(-1, bench.test.shape[-1])).reshape(
+                bench.test.shape[:2]
+            )
+            of_pairs.append(
+                {
+                    "learner": learner,
+                    "pairs": how,
+                    "beta": beta,
+                    "amount": amount,
+                    "seed": seed,
+                    "label_accuracy": right,
+                    "mean_gap": float(gaps.mean()),
+                    "distinct": distinct(pairs),
+                    "pair_accuracy": float(np.nanmean(pair_accuracy(learnt, bench.test_golden))),
+                    "spearman": float(np.nanmean(rank_correlation(learnt, bench.test_golden))),
+                }
+                | {
+                    f"gain_{n}": float(best_of_n(learnt, bench.test_golden, n).mean())
+                    for n in best_of
+                }
+            )
         rows += of_pairs
         if kept is not None:
             kept.add(key, rows=of_pairs)
@@ -352,10 +458,27 @@ def against_bradley_terry(found: pd.DataFrame, metric: str) -> pd.DataFrame:
     annotated = found.groupby(keys)[["distinct", "label_accuracy"]].mean()
     rows = []
     for learner in wide.columns.drop("bradley_terry") if "bradley_terry" in wide else ():
-        for (how, beta, amount), part in (wide[learner] - wide["bradley_terry"]).groupby(level=keys):
-            interval = mean_interval(part.to_numpy(), f"order/{learner}/{how}/{beta}/{amount}/{metric}", bounds=(-np.inf, np.inf))
-            rows.append({"learner": learner, "pairs": how, "beta": beta, "amount": amount, **annotated.loc[(how, beta, amount)],
-                         "difference": interval.value, "ci_low": interval.low, "ci_high": interval.high, "seeds": interval.n})
+        for (how, beta, amount), part in (wide[learner] - wide["bradley_terry"]).groupby(
+            level=keys
+        ):
+            interval = mean_interval(
+                part.to_numpy(),
+                f"order/{learner}/{how}/{beta}/{amount}/{metric}",
+                bounds=(-np.inf, np.inf),
+            )
+            rows.append(
+                {
+                    "learner": learner,
+                    "pairs": how,
+                    "beta": beta,
+                    "amount": amount,
+                    **annotated.loc[(how, beta, amount)],
+                    "difference": interval.value,
+                    "ci_low": interval.low,
+                    "ci_high": interval.high,
+                    "seeds": interval.n,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -365,20 +488,29 @@ def words(differences: pd.DataFrame) -> list[str]:
         return []
 
     def places(rows: pd.DataFrame) -> str:
-        return "; ".join(f"{r.pairs} pairs, {r.amount} of them"
-                         + (f" ({r.distinct:.0f} distinct)" if r.distinct < r.amount else "")
-                         + f", {r.label_accuracy:.0%} of labels right ({r.difference:+.3f})" for r in rows.itertuples())
+        return "; ".join(
+            f"{r.pairs} pairs, {r.amount} of them"
+            + (f" ({r.distinct:.0f} distinct)" if r.distinct < r.amount else "")
+            + f", {r.label_accuracy:.0%} of labels right ({r.difference:+.3f})"
+            for r in rows.itertuples()
+        )
 
     sentences = []
     for learner, part in differences.groupby("learner", sort=False):
         seeds = int(part["seeds"].min())
         if seeds < 2:
-            sentences.append(f"**{learner}** against Bradley-Terry: with one seed nothing can be said; raise n_seeds.")
+            sentences.append(
+                f"**{learner}** against Bradley-Terry: with one seed nothing can be said; raise n_seeds."
+            )
             continue
         better, worse = part[part["ci_low"] > 0], part[part["ci_high"] < 0]
-        sentences.append(f"**{learner}** against Bradley-Terry, {len(part)} combinations: clearly better in {len(better)}"
-                         + (f" ({places(better)})" if len(better) else "") + f", clearly worse in {len(worse)}"
-                         + (f" ({places(worse)})" if len(worse) else "") + f", in the others the interval over {seeds} seeds "
-                         "holds zero. That is for these prompts and answers, which all seeds share, and by chance alone about "
-                         f"{(1 - LEVEL) * len(part):.1f} would be clear.")
+        sentences.append(
+            f"**{learner}** against Bradley-Terry, {len(part)} combinations: clearly better in {len(better)}"
+            + (f" ({places(better)})" if len(better) else "")
+            + f", clearly worse in {len(worse)}"
+            + (f" ({places(worse)})" if len(worse) else "")
+            + f", in the others the interval over {seeds} seeds "
+            "holds zero. That is for these prompts and answers, which all seeds share, and by chance alone about "
+            f"{(1 - LEVEL) * len(part):.1f} would be clear."
+        )
     return sentences

@@ -67,8 +67,10 @@ class ToxBlockScorer:
             raise StudyError(f"scorer tox-block: {error}; or use another scorer") from None
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise StudyError(f"scorer tox-block: {directory} cannot be read ({reason}); delete the folder and run "
-                             "again") from None
+            raise StudyError(
+                f"scorer tox-block: {directory} cannot be read ({reason}); delete the folder and run "
+                "again"
+            ) from None
         self.numbers = {word: number for number, word in enumerate(self.settings["words"], start=1)}
 
     def score(self, texts: list[str]) -> np.ndarray:
@@ -82,7 +84,9 @@ class ToxBlockScorer:
         """Word numbers, always ``length`` of them: unknown words are left out, a long text loses its beginning, a short
         one is padded on the left with 0 - which the network reads like any other word, as it did in training."""
         text = text.lower().translate({ord(mark): " " for mark in self.settings["separators"]})
-        numbers = [self.numbers[word] for word in text.split(" ") if word in self.numbers][-self.settings["length"] :]
+        numbers = [self.numbers[word] for word in text.split(" ") if word in self.numbers][
+            -self.settings["length"] :
+        ]
         return [0] * (self.settings["length"] - len(numbers)) + numbers
 
     @torch.no_grad()
@@ -91,8 +95,10 @@ class ToxBlockScorer:
         w, gate = self.weights, GATES[self.settings["recurrent_activation"]]
         words = w["embedding"][ids]
         # Each direction's maximum over the text: the order of steps in the backward one does not matter then.
-        states = [lstm(x, *(w[f"{side}.{part}"] for part in LSTM_PARTS), gate).amax(1)
-                  for side, x in (("forward", words), ("backward", words.flip(1)))]
+        states = [
+            lstm(x, *(w[f"{side}.{part}"] for part in LSTM_PARTS), gate).amax(1)
+            for side, x in (("forward", words), ("backward", words.flip(1)))
+        ]
         hidden = torch.relu(torch.cat(states, -1) @ w["hidden.kernel"] + w["hidden.bias"])
         return torch.sigmoid(hidden @ w["output.kernel"] + w["output.bias"])
 
@@ -102,7 +108,9 @@ GATES = {"hard_sigmoid": lambda x: (0.2 * x + 0.5).clamp(0, 1), "sigmoid": torch
 LSTM_PARTS = ("kernel", "recurrent_kernel", "bias")
 
 
-def lstm(x: torch.Tensor, kernel: torch.Tensor, recurrent_kernel: torch.Tensor, bias: torch.Tensor, gate):
+def lstm(
+    x: torch.Tensor, kernel: torch.Tensor, recurrent_kernel: torch.Tensor, bias: torch.Tensor, gate
+):
     """Keras' LSTM: with (z_i, z_f, z_g, z_o) = x_t W + h_{t-1} U + b,
 
         c_t = gate(z_f) c_{t-1} + gate(z_i) tanh(z_g),    h_t = gate(z_o) tanh(c_t).
@@ -123,10 +131,13 @@ def lstm(x: torch.Tensor, kernel: torch.Tensor, recurrent_kernel: torch.Tensor, 
 
 TOX_BLOCK_WEIGHTS = "tox_block/trained_models/lstm_model_0.1.2.h5"
 TOX_BLOCK_TOKENIZER = "tox_block/trained_models/encoder_0.1.2.pkl"
-TOX_BLOCK = Wheel("tox-block==0.1.2", {
-    TOX_BLOCK_WEIGHTS: "587d40726f1250341a3661fac099e46582cf34cdd5136eb88a726bf6d62ec24e",
-    TOX_BLOCK_TOKENIZER: "f73db76ce4138c0a566cf91a84077ab66db1f5da40d795d2f751b5a157d91ce7",
-})
+TOX_BLOCK = Wheel(
+    "tox-block==0.1.2",
+    {
+        TOX_BLOCK_WEIGHTS: "587d40726f1250341a3661fac099e46582cf34cdd5136eb88a726bf6d62ec24e",
+        TOX_BLOCK_TOKENIZER: "f73db76ce4138c0a566cf91a84077ab66db1f5da40d795d2f751b5a157d91ce7",
+    },
+)
 
 
 def rebuild_tox_block(unpacked: Path, target: Path) -> None:
@@ -140,7 +151,9 @@ def rebuild_tox_block(unpacked: Path, target: Path) -> None:
         weights = {"embedding": kept["embedding/embedding/embeddings:0"]}
         for side in ("forward", "backward"):
             for part in LSTM_PARTS:
-                weights[f"{side}.{part}"] = kept[f"bidirectional/bidirectional/{side}_lstm/{part}:0"]
+                weights[f"{side}.{part}"] = kept[
+                    f"bidirectional/bidirectional/{side}_lstm/{part}:0"
+                ]
         for name, layer in (("hidden", "dense"), ("output", "dense_1")):
             for part in ("kernel", "bias"):
                 weights[f"{name}.{part}"] = kept[f"{layer}/{layer}/{part}:0"]
@@ -178,7 +191,9 @@ class TokenizerUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.allowed:
-            raise StudyError(f"scorer tox-block: its pickled tokenizer asks for {module}.{name}, which is refused")
+            raise StudyError(
+                f"scorer tox-block: its pickled tokenizer asks for {module}.{name}, which is refused"
+            )
         return self.allowed[module, name]
 
 
@@ -191,11 +206,17 @@ class DetoxifyScorer:
         try:
             from detoxify import Detoxify
         except ImportError:
-            raise StudyError("scorer detoxify: not installed; `pip install detoxify`, or use local") from None
+            raise StudyError(
+                "scorer detoxify: not installed; `pip install detoxify`, or use local"
+            ) from None
         self._model = Detoxify("original")
 
     def score(self, texts: list[str]) -> np.ndarray:
-        return check_scores(self.name, texts, np.asarray(self._model.predict(list(texts))["toxicity"]) if texts else np.zeros(0))
+        return check_scores(
+            self.name,
+            texts,
+            np.asarray(self._model.predict(list(texts))["toxicity"]) if texts else np.zeros(0),
+        )
 
 
 class PerspectiveScorer:
@@ -213,23 +234,42 @@ class PerspectiveScorer:
     def score(self, texts: list[str]) -> np.ndarray:
         scores = []
         for number, text in enumerate(texts):
-            body = {"comment": {"text": text or " "}, "languages": ["en"], "requestedAttributes": {"TOXICITY": {}},
-                    "doNotStore": True}
-            request = urllib.request.Request(f"{self.url}?key={self._key}", json.dumps(body).encode(),
-                                             {"Content-Type": "application/json"})
+            body = {
+                "comment": {"text": text or " "},
+                "languages": ["en"],
+                "requestedAttributes": {"TOXICITY": {}},
+                "doNotStore": True,
+            }
+            request = urllib.request.Request(
+                f"{self.url}?key={self._key}",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
                     answer = json.load(response)
                 scores.append(answer["attributeScores"]["TOXICITY"]["summaryScore"]["value"])
-            except (OSError, HTTPException, ValueError, KeyError) as error:  # no answer in time, or not one of scores
+            except (
+                OSError,
+                HTTPException,
+                ValueError,
+                KeyError,
+            ) as error:  # no answer in time, or not one of scores
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise StudyError(f"scorer perspective: text {number}: {reason}; quota or network? Run again later, "
-                                 "or use local") from None
+                raise StudyError(
+                    f"scorer perspective: text {number}: {reason}; quota or network? Run again later, "
+                    "or use local"
+                ) from None
             time.sleep(self._pause)
         return check_scores(self.name, texts, np.array(scores))
 
 
-SCORERS = {"local": LocalScorer, "tox-block": ToxBlockScorer, "detoxify": DetoxifyScorer, "perspective": PerspectiveScorer}
+SCORERS = {
+    "local": LocalScorer,
+    "tox-block": ToxBlockScorer,
+    "detoxify": DetoxifyScorer,
+    "perspective": PerspectiveScorer,
+}
 
 
 def make_scorer(name: str) -> Scorer:
@@ -241,7 +281,9 @@ def make_scorer(name: str) -> Scorer:
 def make_scorers(first: str, second: str) -> list[Scorer]:
     """The scorer of the headline and, unless ``second`` is empty, the one it is held against."""
     if second == first:
-        raise StudyError(f"second_scorer: {second!r} is the first one already; name another, or leave it empty")
+        raise StudyError(
+            f"second_scorer: {second!r} is the first one already; name another, or leave it empty"
+        )
     return [make_scorer(name) for name in (first, second) if name]
 
 
