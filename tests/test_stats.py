@@ -1,4 +1,5 @@
-"""Intervals and tests against published numbers, and by simulation: do they err as often as they say?"""
+"""Intervals and tests against published numbers, and by simulation: do they err as often as they
+say?"""
 
 from __future__ import annotations
 
@@ -9,12 +10,50 @@ from rlhf_trust.stats import (
     agresti_min,
     generator,
     holm,
+    interval_words,
     mean_interval,
     paired_change,
+    rank_agreement,
+    row_rank_correlations,
     stratified_interval,
+    verdict,
     wilson,
 )
-from scipy.stats import t
+from scipy.stats import spearmanr, t
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "worse", "said"),
+    [
+        (0.1, 0.2, 1, "worse"),
+        (0.1, 0.2, -1, "better"),
+        (-0.2, -0.1, 1, "better"),
+        (-0.2, -0.1, -1, "worse"),
+        (-0.1, 0.1, 1, "no clear change"),
+        (0.0, 0.1, 1, "no clear change"),
+        (0.0, 0.0, 1, "no clear change"),
+        (np.nan, np.nan, 1, "no clear change"),
+    ],
+)
+def test_verdict_knows_which_way_is_worse(low, high, worse, said):
+    assert verdict(low, high, worse) == said
+    assert verdict(low + 0.5, high + 0.5, worse, neutral=0.5) == said
+
+
+def test_intervals_in_words():
+    found = Interval(0.5, 0.25, 0.75, 8)
+    assert interval_words(found) == "+0.500 (95 % interval +0.250 to +0.750)"
+    assert interval_words(found, ".0%", "pairs", "") == "50% (25% to 75%, n = 8 pairs)"
+
+
+def test_rank_correlations_are_spearmans():
+    first, second = np.round(generator("ranks").normal(size=(2, 5, 12)), 1)
+    expected = [spearmanr(a, b).statistic for a, b in zip(first, second)]
+    np.testing.assert_allclose(row_rank_correlations(first, second), expected)
+    first[0] = 1.0
+    assert np.isnan(row_rank_correlations(first, second)).tolist() == [True] + 4 * [False]
+    found = rank_agreement(first[1], second[1])
+    assert found.value == pytest.approx(expected[1]) and found.low < found.value < found.high
 
 
 @pytest.mark.parametrize(
@@ -87,7 +126,8 @@ STUDIES = {  # name: (one study's values, its clusters), the true mean
         lambda r: of_24_topics((r.gamma(1, 1, (24, 1)) + r.normal(size=(24, 4))).ravel()),
         1.0,
     ),
-    # scores that are mostly near 0, u**16 with u uniform: the mean of the largest of 5 is 5 / (5 + 16)
+    # scores that are mostly near 0, u**16 with u uniform: the mean of the largest of 5 is 5 / (5 +
+    # 16)
     "skewed maximum": (lambda r: ((r.random((60, 5)) ** 16).max(1), None), 5 / 21),
 }
 
@@ -109,7 +149,8 @@ def test_intervals_cover(study):
 )
 @pytest.mark.parametrize("sizes", [(4, 4, 8, 8), (2, 2, 2, 2), (100, 5, 20, 300)])
 def test_a_mean_over_strata_is_covered_however_few_their_items(rates, sizes):
-    """Resampling within strata misses the truth in up to half of such studies: what is alike stays alike."""
+    """Resampling within strata misses the truth in up to half of such studies: what is alike stays
+    alike."""
     random, hits = generator(f"strata {rates} {sizes}"), 0
     for _ in range(400):
         found = stratified_interval(
@@ -120,9 +161,10 @@ def test_a_mean_over_strata_is_covered_however_few_their_items(rates, sizes):
 
 
 def test_a_mean_over_strata_by_hand():
-    """Variances 1 / 3 and 4 / 2 of the means: error √(7 / 3) / 2, (7 / 3)² / ((1 / 3)² / 2 + 2² / 1) degrees of freedom."""
+    """Variances 1 / 3 and 4 / 2 of the means: error √(7 / 3) / 2, (7 / 3)² / ((1 / 3)² / 2 + 2² /
+    1) degrees of freedom."""
     found = stratified_interval([np.array([1.0, 2.0, 3.0]), np.array([5.0, 5.0 + np.sqrt(8)])])
-    half = t.ppf(0.975, (7 / 3) ** 2 / (1 / 18 + 4)) * np.sqrt((1 / 3 + 4 / 2)) / 2
+    half = t.ppf(0.975, (7 / 3) ** 2 / (1 / 18 + 4)) * np.sqrt(1 / 3 + 4 / 2) / 2
     assert (found.low, found.high, found.n) == pytest.approx(
         (found.value - half, found.value + half, 5)
     )

@@ -1,8 +1,8 @@
-"""Files that stages pass to each other: where they lie, written whole or not at all, with a manifest.
+"""Files that stages pass to each other: where they are, written atomically, with a manifest.
 
-A stage never hands memory to the next one. It writes adapters (safetensors), generations (JSONL) and tidy
-tables (CSV) under ``build/<profile>/``, each to a temporary name first and moved into place when complete, so
-that an interrupted stage leaves nothing that the next one could mistake for a result.
+Stages share files, never memory: adapters (safetensors), generations (JSONL) and tidy tables (CSV)
+under ``build/<profile>/``. Each file is written to a temporary name and moved into place when
+complete, so an interrupted stage leaves nothing that could be mistaken for a result.
 """
 
 from __future__ import annotations
@@ -27,130 +27,49 @@ from tqdm.std import tqdm as terminal_bar
 from . import StudyError, build_root
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "datasets",
-    "accelerate",
-    "numpy",
-    "pandas",
-    "scikit-learn",
-    "alt-profanity-check",
-)
+    "torch transformers trl peft datasets accelerate numpy pandas scikit-learn alt-profanity-check"
+).split()
 """The packages whose versions a manifest records."""
 
 TABLES = {
-    "trust": [
-        "model",
-        "vertical",
-        "metric",
-        "condition",
-        "value",
-        "ci_low",
-        "ci_high",
-        "n",
-        "seed",
-    ],
-    "trust_change": [
-        "model",
-        "baseline",
-        "vertical",
-        "metric",
-        "condition",
-        "change",
-        "ci_low",
-        "ci_high",
-        "p",
-        "p_holm",
-        "min_detectable",
-        "n",
-        "seed",
-    ],
-    "distance": ["model", "text", "loss", "ci_low", "ci_high", "perplexity", "n"],
-    "training": ["stage", "step", "metric", "value"],
-    "attribution": [
-        "stage",
-        "vertical",
-        "solver",
-        "loss",
-        "example_id",
-        "source",
-        "influence",
-        "normalised",
-        "z",
-    ],
-    "attribution_summary": [
-        "stage",
-        "vertical",
-        "solver",
-        "loss",
-        "contribution",
-        "standardised",
-        "ci_low",
-        "ci_high",
-        "p_null",
-        "n",
-    ],
-    "reward_models": ["golden", "learner", "pairs", "beta", "amount", "seed", "metric", "value"],
-    "rm_bench": ["model", "domain", "level", "value", "ci_low", "ci_high", "n"],
-    "grounding": ["model", "judge", "metric", "value", "ci_low", "ci_high", "n", "seed"],
-    "grounding_change": [
-        "model",
-        "baseline",
-        "judge",
-        "metric",
-        "change",
-        "ci_low",
-        "ci_high",
-        "p",
-        "p_holm",
-        "min_detectable",
-        "n",
-        "seed",
-    ],
-    "lineage": [
-        "suspect",
-        "derived",
-        "measure",
-        "value",
-        "ci_low",
-        "ci_high",
-        "p",
-        "shuffled",
-        "twins",
-        "verdict",
-        "n",
-    ],
-    "lineage_separation": ["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"],
-    "validation": ["test", "target", "solver", "value", "ci_low", "ci_high", "p", "n"],
-    "pruning": [
-        "target",
-        "share",
-        "removed",
-        "arm",
-        "vertical",
-        "change",
-        "items_low",
-        "items_high",
-        "p_items",
-        "draws_low",
-        "draws_high",
-        "p_draws",
-        "p",
-        "p_holm",
-        "draws",
-        "n",
-        "seed",
-    ],
-    "checks": ["stage", "check", "holds", "value", "ci_low", "ci_high", "n", "sentence"],
+    table: columns.split()
+    for table, columns in {
+        "trust": "model vertical metric condition value ci_low ci_high n seed",
+        "trust_change": (
+            "model baseline vertical metric condition change ci_low ci_high p p_holm min_detectable "
+            "n seed"
+        ),
+        "distance": "model text loss ci_low ci_high perplexity n",
+        "training": "stage step metric value",
+        "attribution": "stage vertical solver loss example_id source influence normalised z",
+        "attribution_summary": (
+            "stage vertical solver loss contribution standardised ci_low ci_high p_null n"
+        ),
+        "reward_models": "golden learner pairs beta amount seed metric value",
+        "rm_bench": "model domain level value ci_low ci_high n",
+        "grounding": "model judge metric value ci_low ci_high n seed",
+        "grounding_change": (
+            "model baseline judge metric change ci_low ci_high p p_holm min_detectable n seed"
+        ),
+        "lineage": "suspect derived measure value ci_low ci_high p shuffled twins verdict n",
+        "lineage_separation": "measure auc derived unrelated n_derived n_unrelated",
+        "validation": "test target solver value ci_low ci_high p n",
+        "pruning": (
+            "target share removed arm vertical change items_low items_high p_items draws_low "
+            "draws_high p_draws p p_holm draws n seed"
+        ),
+        "checks": "stage check holds value ci_low ci_high n sentence",
+    }.items()
 }
-"""The tables of the study and their columns. ``checks`` says, per training stage, whether it did what it is for;
-``distance`` how strange each kind of text is to each model; ``validation`` whether influence scores foretell what
-retraining does; ``pruning`` what leaving out the pairs called harmful changed; ``reward_models`` how well rewards learnt on
-embeddings order answers; ``rm_bench`` RM-Bench; ``grounding`` Trust-Score and its parts, by one judge of entailment,
-``grounding_change`` what training did to them; ``lineage`` how like the start model each model is, ``lineage_separation`` how
-well each measure of likeness tells kin from strangers."""
+"""The tables of the study and their columns.
+
+``checks``: did each training stage do its job? ``distance``: loss of each kind of text under each
+model. ``validation``: do influence scores predict retraining? ``pruning``: effect of leaving out
+the pairs called harmful. ``reward_models``: how well rewards learnt on embeddings rank answers.
+``rm_bench``: RM-Bench. ``grounding``: Trust-Score and its parts by one entailment judge, and
+``grounding_change`` what training did to them. ``lineage``: similarity of each model to start, and
+``lineage_separation`` how well each measure separates derived from unrelated models.
+"""
 
 
 @dataclass(frozen=True)
@@ -180,17 +99,15 @@ class Build:
 
 
 def sha256_of(path: Path | str, length: int = 64) -> str:
-    """Hex digest of a file's bytes, or of a folder's files (names and bytes, in order; ``manifest.json`` left out,
-    since it holds the time the stage took)."""
-    path = Path(path)
-    digest = hashlib.sha256()
-    files = (
-        sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
-        if path.is_dir()
-        else [path]
-    )
+    """Hex digest of a file's bytes, or of a folder's files (names and bytes, in order).
+
+    A folder's ``manifest.json`` is left out, since it contains the time the stage took.
+    """
+    path, digest = Path(path), hashlib.sha256()
+    inside = (p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
+    files = sorted(inside) if path.is_dir() else [path]
     if not files:
-        raise StudyError(f"{path}: nothing there to read")
+        raise StudyError(f"{path}: no files to read")
     for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as handle:
@@ -200,16 +117,16 @@ def sha256_of(path: Path | str, length: int = 64) -> str:
 
 
 def content_key(*parts: object, length: int = 16) -> str:
-    """A short hash of anything JSON can hold: the name under which a cached result is kept."""
+    """A short hash of anything JSON can represent: the key of a cached result."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 class ResultCache:
-    """Results of a long computation, one line each in a JSONL file: an interrupted run goes on where it stopped.
+    """Results of a long computation, one line each in a JSONL file, so that a run can be resumed.
 
-    The file's name says what all its results have in common (weights, settings), a row's ``key`` what it is about. With
-    ``RLHF_TRUST_CACHE=off`` nothing kept is read.
+    The file's name stands for what its results share (weights, settings), a row's ``key`` for its
+    item. With ``RLHF_TRUST_CACHE=off`` the file is started anew.
     """
 
     def __init__(self, path: Path | str):
@@ -226,17 +143,17 @@ class ResultCache:
         return self._rows[key]
 
     def add(self, key: str, **row: object) -> None:
-        """Keep what was found for ``key``; written before it returns."""
+        """Store the result for ``key``; it is on disk when this returns."""
         self._rows[key] = {"key": key, **row}
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(self._rows[key], ensure_ascii=False) + "\n")
 
 
 def _complete_lines(path: Path) -> list[dict]:
-    """Rows of a JSONL file; a last line cut off by an interruption is removed from the file."""
+    """Rows of a JSONL file; an incomplete last line is removed from the file."""
     if not path.exists():
         return []
-    data = path.read_bytes()  # the cut may go through a character
+    data = path.read_bytes()  # the cut may be inside a character
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
@@ -245,11 +162,11 @@ def _complete_lines(path: Path) -> list[dict]:
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Write a file or folder aside, and move it into place when the block ends without an error.
+    """Write a file or folder to a temporary path; move it into place if the block raises no error.
 
-    Yields the temporary path (its parent exists; for a folder, make it). On any error the temporary is removed and
-    what stood at ``path`` before stays as it was. For one writer at a time: a folder that another process reads or
-    writes as well needs a lock (a file is swapped in one step, a folder in two).
+    Yields the temporary path (its parent exists; make the folder yourself). On an error the
+    temporary is removed and ``path`` stays as it was. For one writer at a time: a file is swapped
+    in one step, a folder in two, so a folder that other processes use needs a lock.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,26 +189,28 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_table(build: Build, table: str, part: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """Write one stage's rows of a study table to ``tables/parts/<table>.<part>.csv`` and return them as written.
+    """Write one stage's rows to ``tables/parts/<table>.<part>.csv`` and return them as written.
 
-    Columns must be those of the contract (``TABLES``); missing ones that only the merge can know (``p_holm``) are
+    Columns must be among those of ``TABLES``; missing ones (``p_holm``, which needs all parts) are
     left empty. Floats are rounded to 6 significant digits, so that equal runs give equal bytes.
     """
-    columns = TABLES[table]
-    unknown = sorted(set(frame.columns) - set(columns))
+    unknown = sorted(set(frame.columns) - set(TABLES[table]))
     if unknown:
-        raise StudyError(f"table {table}: unknown columns {unknown}; the contract has {columns}")
-    frame = frame.reindex(columns=columns)
+        raise StudyError(f"table {table}: unknown columns {unknown}; known are {TABLES[table]}")
     path = build.path("tables", "parts", f"{table}.{part}.csv")
-    with atomic_write(path) as aside:
-        frame.to_csv(aside, index=False, float_format="%.6g")
+    _write_csv(path, table, frame)
     return pd.read_csv(path)
+
+
+def _write_csv(path: Path, table: str, frame: pd.DataFrame) -> None:
+    with atomic_write(path) as aside:
+        frame.reindex(columns=TABLES[table]).to_csv(aside, index=False, float_format="%.6g")
 
 
 def merge_tables(
@@ -300,36 +219,34 @@ def merge_tables(
     required: bool = True,
     finish: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
-    """Join the parts of one table in the order of their names and write ``tables/<table>.csv``; without any part an error, or
-    an empty table where none is ``required``.
+    """Join a table's parts in the order of their names and write ``tables/<table>.csv``.
 
-    ``finish`` adds what only all parts together show, such as a correction for their number.
+    Without parts: an error, or an empty table if not ``required``. ``finish`` adds what needs all
+    parts, such as a correction for multiple tests.
     """
     parts = sorted(build.path("tables", "parts", "x").parent.glob(f"{table}.*.csv"))
     if not parts:
-        if not required:
-            build.table(table).unlink(missing_ok=True)
-            return pd.DataFrame(columns=TABLES[table])
-        raise StudyError(
-            f"{build.root / 'tables'}: no parts of {table}; run `make reproduce` first"
-        )
+        build.table(table).unlink(missing_ok=True)
+        if required:
+            raise StudyError(
+                f"{build.root / 'tables'}: no parts of {table}; run `make reproduce` first"
+            )
+        return pd.DataFrame(columns=TABLES[table])
     frames = [frame for frame in map(pd.read_csv, parts) if len(frame)]
     merged = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TABLES[table])
-    if finish is not None:
-        merged = finish(merged)
-    with atomic_write(build.table(table)) as aside:
-        merged.reindex(columns=TABLES[table]).to_csv(aside, index=False, float_format="%.6g")
+    merged = finish(merged) if finish else merged
+    _write_csv(build.table(table), table, merged)
     return merged
 
 
 def read_table(build: Build, table: str, required: bool = True) -> pd.DataFrame:
-    """A merged table; one that is not ``required`` may be missing, and is then empty."""
+    """A merged table; if it is missing, an error, or an empty table if not ``required``."""
     path = build.table(table)
-    if not path.exists():
-        if not required:
-            return pd.DataFrame(columns=TABLES[table])
-        raise StudyError(f"{path}: not there yet; run `make report PROFILE={build.profile}`")
-    return pd.read_csv(path)
+    if path.exists():
+        return pd.read_csv(path)
+    if required:
+        raise StudyError(f"{path}: no such file; run `make report PROFILE={build.profile}` first")
+    return pd.DataFrame(columns=TABLES[table])
 
 
 def versions() -> dict[str, str]:
@@ -342,9 +259,9 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class Manifest:
-    """What made a stage's products: its inputs' hashes, parameters, seed, versions and seconds.
+    """How a stage's files were made: hashes of its inputs, parameters, facts, versions, seconds.
 
-    Start it at the head of a notebook, ``write`` it at the end.
+    Create it at the head of a notebook, ``write`` it at the end.
     """
 
     build: Build
@@ -380,30 +297,21 @@ def read_manifests(build: Build) -> dict[str, dict]:
 def progress(
     items: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it"
 ):
-    """A tqdm bar. Interactive: in the notebook. Headless: in the file that the launcher set up
-    (``RLHF_TRUST_PROGRESS``) and shows on the terminal, so that no bar ends up in the notebook's outputs."""
-    path = os.environ.get("RLHF_TRUST_PROGRESS")
-    if path:
-        return terminal_bar(
-            items,
-            desc=desc,
-            total=total,
-            unit=unit,
-            leave=False,
-            mininterval=2.0,
-            ncols=88,
-            ascii=True,
-            file=_Sink(path),
-        )
+    """A tqdm bar: in the notebook, on a terminal, or in the file ``RLHF_TRUST_PROGRESS``.
+
+    The launcher sets that variable and shows the file on its terminal, so that no bar ends up in
+    the notebook's outputs.
+    """
+    shown = {"desc": desc, "total": total, "unit": unit, "leave": False}
+    if path := os.environ.get("RLHF_TRUST_PROGRESS"):
+        return terminal_bar(items, mininterval=2.0, ncols=88, ascii=True, file=_Sink(path), **shown)
     if "ipykernel" in sys.modules:
-        return notebook_bar(items, desc=desc, total=total, unit=unit, leave=False)
-    return terminal_bar(
-        items, desc=desc, total=total, unit=unit, leave=False, disable=not sys.stderr.isatty()
-    )
+        return notebook_bar(items, **shown)
+    return terminal_bar(items, disable=not sys.stderr.isatty(), **shown)
 
 
 class _Sink:
-    """Appends to a file, opened anew for each write so that nothing is held back or left open."""
+    """Appends to a file, opened for each write so that nothing is buffered or left open."""
 
     def __init__(self, path: str):
         self.path = path

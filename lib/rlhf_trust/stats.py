@@ -1,22 +1,25 @@
-"""Intervals and tests for small studies: what a difference of two models on n items can and cannot show.
+"""Intervals and tests for small studies: what a difference between two models on n items can show.
 
-Every metric is a mean over items, and items may come in clusters (statements of one topic); several answers to one
-prompt are a cluster of their own. What is right for such a mean depends on what is averaged:
+Every metric is a mean over items. Items may come in clusters (statements on one topic), and several
+answers to one prompt are a cluster of their own. The method depends on what is averaged:
 
-- 0/1 outcomes: Wilson's score interval. A percentile bootstrap of a rate of 2 % at n = 60 covers 70 %. Clustered
-  outcomes count as fewer independent ones, by the design effect;
-- other values: bootstrap over items or clusters, studentised (bootstrap-t), which also holds for skewed values and few
-  clusters; percentiles where so few values differ that resamples have no spread to divide by;
-- a change between two models: paired by item, with a sign-flip permutation test over items or clusters.
-- a mean over strata that weigh alike (domains of a benchmark): the strata's own errors, joined;
-- how far two scores rank alike: Spearman's correlation with a bootstrap over items.
+- 0/1 outcomes: Wilson's score interval (a percentile bootstrap of a rate of 2 % at n = 60 covers
+  the truth in 70 % of studies). Clustered outcomes count as fewer independent ones, by the design
+  effect;
+- other values: studentised bootstrap (bootstrap-t) over items or clusters, which also works for
+  skewed values and few clusters; percentiles where too few values differ to studentise;
+- a change between two models: paired by item, with a sign-flip permutation test over items or
+  clusters;
+- a mean over strata of equal weight (domains of a benchmark): the strata's own errors, pooled;
+- agreement of two scores: Spearman's correlation with a bootstrap over items.
 
-``tests/test_stats.py`` simulates studies and counts how often the intervals hold the truth.
+``tests/test_stats.py`` simulates studies and counts how often the intervals cover the truth.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -28,24 +31,29 @@ LEVEL = 0.95
 DRAWS = 2000
 TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 DETECTED = float(scipy_stats.norm.ppf((1 + LEVEL) / 2) + scipy_stats.norm.ppf(0.8))
-"""So many standard errors must a true change measure to be found with 80 % power at the 5 % level."""
+"""Minimum detectable effect in standard errors (5 % level, 80 % power)."""
 FEW = 8
-"""Below so many clusters, resamples say nothing about tails; Student's t is used."""
+"""With fewer clusters, resamples say little about the tails; Student's t is used."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval over ``n`` items (NaN all through when there is no item)."""
+    """A mean with its 95 % interval over ``n`` items (all NaN without items)."""
 
     value: float
     low: float
     high: float
     n: int
 
+    @classmethod
+    def of_row(cls, row, value: str = "value") -> Interval:
+        """From a row of a study table; ``value`` names the column of its estimate."""
+        return cls(getattr(row, value), row.ci_low, row.ci_high, row.n)
+
 
 @dataclass(frozen=True)
 class Change:
-    """Mean paired change over items with its interval, permutation p-value and what n could have shown."""
+    """Mean paired change with its interval, permutation p-value and minimum detectable change."""
 
     value: float
     low: float
@@ -53,6 +61,29 @@ class Change:
     p: float
     min_detectable: float
     n: int
+
+
+def verdict(low: float, high: float, worse: int = 1, neutral: float = 0.0) -> str:
+    """Does the interval lie on one side of ``neutral``? ``worse``, ``better``, ``no clear change``.
+
+    ``worse``: +1 where more is worse, -1 where less is worse.
+    """
+    if not (low > neutral or high < neutral):
+        return "no clear change"
+    return "worse" if (low > neutral) == (worse > 0) else "better"
+
+
+def interval_words(
+    interval: Interval | Change, form: str = "+.3f", unit: str = "", label: str = "95 % interval "
+) -> str:
+    """An interval in words: ``+0.086 (95 % interval +0.068 to +0.103, n = 128 prompts)``.
+
+    ``form``: format of the numbers. ``unit``: what n counts; without it n is left out. ``label``:
+    what kind of interval it is, empty where the context says so.
+    """
+    count = f", n = {interval.n} {unit}" if unit else ""
+    ends = f"{interval.low:{form}} to {interval.high:{form}}"
+    return f"{interval.value:{form}} ({label}{ends}{count})"
 
 
 def mean_interval(
@@ -63,15 +94,16 @@ def mean_interval(
     Parameters
     ----------
     values
-        One value an item, [items], or one a sample, [items, samples]; NaN where an answer could not be read. Items
-        without a value are left out; each of the others weighs the same, however many of its samples could be read.
+        One per item, [items], or per sample, [items, samples]; NaN where an answer could not be
+        read. Items without a value are left out; the others have equal weight, however many of
+        their samples could be read.
     name
-        Seeds the bootstrap, so that a figure's interval does not depend on what was computed before it.
+        Seeds the bootstrap, so that an interval does not depend on what was computed before it.
     clusters
-        A label an item, [items]: items of one cluster are not independent.
+        One label per item, [items]: items of one cluster are not independent.
     bounds
-        Between what the mean must lie, whatever a handful of values extrapolates to. Where the lower one is below 0,
-        values that are all 0 or 1 are no 0/1 outcomes.
+        Range of the mean, to which the interval is clipped. With a lower bound below 0, values that
+        are all 0 or 1 are not taken for 0/1 outcomes.
     """
     samples = np.asarray(values, dtype=float)
     samples = samples[:, None] if samples.ndim == 1 else samples
@@ -99,9 +131,9 @@ def paired_change(
 ) -> Change:
     """Mean of ``after - before`` over items readable under both models.
 
-    Arguments as for :func:`mean_interval`. The p-value flips the signs of items' (or clusters') differences at random
-    (two-sided, add-one corrected). ``min_detectable`` is the smallest true mean change found with 80 % power at the
-    5 % level with this n and spread.
+    Arguments as for :func:`mean_interval`. The p-value comes from flipping the signs of items' (or
+    clusters') differences at random (two-sided, add-one corrected). ``min_detectable`` is the
+    smallest true mean change found with 80 % power at the 5 % level, given this n and spread.
     """
     after, before = (item_means(np.asarray(x, dtype=float)) for x in (after, before))
     difference, clusters = _readable(after - before, clusters)
@@ -114,9 +146,7 @@ def paired_change(
         low, high, error = agresti_min(
             int((difference == 1).sum()), int((difference == -1).sum()), n
         )
-    elif (
-        bounds and not difference.any()
-    ):  # nothing changed in any cluster, which still are not all there could be
+    elif bounds and not difference.any():  # no change in these clusters; others might change
         low, high, error = agresti_min(0, 0, len(means.sums))
     else:
         reach = bounds and (bounds[0] - bounds[1], bounds[1] - bounds[0])
@@ -130,12 +160,12 @@ def paired_change(
 def stratified_interval(
     strata: Sequence[np.ndarray], bounds: tuple[float, float] | None = None
 ) -> Interval:
-    """The mean over k strata (domains, say) of their means, which weigh the same however many items each has, with its
-    interval; ``strata``: arrays [items], ``bounds`` as for :func:`mean_interval`.
+    """Unweighted mean of k strata's means (domains, say) with its interval.
 
-    The error is √(Σ s_d² / n_d) / k, with Student's t and Satterthwaite's degrees of freedom. A stratum of one item, or of
-    items that are all alike, shows no spread: within ``bounds`` its error is what Wilson's limit for 0 of n leaves open (as far
-    as the values could lie from these), without them the spread of all items is taken for its own.
+    ``strata``: arrays [items]; ``bounds`` as for :func:`mean_interval`. The error is √(Σ s_d² /
+    n_d) / k, with Student's t and Satterthwaite's degrees of freedom. A stratum of one item, or of
+    equal ones, shows no spread: with ``bounds`` its error is Wilson's upper limit for 0 of n times
+    the distance to the farther bound, without them the spread of all items stands in.
     """
     value, pooled = float(np.mean([part.mean() for part in strata])), np.concatenate(strata)
     errors = []  # squared, and their degrees of freedom
@@ -145,19 +175,15 @@ def stratified_interval(
             errors.append((spread**2 / n, n - 1))
         elif bounds:
             reach = max(bounds[1] - part.mean(), part.mean() - bounds[0])
-            errors.append(
-                ((reach * wilson(0.0, n)[1] / scipy_stats.norm.ppf(TAILS[1])) ** 2, 1e9)
-            )  # a limit, not an estimate
+            limit = reach * wilson(0.0, n)[1] / scipy_stats.norm.ppf(TAILS[1])
+            errors.append((limit**2, 1e9))  # a limit, not an estimate
         elif len(pooled) > 1:
             errors.append((pooled.var(ddof=1) / n, len(pooled) - 1))
     squares, freedom = np.array(errors).reshape(-1, 2).T
     if not squares.any():
         return Interval(value, value, value, len(pooled))
-    half = (
-        scipy_stats.t.ppf(TAILS[1], squares.sum() ** 2 / (squares**2 / freedom).sum())
-        * sqrt(squares.sum())
-        / len(strata)
-    )
+    satterthwaite = squares.sum() ** 2 / (squares**2 / freedom).sum()
+    half = scipy_stats.t.ppf(TAILS[1], satterthwaite) * sqrt(squares.sum()) / len(strata)
     return Interval(value, *_within(bounds, value - half, value + half), len(pooled))
 
 
@@ -185,7 +211,8 @@ def _within(bounds: tuple[float, float] | None, low: float, high: float) -> tupl
 
 @dataclass(frozen=True)
 class ClusterMeans:
-    """A mean over items as a ratio of cluster totals: Σ sums / Σ counts. Without clusters every item is its own.
+    """A mean over items as a ratio of cluster totals, Σ sums / Σ counts; without clusters, each
+    item is one.
 
     ``sums``, ``counts``: arrays [clusters].
     """
@@ -212,7 +239,7 @@ class ClusterMeans:
         return float(self._standard_errors(np.ones((1, len(self.sums))), np.array([self.value]))[0])
 
     def _standard_errors(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Standard error in each resample: ``weights`` [draws, clusters] with means ``values`` [draws] → [draws]."""
+        """Per resample: ``weights`` [draws, clusters] with means ``values`` [draws] → [draws]."""
         k = len(self.sums)
         squares = (
             weights @ self.sums**2
@@ -222,20 +249,24 @@ class ClusterMeans:
         return np.sqrt(np.clip(squares, 0, None) * k / (k - 1)) / (weights @ self.counts)
 
     def effective_n(self) -> float:
-        """How many independent 0/1 outcomes are worth these clustered ones (Kish's design effect).
+        """Number of independent 0/1 outcomes worth as much as these (Kish's design effect).
 
         Where all outcomes are equal the spread says nothing, and each cluster counts once.
         """
         rate, error = self.value, self.standard_error
         if rate in (0.0, 1.0) or not error > 0:
             return float(len(self.sums))
-        # Few clusters leave the design effect uncertain: as Korn and Graubard (1998) do, allow for it by Student's t.
+        # Few clusters leave the design effect uncertain: Student's t allows for that, as in Korn
+        # and Graubard (1998).
         t = scipy_stats.t.ppf(TAILS[1], len(self.sums) - 1)
         return rate * (1 - rate) / error**2 * (scipy_stats.norm.ppf(TAILS[1]) / t) ** 2
 
     def interval(self, name: str, draws: int = DRAWS) -> tuple[float, float]:
-        """Bootstrap-t over clusters (Efron and Tibshirani 1993, ch. 12): the resamples' own standard errors say how far a
-        mean lies from the truth, which skewed values and few clusters change. (Below ``FEW`` clusters: Student's t.)"""
+        """Bootstrap-t over clusters (Efron and Tibshirani 1993, ch. 12); Student's t below ``FEW``.
+
+        Studentising by each resample's own standard error corrects for skewed values and few
+        clusters.
+        """
         k, value, error = len(self.sums), self.value, self.standard_error
         if k == 1 or not error > 0:
             return value, value
@@ -245,7 +276,7 @@ class ClusterMeans:
         weights = generator(name).multinomial(k, np.full(k, 1 / k), size=draws).astype(float)
         resampled = (weights @ self.sums) / (weights @ self.counts)
         errors = self._standard_errors(weights, resampled)
-        # Few distinct values: a resample may hold one of them only, and its studentised mean is then without bound.
+        # With few distinct values a resample may contain only one, and cannot be studentised.
         spread = errors > 1e-9 * error
         if spread.mean() < 0.999:
             return tuple(np.quantile(resampled, TAILS).tolist())
@@ -254,21 +285,21 @@ class ClusterMeans:
 
 
 def wilson(rate: float, n: float, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson's score interval of a rate among ``n`` outcomes, which need not be whole (E. B. Wilson 1927)."""
+    """Wilson's score interval of a rate among ``n`` outcomes, n not necessarily whole (E. B. Wilson
+    1927)."""
     z = float(scipy_stats.norm.ppf((1 + level) / 2))
     middle, half = rate + z * z / (2 * n), z * sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
-    scale = 1 + z * z / n
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     # Exact at the ends, where rounding could put the rate itself outside.
-    return (middle - half) / scale if rate > 0 else 0.0, (
-        middle + half
-    ) / scale if rate < 1 else 1.0
+    return low if rate > 0 else 0.0, high if rate < 1 else 1.0
 
 
 def agresti_min(gained: int, lost: int, n: int, level: float = LEVEL) -> tuple[float, float, float]:
-    """Interval and standard error of the difference of two paired rates, from the items that changed.
+    """Interval and standard error of the difference of two paired rates, from the items that
+    changed.
 
-    Half an item is added to each of the four cells (A. Agresti and Y. Min 2005), so that no change among few items is
-    not taken for certainty.
+    Half an item is added to each of the four cells (A. Agresti and Y. Min 2005), so that seeing no
+    change among few items still leaves an interval.
     """
     z = float(scipy_stats.norm.ppf((1 + level) / 2))
     gained, lost, n = gained + 0.5, lost + 0.5, n + 2
@@ -278,7 +309,8 @@ def agresti_min(gained: int, lost: int, n: int, level: float = LEVEL) -> tuple[f
 
 
 def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Interval:
-    """Spearman's rank correlation of two arrays of scores, both [items] or [items, samples]; NaN where there is none.
+    """Spearman's rank correlation of two arrays of scores, [items] or [items, samples]; NaN if
+    missing.
 
     The interval resamples items, since samples of one item are alike; ``n`` counts pairs of scores.
     """
@@ -287,31 +319,26 @@ def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Int
 
     def spearman(rows: np.ndarray) -> float:
         kept = both[rows]
-        a, b = (scipy_stats.rankdata(values[rows][kept]) for values in (first, second))
-        return (
-            float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) and np.ptp(b) else float("nan")
-        )
+        return float(row_rank_correlations(first[rows][kept][None], second[rows][kept][None])[0])
 
-    items_drawn = generator(f"rank agreement/{name}").integers(len(first), size=(DRAWS, len(first)))
-    value, n = spearman(np.arange(len(first))), int(both.sum())
-    resampled = np.array([spearman(rows) for rows in items_drawn])
-    resampled = resampled[
-        ~np.isnan(resampled)
-    ]  # one item drawn over and over may hold one score only
-    low, high = np.quantile(resampled, TAILS) if len(resampled) else (float("nan"), float("nan"))
-    return Interval(value, float(low), float(high), n)
+    drawn = generator(f"rank agreement/{name}").integers(len(first), size=(DRAWS, len(first)))
+    resampled = [spearman(rows) for rows in drawn]
+    if np.isnan(resampled).all():
+        low = high = np.nan
+    else:  # one item drawn over and over may have only one score
+        low, high = np.nanquantile(resampled, TAILS)
+    return Interval(spearman(np.arange(len(first))), float(low), float(high), int(both.sum()))
 
 
 def row_rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Spearman's correlation within each row, both [rows, n] → [rows]; NaN where either is constant."""
-    centred = [
-        r - r.mean(1, keepdims=True)
-        for r in (scipy_stats.rankdata(x, axis=1) for x in (first, second))
-    ]
-    norms = np.sqrt(np.square(centred[0]).sum(1) * np.square(centred[1]).sum(1))
-    return np.divide(
-        (centred[0] * centred[1]).sum(1), norms, out=np.full(len(norms), np.nan), where=norms > 0
-    )
+    """Spearman's correlation within each row, both [rows, n] → [rows]; NaN where either is
+    constant."""
+    if first.shape[1] < 2:
+        return np.full(len(first), np.nan)
+    ranks = [scipy_stats.rankdata(scores, axis=1) for scores in (first, second)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy_stats.ConstantInputWarning)
+        return scipy_stats.pearsonr(*ranks, axis=1).statistic
 
 
 def generator(name: str) -> np.random.Generator:
@@ -324,9 +351,7 @@ def generator(name: str) -> np.random.Generator:
 def holm(p_values: np.ndarray) -> np.ndarray:
     """Holm's step-down correction of a family of p-values, in their order."""
     p_values = np.asarray(p_values, dtype=float)
-    order, n = np.argsort(p_values, kind="stable"), len(p_values)
-    corrected, running = np.empty(n), 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (n - rank) * p_values[index]))
-        corrected[index] = running
+    order, left = np.argsort(p_values, kind="stable"), np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(left * p_values[order]))
     return corrected
