@@ -1,4 +1,5 @@
-"""Solvers against the spec's equations in plain loops, dense inverses and dattri; the nulls against what they claim to be."""
+"""Solvers against the spec's equations in plain loops, dense inverses and dattri; the nulls
+against what they claim to be."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def relative(got, expected) -> float:
     return float((np.abs(got - expected).max(0) / np.abs(expected).max(0)).max())
 
 
-# ------------------------------------------------------------------------------------------------------- DataInf
+# ------------------------------------------------------------------------------------------------
 
 
 def literal_datainf(train, queries, damping=0.1):
@@ -118,7 +119,8 @@ def literal_datainf(train, queries, damping=0.1):
 
 @pytest.mark.parametrize("common", [0.0, 1.0, 1000.0])
 def test_datainf_equals_the_equations(common, monkeypatch):
-    """Also where gradients are nearly parallel, so that the two terms of r cancel and float32 would not do."""
+    """Also where gradients are nearly parallel, so that the two terms of r cancel and float32
+    would not do."""
     train, queries = some_gradients(30, 4, widths=(4000, 40), common=common)
     expected = literal_datainf(train, queries)
     assert relative(datainf(train, queries).by_item, expected) < 1e-5
@@ -147,7 +149,8 @@ def test_datainf_equals_dattris():
 
 
 def test_sign_and_scale_against_real_steps(tiny_llama):
-    """Steps that up-weight one example move the evaluation loss the way, and as far as, the scores say."""
+    """Steps that up-weight one example move the evaluation loss the way, and as far as, the scores
+    say."""
     model = new_adapter(tiny_llama, rank=4, alpha=8).eval().double()  # small steps drown in float32
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     torch.manual_seed(1)
@@ -192,7 +195,8 @@ def test_sign_and_scale_against_real_steps(tiny_llama):
         assert values[2] == pytest.approx(values[0], abs=1e-4)
         return values[1] - values[0]
 
-    # Plain SGD on the example that every solver calls the strongest driver: the evaluation text itself.
+    # Plain SGD on the example that every solver calls the strongest driver: the evaluation text
+    # itself.
     for name, solver in SOLVERS.items():
         influence = solver(train, queries).influence
         assert influence.min() < 0 and influence.argmin() == 2, name
@@ -200,7 +204,8 @@ def test_sign_and_scale_against_real_steps(tiny_llama):
     size = 1e-2 / sum(block.square().sum().item() for block in strongest.values())
     assert change_after({name: -size * block for name, block in strongest.items()}) < -1e-3
 
-    # With heavy damping H is λ_l I, and the score is the change, to first order, after a step of - g_{l,i} / λ_l.
+    # With heavy damping H is λ_l I, and the score is the change, to first order, after a step of -
+    # g_{l,i} / λ_l.
     heavy = Damping(1e6)
     for solver in (datainf, exact_layerwise):
         influence = solver(train, queries, heavy).influence
@@ -222,7 +227,7 @@ def test_sign_and_scale_against_real_steps(tiny_llama):
     assert joint == pytest.approx(gradient_dot(train, queries).influence / 1e6, rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------- other solvers
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [5, 60])  # fewer and more examples than entries
@@ -279,7 +284,8 @@ def test_dot_and_cosine():
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_blocks_groups_and_layers(name):
-    """Scores do not depend on how gradients are stored; groups and layers are parts of the whole."""
+    """Scores do not depend on how gradients are stored; groups and layers are parts of the
+    whole."""
     solver, (train, queries) = SOLVERS[name], some_gradients(10, 5)
     whole = solver(train, queries)
     in_blocks = solver(
@@ -301,7 +307,8 @@ def test_blocks_groups_and_layers(name):
         assert whole.layers == train.layers and whole.by_layer.sum(0) == pytest.approx(
             whole.influence, rel=1e-9
         )
-        # What example_z assumes: permuting a layer's blocks between examples permutes its scores, and no other layer's.
+        # What example_z assumes: permuting a layer's blocks between examples permutes its scores,
+        # and no other layer's.
         order = np.random.default_rng(1).permutation(10)
         dealt = solver(changed(train, layer1=tensor(train, "layer1")[order]), queries).by_layer
         expected = np.stack([whole.by_layer[0], whole.by_layer[1][order], whole.by_layer[2]])
@@ -356,7 +363,7 @@ def test_bad_input(name):
         solver(changed(train, layer1=torch.zeros(4, 3)), queries)
     with pytest.raises(StudyError, match="no evaluation item"):
         solver(train, rows(queries, []))
-    with pytest.raises(StudyError, match=r"layers \(layer1\)"):
+    with pytest.raises(StudyError, match="layer1 has 3 entries in training gradients and 0"):
         solver(train, InMemory({k: tensor(queries, k) for k in ("layer0", "layer2")}, queries.ids))
     with pytest.raises(StudyError, match="layer1 has 3 entries in training gradients and 8"):
         solver(train, changed(queries, layer1=wide))
@@ -387,15 +394,13 @@ def test_bad_damping():
         damping_sweep(train, queries, "datainf", [0.1, 0.0])
     with pytest.raises(StudyError, match="'gradient_dot' has no damping"):
         damping_sweep(train, queries, "gradient_dot", [0.1])
-    with pytest.raises(StudyError, match="no factor"):
-        damping_sweep(train, queries, "datainf", [])
     with pytest.raises(
         StudyError, match="too small"
     ):  # rows repeat, so K has no inverse of its own
         exact_joint(rows(train, [0, 0, 1, 1]), queries, Damping(value=1e-300))
 
 
-# -------------------------------------------------------------------------------------------------- contribution
+# ------------------------------------------------------------------------------------------------
 
 
 def test_normalised_attains_both_ends():
@@ -432,7 +437,8 @@ def test_contribution_numbers():
 
 
 def test_interval_covers_the_standardised_score_of_all_items():
-    """The bootstrap's interval holds the value of the population its items were drawn from about 95 % of the time."""
+    """The bootstrap's interval holds the value of the population its items were drawn from about
+    95 % of the time."""
     rng = np.random.default_rng(0)
     mean = rng.normal(0.5, 1.0, 30)  # of each example's score over all possible items
     covered = 0
@@ -459,11 +465,13 @@ def test_sign_flip_null():
     ]
     assert 0.02 <= np.mean(np.array(p) <= 0.05) <= 0.09
     assert 0.42 <= np.mean(np.array(p) <= 0.5) <= 0.58
-    # Consistent columns: noisy ones, and ones that are exactly proportional (which the ratio alone could not see).
+    # Consistent columns: noisy ones, and ones that are exactly proportional (which the ratio alone
+    # could not see).
     pattern = rng.standard_normal((20, 1)) - 0.5
     assert contribution(pattern + 0.3 * rng.standard_normal((20, 12))).p_null < 0.01
     assert contribution(pattern * rng.uniform(0.5, 1.5, 12)).p_null < 0.01
-    # The smallest p that three items allow is a quarter: 2 of their 8 sign patterns reach the observed size.
+    # The smallest p that three items allow is a quarter: 2 of their 8 sign patterns reach the
+    # observed size.
     assert contribution(np.ones((4, 3)), draws=4000).p_null == pytest.approx(0.25, abs=0.03)
 
 
