@@ -29,13 +29,15 @@ REAL_DATA = Path(
     os.environ.get("RLHF_TRUST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
 )
 ARCHITECTURES = ("llama", "gpt_neox", "gemma3_text")
-
-
 NAN = float("nan")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes seconds; `make unit` leaves it out")
+
+
 def values(measures, metric, condition="main"):
-    """Of a vertical's measures the values [items] of one."""
+    """Values [items] of one of a vertical's measures."""
     (found,) = [m for m in measures if (m.metric, m.condition) == (metric, condition)]
     assert len(found.item_ids) == len(found.values)
     return found.of_items
@@ -46,7 +48,7 @@ def same(got, wanted):
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 300 tokens with SmolLM2's special tokens, pad = end token as there."""
+    """A byte-level tokenizer of 300 tokens; special tokens as SmolLM2's, where pad = end token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,7 +102,7 @@ def save_tiny(kind: str, directory: Path, positions: int = 512) -> Path:
         )
     else:
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**size, attention_dropout=0.0, hidden_dropout=0.0))
-    # Random initial weights are so small that every answer looks alike; larger ones tell models apart.
+    # With the small initial weights all answers look alike; larger ones tell models apart.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if kind == "gemma3_text" and "norm" in name:
