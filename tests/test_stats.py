@@ -132,6 +132,7 @@ STUDIES = {  # name: (one study's values, its clusters), the true mean
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_intervals_cover(study):
     """In 1,000 simulated studies the 95 % interval holds the truth about as often as it says."""

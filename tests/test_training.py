@@ -309,6 +309,7 @@ def test_the_dpo_loss_is_ours(tiny, chat, fresh, tmp_path):
 # --- does it learn? ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_a_tiny_set_can_be_learned_and_the_backbone_stays(tiny, chat, tmp_path, stage):
     before = weights(tiny)
