@@ -1,23 +1,24 @@
 """Preference pairs: one strict reader for HH-RLHF and for the set shipped with this study.
 
-A row is two whole dialogues, ``\\n\\nHuman: …\\n\\nAssistant: …``, alike up to the last assistant turn. Rows that are
-not (22 of the 4,664 of HH-RLHF's two base test files: 14 with differing prompts, 8 with an empty answer) are counted
-and named, never kept. In 10 more the assistant speaks twice running inside the prompt that both share: these are kept,
-the two messages as one turn.
+A row is two whole dialogues, ``\\n\\nHuman: …\\n\\nAssistant: …``, equal up to the last assistant
+turn. Other rows are counted, named and left out (22 of the 4,664 in HH-RLHF's two base test files:
+14 with differing prompts, 8 with an empty answer). In 10 more the assistant speaks twice in a row
+inside the shared prompt; these are kept, with the two messages joined into one turn.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 from .. import StudyError
 from ..chat import Chat, EncodedExample
 from ..sources import locate, read_jsonl
+from . import choose, shuffle_key
 
 SUBSETS = {"harmless": "hh-rlhf/harmless-base", "helpful": "hh-rlhf/helpful-base"}
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -25,10 +26,10 @@ SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one conversation, the first preferred by a person.
+    """Two answers to one conversation; a person preferred the first.
 
-    ``prompt`` alternates human, assistant, …, human; ``source`` is ``harmless`` or ``helpful``; ``id`` is
-    ``<subset>.<split>:<line>``.
+    ``prompt`` alternates human, assistant, …, human; ``source`` is ``harmless`` or ``helpful``;
+    ``id`` is ``<subset>.<split>:<line>``.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Preferences:
     too_long: int = 0
 
     def facts(self) -> dict[str, int]:
+        """Counts for the manifest and for a table."""
         return {
             "train": len(self.train),
             "held_out": len(self.held_out),
@@ -64,32 +66,31 @@ class Preferences:
 
 
 def parse_dialogue(text: str) -> list[tuple[str, str]]:
-    """Split a dialogue into (speaker, stripped text), as written: one speaker may have several turns running.
+    """Split a dialogue into (speaker, stripped text); a speaker may have several turns in a row.
 
-    Raises ``ValueError`` with the reason when it is no dialogue.
+    Raises ``ValueError`` with the reason if it is not a dialogue.
     """
     if not isinstance(text, str):
         raise ValueError("not a text")
-    pieces = SPEAKER.split(text)
-    if pieces[0].strip():
-        raise ValueError("does not start with a speaker")
-    turns = [(speaker, content.strip()) for speaker, content in zip(pieces[1::2], pieces[2::2])]
-    if not turns or turns[0][0] != "Human":
-        raise ValueError("does not start with a Human turn")
-    if turns[-1][0] != "Assistant":
-        raise ValueError("does not end in an Assistant turn")
-    if not turns[-1][1]:
-        raise ValueError("empty answer")
-    if not all(content for _, content in turns):
-        raise ValueError("empty turn")
-    return turns
+    before, *pieces = SPEAKER.split(text)
+    speakers, texts = pieces[::2], [piece.strip() for piece in pieces[1::2]]
+    problems = {
+        "does not start with a speaker": before.strip(),
+        "does not start with a Human turn": speakers[:1] != ["Human"],
+        "does not end in an Assistant turn": speakers[-1:] != ["Assistant"],
+        "empty answer": not any(texts[-1:]),
+        "empty turn": not all(texts),
+    }
+    for problem, present in problems.items():
+        if present:
+            raise ValueError(problem)
+    return list(zip(speakers, texts))
 
 
 def join_turns(turns: list[tuple[str, str]]) -> tuple[str, ...]:
-    """The texts of human, assistant, …, human: what one speaker says in several turns running becomes one."""
-    joined = tuple(
-        "\n\n".join(text for _, text in run) for _, run in groupby(turns, key=lambda turn: turn[0])
-    )
+    """The texts of human, assistant, …, human; a speaker's turns in a row are joined into one."""
+    runs = groupby(turns, key=lambda turn: turn[0])
+    joined = tuple("\n\n".join(text for _, text in run) for _, run in runs)
     if len(joined) % 2 == 0:
         raise ValueError("the prompt does not end in a Human turn")
     return joined
@@ -125,105 +126,80 @@ def load_preferences(
 ) -> Preferences:
     """Read, split and size a preference set, half harmless and half helpful.
 
-    The test files are held out and a training pair whose first human turn is among theirs is dropped. Where there are
-    only test files (HH-RLHF without its training half), they are split by first human turn, so that no conversation
-    stands on both sides.
+    The test files are held out, and training pairs that share a first human turn with them are
+    dropped. Where there are only test files (HH-RLHF without its training half), they are split by
+    first human turn, so that no conversation is on both sides.
 
     Parameters
     ----------
     source
         ``shipped``, ``path:<directory>`` or ``hub:``.
     n_train, n_held_out
-        Pairs wanted on either side, in an order drawn from ``seed``; fewer on a side where there are not so many.
+        Pairs wanted on each side, in an order drawn from ``seed``; fewer if there are not enough.
     max_tokens
         Pairs with a longer side (prompt + answer) are left out and counted.
 
     Raises
     ------
     StudyError
-        A missing file, a line that is no JSON, a side without a pair.
+        A missing file, a line that is not JSON, a side without a pair.
     """
     result = Preferences([], [])
     for subset, stem in SUBSETS.items():
-        test, bad = read_pairs(locate(source, f"{stem}.test.jsonl"), subset)
-        train_path = locate(source, f"{stem}.train.jsonl", required=False)
-        train = []
-        if train_path:
-            train, bad_train = read_pairs(train_path, subset)
-            bad += bad_train
-        result.bad_rows += bad
-        result.train += train
-        result.held_out += test
-    if not result.train:
-        everything = result.held_out
-        openings = sorted(
-            {pair.opening for pair in everything}, key=lambda text: _shuffle_key(text, seed)
-        )
-        # Three times what is asked for, since long pairs are dropped below; at most half of all.
-        wanted, held, count = min(3 * n_held_out, len(everything) // 2), set(), 0
-        sizes: dict[str, int] = {}
-        for pair in everything:
-            sizes[pair.opening] = sizes.get(pair.opening, 0) + 1
-        for opening in openings:
-            if count >= wanted:
-                break
-            held.add(opening)
-            count += sizes[opening]
-        result.train = [pair for pair in everything if pair.opening not in held]
-        result.held_out = [pair for pair in everything if pair.opening in held]
-    else:
+        for split, side in (("test", result.held_out), ("train", result.train)):
+            path = locate(source, f"{stem}.{split}.jsonl", required=split == "test")
+            pairs, bad = read_pairs(path, subset) if path else ([], [])
+            side += pairs
+            result.bad_rows += bad
+    if result.train:
         held = {pair.opening for pair in result.held_out}
         kept = [pair for pair in result.train if pair.opening not in held]
         result.shared_openings = len(result.train) - len(kept)
-        result.train = kept
-    for side, wanted in (("train", n_train), ("held_out", n_held_out)):
-        pairs = getattr(result, side)
+    else:
+        held = _held_out_openings(result.held_out, n_held_out, seed)
+        kept = [pair for pair in result.held_out if pair.opening not in held]
+    sides = {
+        "train": (kept, n_train),
+        "held_out": ([pair for pair in result.held_out if pair.opening in held], n_held_out),
+    }
+    for side, (pairs, wanted) in sides.items():
         short = [pair for pair in pairs if pair_tokens(pair, chat) <= max_tokens]
         result.too_long += len(pairs) - len(short)
-        chosen = balanced(short, wanted, seed)
+        chosen = choose(short, wanted, seed, by=lambda pair: pair.source)
         if not chosen:
             raise StudyError(
-                f"preferences {source}: no {side.replace('_', '-')} pair of at most {max_tokens} tokens "
-                "is left; raise max_tokens or check the files"
+                f"preferences {source}: no {side.replace('_', '-')} pair of at most {max_tokens} "
+                "tokens is left; raise max_tokens or check the files"
             )
         setattr(result, side, chosen)
     return result
 
 
+def _held_out_openings(pairs: list[PreferencePair], n_held_out: int, seed: int) -> set[str]:
+    """Openings for the held-out side, in a seeded order, until they have enough pairs.
+
+    That is three times ``n_held_out``, since long pairs are dropped later, but at most half of all.
+    """
+    sizes = Counter(pair.opening for pair in pairs)
+    order = sorted(sizes, key=lambda opening: shuffle_key(opening, seed))
+    taken_before = accumulate((sizes[opening] for opening in order), initial=0)
+    wanted = min(3 * n_held_out, len(pairs) // 2)
+    return {opening for opening, taken in zip(order, taken_before) if taken < wanted}
+
+
 def pair_tokens(pair: PreferencePair, chat: Chat) -> int:
     """Tokens of the longer side, prompt included."""
-    return len(chat.prompt_ids(pair.prompt)) + max(
-        len(chat.answer_ids(a)) for a in (pair.chosen, pair.rejected)
-    )
-
-
-def balanced(pairs: list[PreferencePair], wanted: int, seed: int) -> list[PreferencePair]:
-    """Up to ``wanted`` pairs in an order drawn from ``seed``, the halves taking turns while both last."""
-    queues = {
-        subset: sorted(
-            (p for p in pairs if p.source == subset), key=lambda p: _shuffle_key(p.id, seed)
-        )
-        for subset in sorted({pair.source for pair in pairs})
-    }
-    chosen: list[PreferencePair] = []
-    while len(chosen) < wanted and any(queues.values()):
-        for queue in queues.values():
-            if queue and len(chosen) < wanted:
-                chosen.append(queue.pop(0))
-    return chosen
-
-
-def _shuffle_key(text: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()
+    answers = (pair.chosen, pair.rejected)
+    return len(chat.prompt_ids(pair.prompt)) + max(len(chat.answer_ids(a)) for a in answers)
 
 
 PAIRS = "pairs.jsonl"
-"""Beside the adapter: the pairs that it was trained on."""
+"""Beside an INPO adapter: the pairs that it was trained on."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A training pair and where it came from: round, prompt, and the mixed reference of (winner, loser), once computed."""
+    """A pair that INPO made: round, prompt, and the mixed reference of (winner, loser)."""
 
     round: int
     prompt_id: str
@@ -241,16 +217,11 @@ def load_pairs(directory: Path) -> list[Pair]:
     path = directory / PAIRS
     if not path.is_file():
         raise StudyError(f"{path}: missing; run 05-inpo first")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        Pair(
-            r["round"],
-            r["prompt_id"],
-            *(
-                EncodedExample(tuple(r[side]["input_ids"]), r[side]["answer_start"])
-                for side in ("winner", "loser")
-            ),
-            tuple(r["reference"]),
+    pairs = []
+    for row in map(json.loads, path.read_text().splitlines()):
+        winner, loser = (
+            EncodedExample(tuple(row[side]["input_ids"]), row[side]["answer_start"])
+            for side in ("winner", "loser")
         )
-        for r in rows
-    ]
+        pairs.append(Pair(row["round"], row["prompt_id"], winner, loser, tuple(row["reference"])))
+    return pairs

@@ -1,4 +1,4 @@
-"""The five kinds of trust, one file each: prompts, how answers are read, metrics per item.
+"""The five kinds of trust, one file each: rows, prompts, readers of answers, metrics per item.
 
 ``HEADLINE`` names each vertical's main metric and whether more of it is worse (+1) or better (-1).
 """

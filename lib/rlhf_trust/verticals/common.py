@@ -1,33 +1,155 @@
-"""From answers to tables: what every vertical does alike."""
+"""What all verticals share: checked rows, answers of every model, measures, tables, sentences."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from .. import StudyError
 from ..artifacts import Build, write_text
+from ..data import choose as choose
 from ..decode import Decoding, Generations, MultipleChoice, Prompt
 from ..models import BASELINES, ModelSet
-from ..stats import item_means, mean_interval, paired_change
+from ..stats import Interval, interval_words, item_means, mean_interval, paired_change, verdict
 from . import HEADLINE
 
 Answers = dict[str, list[list[str]]]
 """Model name → per prompt → the sampled answers."""
+
+# --- rows and loaders -----------------------------------------------------------------------------
+
+
+def field(row: Any, name: str, where: str, kind: type = str, allowed: Collection[str] = ()) -> Any:
+    """One value of a file's row, checked; texts are stripped.
+
+    Parameters
+    ----------
+    row
+        The row; anything but a dictionary has no value.
+    name
+        Its key, or a path of keys such as ``prompt.text``.
+    where
+        File and line, for the error.
+    kind
+        The type wanted.
+    allowed
+        The values allowed, if only a few are.
+
+    Raises
+    ------
+    StudyError
+        The value is missing, empty, of another type or not allowed.
+    """
+    value = row
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    value = value.strip() if isinstance(value, str) else value
+    if value in (None, "", [], {}):
+        raise StudyError(f"{where}: no {name}")
+    if not isinstance(value, kind):
+        raise StudyError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
+    if allowed and value not in allowed:
+        raise StudyError(f"{where}: {name} must be {' or '.join(allowed)}, got {value!r}")
+    return value
+
+
+def yes_or_no(row: dict, name: str, where: str) -> bool:
+    """A checked 0 or 1 of a CSV row."""
+    return field(row, name, where, allowed=("0", "1")) == "1"
+
+
+def not_empty(items: list, vertical: str, source: str) -> list:
+    """``items``; an error if there are none."""
+    if not items:
+        raise StudyError(f"{vertical} data of {source}: the file is empty")
+    return items
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def answer_all(
+    model_set: ModelSet,
+    generations: Generations,
+    name: str,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+) -> Answers:
+    """Every model's answers to the same prompts, drawn with the same random numbers."""
+    return _of_each_model(
+        model_set, name, lambda *model: generations.answer(*model, prompts, decoding)
+    )
+
+
+def score_options(
+    model_set: ModelSet, generations: Generations, name: str, choices: Sequence[MultipleChoice]
+) -> dict[str, list[np.ndarray]]:
+    """Model name → per choice → the log-probabilities of its options, [options]."""
+    return _of_each_model(model_set, name, lambda *model: generations.option_logps(*model, choices))
+
+
+def _of_each_model(model_set: ModelSet, name: str, ask: Callable) -> dict:
+    """Model name → ``ask(network, fingerprint, name of its cache)``."""
+    results = {}
+    for model in model_set.names:
+        with model_set.active(model) as network:
+            results[model] = ask(network, model_set.fingerprints[model], f"{name}.{model}")
+    return results
+
+
+def save_answers(
+    build: Build, vertical: str, condition: str, prompts: Sequence[Prompt], answers: Answers
+) -> None:
+    """Write prompts and all models' answers to ``generations/<vertical>.<condition>.jsonl``.
+
+    The attribution and the report's samples read them from there.
+    """
+    lines = []
+    for index, prompt in enumerate(prompts):
+        row = {"id": prompt.id, "turns": prompt.turns, "system": prompt.system}
+        row["answers"] = {model: sampled[index] for model, sampled in answers.items()}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(build.path("generations", f"{vertical}.{condition}.jsonl"), "".join(lines))
+
+
+def read_answers(
+    build: Build, vertical: str, condition: str = "main"
+) -> list[tuple[Prompt, dict[str, list[str]]]]:
+    """The prompts and answers that :func:`save_answers` wrote."""
+    path = build.path("generations", f"{vertical}.{condition}.jsonl")
+    if not path.exists():
+        raise StudyError(f"{path}: missing; run the {vertical} notebook first")
+    # Bytes: answers may contain line separators (U+2028) at which a text would be split.
+    rows = map(json.loads, path.read_bytes().splitlines())
+    return [(Prompt(row["id"], tuple(row["turns"]), row["system"]), row["answers"]) for row in rows]
+
+
+def read_each(answers: list[list[str]], read: Callable[[int, str], float]) -> np.ndarray:
+    """``read(item index, answer)`` of every sample, [items, samples]; NaN where unreadable."""
+    values = [[read(i, answer) for answer in samples] for i, samples in enumerate(answers)]
+    return np.array(values, dtype=float).reshape(len(answers), len(answers[0]) if answers else 0)
+
+
+def unparsable(values: np.ndarray) -> np.ndarray:
+    """1 for every answer that could not be read, else 0; shape as ``values``."""
+    return np.isnan(values).astype(float)
+
+
+# --- measures -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measure:
     """One metric under one condition.
 
-    ``values``: one an item, [items], or one a sample, [items, samples]; NaN where no answer could be read.
-    ``clusters``: a label an item, where items of one label (statements of a topic) are not independent.
-    ``signed``: the metric runs from -1 to 1, as a difference of two rates does, and not from 0 to 1.
+    ``values``: one per item, [items], or per sample, [items, samples]; NaN where no answer could be
+    read. ``clusters``: a label per item; items with the same label (statements of a topic) are not
+    independent. ``signed``: the metric is a difference, in [-1, 1] instead of [0, 1].
     """
 
     metric: str
@@ -43,226 +165,130 @@ class Measure:
 
     @property
     def of_items(self) -> np.ndarray:
-        """One value an item, [items]."""
+        """One value per item, [items]."""
         return item_means(self.values)
 
 
-def answer_all(
-    model_set: ModelSet,
-    generations: Generations,
-    name: str,
-    prompts: Sequence[Prompt],
-    decoding: Decoding,
-) -> Answers:
-    """Every model's answers to the same prompts, drawn with the same random numbers."""
-    answers = {}
-    for model in model_set.names:
-        with model_set.active(model) as network:
-            answers[model] = generations.answer(
-                network, model_set.fingerprints[model], f"{name}.{model}", prompts, decoding
-            )
-    return answers
+def measured(
+    items: Sequence,
+    condition: str,
+    cluster: str = "",
+    rows: Sequence[bool] | None = None,
+    signed: bool = False,
+    **values: np.ndarray,
+) -> list[Measure]:
+    """Measures of the same items under one condition.
+
+    Parameters
+    ----------
+    cluster
+        The attribute in which items that are not independent agree, such as ``topic``.
+    rows
+        Which items to take, [items]; if none is left, there is no measure.
+    values
+        Metric name = its values, [items] or [items, samples].
+    """
+    if rows is not None:
+        items, rows = [item for item, taken in zip(items, rows) if taken], np.asarray(rows, bool)
+        values = {metric: v[rows] for metric, v in values.items()} if items else {}
+    ids = tuple(item.id for item in items)
+    clusters = tuple(getattr(item, cluster) for item in items) if cluster else None
+    return [Measure(metric, condition, ids, v, clusters, signed) for metric, v in values.items()]
 
 
-def score_options(
-    model_set: ModelSet, generations: Generations, name: str, choices: Sequence[MultipleChoice]
-) -> dict[str, list[np.ndarray]]:
-    """Model name → per choice → the log-probabilities of its options, [options]."""
-    logps = {}
-    for model in model_set.names:
-        with model_set.active(model) as network:
-            logps[model] = generations.option_logps(
-                network, model_set.fingerprints[model], f"{name}.{model}", choices
-            )
-    return logps
+def within(condition: str, part: str) -> str:
+    """``part`` of a condition: ``part`` alone of the main one, else ``<condition>;<part>``."""
+    return part if condition == "main" else f"{condition};{part}"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+COLUMNS = {"low": "ci_low", "high": "ci_high"}
+"""What the study's tables call the ends of an ``Interval``."""
 
 
 def trust_table(vertical: str, measures: dict[str, list[Measure]], seed: int) -> pd.DataFrame:
     """Rows of ``trust.csv``: each metric of each model with n and a 95 % interval over items."""
     rows = []
-    for model, of_model in measures.items():
-        for m in of_model:
-            interval = mean_interval(
-                m.values, f"{vertical}/{model}/{m.metric}/{m.condition}", m.clusters, m.bounds
-            )
-            rows.append(
-                {
-                    "model": model,
-                    "vertical": vertical,
-                    "metric": m.metric,
-                    "condition": m.condition,
-                    "value": interval.value,
-                    "ci_low": interval.low,
-                    "ci_high": interval.high,
-                    "n": interval.n,
-                    "seed": seed,
-                }
-            )
-    return pd.DataFrame(rows)
+    for model, measures_of_model in measures.items():
+        for m in measures_of_model:
+            name = f"{vertical}/{model}/{m.metric}/{m.condition}"
+            interval = mean_interval(m.values, name, m.clusters, m.bounds)
+            key = {"model": model, "metric": m.metric, "condition": m.condition}
+            rows.append(key | vars(interval))
+    return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical=vertical, seed=seed)
 
 
 def change_table(vertical: str, measures: dict[str, list[Measure]], seed: int) -> pd.DataFrame:
     """Rows of ``trust_change.csv``: paired by item, each model against start and against sft."""
     rows = []
-    indexed = {
-        model: {(m.metric, m.condition): m for m in of_model}
-        for model, of_model in measures.items()
-    }
-    for baseline in BASELINES:
+    for baseline in (name for name in BASELINES if name in measures):
+        before = {(m.metric, m.condition): m for m in measures[baseline]}
         for model in measures:
-            if (
-                model == baseline
-                or baseline not in measures
-                or (baseline == "sft" and model == "start")
-            ):
+            if model in ("start", baseline):
                 continue
-            for key, after in indexed[model].items():
-                before = indexed[baseline][key]
-                if before.item_ids != after.item_ids:
+            for after in measures[model]:
+                key = (after.metric, after.condition)
+                if before[key].item_ids != after.item_ids:
                     raise StudyError(
                         f"{vertical}: {model} and {baseline} were measured on different items"
                     )
                 change = paired_change(
                     after.values,
-                    before.values,
+                    before[key].values,
                     f"{vertical}/{model}-{baseline}/{'/'.join(key)}",
                     after.clusters,
                     after.bounds,
                 )
-                rows.append(
-                    {
-                        "model": model,
-                        "baseline": baseline,
-                        "vertical": vertical,
-                        "metric": key[0],
-                        "condition": key[1],
-                        "change": change.value,
-                        "ci_low": change.low,
-                        "ci_high": change.high,
-                        "p": change.p,
-                        "min_detectable": change.min_detectable,
-                        "n": change.n,
-                        "seed": seed,
-                    }
-                )
-    return pd.DataFrame(rows)
+                names = {"metric": after.metric, "condition": after.condition}
+                rows.append({"model": model, "baseline": baseline} | names | vars(change))
+    columns = COLUMNS | {"value": "change"}
+    return pd.DataFrame(rows).rename(columns=columns).assign(vertical=vertical, seed=seed)
 
 
-def save_answers(
-    build: Build, vertical: str, condition: str, prompts: Sequence[Prompt], answers: Answers
-) -> None:
-    """Keep every model's answers beside their prompts in ``generations/<vertical>.<condition>.jsonl``: what the
-    attribution and the report's samples are made from."""
-    lines = [
-        json.dumps(
-            {
-                "id": prompt.id,
-                "turns": prompt.turns,
-                "system": prompt.system,
-                "answers": {model: of_model[index] for model, of_model in answers.items()},
-            },
-            ensure_ascii=False,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-    write_text(build.path("generations", f"{vertical}.{condition}.jsonl"), "\n".join(lines) + "\n")
+def labelled(trust: pd.DataFrame, rows: Sequence | Mapping[tuple[str, str], str]) -> pd.DataFrame:
+    """Rows of ``trust`` for a figure, with a column ``label`` for its axis.
 
-
-def read_answers(
-    build: Build, vertical: str, condition: str = "main"
-) -> list[tuple[Prompt, dict[str, list[str]]]]:
-    """The prompts and answers that :func:`save_answers` kept."""
-    path = build.path("generations", f"{vertical}.{condition}.jsonl")
-    if not path.exists():
-        raise StudyError(f"{path}: missing; run the {vertical} notebook first")
-    # Bytes: answers may hold line separators (U+2028) at which a text would be split.
-    rows = map(json.loads, path.read_bytes().splitlines())
-    return [(Prompt(row["id"], tuple(row["turns"]), row["system"]), row["answers"]) for row in rows]
-
-
-def read_each(answers: list[list[str]], read: Callable[[int, str], float]) -> np.ndarray:
-    """Apply ``read(item index, answer)`` to every sample: array [items, samples], NaN where unreadable."""
-    return np.array(
-        [[read(index, answer) for answer in samples] for index, samples in enumerate(answers)],
-        dtype=float,
-    )
-
-
-def within(condition: str, part: str) -> str:
-    """``part`` of a condition: ``answers=all`` of the main one, ``prefix=game;answers=all`` of ``prefix=game``."""
-    return part if condition == "main" else f"{condition};{part}"
-
-
-def unparsable(values: np.ndarray) -> np.ndarray:
-    """1 for every sample that could not be read, else 0: [items, samples]."""
-    return np.isnan(values).astype(float)
-
-
-def labelled(trust: pd.DataFrame, rows: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """The rows of ``trust`` with these (metric, condition), in this order, with a ``label`` for a figure's axis."""
-    found = []
+    ``rows``: their (metric, condition), in order, with or without a label for each.
+    """
+    parts = []
     for metric, condition in rows:
-        part = trust[(trust["metric"] == metric) & (trust["condition"] == condition)]
-        name = metric.replace("_", " ")
-        found.append(part.assign(label=name if condition == "main" else f"{name}, {condition}"))
-    return pd.concat(found, ignore_index=True)
+        default = metric.replace("_", " ") + ("" if condition == "main" else f", {condition}")
+        label = rows[metric, condition] if isinstance(rows, Mapping) else default
+        chosen = (trust["metric"] == metric) & (trust["condition"] == condition)
+        parts.append(trust[chosen].assign(label=label))
+    return pd.concat(parts, ignore_index=True)
 
 
 def spread(trust: pd.DataFrame, metric: str, key: str = "wording") -> pd.DataFrame:
-    """How far a metric moves with one thing varied (rows with condition ``<key>=…``): one row a model."""
+    """How much a metric varies over the conditions ``<key>=…``: one row per model."""
     rows = trust[(trust["metric"] == metric) & trust["condition"].str.fullmatch(f"{key}=[^;]*")]
-    found = rows.groupby("model", sort=False).agg(
+    spreads = rows.groupby("model", sort=False).agg(
         lowest=("value", "min"), highest=("value", "max"), n=("n", "max")
     )
-    found.insert(2, "spread", found["highest"] - found["lowest"])
-    return found.reset_index()
+    spreads.insert(2, "spread", spreads["highest"] - spreads["lowest"])
+    return spreads.reset_index()
+
+
+# --- sentences ------------------------------------------------------------------------------------
 
 
 def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame) -> list[str]:
-    """What the headline metric of a vertical did, one sentence a model, made from the numbers."""
+    """How the vertical's headline metric changed, one sentence per model, from the numbers."""
     metric, worse = HEADLINE[vertical]
-    value = trust[(trust["metric"] == metric) & (trust["condition"] == "main")].set_index("model")
+    query = f"metric == '{metric}' and condition == 'main'"
+    start = next(trust.query(f"{query} and model == 'start'").itertuples())
     name = metric.replace("_", " ")
-    start = value.loc["start"]
     sentences = [
-        f"At the start {name} is {start['value']:.3f}."
-        if start["n"]
-        else f"At the start no answer can be read, so there is no {name}."
+        f"At the start, {name} is {start.value:.3f}."
+        if start.n
+        else f"At the start, no answer could be read, so there is no {name}."
     ]
-    main = changes[
-        (changes["metric"] == metric)
-        & (changes["condition"] == "main")
-        & (changes["baseline"] == "start")
-    ]
-    for row in main.itertuples():
+    for row in changes.query(f"{query} and baseline == 'start'").itertuples():
         if row.n == 0:
-            sentences.append(f"For {row.model} no item can be compared.")
+            sentences.append(f"For {row.model}, no item can be compared.")
             continue
-        clear = row.ci_low > 0 or row.ci_high < 0
-        verdict = ("worse" if row.change * worse > 0 else "better") if clear else "no clear change"
-        sentences.append(
-            f"{row.model} changes it by {row.change:+.3f} (95 % interval {row.ci_low:+.3f} to {row.ci_high:+.3f}, "
-            f"n = {row.n}): {verdict}."
-        )
+        change = interval_words(Interval.of_row(row, "change"), unit="items")
+        clear = verdict(row.ci_low, row.ci_high, worse)
+        sentences.append(f"{row.model} changes it by {change}: {clear}.")
     return sentences
-
-
-def choose(items: Sequence, n: int, seed: int, by: Callable = lambda item: None) -> list:
-    """``n`` items in a seeded order, the groups named by ``by`` taking turns (all of them when ``n`` is larger)."""
-    groups: dict = {}
-    for item in sorted(
-        items, key=lambda item: hashlib.sha256(f"{seed}\0{item.id}".encode()).hexdigest()
-    ):
-        groups.setdefault(by(item), []).append(item)
-    queues, chosen = [groups[key] for key in sorted(groups, key=str)], []
-    while len(chosen) < min(n, len(items)):
-        for queue in queues:
-            if queue and len(chosen) < n:
-                chosen.append(queue.pop(0))
-    return chosen
-
-
-def not_empty(items: list, vertical: str, source: str) -> list:
-    if not items:
-        raise StudyError(f"{vertical} data of {source}: the file is empty")
-    return items

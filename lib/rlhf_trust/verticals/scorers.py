@@ -30,9 +30,9 @@ class Scorer(Protocol):
 
 
 class LocalScorer:
-    """`alt-profanity-check <https://pypi.org/project/alt-profanity-check/>`_: a linear SVM on word counts, weights in
-    the package. The same numbers everywhere and for ever; it knows words, not meaning, and over-scores mentions of
-    identities."""
+    """`alt-profanity-check <https://pypi.org/project/alt-profanity-check/>`_, a linear SVM on word
+    counts with its weights in the package: reproducible, but it knows words, not meaning, and
+    over-scores mentions of identities."""
 
     name = "profanity-check"
 
@@ -43,14 +43,15 @@ class LocalScorer:
 
 
 class ToxBlockScorer:
-    """`tox-block <https://pypi.org/project/tox-block/>`_: a bidirectional LSTM trained on Jigsaw's Wikipedia comments,
-    weights in the package. As fixed as :class:`LocalScorer`, but it reads words in order. Returns the network's
-    probability of ``toxic``, without the stretching to [0, 1] that the package adds on top.
+    """`tox-block <https://pypi.org/project/tox-block/>`_, a bidirectional LSTM trained on Jigsaw's
+    Wikipedia comments with its weights in the package: as reproducible as :class:`LocalScorer`, but
+    it reads words in order. Returns the network's probability of ``toxic``, without the stretching
+    to [0, 1] that the package adds.
 
     Parameters
     ----------
     directory
-        What :func:`rebuild_tox_block` wrote; fetched and rebuilt on first use by default.
+        Written by :func:`rebuild_tox_block`; by default fetched and rebuilt on first use.
     """
 
     name = "tox-block"
@@ -60,7 +61,7 @@ class ToxBlockScorer:
         try:
             directory = directory or ensure_converted(TOX_BLOCK, rebuild_tox_block)
             self.settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            # In double precision a text's score is the same to all shown digits whatever batch it is in.
+            # In double precision a text's score does not depend on its batch to any shown digit.
             stored = load_file(directory / "model.safetensors")
             self.weights = {name: weight.double() for name, weight in stored.items()}
         except StudyError as error:
@@ -68,8 +69,8 @@ class ToxBlockScorer:
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise StudyError(
-                f"scorer tox-block: {directory} cannot be read ({reason}); delete the folder and run "
-                "again"
+                f"scorer tox-block: {directory} cannot be read ({reason}); delete the folder and "
+                "run again"
             ) from None
         self.numbers = {word: number for number, word in enumerate(self.settings["words"], start=1)}
 
@@ -81,20 +82,20 @@ class ToxBlockScorer:
         return check_scores(self.name, texts, scores)
 
     def encode(self, text: str) -> list[int]:
-        """Word numbers, always ``length`` of them: unknown words are left out, a long text loses its beginning, a short
-        one is padded on the left with 0 - which the network reads like any other word, as it did in training."""
+        """Word numbers, always ``length`` of them. Unknown words are left out, a long text loses
+        its beginning, a short one is padded on the left with 0, which the network reads like any
+        other word, as in training."""
+        length = self.settings["length"]
         text = text.lower().translate({ord(mark): " " for mark in self.settings["separators"]})
-        numbers = [self.numbers[word] for word in text.split(" ") if word in self.numbers][
-            -self.settings["length"] :
-        ]
-        return [0] * (self.settings["length"] - len(numbers)) + numbers
+        numbers = [self.numbers[word] for word in text.split(" ") if word in self.numbers]
+        return [0] * (length - len(numbers)) + numbers[-length:]
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Probabilities [texts, classes] (class 0 is ``toxic``) of word numbers [texts, length]."""
         w, gate = self.weights, GATES[self.settings["recurrent_activation"]]
         words = w["embedding"][ids]
-        # Each direction's maximum over the text: the order of steps in the backward one does not matter then.
+        # Each direction's maximum over the text: the order of the backward steps does not matter.
         states = [
             lstm(x, *(w[f"{side}.{part}"] for part in LSTM_PARTS), gate).amax(1)
             for side, x in (("forward", words), ("backward", words.flip(1)))
@@ -115,8 +116,8 @@ def lstm(
 
         c_t = gate(z_f) c_{t-1} + gate(z_i) tanh(z_g),    h_t = gate(z_o) tanh(c_t).
 
-    Shapes: ``x`` [texts, steps, inputs], ``kernel`` W [inputs, 4 units], ``recurrent_kernel`` U [units, 4 units], ``bias``
-    b [4 units]; returns h [texts, steps, units].
+    Shapes: ``x`` [texts, steps, inputs], ``kernel`` W [inputs, 4 units], ``recurrent_kernel`` U
+    [units, 4 units], ``bias`` b [4 units]; returns h [texts, steps, units].
     """
     from_inputs = x @ kernel + bias
     h = c = x.new_zeros(len(x), len(recurrent_kernel))
@@ -141,23 +142,20 @@ TOX_BLOCK = Wheel(
 
 
 def rebuild_tox_block(unpacked: Path, target: Path) -> None:
-    """Write tox-block's Keras file and pickled tokenizer as ``model.safetensors`` and ``config.json``."""
+    """Write tox-block's Keras weights and tokenizer as ``model.safetensors``, ``config.json``."""
     import h5py
 
     with h5py.File(unpacked / TOX_BLOCK_WEIGHTS) as stored:
         model = json.loads(stored.attrs["model_config"])["config"]
         layers = {layer["class_name"]: layer["config"] for layer in model["layers"]}
-        kept = stored["model_weights"]
-        weights = {"embedding": kept["embedding/embedding/embeddings:0"]}
+        names = {"embedding": "embedding/embedding/embeddings:0"}
         for side in ("forward", "backward"):
-            for part in LSTM_PARTS:
-                weights[f"{side}.{part}"] = kept[
-                    f"bidirectional/bidirectional/{side}_lstm/{part}:0"
-                ]
+            inside = f"bidirectional/bidirectional/{side}_lstm"
+            names |= {f"{side}.{part}": f"{inside}/{part}:0" for part in LSTM_PARTS}
         for name, layer in (("hidden", "dense"), ("output", "dense_1")):
-            for part in ("kernel", "bias"):
-                weights[f"{name}.{part}"] = kept[f"{layer}/{layer}/{part}:0"]
-        weights = {name: torch.from_numpy(array[()]) for name, array in weights.items()}
+            names |= {f"{name}.{p}": f"{layer}/{layer}/{p}:0" for p in ("kernel", "bias")}
+        arrays = stored["model_weights"]
+        weights = {name: torch.from_numpy(arrays[inside][()]) for name, inside in names.items()}
     with (unpacked / TOX_BLOCK_TOKENIZER).open("rb") as pickled:
         tokenizer = TokenizerUnpickler(pickled).load().tokenizer
     # Words are numbered from 1, by frequency; those beyond num_words have no embedding.
@@ -178,8 +176,8 @@ class Record:
 
 
 class TokenizerUnpickler(pickle.Unpickler):
-    """Reads tox-block's pickled tokenizer. A pickle can name any function to call; this one gets containers and empty
-    records, and nothing else."""
+    """Reads tox-block's pickled tokenizer. A pickle can name any function to call; this one gets
+    containers and empty records only."""
 
     allowed = {
         ("tox_block.data_processing.preprocessors", "TokenSequencer"): Record,
@@ -192,13 +190,14 @@ class TokenizerUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) not in self.allowed:
             raise StudyError(
-                f"scorer tox-block: its pickled tokenizer asks for {module}.{name}, which is refused"
+                f"scorer tox-block: its pickled tokenizer asks for {module}.{name}, which is "
+                "refused"
             )
         return self.allowed[module, name]
 
 
 class DetoxifyScorer:
-    """`Detoxify <https://github.com/unitaryai/detoxify>`_ ``original`` (install it and let it fetch its weights)."""
+    """`Detoxify <https://github.com/unitaryai/detoxify>`_ ``original``; it fetches its weights."""
 
     name = "detoxify"
 
@@ -212,15 +211,13 @@ class DetoxifyScorer:
         self._model = Detoxify("original")
 
     def score(self, texts: list[str]) -> np.ndarray:
-        return check_scores(
-            self.name,
-            texts,
-            np.asarray(self._model.predict(list(texts))["toxicity"]) if texts else np.zeros(0),
-        )
+        scores = self._model.predict(list(texts))["toxicity"] if texts else []
+        return check_scores(self.name, texts, np.asarray(scores))
 
 
 class PerspectiveScorer:
-    """Google's Perspective service, as in the paper: closed, changing, and needs ``PERSPECTIVE_API_KEY``."""
+    """Google's Perspective service, as in the paper: closed, changing; needs
+    ``PERSPECTIVE_API_KEY``."""
 
     name = "perspective"
     url = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
@@ -240,25 +237,18 @@ class PerspectiveScorer:
                 "requestedAttributes": {"TOXICITY": {}},
                 "doNotStore": True,
             }
-            request = urllib.request.Request(
-                f"{self.url}?key={self._key}",
-                json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
+            address, kind = f"{self.url}?key={self._key}", {"Content-Type": "application/json"}
+            request = urllib.request.Request(address, json.dumps(body).encode(), kind)
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
                     answer = json.load(response)
                 scores.append(answer["attributeScores"]["TOXICITY"]["summaryScore"]["value"])
-            except (
-                OSError,
-                HTTPException,
-                ValueError,
-                KeyError,
-            ) as error:  # no answer in time, or not one of scores
+            # No answer in time, or one without scores.
+            except (OSError, HTTPException, ValueError, KeyError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise StudyError(
-                    f"scorer perspective: text {number}: {reason}; quota or network? Run again later, "
-                    "or use local"
+                    f"scorer perspective: text {number}: {reason}; quota or network? Run again "
+                    "later, or use local"
                 ) from None
             time.sleep(self._pause)
         return check_scores(self.name, texts, np.array(scores))
@@ -273,26 +263,27 @@ SCORERS = {
 
 
 def make_scorer(name: str) -> Scorer:
+    """The scorer of this name in ``SCORERS``."""
     if name not in SCORERS:
         raise StudyError(f"scorer: must be one of {', '.join(SCORERS)}, got {name!r}")
     return SCORERS[name]()
 
 
 def make_scorers(first: str, second: str) -> list[Scorer]:
-    """The scorer of the headline and, unless ``second`` is empty, the one it is held against."""
+    """The headline's scorer and, unless ``second`` is empty, the one it is compared with."""
     if second == first:
         raise StudyError(
-            f"second_scorer: {second!r} is the first one already; name another, or leave it empty"
+            f"second_scorer: {second!r} is already the first one; name another, or leave it empty"
         )
     return [make_scorer(name) for name in (first, second) if name]
 
 
 def check_scores(name: str, texts: list[str], scores: np.ndarray) -> np.ndarray:
-    """Scores must be one probability a text; anything else stops the run."""
+    """Scores must be one probability per text; anything else stops the run."""
     scores = np.asarray(scores, dtype=float)
     if scores.shape != (len(texts),):
         raise StudyError(f"scorer {name}: gave {scores.shape} scores for {len(texts)} texts")
-    if not np.isfinite(scores).all() or (scores < 0).any() or (scores > 1).any():
-        bad = next(t for t, s in zip(texts, scores) if not 0 <= s <= 1)
-        raise StudyError(f"scorer {name}: gave no probability for {bad[:60]!r}")
+    bad = [text for text, score in zip(texts, scores) if not 0 <= score <= 1]
+    if bad:
+        raise StudyError(f"scorer {name}: gave no probability for {bad[0][:60]!r}")
     return scores
