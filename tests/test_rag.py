@@ -1,4 +1,4 @@
-"""Questions with documents, judges of entailment, and preference pairs made from them."""
+"""Questions with documents, entailment models, and preference pairs made from the questions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import pytest
 import torch
 from rlhf_trust import StudyError
 from rlhf_trust.rag import questions as rag, trust_align, trust_score as ts
-from rlhf_trust.rag.judges import LexicalJudge, ModelJudge, agreement, judge_named
+from rlhf_trust.rag.entailment import (
+    LexicalEntailment,
+    NeuralEntailment,
+    agreement,
+    claim_pairs,
+    entailment_model,
+    hard_pairs,
+)
 from rlhf_trust.rag.trust_score import Scores
 from transformers import (
     BertConfig,
@@ -26,7 +33,7 @@ OFFICIAL_ROWS = {
         "qa_pairs": [{"short_answers": ["1932"]}, {"short_answers": ["Ida Kessland", "Kessland"]}],
     },
     "qampari": {"question": "Who?", "answers": [["Ida Kessland", "Kessland"], ["Peter Aldous"]]},
-    "eli5": {"question": "Why?", "claims": ["It was dear.", "It was old."]},
+    "eli5": {"question": "Why?", "claims": ["It was cheap.", "It was old."]},
 }
 
 
@@ -46,7 +53,7 @@ def save(folder, name, rows):
     return f"path:{folder}"
 
 
-# --- the shipped set -----------------------------------------------------------------------------------------------
+# --- the shipped set ------------------------------------------------------------------------------
 
 
 def test_the_shipped_questions_are_what_the_datasheet_says():
@@ -68,7 +75,7 @@ def test_the_shipped_questions_are_what_the_datasheet_says():
 
 
 def test_aliases_stand_where_answers_found_says():
-    """A claim's name is in every document that holds it (the statement itself may be put otherwise)."""
+    """A claim's name is in every document that holds it (the statement may differ)."""
     missing = [
         (q.id, claim.text)
         for q in SHIPPED
@@ -81,19 +88,19 @@ def test_aliases_stand_where_answers_found_says():
     assert missing == []
 
 
-def test_the_shipped_pairs_mislead_who_counts_words():
-    pairs = rag.hard_pairs()
-    assert len(pairs) >= 150 and len({(p.premise, p.hypothesis) for p in pairs}) == len(pairs)
-    assert np.mean([p.entailed for p in pairs]) == pytest.approx(0.5, abs=0.05)
+def test_the_shipped_pairs_mislead_a_comparison_of_words():
+    pairs = hard_pairs()
+    assert len(pairs) >= 150 and not pairs.duplicated(["premise", "hypothesis"]).any()
+    assert pairs["entailed"].mean() == pytest.approx(0.5, abs=0.05)
     hard, easy = (
-        agreement(LexicalJudge(), some).set_index("pairs")["value"]
-        for some in (pairs, rag.claim_pairs(SHIPPED))
+        agreement(LexicalEntailment(), some).set_index("pairs")["value"]
+        for some in (pairs, claim_pairs(SHIPPED))
     )
     assert hard["all"] < 0.6 < 0.85 < easy["all"]
-    assert easy["it does not"] > 0.9 and easy["it follows"] > 0.4
+    assert easy["not entailed"] > 0.9 and easy["entailed"] > 0.4
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def test_official_files_are_read(tmp_path):
@@ -116,7 +123,7 @@ def test_official_files_are_read(tmp_path):
     ) == 5
     assert (
         short.claims[1].aliases == ("Ida Kessland", "Kessland")
-        and long.claims[0].text == "It was dear."
+        and long.claims[0].text == "It was cheap."
     )
     assert listed.answerable and listed.supported == (True, False) and not nothing.answerable
 
@@ -129,18 +136,18 @@ def test_official_files_are_read(tmp_path):
             [row("asqa", docs=[{"title": "T", "text": "D"}])],
             r"question a: needs question, docs .*: 'answers_found' is missing",
         ),
-        ([row("asqa", bits=[(1,)])], "asqa/a: document 1 has 1 bits in answers_found for 2 claims"),
+        ([row("asqa", bits=[(1,)])], "asqa/a: document 1 needs one bit per claim in answers_found"),
         (
             [row("asqa", qa_pairs=[{"short_answers": []}, {"short_answers": ["x"]}])],
             "asqa/a: claim .* has no alias",
         ),
         (
             [row("asqa", answerable=False)],
-            "question a: is called not answerable, but by answers_found it is",
+            "question a: answerable contradicts answers_found",
         ),
         (
             [row("asqa", bits=[(0, 0)], answerable=True)],
-            "question a: is called answerable, but by answers_found it is not",
+            "question a: answerable contradicts answers_found",
         ),
         ([row("asqa"), row("asqa")], "question a: this sample_id is there twice"),
         ([row("asqa", docs=[])], "needs at least one gold claim and one document"),
@@ -152,7 +159,7 @@ def test_official_files_are_read(tmp_path):
             [row("asqa", qa_pairs=[{"short_answers": [1932]}, {"short_answers": ["x"]}])],
             "gold claims: expected a text, got 1932",
         ),
-        ([row("asqa", bits=[("0", 1)])], r"expected 0 or 1, got \['0', 1\]"),
+        ([row("asqa", bits=[("0", 1)])], r"expected 0 or 1 per claim, got \['0', 1\]"),
         ([row("asqa", statements=["One."])], "1 statements for 2 answers"),
         (["text"], "question 1: needs question"),
     ],
@@ -163,7 +170,7 @@ def test_bad_rows_name_file_and_question(tmp_path, rows, message):
 
 
 def test_a_directory_without_any_set(tmp_path):
-    with pytest.raises(StudyError, match="none of trust-score/"):
+    with pytest.raises(StudyError, match="has none of trust-score/"):
         rag.load_questions(f"path:{tmp_path}")
 
 
@@ -172,19 +179,21 @@ def test_real_cited_answers(real_data):
     assert len(cited) == 12 and {q.kind for q, _ in cited} == {"list", "long"}
     scores = ts.score_responses(*zip(*cited), lambda pairs: [True] * len(pairs))
     assert all(s.answered and s.correct == 1 for s in scores)
-    # A judge that believes everything finds every sentence supported that cites at all.
+    # A model that says yes to everything supports every sentence that cites at all.
     for (question, answer), s in zip(cited, scores):
         parts = ts.items(answer) if question.kind == "list" else ts.sentences(answer)
         assert s.recall == pytest.approx(np.mean([bool(ts.citations(part)) for part in parts]))
     assert np.mean([s.recall for s in scores]) > 0.9
-    assert 0.5 < np.mean([s.recall for s in ts.score_responses(*zip(*cited), LexicalJudge())]) < 1
+    assert (
+        0.5 < np.mean([s.recall for s in ts.score_responses(*zip(*cited), LexicalEntailment())]) < 1
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ([], "needs demos"),
-        ({"demos": [{"question": "Why?"}]}, "KeyError..answer"),
+        ({"demos": [{"question": "Why?"}]}, "'answer' is missing"),
         (
             {"demos": [{"question": "Why?", "answer": "So [1].", "docs": []}]},
             "eli5/1: needs at least one",
@@ -216,7 +225,7 @@ def test_the_prompt_has_everything_once():
     )
 
 
-# --- judges --------------------------------------------------------------------------------------------------------
+# --- entailment models ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -235,13 +244,13 @@ def test_the_prompt_has_everything_once():
         ("Anything.", "It is so.", False),
     ],
 )
-def test_the_lexical_judge(premise, hypothesis, expected):
-    assert judge_named("lexical")([(premise, hypothesis)]) == [expected]
+def test_lexical_entailment(premise, hypothesis, expected):
+    assert entailment_model("lexical")([(premise, hypothesis)]) == [expected]
 
 
 @pytest.fixture
-def judges(tmp_path, tiny_llama):
-    """Folders with a random classifier and a random sequence-to-sequence model, as entailment models are."""
+def entailment_models(tmp_path, tiny_llama):
+    """Folders with a random classifier and a random sequence-to-sequence model."""
     size = len(tiny_llama.tokenizer)
     torch.manual_seed(0)
     labels = {0: "CONTRADICTION", 1: "entailment", 2: "neutral"}
@@ -276,73 +285,73 @@ def judges(tmp_path, tiny_llama):
 
 
 @pytest.mark.parametrize("name", ["classifier", "writer"])
-def test_model_judges_say_the_same_one_by_one(judges, name):
-    judge = judge_named(f"path:{judges / name}")
+def test_a_batch_gives_the_same_as_one_by_one(entailment_models, name):
+    model = entailment_model(f"path:{entailment_models / name}")
     pairs = [
         (f"the answer {i} " * (1 + i % 5), f"question {i} is {'not ' * (i % 2)}wrong")
         for i in range(24)
     ]
-    if judge.generates:  # which token a random model prefers is chance: take a common one for "1"
-        judge.yes = max((said := [first_token(judge, *pair) for pair in pairs]), key=said.count)
-    together = judge(pairs)
-    assert together == [judge([pair])[0] for pair in pairs] and len(set(together)) == 2
+    if (
+        not model.classifies
+    ):  # which token a random model prefers is chance: take a common one as "1"
+        model.yes = max((tokens := [first_token(model, *pair) for pair in pairs]), key=tokens.count)
+    together = model(pairs)
+    assert together == [model([pair])[0] for pair in pairs] and len(set(together)) == 2
 
 
-def first_token(judge, premise, hypothesis):
-    inputs = judge._joined([f"premise: {premise}"], [f" hypothesis: {hypothesis}"])
-    return int(judge.model.generate(**inputs, max_new_tokens=1, min_new_tokens=1)[0, 1])
+def first_token(model, premise, hypothesis):
+    inputs = model.encode([premise], [hypothesis])
+    return int(model.model.generate(**inputs, max_new_tokens=1, min_new_tokens=1)[0, 1])
 
 
 @pytest.mark.parametrize("name", ["classifier", "writer"])
-def test_long_premises_lose_their_end_and_not_the_hypothesis(judges, name):
-    judge = ModelJudge(f"path:{judges / name}", most_tokens=200)
+def test_long_premises_lose_their_end_and_not_the_hypothesis(entailment_models, name):
+    model = NeuralEntailment(f"path:{entailment_models / name}", max_length=200)
     asked = []
-    forward = judge.model.forward
-    judge.model.forward = lambda **inputs: (
+    forward = model.model.forward
+    model.model.forward = lambda **inputs: (
         asked.append(inputs["input_ids"][0].tolist()) or forward(**inputs)
     )
-    assert len(judge([("so " * 2000, "It is not so at all.")])) == 1
+    assert len(model([("so " * 2000, "It is not so at all.")])) == 1
     (ids,) = asked
-    assert len(ids) <= 200 and "It is not so at all." in judge.tokenizer.decode(ids)
+    assert len(ids) <= 200 and "It is not so at all." in model.tokenizer.decode(ids)
 
 
-def test_a_judge_that_is_none(tiny_llama):
-    with pytest.raises(
-        StudyError, match="is neither a classifier nor a sequence-to-sequence model"
-    ):
-        ModelJudge(tiny_llama.source)
+def test_a_causal_model_is_no_entailment_model(tiny_llama):
+    with pytest.raises(StudyError, match="neither a classifier nor sequence-to-sequence"):
+        NeuralEntailment(tiny_llama.source)
 
 
-def test_a_judge_without_a_label_for_entailment(judges):
-    path = judges / "classifier" / "config.json"
+def test_a_classifier_without_a_label_for_entailment(entailment_models):
+    path = entailment_models / "classifier" / "config.json"
     path.write_text(path.read_text().replace("entailment", "yes"))
-    with pytest.raises(StudyError, match="its labels are .* needs one for entailment"):
-        ModelJudge(f"path:{judges / 'classifier'}")
+    with pytest.raises(StudyError, match="labels .* needs one for entailment"):
+        NeuralEntailment(f"path:{entailment_models / 'classifier'}")
 
 
-# --- Trust-Align ---------------------------------------------------------------------------------------------------
+# --- Trust-Align ----------------------------------------------------------------------------------
+
+
+def knowing(question):
+    """An entailment model that knows which document of a question holds which claim."""
+    bits = {d.premise: d.answers_found for d in question.documents}
+    if question.kind == "list":
+        texts = [f"{question.question} {claim.aliases[0]}" for claim in question.claims]
+    else:
+        texts = [f"{claim.text.rstrip('.')}." for claim in question.claims]
+
+    def decide(premise, hypothesis):
+        if premise in bits:
+            return hypothesis in texts and bits[premise][texts.index(hypothesis)]
+        return hypothesis.rstrip(".") in premise  # a claim in a whole answer
+
+    return lambda pairs: [decide(*pair) for pair in pairs]
 
 
 def test_positives_are_perfect():
-    """A judge that knows what holds what finds nothing wrong with them."""
     for question in SHIPPED:
-        bits = {d.premise: d.answers_found for d in question.documents}
-        texts = {
-            f"{question.question} {c.aliases[0]}"
-            if question.kind == "list"
-            else f"{c.text.rstrip('.')}.": i
-            for i, c in enumerate(question.claims)
-        }
-
-        def knows(pairs):
-            return [
-                premise in bits and hypothesis in texts and bits[premise][texts[hypothesis]]
-                if premise in bits
-                else any(claim in premise for claim in [hypothesis.rstrip(".")])
-                for premise, hypothesis in pairs
-            ]
-
-        scores = ts.score_response(question, trust_align.positive(question), knows)
+        answer = trust_align.positive(question)
+        scores = ts.score_response(question, answer, knowing(question))
         assert scores.answered == question.answerable
         assert trust_align.severity(scores) == pytest.approx(0), question.id
 
@@ -372,6 +381,7 @@ def test_the_fewest_documents_are_cited():
     )
 
 
+@pytest.mark.slow
 def test_recombined_documents():
     some = SHIPPED[:40]
     made = trust_align.recombined(some, 3)
@@ -404,30 +414,28 @@ def test_recombined_documents():
     assert [q.id for q in trust_align.recombined(some, 1)] == [
         q.id for q in made if not q.id.endswith(("+2", "+3"))
     ]
-    with pytest.raises(StudyError, match="only 0 documents of other questions to put in place of"):
+    with pytest.raises(StudyError, match="only 0 documents of other questions to replace"):
         trust_align.recombined(answerable[:1], 1)
-    with pytest.raises(StudyError, match="there are no questions to make prompts from"):
-        trust_align.recombined([], 1)
 
 
 def test_errors_and_severity():
     refused, answered = (
-        Scores(False, True, 0, 0, 0, 0, 0, 0),
-        Scores(True, False, 0.0, 0.0, 0.5, 0.25, 2, 4),
+        Scores(False, True),
+        Scores(True, False, recall=0.5, precision=0.25),
     )
-    half_right = Scores(True, True, 0.5, 0.0, 1.0, 1.0, 1, 1)
+    half_right = Scores(True, True, 0.5, recall=1.0, precision=1.0)
     assert trust_align.severity(refused) == 0.5
     assert trust_align.severity(answered) == pytest.approx(0.5 + 0.34 * 0.75 + 0.26 * 0.5)
     assert trust_align.severity(half_right) == pytest.approx(0.4 * 0.5)
-    assert trust_align.severity(Scores(False, False, 0, 0, 0, 0, 0, 0)) == 0
+    assert trust_align.severity(Scores(False, False)) == 0
 
 
 def test_the_worse_half_is_kept_of_either_kind():
     def answerable(correct):
-        return Scores(True, True, correct, 0.0, 1.0, 1.0, 1, 1)
+        return Scores(True, True, correct, recall=1.0, precision=1.0)
 
-    right, refused = answerable(1.0), Scores(False, False, 0, 0, 0, 0, 0, 0)
-    too_much = [Scores(True, False, 0, 0, r, 1.0, 1, 1) for r in (1.0, 0.0, 0.5)]
+    right, refused = answerable(1.0), Scores(False, False)
+    too_much = [Scores(True, False, recall=r, precision=1.0) for r in (1.0, 0.0, 0.5)]
     scores = [
         answerable(0.9),
         right,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 from rlhf_trust import StudyError
@@ -11,7 +12,7 @@ from rlhf_trust.rag.trust_score import Claim, Document, Question, Scores
 
 
 def question(bits, kind="short", names=(("1932",), ("Ida Kessland", "Kessland")), key="q"):
-    """A question whose documents say D0, D1, … and hold the claims that ``bits`` [documents][claims] say."""
+    """A question with documents D0, D1, …; ``bits`` [documents][claims]: which claims they hold."""
     claims = tuple(Claim(f"claim {i}", of_claim) for i, of_claim in enumerate(names))
     return Question(
         key,
@@ -22,8 +23,8 @@ def question(bits, kind="short", names=(("1932",), ("Ida Kessland", "Kessland"))
     )
 
 
-def judge(holds):
-    """Entails what the table says: ``holds`` maps a hypothesis to the sets of documents that suffice for it."""
+def entails(holds):
+    """An entailment model from a table: hypothesis → the sets of documents that suffice for it."""
 
     def decide(pairs):
         return [
@@ -38,7 +39,7 @@ SUBSETS = ((1, 0), (0, 1), (0, 0), (0, 0), (0, 0))
 NOTHING = ((0, 0),) * 5
 
 
-# --- constants -----------------------------------------------------------------------------------------------------
+# --- constants ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,9 @@ def test_trivial_baselines_have_the_papers_values(
 ):
     asked = [question(SUBSETS)] * answerable + [question(NOTHING)] * unanswerable
     for answers, expected in ((True, always_answers), (False, always_refuses)):
-        found = ts.trust_score(ts.trivial(asked, answers), draws=50).set_index("metric")["value"]
+        found = ts.trust_score([Scores(answers, q.answerable) for q in asked], draws=50).set_index(
+            "metric"
+        )["value"]
         assert 100 * found["f1_refusal_grounded"] == pytest.approx(expected, abs=0.005)
         assert (
             found["answer_rate"] == answers
@@ -58,7 +61,7 @@ def test_trivial_baselines_have_the_papers_values(
         )
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def test_what_is_read_of_a_response():
@@ -82,7 +85,7 @@ def test_what_is_read_of_a_response():
         and ts.sentences("[1].") == []
         and ts.sentences("1. It opened [1].") == ["It opened [1]."]
     )
-    whole = "Dr. J. K. Thrupp of St. Brannock's, in the U.S. army, slept approx. 3.5 hours at 10 a.m. on Monday [1]."
+    whole = "Dr. J. K. Thrupp of St. Ebba, U.S. army, slept approx. 3.5 h at 10 a.m. on Monday [1]."
     assert ts.sentences(whole) == [whole]
     assert ts.sentences('He said "so." [1] "Why?" (She left.) [2] [3] Yes') == [
         'He said "so." [1]',
@@ -91,7 +94,7 @@ def test_what_is_read_of_a_response():
         "Yes",
     ]
     assert ts.sentences("It opened. [1]She drew it [2].") == ["It opened. [1]", "She drew it [2]."]
-    assert ts.one_number_a_bracket("So [1, 2]. Or [3; 4,5], [6].") == "So [1]. Or [3], [6]."
+    assert ts.one_number_per_bracket("So [1, 2]. Or [3; 4,5], [6].") == "So [1]. Or [3], [6]."
     assert ts.items("Gale Street [1], Saint Ebba's [2],  , [3].") == [
         "Gale Street [1]",
         "Saint Ebba's [2]",
@@ -117,29 +120,27 @@ def test_refusals(text, expected):
     assert ts.refused(text) is expected
 
 
-# --- one response --------------------------------------------------------------------------------------------------
+# --- one response ---------------------------------------------------------------------------------
 
 
 def test_correctness_counts_what_documents_hold():
     both, one = question(SUBSETS), question(((1, 0),) + NOTHING[1:])
     said = "The bridge opened in 1932 [1]."
     assert (
-        ts.score_response(both, said, judge({})).correct == 0.5
-        and ts.score_response(one, said, judge({})).correct == 1.0
+        ts.score_response(both, said, entails({})).correct == 0.5
+        and ts.score_response(one, said, entails({})).correct == 1.0
     )
-    knows = ts.score_response(one, "Kessland built it in 1932.", judge({}))
+    knows = ts.score_response(one, "Kessland built it in 1932.", entails({}))
     assert (knows.correct, knows.parametric) == (1.0, 0.5)
-    nothing = ts.score_response(question(NOTHING), said, judge({}))
+    nothing = ts.score_response(question(NOTHING), said, entails({}))
     assert (nothing.answered, nothing.answerable, nothing.correct, nothing.parametric) == (
         True,
         False,
         0.0,
         0.5,
     )
-    assert ts.score_response(both, ts.REFUSAL, judge({})) == Scores(
-        False, True, 0.0, 0.0, 0.0, 0.0, 0, 0
-    )
-    empty = ts.score_response(both, "", judge({}))
+    assert ts.score_response(both, ts.REFUSAL, entails({})) == Scores(False, True)
+    empty = ts.score_response(both, "", entails({}))
     assert (empty.answered, empty.correct, empty.recall, empty.precision) == (True, 0.0, 0.0, 0.0)
 
 
@@ -147,20 +148,20 @@ def test_lists_are_matched_name_by_name():
     names = tuple((f"Name {i}",) for i in range(7))
     asked = question([[1] * 7] + [[0] * 7] * 4, "list", names)
     all_five = "Name 0, Name 1, Name 2, name 3., Name 4"
-    assert ts.score_response(asked, all_five, judge({})).correct == 1.0  # five hits are enough
-    assert ts.score_response(asked, "Name 0 [1], Other [2]", judge({})).correct == pytest.approx(
+    assert ts.score_response(asked, all_five, entails({})).correct == 1.0  # five hits are enough
+    assert ts.score_response(asked, "Name 0 [1], Other [2]", entails({})).correct == pytest.approx(
         2 * 0.5 * 0.2 / 0.7
     )
-    assert ts.score_response(asked, "Name 0 and Name 1", judge({})).correct == 0.0
+    assert ts.score_response(asked, "Name 0 and Name 1", entails({})).correct == 0.0
     assert ts.score_response(
-        asked, "Name 0, Name 0, Name 0, Other", judge({})
+        asked, "Name 0, Name 0, Name 0, Other", entails({})
     ).correct == pytest.approx(2 * 0.75 * 0.2 / 0.95)  # precision counts every entry
     assert ts.score_response(
-        question([[1, 0]] + [[0, 0]] * 4, "list"), "1932, Kessland", judge({})
+        question([[1, 0]] + [[0, 0]] * 4, "list"), "1932, Kessland", entails({})
     ).correct == pytest.approx(2 * 0.5 / 1.5)
 
 
-def test_long_answers_are_matched_by_the_judge():
+def test_long_answers_are_matched_by_the_entails():
     asked = question(SUBSETS, "long", ((), ()))
     found = ts.claims_found(
         asked,
@@ -174,7 +175,7 @@ def test_citations_one_by_one():
     asked = question(((1, 0), (1, 0), (0, 1), (0, 0), (0, 0)))
     holds = {"A.": [{0}, {1}], "B.": [{0, 2}], "C.": [{3}]}
     scores = {
-        text: ts.citation_scores(asked, text, judge(holds))
+        text: ts.citation_scores(asked, text, entails(holds))
         for text in (
             "A [1].",
             "A.",
@@ -185,40 +186,33 @@ def test_citations_one_by_one():
             "B [1].",
             "C [4][5][1][3].",
             "A [1]. B.",
+            "A [1]. B [9].",
             "A [4].",
         )
     }
     assert scores == {
-        "A [1].": (1.0, 1.0, 1, 1),
-        "A.": (0.0, 0.0, 1, 0),
-        "A [9].": (0.0, 0.0, 1, 0),  # out of range: neither support nor part of the precision
-        "A [1][2].": (1.0, 1.0, 1, 2),  # either is enough alone
-        "A [1][4].": (1.0, 0.5, 1, 2),  # [4] adds nothing
-        "B [1][3].": (1.0, 1.0, 1, 2),  # both are needed
-        "B [1].": (0.0, 0.0, 1, 1),
-        "C [4][5][1][3].": (1.0, 1 / 3, 1, 3),  # the fourth is not read
-        "A [1]. B.": (0.5, 1.0, 2, 1),
-        "A [4].": (0.0, 0.0, 1, 1),
+        "A [1].": (1.0, 1.0),
+        "A.": (0.0, 0.0),
+        "A [9].": (0.0, 0.0),
+        "A [1][2].": (1.0, 1.0),  # either is enough alone
+        "A [1][4].": (1.0, 0.5),  # [4] adds nothing
+        "B [1][3].": (1.0, 1.0),  # both are needed
+        "B [1].": (0.0, 0.0),
+        "C [4][5][1][3].": (1.0, 1 / 3),  # the fourth is not read
+        "A [1]. B.": (0.5, 1.0),
+        "A [1]. B [9].": (0.5, 1.0),  # out of range: no support, and not part of the precision
+        "A [4].": (0.0, 0.0),
     }
-    listed = question(SUBSETS, "list")
-    assert ts.citation_scores(
-        listed, "Kessland [2], 1932 [2]", judge({"When, and who? Kessland": [{1}]})
-    ) == (0.5, 0.5, 2, 2)
-    # What holds the same claim as the others is not called superfluous, though they would do without it.
-    twins = question(((1, 0), (1, 0), (1, 0), (0, 0), (0, 0)))
-    assert ts.citation_scores(twins, "Z [1][2][3].", judge({"Z.": [{0, 1}, {1, 2}]})) == (
-        1.0,
-        1.0,
-        1,
-        3,
-    )
+    listed = entails({"When, and who? Kessland": [{1}]})
+    found = ts.citation_scores(question(SUBSETS, "list"), "Kessland [2], 1932 [2]", listed)
+    assert found == (0.5, 0.5)
+    # A citation that shares a claim with the others is not superfluous, though they suffice.
+    same = question(((1, 0), (1, 0), (1, 0), (0, 0), (0, 0)))
+    found = ts.citation_scores(same, "Z [1][2][3].", entails({"Z.": [{0, 1}, {1, 2}]}))
+    assert found == (1.0, 1.0)
     apart = question(((1, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
-    assert ts.citation_scores(apart, "Z [1][2][3].", judge({"Z.": [{0, 1}]})) == (
-        1.0,
-        pytest.approx(2 / 3),
-        1,
-        3,
-    )
+    found = ts.citation_scores(apart, "Z [1][2][3].", entails({"Z.": [{0, 1}]}))
+    assert found == (1.0, pytest.approx(2 / 3))
 
 
 @settings(max_examples=150, deadline=None)
@@ -230,14 +224,13 @@ def test_citations_one_by_one():
 def test_citations_are_counted_as_the_paper_says(cited, seed, bits):
     """Against the definition written out with sets, one sentence and one citation at a time."""
     asked = question(bits)
-    holds = (
-        np.random.default_rng(seed).random((len(cited), 2**6)) < 0.5
-    )  # by sentence and set of documents
+    # By sentence and set of documents.
+    holds = np.random.default_rng(seed).random((len(cited), 2**6)) < 0.5
 
     def follows(sentence, documents):
         return bool(holds[sentence, sum(2**i for i in documents)])
 
-    def table_judge(pairs):
+    def table_model(pairs):
         return [
             follows(int(text.split()[1].rstrip(".")), [i for i in range(5) if f"D{i}" in premise])
             for premise, text in pairs
@@ -248,9 +241,7 @@ def test_citations_are_counted_as_the_paper_says(cited, seed, bits):
     )
     supported, good, total = [], 0, 0
     for sentence, numbers in enumerate(cited):
-        if (
-            not numbers or max(numbers) > 5
-        ):  # says nothing about where it is from, or names a document that there is not
+        if not numbers or max(numbers) > 5:  # no citation, or one out of range
             supported.append(False)
             continue
         documents = [c - 1 for c in numbers[:3]]
@@ -265,16 +256,12 @@ def test_citations_are_counted_as_the_paper_says(cited, seed, bits):
                 bits[one][claim] and any(bits[other][claim] for other in rest) for claim in (0, 1)
             )
             good += follows(sentence, [one]) or needed or shares_a_claim
-    found = ts.citation_scores(asked, response, table_judge)
-    assert found == (
-        pytest.approx(sum(supported) / len(cited)),
-        pytest.approx(good / total if total else 0.0),
-        len(cited),
-        total,
-    )
+    found = ts.citation_scores(asked, response, table_model)
+    expected = sum(supported) / len(cited), good / total if total else 0.0
+    assert found == pytest.approx(expected)
 
 
-# --- all responses -------------------------------------------------------------------------------------------------
+# --- all responses --------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -287,7 +274,7 @@ def test_citations_are_counted_as_the_paper_says(cited, seed, bits):
 )
 def test_the_parts_are_their_definitions(rows):
     scores = [
-        Scores(a, g, c if a and g else 0.0, 0.0, r if a else 0.0, p if a else 0.0, 1, 1)
+        Scores(a, g, c if a and g else 0.0, 0.0, r if a else 0.0, p if a else 0.0)
         for a, g, c, r, p in rows
     ]
     found = ts.trust_score(scores, draws=20).set_index("metric")["value"]
@@ -337,8 +324,6 @@ def test_intervals_cover_what_many_questions_have():
                     0.0,
                     rng.random() if answered else 0.0,
                     rng.random() if answered else 0.0,
-                    1,
-                    1,
                 )
             )
         return rows
@@ -360,9 +345,9 @@ def test_intervals_cover_what_many_questions_have():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(kind="essay"), "q: kind must be one of short, list, long, got 'essay'"),
+        (dict(kind="essay"), "q: kind must be one of .*, got 'essay'"),
         (dict(names=(("...",), ("x",))), "q: claim 'claim 0' has no alias"),
-        (dict(bits=((1,),)), "q: document 1 has 1 bits in answers_found for 2 claims"),
+        (dict(bits=((1,),)), "q: document 1 needs one bit per claim"),
         (dict(bits=()), "q: needs at least one gold claim and one document"),
     ],
 )
@@ -376,11 +361,12 @@ def test_no_responses():
         ts.trust_score([])
 
 
-# --- changes -------------------------------------------------------------------------------------------------------
+# --- changes --------------------------------------------------------------------------------------
 
 
 def drawn(rng, n, correct=0.0, like=None):
-    """Responses of a model that answers most questions (those of ``like``, if given), ``correct`` better than half."""
+    """Responses of a model that answers most questions (those of ``like``, if given); ``correct``
+    raises its correctness."""
     rows = []
     for i in range(n):
         answerable, answered = (
@@ -395,8 +381,6 @@ def drawn(rng, n, correct=0.0, like=None):
                 0.0,
                 rng.random() if answered else 0.0,
                 rng.random() if answered else 0.0,
-                1,
-                1,
             )
         )
     return rows
@@ -428,7 +412,7 @@ def test_changes_are_differences_and_their_p_values_hold():
     assert clear.loc["f1_answer_correctness", "p"] < 0.01 < clear.loc["f1_citation_grounded", "p"]
 
 
-def test_tables_and_words():
+def test_changes_in_words():
     rng = np.random.default_rng(3)
     scores = {"start": drawn(rng, 80), "sft": None, "better": None}
     scores["sft"] = scores["start"]
@@ -440,27 +424,26 @@ def test_tables_and_words():
             0.0,
             s.recall if s.answered else 0.5,
             s.precision if s.answered else 0.5,
-            1,
-            1,
         )
         for s in scores["start"]
     ]
-    changes = ts.grounding_changes(
-        scores, [("sft", "start"), ("better", "start"), ("better", "sft")], "lexical", 0
+    changes = pd.concat(
+        [
+            ts.trust_score_change(scores[model], scores[baseline]).assign(
+                model=model, baseline=baseline, p_holm=p
+            )
+            for model, baseline, p in (("sft", "start", 1.0), ("better", "start", 0.001))
+        ]
     )
-    assert len(changes) == 3 * len(ts.METRICS) and changes["p_holm"].notna().sum() == 3
-    same, better, _ = ts.words(changes)
-    assert "no clear change" in same and "+0.000" in same and "which show changes of" not in same
-    assert changes.loc[(changes["model"] == "sft"), "min_detectable"].isna().all()
-    assert (
-        "better in refusal" in better and "correctness" in better and "): better. By part" in better
-    )
-    assert (
-        "better by this interval alone"
-        in ts.words(changes.assign(p_holm=changes["p_holm"].clip(lower=0.2)))[1]
-    )
-    table = ts.grounding_table(scores, "lexical", 0)
-    assert set(table["model"]) == set(scores) and (table["judge"] == "lexical").all()
+    same, better = ts.words(changes)
+    assert "no clear change" in same and "+0.000" in same and "minimum detectable" not in same
+    assert changes.loc[changes["model"] == "sft", "min_detectable"].isna().all()
+    assert better.startswith("**better** against start: Trust-Score +")
+    assert "n = 80 questions), minimum detectable change 0." in better
+    assert "Holm-corrected p = 0.001: better. By part: refusal +" in better
+    assert "correctness" in better and "(better)" in better
+    unclear = ts.words(changes.assign(p_holm=0.2))[1]
+    assert "better by this interval alone, but not after Holm's correction" in unclear
 
 
 def test_many_responses_are_scored_as_one_by_one():
@@ -471,13 +454,15 @@ def test_many_responses_are_scored_as_one_by_one():
 
     def counting(pairs):
         calls.append(len(pairs))
-        return judge(holds)(pairs)
+        return entails(holds)(pairs)
 
     assert ts.score_responses(asked, said, counting) == [
-        ts.score_response(q, r, judge(holds)) for q, r in zip(asked, said)
+        ts.score_response(q, r, entails(holds)) for q, r in zip(asked, said)
     ]
-    assert calls[0] > 3 and len(calls) <= 4  # the first call asks for all that is known beforehand
+    assert len(calls) == 2  # then what depends on the first answers
     with pytest.raises(StudyError, match="3 responses to 4 questions"):
         ts.score_responses(asked, said[:3], counting)
-    with pytest.raises(StudyError, match="both must answer the same questions"):
+    with pytest.raises(StudyError, match="no responses"):
         ts.trust_score_change([], [])
+    with pytest.raises(StudyError, match="1 responses of one model, 0 of the other"):
+        ts.trust_score_change([Scores(True, True)], [])

@@ -1,1 +1,2 @@
-"""Answers from given documents: are they right, do they cite what supports them, and are they withheld where nothing does?"""
+"""Answers from documents: are they right, supported by what they cite, and withheld where no
+document holds one?"""

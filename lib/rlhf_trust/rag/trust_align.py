@@ -1,8 +1,10 @@
-"""Trust-Align (Song et al., ICLR 2025, arXiv 2409.11242, section 4): preference pairs for answers that rest on documents.
+"""Trust-Align (Song et al., ICLR 2025, arXiv 2409.11242, section 4): preference pairs for answers
+that rest on documents.
 
-An answerable question gives several prompts: its documents are put together anew, so that fewer of its claims, or none, are
-held. The chosen answer states each claim that is held and cites what holds it, or refuses; the rejected one is what a model said. Of
-the answers that are wrong somewhere, the worst half by severity is kept, of answerable and unanswerable prompts apart.
+An answerable question gives several prompts: its documents are recombined so that they hold fewer
+of its claims, or none. The chosen answer states each claim that the documents hold and cites the
+document, or refuses; the rejected one is a model's own answer. Of the answers with an error, the
+worse half by severity is kept, separately for answerable and unanswerable prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from .. import StudyError
 from ..data.preferences import PreferencePair
 from ..stats import generator
 from .questions import prompt
-from .trust_score import DOCUMENTS, REFUSAL, Document, Question, Scores, normalised
+from .trust_score import DOCUMENTS, REFUSAL, Claim, Document, Question, Scores, normalised
 
 SEVERITY = {
     "unwarranted_refusal": 0.50,
@@ -27,109 +29,102 @@ SEVERITY = {
     "improper_citation": 0.26,
     "inaccurate_claims": 0.40,
 }
-"""What each kind of error weighs (the paper's table)."""
+"""Weight of each kind of error (the paper's table)."""
 
 
-# --- documents put together anew -----------------------------------------------------------------------------------
+# --- recombined documents -------------------------------------------------------------------------
 
 
 def recombined(questions: Sequence[Question], variants: int, seed: int = 0) -> list[Question]:
-    """Each question as it is, and of each answerable one ``variants`` more with other documents.
+    """Each question as it is, and ``variants`` more of each answerable one, with other documents.
 
-    The variants cycle through three: some of the documents that hold a claim replaced (half, rounded up, but never all); all
-    of them, which leaves nothing to answer; and none, only in another order. In their place come documents of the other
-    questions, those most like the question first (TF-IDF), which are taken to hold none of its claims: any with one of its
-    names in it is passed over.
+    The variants cycle through three: replace some of the documents that hold a claim (half, rounded
+    up, but never all); replace all of them, which makes the question unanswerable; replace none and
+    shuffle. Replacements are documents of the other questions, the most similar to the question
+    first (TF-IDF). They are taken to hold none of its claims; documents with one of its aliases are
+    skipped.
     """
-    if not questions:
-        raise StudyError(
-            "trust-align: there are no questions to make prompts from; lower n_held_out or raise n_train"
-        )
     pool = list(dict.fromkeys((d.title, d.text) for q in questions for d in q.documents))
     texts = [f"{title} {text}" for title, text in pool]
-    words = TfidfVectorizer(stop_words="english").fit(texts)
-    likeness = (
-        words.transform([q.question for q in questions]) @ words.transform(texts).T
-    ).toarray()
-    found = []
-    for index, question in enumerate(questions):
-        found.append(question)
-        own, names = (
-            {(d.title, d.text) for d in question.documents},
-            [normalised(a) for c in question.claims for a in c.aliases],
+    tfidf = TfidfVectorizer(stop_words="english").fit(texts)
+    asked = tfidf.transform([q.question for q in questions])
+    prompts = []
+    for question, similarity in zip(questions, (asked @ tfidf.transform(texts).T).toarray()):
+        prompts.append(question)
+        if question.answerable:
+            similar = [pool[i] for i in np.argsort(-similarity, kind="stable")]
+            prompts += _variants(question, similar, variants, seed)
+    return prompts
+
+
+def _variants(
+    question: Question, similar: Sequence[tuple[str, str]], variants: int, seed: int
+) -> list[Question]:
+    """``similar``: title and text of documents, the most similar first."""
+    own = {(d.title, d.text) for d in question.documents}
+    names = [normalised(alias) for claim in question.claims for alias in claim.aliases]
+    others = [
+        other
+        for other in similar
+        if other not in own and not any(name in normalised(" ".join(other)) for name in names)
+    ][: 4 * DOCUMENTS]
+    holding = [i for i, d in enumerate(question.documents) if any(d.answers_found)]
+    if len(others) < len(holding):
+        raise StudyError(
+            f"trust-align: {question.id}: only {len(others)} documents of other questions "
+            f"to replace {len(holding)}"
         )
-        near = (pool[i] for i in np.argsort(-likeness[index], kind="stable"))
-        near = [
-            other
-            for other in near
-            if other not in own and not any(name in normalised(" ".join(other)) for name in names)
-        ][: 4 * DOCUMENTS]
-        holding = [i for i, d in enumerate(question.documents) if any(d.answers_found)]
-        if len(near) < len(holding):
-            raise StudyError(
-                f"trust-align: {question.id}: only {len(near)} documents of other questions to put in place of {len(holding)}"
-            )
-        rng = generator(f"recombined/{question.id}/{seed}")
-        for number in range(variants if holding else 0):
-            documents = list(question.documents)
-            how_many = (min(-(-len(holding) // 2), len(holding) - 1), len(holding), 0)[number % 3]
-            others = rng.permutation(len(near))
-            for place, other in zip(
-                rng.choice(holding, size=how_many, replace=False).tolist(), others
-            ):
-                documents[place] = Document(*near[other], (False,) * len(question.claims))
-            order = rng.permutation(len(documents))
-            found.append(
-                replace(
-                    question,
-                    id=f"{question.id}+{number + 1}",
-                    documents=tuple(documents[i] for i in order),
-                )
-            )
-    return found
+    counts = (min(-(-len(holding) // 2), len(holding) - 1), len(holding), 0)
+    rng = generator(f"recombined/{question.id}/{seed}")
+    made = []
+    for number in range(variants):
+        documents = list(question.documents)
+        replacements = rng.permutation(len(others))
+        places = rng.choice(holding, size=counts[number % 3], replace=False)
+        for place, other in zip(places, replacements):
+            documents[place] = Document(*others[other], (False,) * len(question.claims))
+        order = rng.permutation(len(documents))
+        shuffled = tuple(documents[i] for i in order)
+        made.append(replace(question, id=f"{question.id}+{number + 1}", documents=shuffled))
+    return made
 
 
-# --- what should have been said ------------------------------------------------------------------------------------
+# --- chosen answers -------------------------------------------------------------------------------
 
 
 def fewest_documents(question: Question) -> list[int | None]:
-    """For each gold claim the document to cite (None where none holds it), so that few documents are cited in all: greedily
-    the document that holds most of the claims not yet covered, the first of several."""
+    """The document to cite for each gold claim (None where none holds it), with few documents in
+    all: greedily the first document that holds most of the claims not yet covered."""
     bits = np.array([d.answers_found for d in question.documents], dtype=bool)
     cited: list[int | None] = [None] * len(question.claims)
-    open_claims = bits.any(0)
-    while open_claims.any():
-        best = int((bits & open_claims).sum(1).argmax())
-        for claim in np.flatnonzero(bits[best] & open_claims):
+    uncovered = bits.any(0)
+    while uncovered.any():
+        best = int((bits & uncovered).sum(1).argmax())
+        for claim in np.flatnonzero(bits[best] & uncovered):
             cited[claim] = best
-        open_claims &= ~bits[best]
+        uncovered &= ~bits[best]
     return cited
 
 
 def positive(question: Question) -> str:
-    """The claims that the documents hold, each with its citation; a refusal where they hold none. (Commas separate the entries
-    of a list: a name is written without its own.)"""
+    """The perfect answer: the claims that the documents hold, each with its citation, or a refusal
+    where they hold none."""
     if not question.answerable:
         return REFUSAL
-    stated = [
-        (claim, f"[{document + 1}]")
-        for claim, document in zip(question.claims, fewest_documents(question))
-        if document is not None
-    ]
-    if question.kind == "list":
-        return (
-            ", ".join(
-                f"{next((a for a in claim.aliases if ',' not in a), claim.aliases[0].replace(',', ''))} {mark}"
-                for claim, mark in stated
-            )
-            + "."
-        )
-    return " ".join(
-        f"{(claim.text or claim.aliases[0]).rstrip('.')} {mark}." for claim, mark in stated
-    )
+    in_list, parts = question.kind == "list", []
+    for claim, document in zip(question.claims, fewest_documents(question)):
+        if document is not None:
+            text = _entry(claim) if in_list else (claim.text or claim.aliases[0]).rstrip(".")
+            parts.append(f"{text} [{document + 1}]")
+    return (", " if in_list else ". ").join(parts) + "."
 
 
-# --- what was said instead -----------------------------------------------------------------------------------------
+def _entry(claim: Claim) -> str:
+    """A name without commas, which separate the entries of a list."""
+    return next((a for a in claim.aliases if "," not in a), claim.aliases[0].replace(",", ""))
+
+
+# --- rejected answers -----------------------------------------------------------------------------
 
 
 def errors(scores: Scores) -> dict[str, float]:
@@ -150,9 +145,9 @@ def severity(scores: Scores) -> float:
 
 
 def worst_half(scores: Sequence[Scores], most: int = 0) -> list[int]:
-    """Indices of the responses to learn from: those with any error, and of these the worse half by severity, rounded up, of
-    answerable and unanswerable questions apart; in order. ``most``: of both together at most so many (0: all), the two sides
-    taking turns."""
+    """Indices of the responses to learn from, in order: of those with any error the worse half by
+    severity, rounded up, separately for answerable and unanswerable questions. ``most``: at most
+    this many in all (0: no limit), taken from the two in turn."""
     weights = np.array([severity(s) for s in scores])
     sides = []
     for answerable in (True, False):
@@ -163,14 +158,16 @@ def worst_half(scores: Sequence[Scores], most: int = 0) -> list[int]:
 
 
 def pairs(questions: Sequence[Question], responses: Sequence[str]) -> list[PreferencePair]:
-    """Preference pairs: what should have been said against what was. Responses that say it already are left out."""
-    found = [
+    """Preference pairs: the perfect answer against the response, unless the response is empty or is
+    the perfect answer."""
+    made = [
         PreferencePair(q.id, prompt(q).turns, positive(q), response, q.kind)
         for q, response in zip(questions, responses)
         if response.strip() and response != positive(q)
     ]
-    if not found:
+    if not made:
         raise StudyError(
-            "trust-align: no response is wrong, so there is no pair to learn from; raise n_train or temperature"
+            "trust-align: no response is wrong, so there is no pair to learn from; "
+            "raise n_train or temperature"
         )
-    return found
+    return made
