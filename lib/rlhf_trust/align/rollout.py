@@ -1,48 +1,56 @@
-"""What PPO and INPO share: answers drawn from an adapter, their rewards, and looks at held-out prompts."""
+"""What PPO and INPO share: answers sampled from an adapter, their rewards, and evaluation on
+held-out prompts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from .. import StudyError, decode, models
 from ..chat import Chat, EncodedExample
+from ..decode import Decoding, Prompt
 
-ROWS = 64
-"""Most answers that are drawn at once."""
+SAMPLED_AT_ONCE = 64
+"""Most answers that are sampled in one batch."""
 
 RewardFn = Callable[[Sequence[EncodedExample]], torch.Tensor]
 """Rewards of answers, [n], in any unit."""
 
 RewardFnMaker = Callable[[torch.nn.Module], RewardFn]
-"""From the PEFT model that is trained."""
+"""Makes a reward function from the PEFT model that is trained."""
+
+
+def check_settings(config, names: str, allowed: Callable[[float], bool], requirement: str) -> None:
+    """Raise a StudyError for the first of these settings (names separated by spaces) that is not
+    allowed.
+    """
+    for name in names.split():
+        if not allowed(getattr(config, name)):
+            raise StudyError(f"{name}: must be {requirement}, got {getattr(config, name)}")
 
 
 def sample_answers(
-    model,
-    adapter: str,
-    chat: Chat,
-    prompts: Sequence[decode.Prompt],
-    keys: Sequence[str],
-    decoding: decode.Decoding,
-    bar=None,
+    model, adapter: str, chat: Chat, prompts: Sequence[Prompt], keys, decoding: Decoding, bar=None
 ) -> list[list[EncodedExample]]:
-    """``decoding.samples`` answers to each prompt by one adapter, [prompts][samples]; ``keys`` [prompts] seed the draws."""
+    """Sample ``decoding.samples`` answers to each prompt from one adapter, [prompts][samples].
+
+    ``keys`` (strings, [prompts]) seed the draws; ``bar`` is a progress bar that counts answers.
+    """
     model.set_adapter(adapter, inference_mode=True)
     ids = [chat.prompt_ids(prompt.turns, prompt.system) for prompt in prompts]
     answers: list[list[EncodedExample]] = [[] for _ in ids]
-    for batch in decode.batches_by_length([len(i) for i in ids], max(1, ROWS // decoding.samples)):
+    batch_size = max(1, SAMPLED_AT_ONCE // decoding.samples)
+    eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
+    for batch in decode.batches_by_length([len(i) for i in ids], batch_size):
         drawn = decode.sample_batch(
-            model,
-            [ids[i] for i in batch],
-            [keys[i] for i in batch],
-            decoding,
-            chat.tokenizer.eos_token_id,
-            chat.tokenizer.pad_token_id,
+            model, [ids[i] for i in batch], [keys[i] for i in batch], decoding, eos, pad
         )
         for i, samples in zip(batch, drawn):
             answers[i] = [EncodedExample(ids[i] + tuple(tokens), len(ids[i])) for tokens in samples]
@@ -51,169 +59,178 @@ def sample_answers(
     return answers
 
 
-def has_end(answer: EncodedExample, eos: int) -> bool:
-    """Did the policy stop by itself? (Otherwise the length limit cut it off.)"""
-    return answer.input_ids[-1] == eos
-
-
 def with_end(answers: Sequence[EncodedExample], eos: int) -> list[EncodedExample]:
-    """The answers as they are read at their end token, which one that was cut off is given."""
+    """The answers, with EOS appended to the truncated ones."""
     return [
-        a if has_end(a, eos) else EncodedExample(a.input_ids + (eos,), a.answer_start)
+        a if a.input_ids[-1] == eos else EncodedExample(a.input_ids + (eos,), a.answer_start)
         for a in answers
     ]
 
 
 class RewardModel:
-    """A judge: the reward adapter of a model and its head, [hidden]."""
+    """The reward function of the adapter ``reward`` and its head, [hidden].
 
-    def __init__(
-        self, model, head: torch.Tensor, chat: Chat, rows: int = 8, adapter: str = "reward"
-    ):
+    EOS is appended to truncated answers.
+    """
+
+    def __init__(self, model, head: torch.Tensor, chat: Chat, batch_size: int = 8):
         if head.shape != (model.config.hidden_size,):
             raise StudyError(
                 f"reward model: its head reads {head.shape[-1]} numbers, this model's states have "
                 f"{model.config.hidden_size}; run 02-reward again on this model"
             )
-        self.model, self.head, self.rows, self.adapter = model, head, rows, adapter
+        self.model, self.head, self.batch_size = model, head, batch_size
         self.eos, self.pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
 
     @torch.no_grad()
     def __call__(self, answers: Sequence[EncodedExample]) -> torch.Tensor:
         ended = with_end(answers, self.eos)
-        self.model.set_adapter(self.adapter, inference_mode=True)
-        scores = torch.zeros(len(ended), device=self.model.device)
-        for batch in decode.reading_batches(ended, self.rows):
-            scores[batch] = decode.last_token_rewards(
+        self.model.set_adapter("reward", inference_mode=True)
+        rewards = torch.zeros(len(ended), device=self.model.device)
+        for batch in decode.reading_batches(ended, self.batch_size):
+            rewards[batch] = decode.last_token_rewards(
                 self.model, self.head, [ended[i] for i in batch], self.pad
             )
-        return scores
+        return rewards
 
 
 @contextmanager
-def policy_and_judge(
-    base: models.Base, chat: Chat, sft: Path, reward: Path | RewardFnMaker, rows: int
-) -> Iterator[tuple]:
-    """A model with the SFT adapter as ``policy``, to be trained, and as ``reference``, and what judges its answers: the
-    reward model in a folder, or what the function makes. The backbone is left as it came.
+def policy_and_reward(
+    base: models.Base, chat: Chat, sft: Path, reward: Path | RewardFnMaker, batch_size: int
+) -> Iterator[tuple[torch.nn.Module, RewardFn]]:
+    """A model with the SFT adapter twice, as trainable ``policy`` and as ``reference``, and the
+    reward function.
 
-    The judge raises a StudyError where a reward is not finite; its rewards lie on the model's device.
+    ``reward`` is the folder of a reward model or makes another reward function. Rewards come on the
+    model's device; a StudyError says when one is not finite. The backbone is bare again afterwards.
     """
-    is_folder = isinstance(reward, Path)
-    model = models.load_adapters(
-        base,
-        {"policy": sft, "reference": sft} | ({"reward": reward} if is_folder else {}),
-        trainable="policy",
-    )
+    adapters = {"policy": sft, "reference": sft}
+    if isinstance(reward, Path):
+        adapters["reward"] = reward
+    model = models.load_adapters(base, adapters, trainable="policy")
+    try:
+        if isinstance(reward, Path):
+            reward_fn = RewardModel(model, models.load_reward_head(reward), chat, batch_size)
+        else:
+            reward_fn = reward(model)
 
-    def finite(judge: RewardFn) -> RewardFn:
-        def judged(answers: Sequence[EncodedExample]) -> torch.Tensor:
-            rewards = judge(answers).to(model.device)
-            if not torch.isfinite(rewards).all():
+        def finite_rewards(answers: Sequence[EncodedExample]) -> torch.Tensor:
+            rewards = reward_fn(answers).to(model.device)
+            broken = int((~torch.isfinite(rewards)).sum())
+            if broken:
                 raise StudyError(
-                    f"{int((~torch.isfinite(rewards)).sum())} of {len(rewards)} rewards are not finite; look at the reward "
+                    f"{broken} of {len(rewards)} rewards are not finite; look at the reward "
                     "model's training curve in 02-reward"
                 )
             return rewards
 
-        return judged
-
-    try:
-        yield (
-            model,
-            finite(
-                RewardModel(model, models.load_reward_head(reward), chat, rows)
-                if is_folder
-                else reward(model)
-            ),
-        )
+        yield model, finite_rewards
     finally:
         model.unload()  # adapters sit inside the backbone
 
 
 @torch.no_grad()
-def answer_kl(
-    model,
-    answers: Sequence[EncodedExample],
-    pad: int,
-    rows: int,
-    policy: str = "policy",
-    reference: str = "reference",
-) -> torch.Tensor:
-    """log π − log π_ref of each answer, nats, [n]: its mean over answers of π estimates KL(π‖π_ref)."""
-    sums = []
-    for adapter in (policy, reference):
-        model.set_adapter(adapter, inference_mode=True)
-        of_adapter = torch.zeros(len(answers), device=model.device)
-        for batch in decode.batches_by_length([len(a) for a in answers], rows):
-            of_adapter[batch] = decode.token_logps(model, [answers[i] for i in batch], pad)[0].sum(
-                1
-            )
-        sums.append(of_adapter)
-    return sums[0] - sums[1]
+def answer_kl(model, answers: Sequence[EncodedExample], pad: int, batch_size: int) -> torch.Tensor:
+    """log π − log π_ref of each answer, nats, [n], from the adapters ``policy`` and ``reference``.
 
-
-def evaluate(
-    model,
-    judge: RewardFn,
-    chat: Chat,
-    held_out: Sequence[decode.Prompt],
-    decoding: decode.Decoding,
-    rows: int,
-    step: int,
-    bar=None,
-) -> pd.DataFrame:
-    """The policy's answers to held-out prompts after ``step`` steps, one row each: step, id, reward (raw), kl (nats), answer (text).
-
-    At step 0 the policy is the reference weight for weight, so the KL is 0 without a pass.
+    Its mean over answers of π estimates KL(π‖π_ref).
     """
-    answers = [
-        a
-        for (a,) in sample_answers(
-            model, "policy", chat, held_out, [p.id for p in held_out], decoding, bar
-        )
-    ]
-    rewards = judge(answers)
-    kl = (
-        answer_kl(model, answers, chat.tokenizer.pad_token_id, rows)
-        if step
-        else torch.zeros(len(answers))
-    )
-    return pd.DataFrame(
-        {
-            "step": step,
-            "id": [prompt.id for prompt in held_out],
-            "reward": rewards.double().cpu().numpy(),
-            "kl": kl.double().cpu().numpy(),
-            "answer": [chat.decode(a.answer_ids) for a in answers],
-        }
-    )
+    batches = decode.batches_by_length([len(a) for a in answers], batch_size)
+    logps = torch.zeros(2, len(answers), device=model.device)
+    for row, adapter in zip(logps, ("policy", "reference")):
+        model.set_adapter(adapter, inference_mode=True)
+        for batch in batches:
+            row[batch] = decode.token_logps(model, [answers[i] for i in batch], pad)[0].sum(1)
+    return logps[0] - logps[1]
 
 
-def check_spread(first_look: pd.DataFrame) -> None:
-    """Stop before the first step if the judge gives every held-out answer the same reward: there is nothing to climb."""
-    rewards = first_look["reward"]
-    if rewards.max() - rewards.min() <= 1e-6:
-        raise StudyError(
-            f"the rewards of all {len(rewards)} held-out answers are alike ({rewards.iloc[0]:.3g}), so there is nothing to climb; "
-            + ("look at the reward model" if len(rewards) > 1 else "ask for more held-out prompts")
+@dataclass
+class Run:
+    """What PPO and INPO carry from step to step: model, reward, held-out prompts and measurements.
+
+    Attributes
+    ----------
+    decoding
+        Of held-out answers, one a prompt. The random numbers are the same at every step, so
+        evaluations are paired.
+    max_kl
+        KL to the reference, nats per answer, beyond which the run stops.
+    bar
+        A progress bar that counts answers.
+    curve
+        (step, metric, value) of everything measured.
+    eval_history
+        A table per evaluation, one row a prompt: step, id, reward (raw), kl (nats,
+        :func:`answer_kl`), answer (text).
+    """
+
+    model: torch.nn.Module
+    reward_fn: RewardFn
+    chat: Chat
+    held_out: Sequence[Prompt]
+    decoding: Decoding
+    batch_size: int
+    max_kl: float
+    bar: tqdm
+    curve: list[tuple[int, str, float]] = field(default_factory=list)
+    eval_history: list[pd.DataFrame] = field(default_factory=list)
+
+    def sample(self, prompts, keys, decoding: Decoding) -> list[list[EncodedExample]]:
+        """:func:`sample_answers` from the policy."""
+        return sample_answers(self.model, "policy", self.chat, prompts, keys, decoding, self.bar)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        self.curve += [(step, metric, float(value)) for metric, value in metrics.items()]
+
+    def check_kl(self, step: int, kl: float) -> None:
+        if not kl <= self.max_kl:
+            raise StudyError(
+                f"step {step}: the KL to the SFT model is {kl:.1f} nats per answer (max_kl "
+                f"{self.max_kl:g}); lower learning_rate, or raise PPO's kl_coef or INPO's eta"
+            )
+
+    def check_spread(self) -> None:
+        """Stop before the first step if all held-out answers have the same reward."""
+        rewards = self.eval_history[0]["reward"]
+        if rewards.max() - rewards.min() <= 1e-6:
+            raise StudyError(
+                f"the rewards of all {len(rewards)} held-out answers are alike "
+                f"({rewards.iloc[0]:.3g}), so there is nothing to learn; "
+                + ("look at the reward model" if len(rewards) > 1 else "use more held-out prompts")
+            )
+
+    def evaluate(self, step: int) -> None:
+        """Answer the held-out prompts after ``step`` steps; add to ``curve`` and ``eval_history``.
+
+        At step 0 policy and reference are the same weights: the KL is 0 without a forward pass.
+        """
+        keys = [prompt.id for prompt in self.held_out]
+        answers = [answer for (answer,) in self.sample(self.held_out, keys, self.decoding)]
+        rewards, kl = self.reward_fn(answers), torch.zeros(len(answers))
+        if step:
+            pad = self.chat.tokenizer.pad_token_id
+            kl = answer_kl(self.model, answers, pad, self.batch_size)
+        rows = pd.DataFrame(
+            {
+                "step": step,
+                "id": keys,
+                "reward": rewards.double().cpu().numpy(),
+                "kl": kl.double().cpu().numpy(),
+                "answer": [self.chat.decode(a.answer_ids) for a in answers],
+            }
         )
+        self.check_kl(step, rows["kl"].mean())
+        self.record(step, {f"held_out_{name}": rows[name].mean() for name in ("reward", "kl")})
+        self.eval_history.append(rows)
+
+    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """``curve`` (columns step, metric, value) and ``eval_history`` as one table each."""
+        curve = pd.DataFrame(self.curve, columns=["step", "metric", "value"])
+        return curve, pd.concat(self.eval_history, ignore_index=True)
 
 
 def before_and_after(eval_history: pd.DataFrame) -> pd.DataFrame:
-    """The first and the last look side by side: id, reward_before, reward_after, kl_after, answer_before,
-    answer_after."""
-    before, after = (
-        eval_history[eval_history["step"] == step].reset_index(drop=True)
-        for step in (eval_history["step"].min(), eval_history["step"].max())
-    )
-    return pd.DataFrame(
-        {
-            "id": before["id"],
-            "reward_before": before["reward"],
-            "reward_after": after["reward"],
-            "kl_after": after["kl"],
-            "answer_before": before["answer"],
-            "answer_after": after["answer"],
-        }
-    )
+    """The first and the last evaluation side by side: id and, each with the suffixes ``_before``
+    and ``_after``, step, reward, kl and answer."""
+    first, *_, last = (rows for _, rows in eval_history.groupby("step"))
+    return first.merge(last, on="id", suffixes=("_before", "_after"), validate="one_to_one")
