@@ -1,4 +1,5 @@
-"""What a reader sees: model text escaped, real people masked, pages that ask nothing of the network."""
+"""What a reader sees: model text escaped, real people masked, pages that ask nothing of the
+network."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ PIXEL = base64.b64encode(
 ).decode()
 
 
-# --- people --------------------------------------------------------------------------------------------------------
+# --- people --------------------------------------------------------------------------------------
 
 MASK = Masker(["Jane Q. Dorset", "Bo Li"])
 
@@ -73,7 +74,7 @@ def test_model_answers_and_prompts_are_masked():
     assert said.count("[name]") == 3 and "&lt;[e-mail]&gt;" in said
 
 
-# --- text ----------------------------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------
 
 
 def test_model_text_is_escaped():
@@ -114,7 +115,7 @@ def test_tables_have_no_nan():
     ]
 
 
-# --- pages ---------------------------------------------------------------------------------------------------------
+# --- pages ---------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -150,11 +151,15 @@ def write_notebook(path: Path, title: str) -> Path:
                     "text = '''\n```\nhttp://evil.example\n'''",
                     outputs=[
                         output(text_html=numbers),
-                        output(image_png=PIXEL + "\n", text_plain="<Image>"),
+                        new_output(
+                            "display_data",
+                            data={"image/png": PIXEL + "\n", "text/plain": "<Image>"},
+                            metadata={"image/png": {"alt": "a curve", "width": 720}},
+                        ),
                         output(
                             text_html=samples([("asked", {"sft": EVIL})], warning="Harsh text").data
                         ),
-                        output(text_markdown="**3** of 4 got *better*."),
+                        output(text_markdown="**3** of 4 got *better*.", text_plain="<Markdown>"),
                         new_output("stream", name="stdout", text=EVIL),
                         new_output("stream", name="stderr", text="progress nan"),
                     ],
@@ -194,7 +199,9 @@ def test_a_page_holds_everything_it_shows(tmp_path):
     assert "url(" not in style and "@import" not in style
     assert [a["href"] for a in page.of("a")] == ["https://arxiv.org/abs/2404.18870"]
     assert len(page.of("img")) == 1 and len(page.of("math")) == 1
-    assert {a.get("class") for a in page.of("table")} == {"figures", "samples"}
+    assert page.of("img")[0]["alt"] == "a curve" and page.of("img")[0]["width"] == "720"
+    assert not page.of("code") or "text =" not in text  # the report hides its code
+    assert {a.get("class") for a in page.of("table")} == {"dataframe figures", "dataframe samples"}
     assert [a.get("class") for a in page.of("details")] == ["harsh"]
     assert "<title>Did it help?</title>" in text and "<strong>3</strong> of 4" in text
     assert not re.search(
