@@ -1,9 +1,8 @@
-"""Order consistency: annotation as its integral says, learners on a known truth, best-of-n against drawing."""
+"""Order consistency: labels as their integral says, known truths learnt, best-of-n by drawing."""
 
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,9 @@ from rlhf_trust import StudyError, models
 from rlhf_trust.artifacts import ResultCache
 from rlhf_trust.chat import EncodedExample
 from rlhf_trust.rewards import embeddings, order_consistency as oc
-from scipy.stats import spearmanr
+from scipy.integrate import quad
+from scipy.special import expit
+from scipy.stats import norm, spearmanr
 from test_ppo import write_adapters
 
 QUICK = oc.Network(hidden=(32,), epochs=15, batch=128, learning_rate=3e-3)
@@ -31,13 +32,15 @@ def linear_bench(prompts=60, answers=8, d=12, prompt_spread=1.0, seed=0):
     return oc.Bench(*draw(prompts), *draw(prompts))
 
 
-@pytest.mark.parametrize(
-    ("variance", "quality"),
-    [(1, 0.67486), (2, 0.72521), (4, 0.77799), (8, 0.82801), (10, 0.84280), (20, 0.88333)],
-)
-def test_annotation_quality(variance, quality):
-    assert oc.annotation_quality(variance) == pytest.approx(quality, abs=1e-5)
-    assert oc.annotation_quality(np.inf) == 1.0
+def expected_share(variance: float) -> float:
+    """E σ(|Z|) with Z ~ N(0, v)."""
+    return 2 * quad(lambda z: expit(z) * norm.pdf(z, scale=variance**0.5), 0, np.inf)[0]
+
+
+def settings(**changed) -> oc.Settings:
+    chosen = {"reward_models": ["classifier"], "choices": ["same"], "betas": [1.0]}
+    chosen |= {"n_pairs": [200], "seeds": [0], "best_of": [2]}
+    return oc.Settings(**chosen | changed)
 
 
 def test_labels_are_right_as_often_as_the_integral_says():
@@ -46,7 +49,7 @@ def test_labels_are_right_as_often_as_the_integral_says():
     pairs = oc.choose_pairs(golden, "same", 20000, rng)
     beta = 1.5
     annotated, right = oc.annotate(golden, pairs, beta, rng)
-    assert right == pytest.approx(oc.annotation_quality(beta**2 * 2), abs=0.01)
+    assert right == pytest.approx(expected_share(beta**2 * 2), abs=0.01)
     rewards = golden[annotated[..., 0], annotated[..., 1]]
     assert (rewards[:, 0] > rewards[:, 1]).mean() == pytest.approx(right)
     _, perfect = oc.annotate(golden, pairs, np.inf, rng)
@@ -66,7 +69,7 @@ def test_which_answers_are_paired():
     assert gaps["cross"] > gaps["same"] and gaps["diversified"] > gaps["same"] > gaps["similar"]
     with pytest.raises(StudyError, match="pair choice: must be one of"):
         oc.choose_pairs(golden, "other", 5, rng)
-    with pytest.raises(StudyError, match="1 prompts with 8 answers each have no such pair"):
+    with pytest.raises(StudyError, match="1 prompts with 8 answers have none"):
         oc.choose_pairs(golden[:1], "cross", 5, rng)
 
 
@@ -112,7 +115,7 @@ def test_prompts_are_held_out_whole():
     ("changed", "said"),
     [
         (
-            {"learners": ["trees"]},
+            {"reward_models": ["trees"]},
             "learners: must be of bradley_terry, classifier, lightgbm, each once, got trees",
         ),
         (
@@ -120,38 +123,30 @@ def test_prompts_are_held_out_whole():
             "pair_choices: must be of same, cross, similar, diversified, each once, got none",
         ),
         ({"betas": [0.0, 1.0]}, "betas: must be above 0, in rising order, got 0.0, 1.0"),
-        ({"amounts": [400, 200]}, "amounts: must be above 1, in rising order, got 400, 200"),
+        ({"n_pairs": [400, 200]}, "amounts: must be above 1, in rising order, got 400, 200"),
         ({"seeds": range(0)}, "n_seeds: must be at least 1"),
-        ({"best_of": [2, 9]}, "best_of: 9 of 8 answers to a prompt"),
+        ({"best_of": [2, 9]}, "best_of: must be at most answers_test, 8, got 9"),
     ],
 )
 def test_a_sweep_that_cannot_be_made_is_refused_at_its_start(changed, said):
-    settings = {
-        "learners": ["classifier"],
-        "choices": ["same"],
-        "betas": [1.0],
-        "amounts": [200],
-        "seeds": [0],
-        "best_of": [2],
-    }
     with pytest.raises(StudyError, match=said):
-        oc.sweep(linear_bench(), **settings | changed)
+        oc.sweep(linear_bench(), settings(**changed))
 
 
 def test_ppo_follows_a_reward_of_the_sweep():
-    check = partial(oc.check, ["classifier"], ["same"], [0.5, 1.0], [200], [0], [2], 8)
-    check(1.0)
-    with pytest.raises(StudyError, match="ppo_beta: must be one of betas, 0.5, 1.0; got 2.0"):
-        check(2.0)
+    betas = settings(betas=[0.5, 1.0])
+    betas.check(8, 1.0)
+    with pytest.raises(StudyError, match="ppo_beta: must be one of betas, 0.5, 1.0, got 2.0"):
+        betas.check(8, 2.0)
 
 
-@pytest.mark.parametrize("learner", list(oc.LEARNERS))
-def test_a_linear_truth_without_noise_is_learnt(learner):
-    found = oc.sweep(linear_bench(), [learner], ["same"], [np.inf], [3000], [0], [4], QUICK)
-    assert (
-        found.loc[0, "spearman"]
-        > {"bradley_terry": 0.9, "classifier": 0.8, "lightgbm": 0.7}[learner]
-    )
+@pytest.mark.parametrize(
+    ("name", "spearman"), [("bradley_terry", 0.9), ("classifier", 0.8), ("lightgbm", 0.7)]
+)
+def test_a_linear_truth_without_noise_is_learnt(name, spearman):
+    chosen = settings(reward_models=[name], betas=[np.inf], n_pairs=[3000], best_of=[4])
+    found = oc.sweep(linear_bench(), chosen, QUICK)
+    assert found.loc[0, "spearman"] > spearman
     assert (
         found.loc[0, "pair_accuracy"] > 0.75 and found.loc[0, "gain_4"] > 0.7
     )  # the best possible is 1.03
@@ -159,17 +154,10 @@ def test_a_linear_truth_without_noise_is_learnt(learner):
 
 def test_a_prompts_own_level_moves_the_classifier_alone():
     rng = np.random.default_rng(0)
-    won, lost, level = (torch.tensor(rng.normal(size=50)) for _ in range(3))
-    assert float(oc.bradley_terry(won + level, lost + level)) == pytest.approx(
-        float(oc.bradley_terry(won, lost))
-    )
-    assert (
-        abs(
-            float(oc.classification(won + level, lost + level))
-            - float(oc.classification(won, lost))
-        )
-        > 0.01
-    )
+    chosen, rejected, level = (torch.tensor(rng.normal(size=50)) for _ in range(3))
+    for loss, moved in ((oc.bradley_terry, False), (oc.classification, True)):
+        change = float(loss(chosen + level, rejected + level) - loss(chosen, rejected))
+        assert abs(change) > 0.01 if moved else abs(change) < 1e-12
 
 
 def test_best_of_n_is_the_mean_over_all_draws():
@@ -213,22 +201,19 @@ def test_accuracy_and_correlation_by_prompt():
 
 def test_the_sweep_is_paired_seeded_kept_and_put_into_words(tmp_path, monkeypatch):
     bench = linear_bench(prompts=20)
-    settings = (
-        ["bradley_terry", "classifier"],
-        ["same", "cross"],
-        [0.5, np.inf],
-        [200],
-        [0, 1, 2],
-        [2, 8],
-        QUICK,
+    chosen = settings(
+        reward_models=["bradley_terry", "classifier"],
+        choices=["same", "cross"],
+        betas=[0.5, np.inf],
+        seeds=[0, 1, 2],
+        best_of=[2, 8],
     )
-    found = oc.sweep(bench, *settings)
+    found = oc.sweep(bench, chosen, QUICK)
     kept = ResultCache(tmp_path / f"sweep.{bench.fingerprint}.jsonl")
-    pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=kept))
-    monkeypatch.setattr(
-        oc, "LEARNERS", dict.fromkeys(oc.LEARNERS)
-    )  # interrupted and started again, it learns nothing anew
-    pd.testing.assert_frame_equal(found, oc.sweep(bench, *settings, kept=ResultCache(kept.path)))
+    pd.testing.assert_frame_equal(found, oc.sweep(bench, chosen, QUICK, kept=kept))
+    monkeypatch.setattr(oc, "fit", None)  # interrupted and started again, it fits nothing anew
+    again = oc.sweep(bench, chosen, QUICK, kept=ResultCache(kept.path))
+    pd.testing.assert_frame_equal(found, again)
     assert (
         linear_bench(prompts=21).fingerprint
         != bench.fingerprint
@@ -263,8 +248,11 @@ def test_the_sweep_is_paired_seeded_kept_and_put_into_words(tmp_path, monkeypatc
         )
         and "clearly worse in 1 (" in sentence
     )
-    assert "over 3 seeds" in sentence and "by chance alone about 0.2 would be clear" in sentence
-    assert "with one seed nothing can be said" in oc.words(made.assign(seeds=1))[0]
+    assert (
+        "over 3 seeds includes zero" in sentence
+        and "by chance alone about 0.2 would be clear" in sentence
+    )
+    assert "one seed has no interval" in oc.words(made.assign(seeds=1))[0]
     assert (
         oc.words(oc.against_bradley_terry(found[found["learner"] == "classifier"], "gain_8")) == []
     )
@@ -273,16 +261,14 @@ def test_the_sweep_is_paired_seeded_kept_and_put_into_words(tmp_path, monkeypatc
 def test_a_verdict_names_the_labels_of_its_own_combination():
     """Across prompts that lie apart labels are right more often than within one."""
     bench = linear_bench(prompts=20, prompt_spread=3.0)
-    found = oc.sweep(
-        bench,
-        ["bradley_terry", "lightgbm"],
-        ["same", "cross"],
-        [0.5],
-        [60, 1200],
-        [0, 1],
-        [2],
-        QUICK,
+    chosen = settings(
+        reward_models=["bradley_terry", "lightgbm"],
+        choices=["same", "cross"],
+        betas=[0.5],
+        n_pairs=[60, 1200],
+        seeds=[0, 1],
     )
+    found = oc.sweep(bench, chosen, QUICK)
     differences = oc.against_bradley_terry(found, "gain_2").set_index(["pairs", "amount"])
     for (how, amount), row in differences.iterrows():
         own = found[(found["pairs"] == how) & (found["amount"] == amount)]
@@ -302,7 +288,7 @@ def test_a_verdict_names_the_labels_of_its_own_combination():
     }
     accuracy = differences.loc[("same", 1200), "label_accuracy"]
     (sentence,) = oc.words(differences.reset_index().assign(ci_low=0.1))
-    assert f"same pairs, 1200 of them (560 distinct), {accuracy:.0%} of labels right" in sentence
+    assert f"same pairs, 1200 of them (560 distinct), {accuracy:.0%} of labels correct" in sentence
 
 
 def test_golden_rewards():
@@ -313,10 +299,9 @@ def test_golden_rewards():
     )
     with pytest.raises(StudyError, match="golden reward: is constant or not finite"):
         oc.in_units(np.ones((3, 4)))
+    one = oc.Annotated(np.ones((1, 3)), np.zeros((1, 3)), np.zeros((1, 2, 2), int), 1.0)
     with pytest.raises(StudyError, match="1 pairs are too few"):
-        oc.fit_network(
-            np.ones((1, 3)), np.zeros((1, 3)), np.zeros((1, 2), int), oc.bradley_terry, QUICK, 0
-        )
+        oc.fit("bradley_terry", one, seed=0)
 
 
 def test_a_golden_rewards_unit_holds_for_few_answers():
@@ -327,7 +312,7 @@ def test_a_golden_rewards_unit_holds_for_few_answers():
     units = oc.in_units(golden)
     _, right = oc.annotate(units, oc.choose_pairs(units, "same", 12000, rng), 1.0, rng)
     assert right == pytest.approx(
-        oc.annotation_quality(2.0), abs=0.01
+        expected_share(2.0), abs=0.01
     )  # 0.725; with the population's spread 0.755
     assert oc.prompts_share(golden) == pytest.approx(0.5, abs=0.03)
     assert oc.prompts_share(rng.normal(size=(4000, 3))) == pytest.approx(0.0, abs=0.02)
@@ -359,5 +344,5 @@ def test_embeddings_are_the_start_models_whatever_adapter_is_active(tiny, chat, 
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert np.abs(found[0] - adapted).max() > 1e-2
     np.testing.assert_array_equal(
-        embeddings.judge(model, lambda e: e[:, 0], chat)([whole, long]), found[[0, 2], 0]
+        embeddings.reward_fn(model, lambda e: e[:, 0], chat)([whole, long]), found[[0, 2], 0]
     )

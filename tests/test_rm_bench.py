@@ -100,12 +100,12 @@ def test_domains_weigh_alike_and_missing_ones_are_named(domains, title):
 
 
 def test_style_is_judged_item_by_item():
-    """Easy and hard rise and fall together, so that their own intervals overlap although hard is lower item by item."""
+    """Easy and hard move together: their intervals overlap, but hard is lower item by item."""
     items, rng = some_items(20), np.random.default_rng(0)
 
-    def judged(able, lost):
+    def judged(able, missed):
         won = np.tile((rng.random((len(items), 1, 1)) < able).astype(float), (1, 3, 3))
-        won[:, 0, 2] *= rng.random(len(items)) >= lost
+        won[:, 0, 2] *= rng.random(len(items)) >= missed
         table = rm_bench.summary(items, won, released=True)
         return table[table["domain"] == "overall"].set_index("level"), rm_bench.words(
             table.assign(model="m")
@@ -167,20 +167,16 @@ def test_scores_of_the_studys_models(tiny, chat, tmp_path):
     model = models.load_adapters(tiny, {"sft": sft, "reward": reward})
     head, items = models.load_reward_head(reward), some_items(1)
     kept = decode.Generations(tmp_path / "kept", chat)
-    rewards = rm_bench.reward_scores(model, "reward", head, items, kept, "reward of today")
-    implicit = rm_bench.implicit_scores(
-        model, "reward", "sft", items, kept, {"reward": "of today", "sft": "too"}
-    )
-    # What is kept is not computed again: no model is needed.
-    assert (
-        rm_bench.reward_scores(None, "reward", None, items, kept, "reward of today") == rewards
-    ).all()
-    assert (
-        rm_bench.implicit_scores(
-            None, "reward", "sft", items, kept, {"reward": "of today", "sft": "too"}
-        )
-        == implicit
-    ).all()
+
+    def scored(model, head):
+        def scores(adapter, head=None):
+            return rm_bench.adapter_scores(model, adapter, items, kept, f"{adapter} of today", head)
+
+        return scores("reward", head), scores("reward") - scores("sft")
+
+    rewards, implicit = scored(model, head)
+    for first, again in zip((rewards, implicit), scored(None, head)):  # kept: no model is needed
+        assert (first == again).all()
     for item, of_rewards, of_implicit in zip(items, rewards, implicit):
         for side, answers in enumerate((item.chosen, item.rejected)):
             for style, answer in enumerate(answers):
@@ -259,7 +255,9 @@ def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
     source = save_classifier(
         tmp_path / "headless", tiny_directories["llama"], kind=LlamaForCausalLM
     )
-    with pytest.raises(StudyError, match="lacks the weights score.weight; it is no reward model"):
+    with pytest.raises(
+        StudyError, match=r"lacks the weights \['score.weight'\]; it is no reward model"
+    ):
         rm_bench.classifier_scores(source, items)
     with pytest.raises(StudyError, match="no chat template"):
         rm_bench.classifier_scores(
@@ -267,7 +265,7 @@ def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
         )
 
 
-# --- data ----------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def test_shipped_items():
@@ -325,5 +323,5 @@ def test_a_row_without_its_answers_is_named(tmp_path, row, said):
 
 
 def test_no_file_at_all(tmp_path):
-    with pytest.raises(StudyError, match="rm-bench/chat_filtered.json .* is missing there"):
+    with pytest.raises(StudyError, match="has no rm-bench/<domain>_filtered.json"):
         rm_bench.load_rm_bench(f"path:{tmp_path}")

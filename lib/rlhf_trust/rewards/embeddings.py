@@ -1,4 +1,4 @@
-"""Answers as the start model sees them, and rewards that are learnt on that."""
+"""Answers as the start model represents them, and rewards learnt on that."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from .order_consistency import Reward
 def embed(
     model, answers: Sequence[EncodedExample], chat: Chat, rows: int = 16, desc: str = ""
 ) -> np.ndarray:
-    """The backbone's last hidden state at each answer's end token, adapters switched off: [n, hidden], float32.
+    """The backbone's last hidden state at each answer's end token, adapters off: [n, hidden],
+    float32.
 
-    An answer that was cut off is given an end token. ``model``: a PEFT model, or the backbone itself. ``desc`` shows a
-    progress bar of that name.
+    Truncated answers get an end token. ``model``: a PEFT model, or the backbone itself. ``desc``
+    names a progress bar.
     """
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
     ended = with_end(answers, eos)
-    found = np.zeros((len(ended), model.config.hidden_size), dtype=np.float32)
+    states = np.zeros((len(ended), model.config.hidden_size), dtype=np.float32)
     batches = decode.reading_batches(ended, rows)
     with models.without_adapters(model):
         for batch in progress(batches, desc=desc, unit="batch") if desc else batches:
-            found[batch] = decode.end_states(model, [ended[i] for i in batch], pad).cpu().numpy()
-    return found
+            states[batch] = decode.end_states(model, [ended[i] for i in batch], pad).cpu().numpy()
+    return states
 
 
-def judge(model, reward: Reward, chat: Chat, rows: int = 16) -> RewardFn:
-    """A learnt reward as a judge of answers, for PPO and INPO."""
+def reward_fn(model, reward: Reward, chat: Chat, rows: int = 16) -> RewardFn:
+    """A learnt reward as the reward function of PPO or INPO."""
     return lambda answers: torch.tensor(
         reward(embed(model, answers, chat, rows)), dtype=torch.float32
     )
