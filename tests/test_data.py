@@ -12,9 +12,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 from rlhf_trust import StudyError, sources
+from rlhf_trust.data import choose
 from rlhf_trust.data.preferences import SUBSETS, load_preferences, parse_pair, read_pairs
 from rlhf_trust.sources import locate
-from rlhf_trust.verticals.common import choose
 from rlhf_trust.verticals.ethics import load_ethics
 from rlhf_trust.verticals.privacy import load_privacy, make_private_facts
 from rlhf_trust.verticals.stereotype import load_stereotype
@@ -38,10 +38,10 @@ EVERYTHING = 10**6
 
 @pytest.fixture(scope="module")
 def shipped() -> dict:
-    """(half, split) -> (pairs, bad rows) of the shipped files."""
+    """(subset, split) -> (pairs, bad rows) of the shipped files."""
     return {
-        (half, split): read_pairs(locate("shipped", f"{stem}.{split}.jsonl"), half)
-        for half, stem in SUBSETS.items()
+        (subset, split): read_pairs(locate("shipped", f"{stem}.{split}.jsonl"), subset)
+        for subset, stem in SUBSETS.items()
         for split in ("train", "test")
     }
 
@@ -59,19 +59,19 @@ def write_rows(path, rows) -> None:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def write_halves(root, rows_of, split="test") -> str:
-    for half in SUBSETS:
-        write_rows(root / "hh-rlhf" / f"{half}-base.{split}.jsonl", rows_of(half))
+def write_subsets(root, rows_of, split="test") -> str:
+    for subset in SUBSETS:
+        write_rows(root / "hh-rlhf" / f"{subset}-base.{split}.jsonl", rows_of(subset))
     return f"path:{root}"
 
 
-# --- the shipped preference set ------------------------------------------------------------------------------------
+# --- the shipped preference set -------------------------------------------------------------------
 
 
 def test_shipped_pairs_parse_and_are_enough(shipped):
     assert [bad for _, bad in shipped.values()] == [[]] * 4
     for split, least in (("train", 240), ("test", 60)):
-        harmless, helpful = (len(shipped[half, split][0]) for half in ("harmless", "helpful"))
+        harmless, helpful = (len(shipped[subset, split][0]) for subset in ("harmless", "helpful"))
         assert harmless == helpful and harmless + helpful >= least
     for pairs, _ in shipped.values():
         multi = sum(len(pair.prompt) > 1 for pair in pairs)
@@ -80,20 +80,20 @@ def test_shipped_pairs_parse_and_are_enough(shipped):
 
 def test_shipped_sides_share_no_opening(shipped):
     train, test = (
-        {pair.opening for half in SUBSETS for pair in shipped[half, split][0]}
+        {pair.opening for subset in SUBSETS for pair in shipped[subset, split][0]}
         for split in ("train", "test")
     )
     assert not train & test
     loaded = load_preferences("shipped", EVERYTHING, EVERYTHING, CHAT, max_tokens=EVERYTHING)
     assert (len(loaded.train), len(loaded.held_out)) == tuple(
-        sum(len(shipped[half, split][0]) for half in SUBSETS) for split in ("train", "test")
+        sum(len(shipped[subset, split][0]) for subset in SUBSETS) for split in ("train", "test")
     )
     assert not loaded.bad_rows and not loaded.shared_openings and not loaded.too_long
 
 
 def test_shipped_choice_is_not_a_matter_of_length(shipped):
     for split in ("train", "test"):
-        pairs = [pair for half in SUBSETS for pair in shipped[half, split][0]]
+        pairs = [pair for subset in SUBSETS for pair in shipped[subset, split][0]]
         shorter = np.mean([len(pair.chosen) < len(pair.rejected) for pair in pairs])
         assert 0.35 <= shorter <= 0.65, f"{split}: chosen is the shorter answer in {shorter:.0%}"
 
@@ -116,7 +116,7 @@ def test_shipped_pairs_have_no_near_duplicates(shipped):
     )
 
 
-# --- reading and splitting -----------------------------------------------------------------------------------------
+# --- reading and splitting ------------------------------------------------------------------------
 
 BAD_ROWS = [
     ({"chosen": "x"}, "no field 'rejected'"),
@@ -209,18 +209,21 @@ def test_the_original_layout_and_gz_are_found(tmp_path):
     assert locate(f"path:{tmp_path}", "hh-rlhf/helpful-base.test.jsonl") == file
 
 
-def many(half: str) -> list[dict]:
+def many(subset: str) -> list[dict]:
     """60 rows with 20 openings, three rows each."""
     return [
         row(
-            *(dialogue(f"{half} {i % 20}", "ok", f"more {i}", answer) for answer in ("good", "bad"))
+            *(
+                dialogue(f"{subset} {i % 20}", "ok", f"more {i}", answer)
+                for answer in ("good", "bad")
+            )
         )
         for i in range(60)
     ]
 
 
 def test_test_files_alone_are_split_by_opening(tmp_path):
-    source = write_halves(tmp_path, many)
+    source = write_subsets(tmp_path, many)
     one = load_preferences(source, EVERYTHING, EVERYTHING, CHAT, 100, seed=3)
     assert (
         len(one.train) + len(one.held_out) == 120
@@ -233,8 +236,10 @@ def test_test_files_alone_are_split_by_opening(tmp_path):
 
 
 def test_training_pairs_with_a_held_out_opening_are_dropped_and_halves_take_turns(tmp_path):
-    write_halves(tmp_path, many, "train")
-    source = write_halves(tmp_path, lambda half: many(half)[:3])  # openings 0, 1, 2 of either half
+    write_subsets(tmp_path, many, "train")
+    source = write_subsets(
+        tmp_path, lambda subset: many(subset)[:3]
+    )  # openings 0, 1, 2 of either subset
     loaded = load_preferences(source, 40, 4, CHAT, 100)
     assert loaded.shared_openings == 2 * 9
     assert Counter(pair.source for pair in loaded.train) == {"harmless": 20, "helpful": 20}
@@ -242,17 +247,18 @@ def test_training_pairs_with_a_held_out_opening_are_dropped_and_halves_take_turn
 
 
 def test_long_pairs_are_left_out_and_an_empty_side_is_an_error(tmp_path):
-    source = write_halves(
-        tmp_path, lambda half: [*many(half), row(dialogue(half, "a " * 300), dialogue(half, "b"))]
+    source = write_subsets(
+        tmp_path,
+        lambda subset: [*many(subset), row(dialogue(subset, "a " * 300), dialogue(subset, "b"))],
     )
     assert load_preferences(source, EVERYTHING, EVERYTHING, CHAT, 100).too_long == 2
     with pytest.raises(StudyError, match="no (train|held-out) pair of at most 2 tokens is left"):
         load_preferences(source, 5, 5, CHAT, 2)
     with pytest.raises(StudyError, match="no train pair"):
-        load_preferences(write_halves(tmp_path / "empty", lambda half: []), 5, 5, CHAT, 100)
+        load_preferences(write_subsets(tmp_path / "empty", lambda subset: []), 5, 5, CHAT, 100)
 
 
-# --- benchmarks ----------------------------------------------------------------------------------------------------
+# --- benchmarks -----------------------------------------------------------------------------------
 
 
 def test_shipped_benchmarks_are_balanced():
@@ -316,14 +322,14 @@ CSV = "label,input,is_short\n1,I lied.,True\n"
         (
             "truthfulqa/mc_task.json",
             load_truthfulness,
-            '[{"question": "q", "mc1_targets": {"a": 1, "b": 1}}]',
+            '[{"question": "q", "mc1_targets": {"a": 1, "b": 1}, "mc2_targets": {"a": 1}}]',
             "mc_task.json: question 1: .* exactly one right answer",
         ),
         (
             "truthfulqa/mc_task.json",
             load_truthfulness,
             '{"question": "q"}',
-            "mc_task.json: question 1",
+            "mc_task.json: question 1: no mc1_targets",
         ),
         (
             "real-toxicity-prompts/toxic.jsonl",
@@ -356,7 +362,7 @@ def test_choose_takes_turns_and_keeps_to_the_seed():
     assert len(choose(prompts, EVERYTHING, seed=1)) == len(prompts)
 
 
-# --- privacy -------------------------------------------------------------------------------------------------------
+# --- privacy --------------------------------------------------------------------------------------
 
 
 def test_private_facts_of_18_kinds_are_the_same_for_a_seed():
@@ -402,7 +408,7 @@ def test_people_who_cannot_be_told_apart_are_an_error():
         make_private_facts(1, 0, people[:3])
 
 
-# --- the real sets -------------------------------------------------------------------------------------------------
+# --- the real sets --------------------------------------------------------------------------------
 
 
 def test_real_pairs_are_read_strictly_and_split_by_opening(real_data):
@@ -416,8 +422,8 @@ def test_real_pairs_are_read_strictly_and_split_by_opening(real_data):
         "empty answer": 7,
         "empty turn": 1,
     }
-    for (half, stem), rows in zip(SUBSETS.items(), (2312, 2352)):
-        pairs, bad = read_pairs(locate(f"path:{real_data}", f"{stem}.test.jsonl"), half)
+    for (subset, stem), rows in zip(SUBSETS.items(), (2312, 2352)):
+        pairs, bad = read_pairs(locate(f"path:{real_data}", f"{stem}.test.jsonl"), subset)
         assert len(pairs) + len(bad) == rows
     assert all(
         re.fullmatch(r"h\w+-base\.test\.jsonl(\.gz)?:\d+: .+", line) for line in loaded.bad_rows

@@ -1,4 +1,4 @@
-"""Judgements as they are read, and every metric of the confusion matrix against numbers worked out elsewhere."""
+"""How judgements are read, and every metric against numbers worked out elsewhere."""
 
 from __future__ import annotations
 
@@ -62,22 +62,12 @@ def test_an_act_with_braces_is_asked_as_it_is():
     assert "Act: I wrote {act} and {0}.\n" in prompt.turns[0]
 
 
-# --- counts and rates ------------------------------------------------------------------------------------------------
+# --- counts and rates -----------------------------------------------------------------------------
 
 
-def test_confusion_matrix():
-    judged = ethics.judgements(ANSWERS)
-    same(judged, [1, 0, NAN, 1, 0])
-    counts = ethics.confusion(judged, ethics.acts(ACTS))
-    assert counts == {
-        "TP": 1,
-        "FN": 1,
-        "FP": 1,
-        "TN": 1,
-        "unreadable, wrong act": 1,
-        "unreadable, acceptable act": 0,
-    }
-    assert ethics.confusion(np.full(5, NAN), ethics.acts(ACTS))["unreadable, acceptable act"] == 2
+def test_judgements_of_answers():
+    same(ethics.judgements(ANSWERS), [1, 0, NAN, 1, 0])
+    same(ethics.acts(ACTS), [1, 1, 1, 0, 0])
 
 
 def test_rates_over_readable_answers():
@@ -128,7 +118,7 @@ def test_wordings_are_measured_from_options_and_on_the_first_answers():
     same(values(found, "unparsable_rate", "wording=plain"), [0, 0, 1])
 
 
-# --- pseudo-values ---------------------------------------------------------------------------------------------------
+# --- pseudo-values --------------------------------------------------------------------------------
 
 
 def simulated(seed, n=37, ties=False):
@@ -140,7 +130,7 @@ def simulated(seed, n=37, ties=False):
 
 
 def delong_covariance(scores, wrong):
-    """DeLong, DeLong and Clarke-Pearson (1988), equations 5 to 8, pair by pair. ``scores``: one row a model."""
+    """DeLong et al. (1988), equations 5 to 8, pair by pair. ``scores``: [models, items]."""
 
     def psi(x, y):
         return 1.0 if y < x else 0.5 if y == x else 0.0
@@ -248,7 +238,7 @@ def test_a_better_ranking_is_found():
     assert change.n == 40 and change.low > 0 and change.p < 0.01
 
 
-# --- models and words ------------------------------------------------------------------------------------------------
+# --- models and words -----------------------------------------------------------------------------
 
 
 def test_scores_weigh_the_two_judgements(tiny_llama, tmp_path):
@@ -264,55 +254,3 @@ def test_scores_weigh_the_two_judgements(tiny_llama, tmp_path):
     logps = score_options(model_set, generations, "ethics-options", choices)["start"]
     same(ethics.wrongness(logps), [pair[0] - pair[1] for pair in logps])
     assert ethics.wrongness([]).shape == (0,)
-
-
-def test_words_follow_the_numbers():
-    wrong = np.arange(40) < 20
-    items = [Scenario(str(i), "x", w) for i, w in enumerate(wrong)]
-    scores = {
-        "start": np.random.default_rng(0).normal(size=40),
-        "sft": np.where(wrong, 1.0, -1.0),
-        "dpo": np.where(wrong, -1.0, 1.0),
-    }
-    trust = trust_table(
-        "ethics", {m: ethics.option_measures(items, s, "main") for m, s in scores.items()}, 0
-    )
-    start, sft, dpo = ethics.roc_words(trust)
-    assert start.endswith("n = 40): it is not clearly better than chance.") and "nan" not in start
-    assert sft.startswith("sft has a ROC area of 1.000")
-    assert sft.endswith("it tells wrong acts from acceptable ones better than chance.")
-    assert dpo.endswith("ranks acceptable acts above wrong ones.")
-
-    def asked(answers):
-        return [
-            x
-            for name, said in answers.items()
-            for x in ethics.measures(ACTS, [[a] for a in said], f"prefix={name}")
-        ]
-
-    trust = trust_table(
-        "ethics",
-        {
-            "start": asked(
-                {"none": ["wrong"] * 5}
-                | {p: ["wrong"] * 5 for p in ethics.PREFIXES}
-                | {"game": ["not wrong", "hm", "wrong", "hm", "hm"]}
-            )
-        },
-        0,
-    )
-    assert ethics.prefix_words(trust) == [
-        "Of 3 wrong acts start calls 100% wrong without a prefix, and fewest (33%) behind game."
-    ]
-
-
-def test_words_without_numbers_say_so():
-    items = [Scenario(str(i), "x", False) for i in range(3)]
-    found = ethics.option_measures(items, np.zeros(3), "main") + [
-        x
-        for name in ("none", *ethics.PREFIXES)
-        for x in ethics.measures(items, [["wrong"]] * 3, f"prefix={name}")
-    ]
-    trust = trust_table("ethics", {"start": found}, 0)
-    assert ethics.roc_words(trust) == ["start has no ROC area: both kinds of act are needed."]
-    assert ethics.prefix_words(trust) == ["start was asked about no wrong act here."]

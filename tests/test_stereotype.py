@@ -1,4 +1,4 @@
-"""Stereotypical bias: controls and measures against scripted models whose bias and habits are known, and bad rows."""
+"""Stereotypical bias: measures of scripted models whose bias and habits are known; bad rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlhf_trust.verticals.stereotype import (
     load_stereotype,
 )
 
-# --- how answers are read ------------------------------------------------------------------------------------------
+# --- how answers are read -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_written_answers_by_hand():
 def test_option_probabilities():
     logps = [np.log([0.3, 0.1]), np.log([0.02, 0.06]) - 800]
     same(stereotype.agreement(logps), [0.75, 0.25])
-    same(stereotype.weighed_stances(np.array([0.75, 0.25, 0.5])), [1, 0, 0])
+    same(stereotype.option_stances(np.array([0.75, 0.25, 0.5])), [1, 0, 0])
 
 
-# --- what is asked -------------------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_every_wording_names_both_options_before_the_statement(wording, tiny_lla
     assert [chat.decode(option) for option in choice.options] == ["I agree", "I disagree"]
 
 
-# --- scripted models -----------------------------------------------------------------------------------------------
+# --- scripted models ------------------------------------------------------------------------------
 
 
 def draw(text: str) -> float:
@@ -174,13 +174,13 @@ def biased(item) -> bool:
 
 
 def sensible(item) -> bool:
-    """Accepts what is harmless or plain, rejects prejudice and nonsense, and takes a negation for one."""
+    """Accepts what is harmless or plain, rejects prejudice and nonsense, understands negation."""
     accepts = item.acceptable if isinstance(item, PlainStatement) else item.topic == "harmless"
     return accepts != item.text.startswith("It is not true")
 
 
 def measured(model, samples=2):
-    """All measures of a scripted model, and the rows of its table by (metric, condition)."""
+    """All measures of a scripted model, and its table by (metric, condition)."""
 
     def write(items):
         return [["I agree." if model(item) else "I disagree."] * samples for item in items]
@@ -200,28 +200,28 @@ def measured(model, samples=2):
             ("consensus", consensus),
         )
     }
-    said = {name: stereotype.weighed_stances(of) for name, of in p.items()}
+    said = {name: stereotype.option_stances(of) for name, of in p.items()}
     found = [
         *stereotype.measures(items, write(items), "main"),
         *stereotype.option_measures(items, p["plain"]),
-        stereotype.acquiescence(items, said["plain"], said["denied"], "answers=options"),
-        stereotype.acquiescence(
+        *stereotype.acquiescence(items, said["plain"], said["denied"], "answers=options"),
+        *stereotype.acquiescence(
             items,
             stereotype.stances(write(items)),
             stereotype.stances(write(denied)),
             "answers=sampled",
         ),
-        stereotype.harmless(harmless, said["harmless"], "answers=options"),
+        *stereotype.harmless(harmless, said["harmless"], "answers=options"),
         *stereotype.consensus(consensus, said["consensus"], "answers=options"),
         *stereotype.consensus(consensus, stereotype.stances(write(consensus)), "answers=sampled"),
-        stereotype.consensus_gap(consensus, p["consensus"]),
+        *stereotype.consensus_gap(consensus, p["consensus"]),
     ]
     trust = trust_table("stereotype", {"start": found}, 0)
-    return found, trust, trust.set_index(["metric", "condition"])
+    return found, trust.set_index(["metric", "condition"])
 
 
 def test_a_habit_of_agreeing_is_no_bias():
-    _, trust, rows = measured(agrees)
+    _, rows = measured(agrees)
     for condition in ("main", "answers=options"):
         assert rows.loc[("agreement_rate", condition), "value"] == 1
     for condition in ("answers=options", "answers=sampled"):
@@ -231,23 +231,18 @@ def test_a_habit_of_agreeing_is_no_bias():
         row = rows.loc[("net_stereotype_bias", condition)]
         assert row["ci_low"] < 1e-9 and row["ci_high"] > -1e-9 and abs(row["value"]) < 0.02
     assert abs(rows.loc[("consensus_gap", "answers=options"), "value"]) < 0.05
-    (sentence,) = stereotype.control_sentences(trust)
-    assert sentence.endswith("no clear difference between usual targets and other groups.")
 
 
 def test_a_planted_bias_is_found():
-    _, trust, rows = measured(biased)
+    _, rows = measured(biased)
     for condition in ("main", "answers=sampled"):
         row = rows.loc[("net_stereotype_bias", condition)]
         assert row["ci_low"] > 0.05 and row["n"] == 36
     assert 0.3 < rows.loc[("agreement_rate", "main"), "value"] < 0.7  # which by itself says nothing
-    assert stereotype.control_sentences(trust)[0].endswith(
-        "it agrees more when a group is a usual target."
-    )
 
 
 def test_a_sensible_model_passes_all_controls():
-    found, _, rows = measured(sensible)
+    found, rows = measured(sensible)
     assert rows.loc[("agreement_rate", "main"), "value"] == 0
     for condition in ("answers=options", "answers=sampled"):
         assert rows.loc[("acquiescence", condition), "value"] == 0
@@ -267,23 +262,14 @@ def test_a_sensible_model_passes_all_controls():
 def test_acquiescence_pairs_samples_and_unreadable_answers_do_not_agree():
     items = [Statement("a", "t", "g", "[target_group] x", True)] * 2
     stated, negated = np.array([[1, 1], [NAN, 1.0]]), np.array([[1, 0], [1, NAN]])
-    same(stereotype.acquiescence(items, stated, negated, "x").values, [[1, 0], [0, 0]])
+    (found,) = stereotype.acquiescence(items, stated, negated, "x")
+    same(found.values, [[1, 0], [0, 0]])
     plain = [PlainStatement("a", "x", True), PlainStatement("b", "y", False)]
     (found,) = stereotype.consensus(plain, np.array([[1, NAN, 0], [0, NAN, 1]]), "answers=sampled")
     same(found.values, [[1, 0, 0], [1, 0, 0]])
 
 
-def test_cells_of_the_grid():
-    items = [
-        Statement(str(i), topic, group, "[target_group] x", None)
-        for i, (topic, group) in enumerate([("s", "a"), ("s", "a"), ("t", "b")])
-    ]
-    grid = stereotype.by_group_and_topic(items, np.array([0.2, 0.4, 0.6]))
-    assert list(grid.index) == ["a", "b"] and list(grid.columns) == ["s", "t"]
-    same(grid.to_numpy(), [[0.3, NAN], [NAN, 0.6]])
-
-
-# --- the sets ------------------------------------------------------------------------------------------------------
+# --- the sets -------------------------------------------------------------------------------------
 
 
 def test_shipped_controls_are_varied_and_balanced():
@@ -338,8 +324,9 @@ def test_every_public_topic_and_group_is_known(real_data):
         ("t,g,They sing.,1", r":2: the statement has no \[target_group\]"),
         (",g,[target_group] x.,1", ":2: no stereotype_topic"),
         ("t, ,[target_group] x.,1", ":2: no target_group"),
-        ("t,g,[target_group] x.,", ":2: stereotyped must be 0 or 1, got ''"),
-        ("t,g,[target_group] x.", ":2: stereotyped must be 0 or 1, got None"),
+        ("t,g,[target_group] x.,yes", ":2: stereotyped must be 0 or 1, got 'yes'"),
+        ("t,g,[target_group] x.,", ":2: no stereotyped"),
+        ("t,g,[target_group] x.", ":2: no stereotyped"),
         ("t,g", ":2: no value for 'stereotype_template'"),
     ],
 )
@@ -351,7 +338,7 @@ def test_a_bad_statement_names_its_line(tmp_path, row, message):
         load_stereotype(source)
 
 
-# --- BBQ -----------------------------------------------------------------------------------------------------------
+# --- BBQ ------------------------------------------------------------------------------------------
 
 
 def bbq_row(number, polarity="neg", condition="ambig", **changes):
@@ -411,7 +398,7 @@ def test_bbq_rows_are_oriented_by_polarity(tmp_path):
         ({"example_id": "7"}, "example_id must be int, got '7'"),
         ({"question_polarity": "bad"}, "question_polarity must be neg or nonneg, got 'bad'"),
         ({"context_condition": "x"}, "context_condition must be ambig or disambig, got 'x'"),
-        ({"answer_info": {"ans0": ["a", "left"]}}, "answer_info: no ans1"),
+        ({"answer_info": {"ans0": ["a", "left"]}}, "no answer_info.ans1"),
         ({"additional_metadata": {}}, "no additional_metadata"),
         ({"additional_metadata": {"stereotyped_groups": ["elsewhere"]}}, "must single out"),
         ({"additional_metadata": {"stereotyped_groups": ["left", "right"]}}, "must single out"),
@@ -419,7 +406,7 @@ def test_bbq_rows_are_oriented_by_polarity(tmp_path):
 )
 def test_a_bad_bbq_row_names_its_line(tmp_path, changes, message):
     source = write_bbq(tmp_path, [bbq_row(0), bbq_row(1, **changes)])
-    with pytest.raises(StudyError, match=rf"Age\.jsonl:2: .*{message}|Age\.jsonl:2: {message}"):
+    with pytest.raises(StudyError, match=rf"Age\.jsonl:2: .*{message}"):
         load_bbq(source)
 
 
@@ -457,8 +444,6 @@ def test_bbq_bias_is_the_papers_score(ambiguous):
     assert values(found, "bbq_bias_ambiguous", "answers=options").mean() == pytest.approx(
         (1 - accuracy) * s_dis
     )
-    said = bbq.sentences(trust_table("stereotype", {"start": found}, 0))
-    assert len(said) == 1 and f"bias score {(1 - accuracy) * s_dis:+.3f}" in said[0]
 
 
 def test_bbq_questions_of_a_context_stay_together(ambiguous, tiny_llama):

@@ -1,4 +1,4 @@
-"""Toxicity: scorers against their own equations and published numbers, metrics against numbers worked out by hand."""
+"""Toxicity: scorers against their equations and published numbers, metrics by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Scripted:
         return np.array([float(text) for text in texts])
 
 
-# --- what is asked and read ----------------------------------------------------------------------------------------
+# --- what is asked and read -----------------------------------------------------------------------
 
 
 def test_prompts():
@@ -99,7 +99,7 @@ def test_echoes(text, wanted):
     assert toxicity.echoes("One, two three four five six", text) is wanted
 
 
-# --- metrics -------------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def test_toxicity_metrics():
@@ -140,18 +140,14 @@ def test_conditions_are_parts_of_the_same_measures():
     same(values(identity, "expected_max_toxicity", "identity=mentioned"), [0.6, NAN, NAN])
     same(values(identity, "expected_max_toxicity", "identity=none"), [NAN, 0.4, NAN])
 
-    same(
-        values(toxicity.all_counted(ITEMS, scores), "expected_max_toxicity", "answers=all"),
-        [0.6, 0.4, 1],
-    )
     items = [ToxicityPrompt("d", "0 1 2 3 4 5", "toxic")] + ITEMS[1:]
     echoed = toxicity.without_echoes(items, [["0 1 2 3 4. x", "0.6"], *answers[1:]], scores)
     same(values(echoed, "echo_rate", "answers=all"), [0.5, 0, 0])
     same(values(echoed, "mean_toxicity", "echo=none"), [0.6, 0.25, NAN])
-    second = toxicity.by_scorer(ITEMS, scores, Scripted())
-    assert [(m.metric, m.condition) for m in second] == [
-        ("expected_max_toxicity", "scorer=scripted"),
-        ("toxicity_probability", "scorer=scripted"),
+    some = toxicity.measures(ITEMS, scores, "scorer=x", ("unparsable_rate", "mean_toxicity"))
+    assert [(m.metric, m.condition) for m in some] == [
+        ("unparsable_rate", "scorer=x"),
+        ("mean_toxicity", "scorer=x"),
     ]
 
 
@@ -233,7 +229,7 @@ def test_identity_probe():
     assert set(found[found["kind"] == "neutral"]["value"]) == {0.25}
 
 
-# --- scorers -------------------------------------------------------------------------------------------------------
+# --- scorers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -270,7 +266,7 @@ def test_scorers(monkeypatch):
 
 def test_a_second_scorer_is_another_one_or_none():
     assert [s.name for s in scorers.make_scorers("local", "")] == ["profanity-check"]
-    with pytest.raises(StudyError, match="^second_scorer: 'local' is the first one already"):
+    with pytest.raises(StudyError, match="^second_scorer: 'local' is already the first one"):
         scorers.make_scorers("local", "local")
 
 
@@ -316,7 +312,7 @@ def test_a_service_that_fails_is_one_line(monkeypatch, reply, message):
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
-# --- tox-block -----------------------------------------------------------------------------------------------------
+# --- tox-block ------------------------------------------------------------------------------------
 
 
 def tiny_tox_block(folder, length=7):
@@ -447,12 +443,13 @@ def tox_block():
 
 
 def test_tox_block_gives_the_numbers_its_authors_published(tox_block):
-    """The three examples on the package's page, which are stretched from (0.002116, 0.999858) to (0, 1)."""
+    """The three examples on the package's page, stretched from (0.002116, 0.999858) to (0, 1)."""
     scores = tox_block.score(
         [
             "Good morning my friend, I hope you're having a fantastic day!",
             "I will kill you, you fucking idiot!",
-            "I do strongly disagree with the fascist views of this joke that calls itself a political party.",
+            "I do strongly disagree with the fascist views of this joke that calls itself a "
+            "political party.",
         ]
     )
     published = [0.0534781143, 0.9998679757, 0.0261900760]

@@ -80,7 +80,7 @@ def test_mc1_and_mc2_by_hand():
 
 
 def test_mc1_and_mc2_are_lm_evals(real_data):
-    """Against numbers that lm-evaluation-harness 0.4.13 gave for all of TruthfulQA (``tests/parity/truthfulqa.py --save``)."""
+    """Numbers of lm-evaluation-harness 0.4.13 for TruthfulQA (``tests/parity/truthfulqa.py``)."""
     theirs = pd.read_csv(ROOT / "tests" / "reference" / "lm-eval-truthfulqa.csv", dtype={"id": str})
     theirs = theirs.iloc[:: len(theirs) // 20].head(20).set_index("id")
     questions = [q for q in load_truthfulness(f"path:{real_data}") if q.id in theirs.index]

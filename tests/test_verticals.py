@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,12 +15,12 @@ from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Prompt
 from rlhf_trust.verticals import HEADLINE, common
-from rlhf_trust.verticals.common import Measure, change_table, trust_table
+from rlhf_trust.verticals.common import Measure, change_table, field, measured, trust_table
 
-# --- tables --------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def measured(*rows, ids="abcd", metric="m"):
+def scripted(*rows, ids="abcd", metric="m"):
     return {
         model: [Measure(metric, "main", tuple(ids), np.array(v, dtype=float))]
         for model, v in zip(("start", "sft", "dpo"), rows)
@@ -26,7 +28,7 @@ def measured(*rows, ids="abcd", metric="m"):
 
 
 def test_tables_pair_by_item_and_drop_what_either_side_could_not_read():
-    of = measured([0, 1, NAN, 0.5], [1, NAN, 1, 0.75], [1, 1, 1, 1])
+    of = scripted([0, 1, NAN, 0.5], [1, NAN, 1, 0.75], [1, 1, 1, 1])
     trust = trust_table("ethics", of, seed=7)
     assert trust["n"].tolist() == [3, 3, 4] and trust["value"].tolist() == pytest.approx(
         [0.5, 2.75 / 3, 1]
@@ -44,14 +46,14 @@ def test_tables_pair_by_item_and_drop_what_either_side_could_not_read():
 
 
 def test_a_model_measured_on_other_items_is_refused():
-    of = measured([0, 1], [0, 1], ids="ab") | {"dpo": measured([0, 1], ids="ba")["start"]}
+    of = scripted([0, 1], [0, 1], ids="ab") | {"dpo": scripted([0, 1], ids="ba")["start"]}
     with pytest.raises(StudyError, match="ethics: dpo and start were measured on different items"):
         change_table("ethics", of, 0)
 
 
 def test_headline_words_follow_the_numbers():
     for vertical, verdict in (("ethics", "worse"), ("truthfulness", "better")):
-        of = measured(
+        of = scripted(
             [0] * 20,
             [1] * 20,
             [0] * 20,
@@ -63,12 +65,48 @@ def test_headline_words_follow_the_numbers():
         )
         assert (
             said[0].endswith("is 0.000.")
-            and said[1].endswith(f"n = 20): {verdict}.")
+            and said[1].endswith(f"n = 20 items): {verdict}.")
             and said[2].endswith("no clear change.")
         )
 
 
-# --- answers on their way to the attribution -----------------------------------------------------------------------
+def test_measures_of_some_rows():
+    items = [PreferencePair(i, (), "", "", source) for i, source in zip("abc", "xyx")]
+    (found,) = measured(items, "main", "source", rows=[True, False, True], m=np.arange(3.0))
+    assert (found.item_ids, found.clusters) == (("a", "c"), ("x", "x"))
+    assert found.values.tolist() == [0, 2]
+    assert measured(items, "main", rows=[False] * 3, m=np.arange(3.0)) == []
+    (none,) = measured([], "main", m=np.zeros(0))  # an empty set is measured, with n = 0
+    assert trust_table("ethics", {"start": [none]}, 0)["n"].tolist() == [0]
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"a": {"b": " x "}}, "x"),
+        ({"a": {"b": " "}}, "no a.b"),
+        ({"a": "b"}, "no a.b"),
+        ({}, "no a.b"),
+        ([1], "no a.b"),
+        ({"a": {"b": 0}}, "a.b must be str, got 0"),
+        ({"a": {"b": "z"}}, "a.b must be x or y, got 'z'"),
+    ],
+)
+def test_a_row_is_checked_field_by_field(row, wanted):
+    def read():
+        return field(row, "a.b", "file:3", allowed=("x", "y"))
+
+    if wanted == "x":
+        assert read() == "x"
+    else:
+        with pytest.raises(StudyError, match=f"^file:3: {re.escape(wanted)}$"):
+            read()
+
+
+# --- answers on their way to the attribution ------------------------------------------------------
 
 PROMPTS = [Prompt(f"p{i}", (f"what {i}?",), "be kind") for i in range(4)]
 ANSWERS = {
