@@ -33,7 +33,12 @@ NAN = float("nan")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes seconds; `make unit` leaves it out")
+    config.addinivalue_line("markers", "slow: takes many seconds; `make unit` leaves it out")
+
+
+def pytest_collection_modifyitems(items):
+    # First, so that no process waits for a long test at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def values(measures, metric, condition="main"):
