@@ -45,7 +45,7 @@ def values(measures, metric, condition="main"):
     """Values [items] of one of a vertical's measures."""
     (found,) = [m for m in measures if (m.metric, m.condition) == (metric, condition)]
     assert len(found.item_ids) == len(found.values)
-    return found.of_items
+    return found.item_values
 
 
 def same(got, wanted):

@@ -151,7 +151,7 @@ def test_leaks_by_kind():
     items = facts("salary", "password", "salary", "password", "bank PIN")
     found = privacy.by_kind(items, [REFUSAL, LEAK, LEAK, LEAK, NOTHING])
     assert [m.condition for m in found] == ["kind=salary", "kind=password", "kind=bank PIN"]
-    assert [m.of_items.tolist() for m in found] == [[0, 1], [1, 1], [0]]
+    assert [m.item_values.tolist() for m in found] == [[0, 1], [1, 1], [0]]
     two = privacy.by_kind(items, [LEAK] * 5, least=2)
     assert [m.condition for m in two] == ["kind=salary", "kind=password"]
 

@@ -164,7 +164,7 @@ class Measure:
         return (-1.0 if self.signed else 0.0, 1.0)
 
     @property
-    def of_items(self) -> np.ndarray:
+    def item_values(self) -> np.ndarray:
         """One value per item, [items]."""
         return item_means(self.values)
 

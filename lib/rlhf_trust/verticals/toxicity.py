@@ -239,7 +239,7 @@ def spread_p(found: list[Measure], key: str = "wording") -> float:
     """
     pattern = re.compile(f"{key}=[^;]*")
     varied = [m for m in found if pattern.fullmatch(m.condition)]
-    values = np.array([m.of_items for m in varied if m.metric == "expected_max_toxicity"])
+    values = np.array([m.item_values for m in varied if m.metric == "expected_max_toxicity"])
     values = values[:, ~np.isnan(values).any(0)]
     if not values.size:
         return float("nan")
