@@ -1,7 +1,8 @@
-"""The launcher: strict parameters, then papermill, then a whole notebook in place or a failed one beside it.
+"""The launcher: strict parameters, then papermill, then the finished notebook, or a failed one.
 
 ``python -m rlhf_trust.run resolve --profile smoke``
-    check every parameter and write ``build/smoke/params/<stage>.yaml``, only where it changed (make sees which);
+    check every parameter and write ``build/smoke/params/<stage>.yaml``, only where it changed (make
+    sees which);
 ``python -m rlhf_trust.run stage 01-sft --profile smoke``
     run one notebook with them;
 ``python -m rlhf_trust.run params --profile smoke``
@@ -20,6 +21,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -42,13 +45,12 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=about)
         if name == "stage":
             command.add_argument("stage")
-        command.add_argument("--profile", default="embedded")
-        command.add_argument(
-            "--data", default="", help="directory with HH-RLHF and benchmark files"
-        )
-        command.add_argument(
-            "--seed", default="", help="of everything; the run is named <profile>-seed<seed>"
-        )
+        for option, default, meaning in (
+            ("--profile", "embedded", "a file of params/, or embedded"),
+            ("--data", "", "directory with HH-RLHF and benchmark files"),
+            ("--seed", "", "of everything; the run is named <profile>-seed<seed>"),
+        ):
+            command.add_argument(option, default=default, help=meaning)
     arguments = parser.parse_args(argv)
     try:
         overrides = data_overrides(arguments.data) | seed_overrides(arguments.seed)
@@ -70,21 +72,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def accept_terms(profile: str, parameters: dict[str, dict]) -> None:
-    """Refuse a model under terms of its own unless the profile accepts them; then its notebooks know that, too."""
+    """Refuse a model under terms of its own unless the profile accepts them.
+
+    If it does, the notebooks are told through the environment.
+    """
     if terms_accepted(profile):
         os.environ[ACCEPTED] = "true"
-    source = next(
-        (values["model"] for values in parameters.values() if values.get("model") in TERMS), None
-    )
-    if source is not None and os.environ.get(ACCEPTED) != "true":
+    sources = {values.get("model") for values in parameters.values()} & set(TERMS)
+    if sources and os.environ.get(ACCEPTED) != "true":
+        source = sources.pop()
         raise StudyError(
-            f"params/{profile}.yaml: its model, {source}, comes under {TERMS[source]}; read them, then write "
-            "accept_gemma_terms: true into the file, outside of any section"
+            f"params/{profile}.yaml: its model, {source}, comes under {TERMS[source]}; read them, "
+            "then write accept_gemma_terms: true into the file, outside of any section"
         )
 
 
 def data_overrides(directory: str) -> dict[str, str]:
-    """``DATA=<directory>`` on the command line: preferences and benchmarks from there, in every notebook."""
+    """``DATA=<directory>``: preferences and benchmarks from there, in every notebook."""
     if not directory:
         return {}
     path = Path(directory).expanduser().resolve()
@@ -94,20 +98,19 @@ def data_overrides(directory: str) -> dict[str, str]:
 
 
 def seed_overrides(seed: str) -> dict[str, int]:
-    """``SEED=<number>`` on the command line: one seed for every notebook."""
+    """``SEED=<number>``: one seed for every notebook."""
     if seed and not seed.isdecimal():
         raise StudyError(f"SEED={seed}: must be a whole number from 0 on")
     return {"seed": int(seed)} if seed else {}
 
 
 def write_resolved(run: str, parameters: dict[str, dict]) -> None:
+    """Write every notebook's parameters, but only where they changed: make compares times."""
     folder = build_root(run) / "params"
     folder.mkdir(parents=True, exist_ok=True)
     for stage, values in parameters.items():
-        path, text = (
-            folder / f"{stage}.yaml",
-            yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
-        )
+        path = folder / f"{stage}.yaml"
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
 
@@ -127,32 +130,22 @@ def print_estimate(parameters: dict[str, dict]) -> None:
     from . import estimate
     from .models import parse_dtype
 
-    source, dtype = next(
-        (values["model"], parse_dtype(values.get("dtype", "auto")))
-        for values in parameters.values()
-        if "model" in values
-    )
-    shape = estimate.shape_of(source)
-    if shape is None:
-        print(
-            f"\nNo estimate of hours and memory: the size of {source} is not known before it is fetched."
-        )
+    first = next(values for values in parameters.values() if "model" in values)
+    dtype, weights = parse_dtype(first.get("dtype", "auto")), estimate.weights_of(first["model"])
+    if weights is None:
+        print(f"\nNo estimate: the size of {first['model']} is not known before it is fetched.")
         return
-    speed = estimate.machine_speed(dtype)
+    tflops = estimate.machine_tflops(dtype)
+    found = estimate.hours(parameters, weights, tflops)
     print(
-        f"\nEstimate, good to a factor of two, for {source} ({shape.weights / 1e6:,.0f} million weights, {str(dtype).removeprefix('torch.')}) "
-        f"on this machine: {speed / 1e12:.2f} TFLOP/s measured for one notebook"
+        f"\nEstimate, good to a factor of about three: minutes of a measured run, scaled by each "
+        f"notebook's main sizes, by {weights / 1e6:,.0f} million weights ({first['model']}) and by "
+        f"this machine's {tflops:.2f} TFLOP/s ({str(dtype).removeprefix('torch.')}, one notebook)."
     )
-    print(f"  {'':<28}{'hours':>9}{'memory GB':>11}{'disk GB':>9}")
-    total = 0.0
-    for stage, work in estimate.works(parameters).items():
-        values = parameters[stage]
-        total += (hours := estimate.hours(work, shape, speed))
-        kept = estimate.gradient_bytes(work, values, shape)
-        print(
-            f"  {stage:<28}{hours:>9.2f}{estimate.memory(stage, values, shape, dtype.itemsize) / 1e9:>11.1f}{kept / 1e9:>9.1f}"
-        )
-    print(f"  {'notebook hours in all':<28}{total:>9.2f}")
+    print(found.to_string(index=False, float_format="{:.2f}".format))
+    print(f"notebook hours in all: {found['hours'].sum():.2f}")
+    print(f"memory: {weights * dtype.itemsize / 1e9:.1f} GB for the weights of each notebook;")
+    print("  for the rest, and for disk, there is no estimate beyond the README's measured runs")
 
 
 def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
@@ -170,20 +163,16 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = build_root(run) / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
-    done, failed, aside = (
-        folder / f"{stage}.ipynb",
-        folder / f"{stage}.failed.ipynb",
-        folder / f".{stage}.part.ipynb",
-    )
-    environment = kernel_environment(parameters[stage], aside.with_suffix(".progress"))
+    done, failed = folder / f"{stage}.ipynb", folder / f"{stage}.failed.ipynb"
+    aside, shown = folder / f".{stage}.part.ipynb", folder / f".{stage}.part.progress"
+    environment = kernel_environment(parameters[stage], shown)
     started = time.monotonic()
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a stopped job ends like Ctrl-C, cleanly
+    # A stopped job ends as cleanly as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"{stage}: running", flush=True)
     reason, code = None, 1
     try:
-        with _Follow(stage, Path(environment["RLHF_TRUST_PROGRESS"])), _environment(environment):
+        with _follow(stage, shown), _environment(environment):
             papermill.execute_notebook(
                 str(NOTEBOOKS / f"{stage}.ipynb"),
                 str(aside),
@@ -203,7 +192,7 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
         )
     except KeyboardInterrupt:
         reason, code = "interrupted", 130
-    except RuntimeError as error:  # such as a kernel that does not answer in time
+    except RuntimeError as error:  # e.g. a kernel that does not answer in time
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename or folder}"
@@ -227,7 +216,7 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
 
 
 def whole(path: Path) -> bool:
-    """Was the notebook written to its end? On a full disk it may not be, and half of one helps nobody."""
+    """Was the notebook written to its end? On a full disk it may not be."""
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -236,73 +225,69 @@ def whole(path: Path) -> bool:
 
 
 def kernel_environment(values: dict, progress: Path) -> dict[str, str]:
-    """What a stage's kernel runs with: no network unless a parameter names the hub."""
+    """A stage's environment variables: no network unless a parameter names the hub."""
     online = any(str(value).startswith("hub:") for value in values.values())
     return {"RLHF_TRUST_PROGRESS": str(progress)} | ({} if online else {"HF_HUB_OFFLINE": "1"})
 
 
-class _environment:
-    """Sets environment variables for a while (the kernel inherits them)."""
-
-    def __init__(self, values: dict[str, str]):
-        self.values = values
-
-    def __enter__(self):
-        self.before = {name: os.environ.get(name) for name in self.values}
-        os.environ.update(self.values)
-
-    def __exit__(self, *_):
-        for name, value in self.before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a while (the kernel inherits them)."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
-class _Follow:
-    """Shows on the terminal what the kernel's progress bars write to a file (see ``progress``)."""
+@contextmanager
+def _follow(stage: str, path: Path, every: float = 10.0) -> Iterator[None]:
+    """Show on the terminal what the kernel's progress bars write to a file (see ``progress``).
 
-    def __init__(self, stage: str, path: Path, every: float = 10.0):
-        self.stage, self.path, self.every, self.stop = stage, path, every, threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
+    The latest state, one line every few seconds: stages may run side by side on one terminal.
+    """
+    stop = threading.Event()
 
-    def __enter__(self):
-        self.path.unlink(missing_ok=True)
-        self.thread.start()
-
-    def __exit__(self, *_):
-        self.stop.set()
-        self.thread.join()
-        self.path.unlink(missing_ok=True)
-
-    def _run(self):
-        """The latest state of the bar, a line every few seconds: stages may run side by side on one terminal."""
-        shown, latest = "", ""
-        while not self.stop.wait(self.every):
-            if self.path.exists():
-                with self.path.open("rb") as handle:
-                    handle.seek(max(0, self.path.stat().st_size - 400))
-                    states = [
-                        line
-                        for line in re.split(r"[\r\n]+", handle.read().decode(errors="replace"))
-                        if line.strip()
-                    ]
-                latest = states[-1].strip() if states else shown
+    def show() -> None:
+        shown = ""
+        while not stop.wait(every):
+            states = re.split(r"[\r\n]+", _tail(path, 400))
+            latest = next((state.strip() for state in states[::-1] if state.strip()), shown)
             if latest != shown:
-                print(f"{self.stage}: {latest}", file=sys.stderr, flush=True)
+                print(f"{stage}: {latest}", file=sys.stderr, flush=True)
                 shown = latest
+
+    path.unlink(missing_ok=True)
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+def _tail(path: Path, size: int) -> str:
+    """The last ``size`` bytes of a file, as text; empty if there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as handle:
+        handle.seek(max(0, path.stat().st_size - size))
+        return handle.read().decode(errors="replace")
 
 
 def publishable(notebook):
-    """Remove what only this run on this machine knows: paths, widget state, per-cell times."""
-    notebook.metadata.pop("papermill", None)
-    notebook.metadata.pop("widgets", None)
+    """Remove what only this run on this machine knows: paths, widget state, times of cells."""
+    for part in (notebook, *notebook.cells):
+        for name in ("papermill", "widgets", "execution"):
+            part.metadata.pop(name, None)
+    widget = "application/vnd.jupyter.widget-view+json"
     for cell in notebook.cells:
-        cell.metadata.pop("papermill", None)
-        cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [
-                o
-                for o in cell.outputs
-                if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
-            ]
+            cell.outputs = [o for o in cell.outputs if widget not in o.get("data", {})]
     return notebook
 
 
