@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from rlhf_trust import StudyError
-from rlhf_trust.attribution.features import REFUSAL, effect_words, effects, features, topic_names
+from rlhf_trust.attribution.features import REFUSAL, effects, features, topic_names
 from rlhf_trust.data.preferences import PreferencePair
 from scipy import stats as scipy_stats
 
@@ -62,7 +62,7 @@ def test_features_of_pairs():
     assert frame["chosen_refuses"].tolist() == [False, True, False]
     assert frame["rejected_refuses"].tolist() == [True, False, False]
     assert frame.loc["a", "topic"] == frame.loc["b", "topic"] != frame.loc["c", "topic"]
-    with pytest.raises(StudyError, match="no pair"):
+    with pytest.raises(StudyError, match="topics: must lie between"):
         features([])
 
 
@@ -130,12 +130,6 @@ def test_effects_equal_scipys():
     assert ((table["ci_low"] < table["effect"]) & (table["effect"] < table["ci_high"])).all()
     assert abs(table.loc["length", "p"] - scipy_stats.spearmanr(scores, frame["length"])[1]) < 0.06
     assert (table["p_holm"] >= table["p"]).all() and table.loc["topic: law", "members"] == law.sum()
-    words = effect_words(effects(scores, frame, draws=500), "harm to ethics")
-    assert (
-        words[0].startswith("Of 5 features")
-        and "flag (Cliff's delta +" in words[0]
-        and "length" not in words[0]
-    )
 
 
 def test_without_an_effect_nothing_is_found():
@@ -152,10 +146,6 @@ def test_without_an_effect_nothing_is_found():
         small += (table["p"] < 0.2).tolist()
         held += ((table["ci_low"] < 0) & (table["ci_high"] > 0)).tolist()
     assert 0.1 < np.mean(small) < 0.3 and np.mean(held) > 0.88
-    rng = np.random.default_rng(0)
-    assert effect_words(effects(rng.normal(size=60), some_frame(60, rng), draws=199), "harm")[
-        0
-    ].startswith("No feature of 5")
 
 
 def test_features_that_tell_nothing_apart_and_bad_input():
@@ -167,7 +157,7 @@ def test_features_that_tell_nothing_apart_and_bad_input():
     )
     level = effects(np.ones(6), frame, draws=100).set_index("feature")
     assert level.loc["flag", "effect"] == 0 and level.loc["flag", "p"] == 1
-    with pytest.raises(StudyError, match="5 scores for 6 examples"):
+    with pytest.raises(StudyError, match="a finite score for each of 6"):
         effects(np.ones(5), frame)
-    with pytest.raises(StudyError, match="not finite"):
+    with pytest.raises(StudyError, match="a finite score for each of 6"):
         effects(np.array([1.0, 2, 3, 4, 5, np.nan]), frame)

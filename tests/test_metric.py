@@ -1,4 +1,5 @@
-"""The verticals' own options as evaluation losses: token for token what the verticals weigh, bad answer first."""
+"""The verticals' own options as evaluation losses: token for token what the verticals weigh, bad
+answer first."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from rlhf_trust import StudyError
 from rlhf_trust.attribution.metric import (
     REFUSAL,
     clusters,
+    log_odds_table,
     metric_examples,
-    metric_table,
     toxicity_examples,
 )
 from rlhf_trust.chat import Chat
@@ -138,7 +139,7 @@ def test_toxicity_takes_both_ends_of_the_samples(tiny_llama):
     ]
     assert [texts(e, chat) for e in examples] == [["awful", "nice day."], ["bad", "good"]]
     assert toxicity_examples(prompts, answers, scores, chat, least=0.01)[1] == 1
-    with pytest.raises(StudyError, match="4 prompts, 3 lists"):
+    with pytest.raises(ValueError, match="shorter"):
         toxicity_examples(prompts, answers[:3], scores, chat)
 
 
@@ -148,7 +149,7 @@ def test_bad_input(tiny_llama):
         metric_examples("toxicity", [], chat)
     with pytest.raises(StudyError, match="worked examples"):
         metric_examples("truthfulness", load_truthfulness("shipped")[:1], chat)
-    with pytest.raises(StudyError, match="vertical: must be one of"):
+    with pytest.raises(StudyError, match="'fairness' has no options"):
         metric_examples("fairness", [], chat)
 
 
@@ -157,12 +158,9 @@ def test_tables():
     start = {"ethics": rng.normal(size=40), "privacy": rng.normal(size=12)}
     dpo = {"ethics": start["ethics"] + 1 + 0.1 * rng.normal(size=40), "privacy": start["privacy"]}
     odds, labels = {"start": start, "dpo": dpo}, {"privacy": ["a", "b", "c"] * 4}
-    table = metric_table(odds, labels).set_index(["model", "vertical", "metric"])
-    row = table.loc[("dpo", "ethics", "log_odds")]
-    assert (
-        row["value"] == pytest.approx(dpo["ethics"].mean())
-        and row["ci_low"] < row["value"] < row["ci_high"]
-    )
-    assert table.loc[("dpo", "ethics", "bad_rate"), "value"] == pytest.approx(
-        (dpo["ethics"] > 0).mean()
-    )
+    table = log_odds_table(odds, labels).set_index(["model", "vertical"])
+    row = table.loc[("dpo", "ethics")]
+    assert row["value"] == pytest.approx(dpo["ethics"].mean()) and row["n"] == 40
+    assert row["ci_low"] < row["value"] < row["ci_high"]
+    same = table.xs("privacy", level="vertical")
+    assert same.loc["start", "value"] == same.loc["dpo", "value"]

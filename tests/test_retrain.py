@@ -1,4 +1,5 @@
-"""Small fits: they do what a plain AdamW loop does, the same each time, and leave everything else as it was."""
+"""Small fits: they do what a plain AdamW loop does, the same each time, and leave everything else
+as it was."""
 
 from __future__ import annotations
 
@@ -20,12 +21,13 @@ PAD = 0
 
 
 def two_adapters(base):
-    """``default`` as a fresh adapter is (B zero), ``sft`` with weights; ``sft`` is active, nothing is trainable."""
+    """``default`` as a fresh adapter is (B zero), ``sft`` with weights; ``sft`` is active, nothing
+    is trainable."""
     model = new_adapter(base, rank=4, alpha=8)
     model.add_adapter("sft", model.peft_config["default"])
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, weight in lora_weights(model, "sft").items():
+        for weight in lora_weights(model, "sft").values():
             weight.normal_(std=0.1)
     model.set_adapter("sft")
     model.requires_grad_(False)
@@ -58,6 +60,7 @@ def same(one: dict, other: dict) -> bool:
     return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_fit_learns_repeats_and_touches_nothing_else(tiny, stage):
     model = two_adapters(tiny)

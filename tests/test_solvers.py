@@ -15,6 +15,7 @@ from parity.dattri_datainf import LAMBDAS, REFERENCE, gradients
 from rlhf_trust import StudyError
 from rlhf_trust.attribution import solvers
 from rlhf_trust.attribution.contribution import (
+    attribution_tables,
     contribution,
     example_p,
     example_z,
@@ -31,10 +32,12 @@ from rlhf_trust.attribution.solvers import (
     gradient_cosine,
     gradient_dot,
     random_scores,
+    score_all,
     tfidf,
 )
 from rlhf_trust.attribution.store import InMemory
 from rlhf_trust.chat import EncodedExample
+from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Example
 from rlhf_trust.losses import NextTokenLoss
 from rlhf_trust.models import new_adapter
@@ -392,8 +395,6 @@ def test_bad_damping():
             Damping(**bad)
     with pytest.raises(StudyError, match="damping: must be"):
         damping_sweep(train, queries, "datainf", [0.1, 0.0])
-    with pytest.raises(StudyError, match="'gradient_dot' has no damping"):
-        damping_sweep(train, queries, "gradient_dot", [0.1])
     with pytest.raises(
         StudyError, match="too small"
     ):  # rows repeat, so K has no inverse of its own
@@ -434,6 +435,31 @@ def test_contribution_numbers():
     for bad in (np.zeros((3, 0)), np.array([[math.nan]])):
         with pytest.raises(StudyError):
             contribution(bad)
+
+
+def test_tables_of_a_stage():
+    train, queries = some_gradients(5, 3)
+    groups, pairs = (
+        ["b", "a", "b"],
+        [PreferencePair(f"p{i}", ("?",), "", "", "s") for i in range(5)],
+    )
+    texts = random_scores(5, 3, seed=7, groups=groups)
+    scores = score_all(train, queries, texts, groups=groups)
+    assert list(scores) == [*SOLVERS, "tfidf", "random"]
+    scores["datainf, token mean"] = scores["datainf"]
+    summary, examples = attribution_tables(scores, pairs, ["a", "b", "c"], "sft", "next-token", 3)
+    assert len(summary) == 8 + 8 + 1 and len(examples) == 2 * 2 * 5
+    assert summary.iloc[-1][["vertical", "solver", "n"]].tolist() == ["c", "datainf", 0]
+    own = summary[(summary["vertical"] == "b") & (summary["solver"] == "datainf")]
+    assert own["loss"].tolist() == ["next-token", "next-token, token mean"]
+    found = datainf(train, queries, groups=groups).groups["b"]
+    expected = contribution(found.by_item, 3)
+    assert (own["standardised"] == expected.standardised).all() and (own["n"] == 2).all()
+    rows = examples[(examples["vertical"] == "b") & (examples["loss"] == "next-token")]
+    assert rows["example_id"].tolist() == [p.id for p in pairs]
+    assert rows["influence"].tolist() == found.influence.tolist()
+    summary, examples = attribution_tables({}, pairs, ["a"], "ppo", "reward")
+    assert summary["n"].tolist() == [0] and examples.empty
 
 
 def test_interval_covers_the_standardised_score_of_all_items():

@@ -1,5 +1,5 @@
-"""Validation where the truth is known: linear models whose retraining has a formula, planted examples, simulated
-intervals; and retrainings that can be killed."""
+"""Validation where the truth is known: linear models whose retraining has a formula, planted
+examples, simulated intervals; and retrainings that can be killed."""
 
 from __future__ import annotations
 
@@ -14,31 +14,27 @@ from rlhf_trust.attribution import validate as module
 from rlhf_trust.attribution.gradients import per_example_gradients
 from rlhf_trust.attribution.validate import (
     Queries,
+    ablations,
     auc_ceiling,
     copy_ranks,
     copy_table,
     lds,
-    lds_compare,
-    lds_interval,
     lds_table,
-    lds_words,
-    leave_out_arms,
     mislabel,
     most_harmful,
+    most_helpful,
     plant_copies,
     planted_auc,
-    pruning_arms,
     pruning_table,
     random_halves,
     random_sets,
     retrain_halves,
     retrained,
-    top_and_bottom,
 )
 from rlhf_trust.chat import EncodedExample
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Example
-from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss
+from rlhf_trust.losses import NextTokenLoss, RewardLoss
 from rlhf_trust.models import new_adapter, snapshot
 from rlhf_trust.report import pruning_words
 from rlhf_trust.training import Recipe, random_head
@@ -49,13 +45,15 @@ PAD = 0
 
 
 class Ridge:
-    """Least squares with a penalty: retraining is a solve, influence −vᵀH⁻¹g exact for a small change of weight."""
+    """Least squares with a penalty: retraining is a solve, influence −vᵀH⁻¹g exact for a small
+    change of weight."""
 
     def __init__(self, n=64, m=12, d=6, penalty=1.0, seed=0):
         rng = np.random.default_rng(seed)
         truth = rng.normal(size=d)
         self.x, self.qx = rng.normal(size=(n, d)), rng.normal(size=(m, d))
-        # Far off, so that a query's loss follows its gradient and not the curvature around its minimum.
+        # Far off, so that a query's loss follows its gradient and not the curvature around its
+        # minimum.
         self.y, self.qy = (
             self.x @ truth + rng.normal(size=n),
             self.qx @ truth + 5 * rng.choice([-1, 1], size=m),
@@ -93,7 +91,7 @@ def ridge(tmp_path_factory):
     return model.influence(), halves, outcomes
 
 
-# ------------------------------------------------------------------------------------------------ subsets, resuming
+# ------------------------------------------------------------------------------------------------
 
 
 def test_halves_and_sets():
@@ -159,7 +157,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_TRUST_CACHE", "off")
     again = retrained(tmp_path / "off", "run", ["key"], halves, measure, seed=10)
     np.testing.assert_array_equal(again["a"], whole["a"])
-    assert not (tmp_path / "off").exists()
+    calls.clear()
+    retrained(tmp_path / "off", "run", ["key"], halves, measure, seed=10)
+    assert len(calls) == 6, "with the cache off nothing kept is read"
     with pytest.raises(StudyError, match="no subset to train on"):
         retrained(tmp_path, "run", [], halves & False, measure)
 
@@ -258,7 +258,7 @@ def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
         run("b", random_halves(6, 2, 0))
 
 
-# ------------------------------------------------------------------------------------------------------------- LDS
+# ------------------------------------------------------------------------------------------------
 
 
 def test_exact_influence_has_a_high_lds_and_random_scores_none(ridge):
@@ -272,14 +272,11 @@ def test_exact_influence_has_a_high_lds_and_random_scores_none(ridge):
     ]
     np.testing.assert_allclose(scores, by_hand, atol=1e-12)
     np.testing.assert_allclose(lds(-influence, halves, outcomes), -scores, atol=1e-12)
-    mean = lds_interval(influence, halves, outcomes, draws=200)
-    assert (
-        mean.value == pytest.approx(scores.mean())
-        and mean.low < mean.value < mean.high
-        and mean.n == 12
-    )
-    nothing = lds_interval(rng.normal(size=influence.shape), halves, outcomes, draws=200)
-    assert nothing.low < 0 < nothing.high and abs(nothing.value) < 0.15
+    solvers = {"exact": influence, "nothing": rng.normal(size=influence.shape)}
+    mean, nothing = lds_table(solvers, halves, outcomes, ["nothing"], draws=200).itertuples()
+    assert mean.lds == pytest.approx(scores.mean()) and mean.items == 12
+    assert mean.ci_low < mean.lds < mean.ci_high
+    assert nothing.ci_low < 0 < nothing.ci_high and abs(nothing.lds) < 0.15
 
 
 def test_scores_that_say_nothing_and_items_that_never_change(ridge):
@@ -291,28 +288,22 @@ def test_scores_that_say_nothing_and_items_that_never_change(ridge):
     still[:, 0] = 3.0
     scores = lds(influence, halves, still)
     assert np.isnan(scores[0]) and not np.isnan(scores[1:]).any()
-    assert lds_interval(influence, halves, still, draws=50).n == 11
-    assert lds_compare(influence, -influence, halves, still, draws=50).n == 11
-    with pytest.raises(StudyError, match="no item's loss changes"):
-        lds_interval(influence, halves, np.ones_like(outcomes), draws=50)
+    solvers = {"exact": influence, "turned": -influence}
+    table = lds_table(solvers, halves, still, ["turned"], draws=50)
+    assert (table["items"] == 11).all()
+    assert table.loc[0, "above_turned"] == pytest.approx(2 * np.nanmean(scores))
+    with pytest.raises(StudyError, match="no loss changes"):
+        lds_table(solvers, halves, np.ones_like(outcomes), ["turned"], draws=50)
     with pytest.raises(StudyError, match="do not fit"):
         lds(influence[:-1], halves, outcomes)
-    with pytest.raises(StudyError, match="not finite"):
+    with pytest.raises(StudyError, match="finite scores"):
         lds(influence * np.nan, halves, outcomes)
 
 
-def test_a_resample_by_weights_is_a_resample_by_rows():
-    rng = np.random.default_rng(0)
-    values = np.round(rng.normal(size=12), 1)
-    weights = rng.multinomial(12, np.full(12, 1 / 12), size=5).astype(float)
-    for of_draw, ranks in zip(weights.astype(int), module._resampled_ranks(values, weights)):
-        rows = np.repeat(np.arange(12), of_draw)
-        np.testing.assert_allclose(scipy_stats.rankdata(values[rows]) - 6.5, ranks[rows])
-
-
 def test_lds_interval_holds_the_truth():
-    """Predictions and outcomes jointly normal: the true Spearman is 6/π · asin(ρ/2) (Pearson 1907). Noise that all items
-    of a half share makes them dependent, so that halves and not only items count."""
+    """Predictions and outcomes jointly normal: the true Spearman is 6/π · asin(ρ/2) (Pearson
+    1907). Noise that all items of a half share makes them dependent, so that halves and not only
+    items count."""
     held, widths, simulations = 0, [], 120
     for study in range(simulations):
         rng = np.random.default_rng(study)
@@ -326,13 +317,15 @@ def test_lds_interval_holds_the_truth():
             1.5
         )
         truth = 6 / np.pi * np.arcsin(1 / np.sqrt(1 + 3) / 2)
-        interval = lds_interval(
-            influence, halves, halves @ influence + noise, f"study {study}", draws=200
+        table = lds_table(
+            {"": influence}, halves, halves @ influence + noise, (), f"study {study}", draws=200
         )
-        held += interval.low <= truth <= interval.high
-        widths.append(interval.high - interval.low)
+        (low, high) = table.loc[0, ["ci_low", "ci_high"]]
+        held += low <= truth <= high
+        widths.append(high - low)
     assert held / simulations > 0.92
-    # And not by being so wide that they say nothing: the estimates' own spread asks for a width of 0.28.
+    # And not by being so wide that they say nothing: the estimates' own spread asks for a width of
+    # 0.28.
     assert np.mean(widths) < 0.4
 
 
@@ -340,19 +333,18 @@ def test_solvers_are_compared_on_the_same_halves(ridge):
     influence, halves, outcomes = ridge
     rng = np.random.default_rng(2)
     worse = influence + rng.normal(size=influence.shape) * influence.std()
-    change = lds_compare(influence, worse, halves, outcomes, draws=300)
+
+    def compare(first, second):
+        solvers = {"first": first, "second": second}
+        row = lds_table(solvers, halves, outcomes, ["second"], draws=300).iloc[0]
+        return row[["above_second", "above_second_low", "above_second_high", "above_second_p"]]
+
+    value, low, high, p = change = compare(influence, worse)
     expected = lds(influence, halves, outcomes).mean() - lds(worse, halves, outcomes).mean()
-    assert (
-        change.value == pytest.approx(expected)
-        and 0 < change.low < change.value < change.high
-        and change.p < 0.01
-    )
-    same = lds_compare(influence, 3 * influence, halves, outcomes, draws=100)
-    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
-    turned = lds_compare(worse, influence, halves, outcomes, draws=300)
-    assert (turned.low, turned.high, turned.p) == pytest.approx(
-        (-change.high, -change.low, change.p)
-    )
+    assert value == pytest.approx(expected) and 0 < low < value < high and p < 0.01
+    assert compare(influence, 3 * influence).tolist() == [0, 0, 0, 1]
+    turned = compare(worse, influence).tolist()
+    assert turned == pytest.approx([-change.iloc[0], -high, -low, p])
 
     solvers = {
         "exact": influence,
@@ -369,28 +361,23 @@ def test_solvers_are_compared_on_the_same_halves(ridge):
     )
     assert (by_name["above_random_p_holm"].dropna() >= by_name["above_random_p"].dropna()).all()
     assert by_name.loc["random", ["above_random", "above_tfidf"]].isna().all()
-    words = lds_words(table)
-    assert len(words) == 3 and "above random (+" in words[0] and "and above tfidf" in words[0]
-    assert "not clearly" not in words[0]
-    assert words[2].startswith("nothing has an LDS of") and "not clearly above random" in words[2]
-    assert (
-        "below random"
-        in lds_words(lds_table(solvers | {"exact": -influence}, halves, outcomes, draws=300))[0]
-    )
+    assert by_name.loc["nothing", "above_random_p_holm"] > 0.05
+    below = lds_table(solvers | {"exact": -influence}, halves, outcomes, draws=300)
+    assert below.loc[0, "above_random_high"] < 0 and below.loc[0, "above_random_p_holm"] < 0.05
     with pytest.raises(StudyError, match="no baseline 'tfidf'"):
         lds_table({"random": influence}, halves, outcomes)
 
 
-# ------------------------------------------------------------------------------------------------------ leaving out
+# ------------------------------------------------------------------------------------------------
 
 
 def test_leaving_out_the_top_lowers_the_loss(tmp_path):
     model = Ridge(n=60, m=30, seed=4)
     scores = model.influence().mean(1)
-    top, bottom = top_and_bottom(scores, 6)
+    top, bottom = most_harmful(scores, 6), most_helpful(scores, 6)
     assert scores[top].min() >= np.sort(scores)[-6] and scores[bottom].max() <= np.sort(scores)[5]
     assert scores[top[0]] == scores.max() and scores[bottom[0]] == scores.min()
-    arms = leave_out_arms(scores, 6, draws=8, seed=0)
+    arms = ablations(60, {"top": top, "bottom": bottom}, draws=8, seed=0)
     assert arms.names == ("top", "bottom", *["random"] * 8) and (arms.subsets.sum(1) == 54).all()
     assert not arms.subsets[0, top].any() and not arms.subsets[1, bottom].any()
     outcomes = retrained(tmp_path, "leave-out", "ridge", arms.subsets, model.measure)
@@ -400,37 +387,33 @@ def test_leaving_out_the_top_lowers_the_loss(tmp_path):
     by_hand = outcomes["loss"][0].mean() - outcomes["loss"][2:].mean()
     assert table.loc["top", "change"] == pytest.approx(by_hand)
     with pytest.raises(StudyError, match="at most half"):
-        top_and_bottom(scores, 31)
+        most_harmful(scores, 31)
     with pytest.raises(StudyError, match="not finite"):
-        top_and_bottom(np.array([1.0, np.nan, 2.0, 3.0]), 1)
+        most_helpful(np.array([1.0, np.nan, 2.0, 3.0]), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------- pruning
+# ------------------------------------------------------------------------------------------------
 
 
-def test_pruning_arms():
-    scores, similarity = np.array([0.1, 5, -3, 4, 0, 0, 0, 0, 0, 0]), np.arange(10.0)
-    assert most_harmful(scores, 0.2).tolist() == [1, 3] and most_harmful(scores, 0.01).tolist() == [
-        1
-    ]
-    arms = pruning_arms(scores, similarity, 0.2, draws=3, seed=0)
-    assert arms.names == ("full", "pruned", "similar", "random", "random", "random")
-    assert [np.flatnonzero(~row).tolist() for row in arms.subsets[:3]] == [[], [1, 3], [8, 9]]
-    assert (arms.subsets[3:].sum(1) == 8).all()
-    with pytest.raises(StudyError, match="share"):
-        most_harmful(scores, 0.9)
+def test_ablations():
+    scores, nothing = np.array([0.1, 5, -3, 4, 0, 0, 0, 0, 0, 0]), np.zeros(0, dtype=int)
+    assert most_harmful(scores, 2).tolist() == [1, 3] and most_helpful(scores, 2).tolist() == [2, 4]
+    arms = ablations(10, {"full": nothing, "pruned": most_harmful(scores, 2)}, draws=3, seed=0)
+    assert arms.names == ("full", "pruned", "random", "random", "random")
+    assert [np.flatnonzero(~row).tolist() for row in arms.subsets[:2]] == [[], [1, 3]]
+    assert (arms.subsets[2:].sum(1) == 8).all()
 
 
 def test_the_interval_over_draws_is_students():
-    """With three random draws and one pruned model: ± t(2) · √(1 + 1/3) = 4.97 spreads, and it holds 95 % of the time."""
+    """With three random draws and one pruned model: ± t(2) · √(1 + 1/3) = 4.97 spreads, and it
+    holds 95 % of the time."""
     rng = np.random.default_rng(0)
     at_random = np.array([1.0, 2.0, 4.0])
     low, high, p = module._between_draws(np.array([0.0]), at_random)
     assert (high - low) / 2 == pytest.approx(4.968 * at_random.std(ddof=1), rel=1e-3)
     assert (low + high) / 2 == pytest.approx(-at_random.mean()) and (p < 0.05) == (high < 0)
-    a, b = rng.normal(size=2), rng.normal(size=4)
-    _, _, p = module._between_draws(a, b)
-    assert p == pytest.approx(scipy_stats.ttest_ind(a, b).pvalue)
+    assert module._between_draws(np.ones(1), np.full(3, 2.0)) == (-1, -1, 0)
+    assert module._between_draws(np.ones(1), np.ones(3)) == (0, 0, 1)
     held = np.mean(
         [
             low <= 0 <= high
@@ -447,7 +430,8 @@ def test_pruning_table_and_words():
     names = ("full", "pruned", "random", "random", "random")
     items = rng.normal(size=30)
     noise = rng.normal(size=(2, 5, 30)) * 0.02
-    # Ethics: pruning helps by 1 on every item, far more than random draws differ. Privacy: nothing happens.
+    # Ethics: pruning helps by 1 on every item, far more than random draws differ. Privacy: nothing
+    # happens.
     outcomes = {
         "ethics": items + noise[0] - np.array([0, 1, 0, 0, 0])[:, None],
         "privacy": items + noise[1],
@@ -493,7 +477,7 @@ def test_pruning_table_and_words():
         pruning_words(table, "ethics", 3, arm="similar")
 
 
-# ---------------------------------------------------------------------------------------------------------- planted
+# ------------------------------------------------------------------------------------------------
 
 
 def test_mislabel():
@@ -509,25 +493,14 @@ def test_mislabel():
     assert (mislabel(pairs, 0.1, seed=0)[1] == mask).all() and (
         mislabel(pairs, 0.1, seed=1)[1] != mask
     ).any()
-    examples, (changed, of_examples) = (
-        some_examples(20, 2),
-        mislabel(some_examples(20, 2), 0.1, seed=0),
-    )
-    assert (of_examples == mask).all()
-    index = int(np.flatnonzero(mask)[0])
-    assert changed[index].sequences == examples[index].sequences[::-1]
-    # A reference computed before the swap must not be taken for the swapped example's.
-    with pytest.raises(StudyError, match="no reference log-probabilities"):
-        DPOLoss(0.1, {e.id: (0.0, 0.0) for e in examples}).content(changed)
     for bad in (0.0, 1.0, 0.001):
-        with pytest.raises(StudyError, match="some must be swapped and some not"):
+        with pytest.raises(StudyError, match="some must be swapped, some not"):
             mislabel(pairs, bad, 0)
-    with pytest.raises(StudyError, match="not two to swap"):
-        mislabel(some_examples(4, 1), 0.5, 0)
 
 
 def test_influence_finds_mislabelled_pairs_of_a_linear_reward():
-    """Bradley-Terry on random features, 10 % of pairs swapped: their influence on clean pairs' loss is high."""
+    """Bradley-Terry on random features, 10 % of pairs swapped: their influence on clean pairs'
+    loss is high."""
     rng = np.random.default_rng(0)
     truth, x, clean = rng.normal(size=5), rng.normal(size=(200, 5)), rng.normal(size=(300, 5))
     x *= np.sign(x @ truth)[:, None]  # chosen less rejected: the better one first
@@ -607,11 +580,8 @@ def test_copies_are_found_by_gradients(tiny_llama):
     influence = -cosine.numpy()
     assert copy_ranks(influence, owner).tolist() == [1, 1, 1]
     assert copy_ranks(-influence, owner).tolist() == [13, 13, 13]
-    assert copy_ranks(-influence, owner, raises=True).tolist() == [1, 1, 1]
     table = copy_table({"cosine": influence, "turned": -influence}, owner, k=2).set_index(
         ["solver", "metric"]
     )
     assert table["value"].tolist() == pytest.approx([1, 1, 0, 0])
     assert (table["n"] == 3).all() and isinstance(table, pd.DataFrame)
-    with pytest.raises(StudyError, match="exactly one copy"):
-        copy_ranks(influence, np.full(13, -1))

@@ -1,15 +1,20 @@
 """DataInf scores against dattri's ``IFAttributorDataInf`` on the same gradients: ``make parity``.
 
-dattri makes its own gradients from a loss, so it is given one whose gradients are ours: a model whose modules hold one
-weight a layer, and the loss Σ_l w_lᵀ g_{l,i}, linear in the weights. The rest of the mapping:
+dattri makes its own gradients from a loss, so it is given one whose gradients are ours: a model
+whose modules hold one weight a layer, and the loss Σ_l w_lᵀ g_{l,i}, linear in the weights. The
+rest of the mapping:
 
-- dattri's ``regularization`` is one λ for all layers (it has no layer-wise rule): ours is ``Damping(value=λ)``;
-- its layers are modules, a weight and its bias being one layer; one weight a module makes them ours;
-- it returns + vᵀ H⁻¹ g_i, [training, evaluation], where ours are − vᵀ H⁻¹ g_i; nothing else differs in scale;
+- dattri's ``regularization`` is one λ for all layers (it has no layer-wise rule): ours is
+  ``Damping(value=λ)``;
+- its layers are modules, a weight and its bias being one layer; one weight a module makes them
+  ours;
+- it returns + vᵀ H⁻¹ g_i, [training, evaluation], where ours are − vᵀ H⁻¹ g_i; nothing else
+  differs in scale;
 - the average inside H⁻¹ is over the batches given to ``cache``: all training examples here.
 
-It computes in torch's default number format, set to float64 here, so what is measured is our own rounding. With
-``--save`` its numbers are kept under ``tests/reference``, where ``tests/test_solvers.py`` reads them.
+It computes in torch's default number format, set to float64 here, so what is measured is our own
+rounding. With ``--save`` its numbers are kept under ``tests/reference``, where
+``tests/test_solvers.py`` reads them.
 """
 
 from __future__ import annotations
@@ -28,11 +33,13 @@ REFERENCE = ROOT / "tests" / "reference" / "dattri-datainf.csv"
 WIDTHS = {"a": 96, "b": 17, "c": 240}
 N, M = 24, 5
 LAMBDAS = (1e-4, 1e-2, 1.0)
-"""Squared gradient entries here are about 1: far below them, as the paper's rule is, and beside them."""
+"""Squared gradient entries here are about 1: far below them, as the paper's rule is, and beside
+them."""
 
 
 def gradients() -> tuple[InMemory, InMemory]:
-    """Seeded gradients of training examples and evaluation items: a direction in common, norms that differ tenfold."""
+    """Seeded gradients of training examples and evaluation items: a direction in common, norms
+    that differ tenfold."""
     rng = np.random.default_rng(20)
     common = {layer: rng.standard_normal(d) for layer, d in WIDTHS.items()}
 
@@ -102,8 +109,8 @@ def main() -> int:
         error = np.abs(own + theirs).max() / np.abs(theirs).max()
         worst = max(worst, error)
         print(
-            f"DataInf, {N} examples, {M} items, {len(WIDTHS)} layers, λ = {lam:g}: largest score {np.abs(theirs).max():.4g}, "
-            f"largest difference from dattri's {error:.1e} of it"
+            f"DataInf, {N} examples, {M} items, {len(WIDTHS)} layers, λ = {lam:g}: largest score "
+            f"{np.abs(theirs).max():.4g}, largest difference from dattri's {error:.1e} of it"
         )
         tables.append(
             pd.DataFrame(theirs, index=pd.Index(train.ids, name="example"), columns=queries.ids)

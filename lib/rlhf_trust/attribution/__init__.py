@@ -1,1 +1,2 @@
-"""Data attribution: per-example gradients, influence scores and what a stage's training data contributed."""
+"""Data attribution: per-example gradients, influence scores and what a stage's training data
+contributed."""

@@ -289,8 +289,8 @@ def _check_sizes(
         if len(zeros) == len(examples) > 1:
             reasons += "; or, as all of its batch have none, an adapter that was never trained"
         raise StudyError(
-            f"{desc}: the gradient of example {zeros[0].id!r} is exactly zero ({reasons}); remove it "
-            "from the training data"
+            f"{desc}: the gradient of example {zeros[0].id!r} is exactly zero ({reasons}); "
+            "remove it from the training data"
         )
 
 
@@ -305,8 +305,8 @@ def _catching(layers: dict[str, torch.nn.Linear], n: int) -> Iterator[dict[str, 
             (x,) = inputs
             if x.shape[0] != n:
                 raise StudyError(
-                    f"gradients: {name} sees {x.shape[0]} rows for {n} examples; a layer that mixes "
-                    "rows (mixture of experts) has no per-example gradient here"
+                    f"gradients: {name} sees {x.shape[0]} rows for {n} examples; a layer that "
+                    "mixes rows (mixture of experts) has no per-example gradient here"
                 )
 
             def backward_hook(g):

@@ -229,13 +229,9 @@ def damping_sweep(
     time.
 
     What does not depend on λ is done once: reading the gradients, and their products with
-    evaluation gradients (DataInf) or with one another (exact solvers). ``solver``: one that has a
-    damping.
+    evaluation gradients (DataInf) or with one another (exact solvers). ``solver``: ``datainf``,
+    ``exact_layerwise`` or ``exact_joint``.
     """
-    if solver not in _DAMPED:
-        raise StudyError(
-            f"damping sweep: {solver!r} has no damping; solvers that have: {', '.join(_DAMPED)}"
-        )
     found = _DAMPED[solver](train, queries, [Damping(factor) for factor in factors], groups)
     return dict(zip(factors, found))
 

@@ -9,8 +9,6 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from .. import StudyError
-
 NUMBER_FORMATS = ("float32", "float16")
 
 
@@ -52,10 +50,6 @@ class InMemory:
         self.layers, self.ids, self._tensors = tuple(sorted(tensors)), tuple(ids), dict(tensors)
         squares = [tensors[layer].double().square().sum(1) for layer in self.layers]
         self.squares = torch.stack(squares, 1)
-        if len(self.squares) != len(self.ids):
-            raise StudyError(
-                f"gradients: {len(self.squares)} gradients for {len(self.ids)} examples"
-            )
 
     def __len__(self) -> int:
         return len(self.ids)
