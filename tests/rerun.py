@@ -1,7 +1,9 @@
-"""Run the rendered notebooks of a profile again, cell by cell, in an empty build folder: ``python tests/rerun.py smoke``.
+"""Run the rendered notebooks of a profile again, cell by cell, in an empty build folder: ``python
+tests/rerun.py smoke``.
 
-nbval compares every cell's output with the rendered one; afterwards the two runs' tables must be equal byte for byte.
-Nothing is read from the first run's caches, so this tests the computation, not the cache.
+nbval compares every cell's output with the rendered one; afterwards the two runs' tables must be
+equal byte for byte. Nothing is read from the first run's caches, so this tests the computation, not
+the cache.
 """
 
 from __future__ import annotations
@@ -79,10 +81,8 @@ def main(profile: str, jobs: int = 2) -> int:
         if not p.name.endswith(".failed.ipynb")
     )
     if not notebooks:
-        print(
-            f"error: {first / 'notebooks'}: nothing was run; `make reproduce PROFILE={profile}` first",
-            file=sys.stderr,
-        )
+        folder = first / "notebooks"
+        print(f"error: {folder}: no notebooks; run `make reproduce` first", file=sys.stderr)
         return 2
     for _, together in groupby(notebooks, key=wave):
         with ThreadPoolExecutor(jobs) as pool:

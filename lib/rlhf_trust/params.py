@@ -1,9 +1,9 @@
-"""Parameters: a notebook's own defaults, one profile's overrides, nothing else - and no typo goes unseen.
+"""Parameters: the notebooks' defaults and one profile's overrides; typos are errors.
 
-A notebook's ``parameters`` cell holds typed, commented defaults (``temperature: float = 0.7  # sampling
-temperature``): they are the ``embedded`` profile. ``params/<profile>.yaml`` holds what a profile changes, by
-notebook, or under ``all:`` for every notebook that knows the name. Papermill alone only warns of an unknown key and
-hands ``1e-5`` on as text; here both are errors before anything runs.
+A notebook's ``parameters`` cell holds typed, commented defaults (``temperature: float = 0.7  #
+sampling temperature``): they are the ``embedded`` profile. ``params/<profile>.yaml`` holds what a
+profile changes, by notebook, or under ``all:`` for every notebook that has the name. papermill only
+warns of an unknown key and passes ``1e-5`` on as text; here both are errors before anything runs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,9 @@ from . import ROOT, StudyError
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = ROOT / "params"
 ACCEPTS, EXTENDS = "accept_gemma_terms", "extends"
-"""What a profile may say besides parameters: that terms are accepted, and which profile it changes."""
+"""Keys of a profile beside its parameters: are terms accepted, and which profile does it change?"""
 
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "int": int,
-    "float": (int, float),
-    "str": str,
-    "bool": bool,
-}
+TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
 
 @dataclass(frozen=True)
@@ -44,16 +39,15 @@ class Parameter:
     comment: str
 
     def check(self, value: Any, where: str) -> Any:
-        """Return ``value`` in the declared type, or raise a :class:`StudyError` that names ``where``."""
+        """Return ``value`` in the declared type, or raise a :class:`StudyError` that names
+        ``where``."""
         if _fits(value, self.type):
             return float(value) if self.type == "float" else value
-        hint = (
-            " (YAML reads 1e-5 as text: write 1.0e-5)"
-            if self.type == "float" and _is_number(value)
-            else ""
-        )
+        number = self.type == "float" and _is_number(value)
+        hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if number else ""
         raise StudyError(
-            f"{where}: {self.name} must be {self.type}, got {value!r} of type {type(value).__name__}{hint}"
+            f"{where}: {self.name} must be {self.type}, "
+            f"got {value!r} of type {type(value).__name__}{hint}"
         )
 
 
@@ -83,11 +77,8 @@ def stages() -> list[str]:
 def notebook_parameters(path: Path) -> dict[str, Parameter]:
     """Read the typed defaults from the cell tagged ``parameters`` without running it."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [
-        c
-        for c in cells
-        if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])
-    ]
+    code = (cell for cell in cells if cell["cell_type"] == "code")
+    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise StudyError(
             f"{path.name}: needs exactly one code cell tagged `parameters`, found {len(tagged)}"
@@ -106,7 +97,8 @@ def notebook_parameters(path: Path) -> dict[str, Parameter]:
             and node.value is not None
         ):
             raise StudyError(
-                f"{path.name}, parameters cell, line {node.lineno}: write `name: type = default  # what it is`"
+                f"{path.name}, parameters cell, line {node.lineno}: "
+                "write `name: type = default  # what it is`"
             )
         name, kind = node.target.id, ast.unparse(node.annotation)
         parameter = Parameter(name, kind, None, comments.get(node.end_lineno, ""))
@@ -116,9 +108,11 @@ def notebook_parameters(path: Path) -> dict[str, Parameter]:
 
 
 def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A profile's overrides by notebook; ``embedded`` without a file of its own is the notebooks' defaults.
+    """A profile's overrides by notebook; ``embedded`` without a file of its own is the notebooks'
+    defaults.
 
-    With ``extends`` they lie over those of another profile (``below`` are the profiles that led here).
+    With ``extends`` they lie over those of another profile (``below`` are the profiles that led
+    here).
     """
     path = PROFILES / f"{profile}.yaml"
     if not path.exists():
@@ -143,14 +137,16 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
         return content
     extended = str(content.pop(EXTENDS))
     if extended in (*below, profile):
-        raise StudyError(
-            f"params/{profile}.yaml: {EXTENDS}: {' -> '.join((*below, profile, extended))} goes in a circle"
-        )
+        circle = " -> ".join((*below, profile, extended))
+        raise StudyError(f"params/{profile}.yaml: {EXTENDS}: {circle} goes in a circle")
     return _over(content, read_profile(extended, (*below, profile)))
 
 
 def _over(content: dict[str, Any], extended: dict[str, Any]) -> dict[str, Any]:
-    """One profile's content over another's, parameter by parameter; terms are accepted in the file that is run."""
+    """One profile's content over another's, parameter by parameter.
+
+    Terms are not inherited: they are accepted in the file that is run.
+    """
     sections = {name: values for name, values in extended.items() if name != ACCEPTS}
     return sections | {
         name: sections.get(name, {}) | values if isinstance(values, dict) else values
@@ -159,7 +155,7 @@ def _over(content: dict[str, Any], extended: dict[str, Any]) -> dict[str, Any]:
 
 
 def terms_accepted(profile: str) -> bool:
-    """Does the profile accept the terms of a model that comes under terms of its own (``sources.TERMS``)?"""
+    """Does the profile accept the terms of its model, if that has any (``sources.TERMS``)?"""
     return read_profile(profile).get(ACCEPTS) is True
 
 
@@ -168,9 +164,9 @@ def resolve(
 ) -> dict[str, dict[str, Any]]:
     """All parameters of every notebook under a profile: ``{stage: {name: value}}``.
 
-    ``overrides`` come from the command line and hold for every notebook that knows the name; ``run`` names the build
-    folder where it is not the profile. Raises :class:`StudyError` for an unknown notebook or key (with the nearest name)
-    and for a wrong type.
+    ``overrides`` come from the command line and hold for every notebook that knows the name;
+    ``run`` names the build folder where it is not the profile. Raises :class:`StudyError` for an
+    unknown notebook or key (with the nearest name) and for a wrong type.
     """
     known = {stage: notebook_parameters(NOTEBOOKS / f"{stage}.ipynb") for stage in stages()}
     content = {
