@@ -10,7 +10,8 @@ import rlhf_trust
 PACKAGE = Path(rlhf_trust.__file__).parent
 ROOMS = (
     "__init__ params artifacts stats sources chat data decode attention models losses training "
-    "align verticals attribution rewards rag lineage distance figures render report estimate study run"
+    "align verticals attribution rewards rag lineage distance figures render report estimate "
+    "study run"
 ).split()
 """From the ground up."""
 

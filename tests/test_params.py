@@ -52,8 +52,7 @@ def write_notebook(path, parameters: str, *cells: str) -> None:
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A study of two small notebooks; returns a function that writes profile ``p`` and resolves
-    it."""
+    """A study of two small notebooks; returns a function that writes and resolves profile ``p``."""
     for folder in ("notebooks", "params"):
         (tmp_path / folder).mkdir()
     write_notebook(tmp_path / "notebooks" / "01-one.ipynb", CELL)

@@ -15,8 +15,8 @@ from rlhf_trust import params, run
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A study of one notebook ``01-x``: returns a function that writes it with the code given and
-    runs it."""
+    """A study of one notebook ``01-x``: returns a function that writes it with this code and
+    runs."""
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
     for module in (params, run):
