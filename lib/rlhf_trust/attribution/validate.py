@@ -229,7 +229,8 @@ def _predicted(influence: np.ndarray, halves: np.ndarray) -> np.ndarray:
 def _rank_correlations(predicted: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
     """Spearman's correlation in each row, [rows, halves] twice → [rows]: 0 where the prediction is
     constant, NaN where the outcome is."""
-    found = np.nan_to_num(row_rank_correlations(predicted, outcomes))
+    # Rounded, so that equal correlations differ by exactly 0.
+    found = np.nan_to_num(row_rank_correlations(predicted, outcomes)).round(12)
     return np.where(np.ptp(outcomes, axis=1) > 0, found, np.nan)
 
 
