@@ -136,7 +136,7 @@ def test_a_sweep_that_cannot_be_made_is_refused_at_its_start(changed, said):
 def test_ppo_follows_a_reward_of_the_sweep():
     betas = settings(betas=[0.5, 1.0])
     betas.check(8, 1.0)
-    with pytest.raises(StudyError, match="ppo_beta: must be one of betas, 0.5, 1.0, got 2.0"):
+    with pytest.raises(StudyError, match="ppo_beta: must be one of betas, got 2.0"):
         betas.check(8, 2.0)
 
 

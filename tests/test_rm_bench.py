@@ -276,7 +276,7 @@ def test_shipped_items():
         and len({item.id for item in items}) == 24
     )
     for item in items:
-        assert len(set(item.answers)) == 6
+        assert len(set(item.chosen + item.rejected)) == 6
         for concise, plain, markdown in (item.chosen, item.rejected):
             assert len(concise.split()) < 0.75 * min(len(plain.split()), len(markdown.split()))
             assert (

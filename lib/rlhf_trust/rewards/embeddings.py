@@ -36,6 +36,4 @@ def embed(
 
 def reward_fn(model, reward: Reward, chat: Chat, rows: int = 16) -> RewardFn:
     """A learnt reward as the reward function of PPO or INPO."""
-    return lambda answers: torch.tensor(
-        reward(embed(model, answers, chat, rows)), dtype=torch.float32
-    )
+    return lambda answers: torch.tensor(reward(embed(model, answers, chat, rows))).float()

@@ -360,9 +360,9 @@ class Settings:
         rising("amounts", self.n_pairs, 1)
         rising("best_of", self.best_of, 0)
         require(self.seeds, "n_seeds", "at least 1", [len(self.seeds)])
-        most, betas = self.best_of[-1], f"one of betas, {_listed(self.betas)}"
+        most = self.best_of[-1]
         require(most <= answers, "best_of", f"at most answers_test, {answers}", [most])
-        require(ppo_beta in (None, *self.betas), "ppo_beta", betas, [ppo_beta])
+        require(ppo_beta in (None, *self.betas), "ppo_beta", "one of betas", [ppo_beta])
 
 
 def _listed(values: Sequence) -> str:

@@ -54,10 +54,6 @@ class Item:
     chosen: tuple[str, str, str]
     rejected: tuple[str, str, str]
 
-    @property
-    def answers(self) -> tuple[str, ...]:
-        return self.chosen + self.rejected
-
 
 def load_rm_bench(source: str) -> list[Item]:
     """All items of a data source, in the order of ``FILES``; domains without a file are left out.
@@ -109,7 +105,7 @@ ROWS = 8
 def answers_of(items: Sequence[Item], chat: Chat) -> list[EncodedExample]:
     """Every answer as the model reads it, item by item: right ones in the three styles, then wrong
     ones."""
-    return [chat.sequence((item.prompt,), answer) for item in items for answer in item.answers]
+    return [chat.sequence((i.prompt,), answer) for i in items for answer in i.chosen + i.rejected]
 
 
 def answer_lengths(items: Sequence[Item], chat: Chat) -> np.ndarray:
@@ -172,7 +168,7 @@ def classifier_scores(
     dialogues = [
         [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": answer}]
         for item in items
-        for answer in item.answers
+        for answer in item.chosen + item.rejected
     ]
     options = {"truncation": True, "max_length": max_length, "return_dict": True}
     ids = tokenizer.apply_chat_template(dialogues, **options)["input_ids"]
@@ -230,8 +226,8 @@ def summary(
     rates["style_gap"] = rates["easy"] - rates["hard"]
     parts = {level: by_domain(items, values) for level, values in rates.items()}
     domains = list(parts["average"])
-    title = f"{len(domains)}-domain" if released else f"shipped items, {len(domains)}-domain"
-    title = "overall" if released and len(domains) == len(DOMAINS) else title
+    title = "overall" if released and len(domains) == len(DOMAINS) else f"{len(domains)}-domain"
+    title = title if released else f"shipped items, {title}"
     rows, seed = [], f"rm-bench/{name}"
     for domain in (*domains, title):
         for level, values in parts.items():
@@ -289,8 +285,7 @@ def words(table: pd.DataFrame) -> list[str]:
     for model, rows in table.groupby("model", sort=False):
         in_domain = rows["domain"].isin(DOMAINS)
         rates = rows[~in_domain].set_index("level").to_dict("index")
-        average, easy = rates["average"], rates["easy"]
-        hard, gap = rates["hard"], rates["style_gap"]
+        average, easy, hard, gap = map(rates.get, ("average", "easy", "hard", "style_gap"))
         against, misled = "not clearly different from a coin", "Style does not clearly sway it"
         if average["ci_low"] > 0.5:
             against = "above a coin"
