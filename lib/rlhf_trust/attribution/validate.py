@@ -408,7 +408,7 @@ def _between_draws(arm: np.ndarray, at_random: np.ndarray) -> tuple[float, float
     """Interval and p-value of the difference of two means of retrainings, [a] and [r]."""
     if len(at_random) < 2:
         return np.nan, np.nan, np.nan
-    if np.ptp(arm) == np.ptp(at_random) == 0:  # no spread: certain
+    if not max(np.ptp(arm), np.ptp(at_random)) > 0:  # no spread (or nothing measured)
         change = float(arm[0] - at_random[0])
         return change, change, float(change == 0)
     test = scipy_stats.ttest_ind(arm, at_random)
