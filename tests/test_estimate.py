@@ -41,6 +41,13 @@ def test_every_profile_has_its_sizes():
         assert (found["hours"] > 0).all() and (twice["hours"] > found["hours"]).all()
 
 
+def test_an_unknown_size_gives_no_estimate():
+    parameters = params.resolve("embedded")
+    parameters["12-ethics"]["n_items"] = 0  # all
+    found = estimate.hours(parameters, 1e9, 1.0).set_index("stage")
+    assert found.index[found["hours"].isna()].tolist() == ["12-ethics"]
+
+
 def test_weights_are_known_or_counted(tiny):
     counted = sum(p.numel() for p in tiny.model.parameters())
     assert estimate.weights_of(tiny.source) == counted

@@ -37,8 +37,8 @@ TABLES = {
     for table, columns in {
         "trust": "model vertical metric condition value ci_low ci_high n seed",
         "trust_change": (
-            "model baseline vertical metric condition change ci_low ci_high p p_holm min_detectable "
-            "n seed"
+            "model baseline vertical metric condition change ci_low ci_high p p_holm "
+            "min_detectable n seed"
         ),
         "distance": "model text loss ci_low ci_high perplexity n",
         "training": "stage step metric value",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from math import inf, log, prod
+from math import inf, log, nan, prod
 
 import pandas as pd
 import torch
@@ -84,10 +84,10 @@ def hours(parameters: dict[str, dict], weights: float, tflops: float) -> pd.Data
     """
     runs, rows = json.loads(MEASURED.read_text()), []
     for stage in SIZES.keys() & parameters.keys():
-        best = (inf, None, None)
+        own = prod(sizes(stage, parameters[stage]).values())
+        best = (inf, nan, (nan, "unknown: a size of 0 means all"))
         for name, run in runs.items():
-            if stage in run["minutes"]:
-                own = prod(sizes(stage, parameters[stage]).values())
+            if own and stage in run["minutes"]:
                 ratio = own / prod(run["sizes"][stage].values())
                 slower = weights / run["weights"] * run["tflops"] / tflops
                 minutes = START_UP + (run["minutes"][stage] - START_UP) * ratio * slower
@@ -98,8 +98,10 @@ def hours(parameters: dict[str, dict], weights: float, tflops: float) -> pd.Data
 
 
 def machine_tflops(dtype: torch.dtype, repeats: int = 20) -> float:
-    """10¹² operations a second of a large matrix product, the best of several, on one notebook's
-    threads."""
+    """Speed of a large matrix product, 10¹² operations a second: the best of ``repeats``.
+
+    With as many threads as one notebook gets.
+    """
     size = 8192 if torch.cuda.is_available() else 1024
     left, right = torch.randn(2, size, size, device=device(), dtype=dtype)
     fastest = inf
