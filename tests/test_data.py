@@ -84,7 +84,7 @@ def test_shipped_sides_share_no_opening(shipped):
         for split in ("train", "test")
     )
     assert not train & test
-    loaded = load_preferences("shipped", EVERYTHING, EVERYTHING, CHAT, max_tokens=EVERYTHING)
+    loaded = load_preferences("shipped", EVERYTHING, EVERYTHING, CHAT, max_length=EVERYTHING)
     assert (len(loaded.train), len(loaded.held_out)) == tuple(
         sum(len(shipped[subset, split][0]) for subset in SUBSETS) for split in ("train", "test")
     )
@@ -412,7 +412,7 @@ def test_people_who_cannot_be_told_apart_are_an_error():
 
 
 def test_real_pairs_are_read_strictly_and_split_by_opening(real_data):
-    loaded = load_preferences(f"path:{real_data}", EVERYTHING, 900, CHAT, max_tokens=160)
+    loaded = load_preferences(f"path:{real_data}", EVERYTHING, 900, CHAT, max_length=160)
     assert len(loaded.held_out) >= 900 and len(loaded.train) >= 900
     assert Counter(pair.source for pair in loaded.held_out) == {"harmless": 450, "helpful": 450}
     assert not {pair.opening for pair in loaded.train} & {pair.opening for pair in loaded.held_out}

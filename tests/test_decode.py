@@ -206,7 +206,7 @@ def test_rewards_read_the_last_real_token(tiny):
     """Also where the text's own last token is the pad token."""
     head = torch.randn(32, generator=torch.Generator().manual_seed(0))
     sequences = [*SEQUENCES, EncodedExample((5, 6, 7, 8, 0), 2)]
-    batched = decode.last_token_rewards(tiny.model, head, sequences, pad=0)
+    batched = decode.rewards(tiny.model, head, sequences, pad=0)
     for reward, sequence in zip(batched, sequences):
         hidden = tiny.model(
             input_ids=torch.tensor([sequence.input_ids]), output_hidden_states=True

@@ -26,7 +26,7 @@ from rlhf_trust.losses import (
     RewardLoss,
     reference_logps,
 )
-from rlhf_trust.models import load_base, new_adapter
+from rlhf_trust.models import LoRA, load_base, new_adapter
 from torch.nn.functional import logsigmoid
 
 BETA, PAD = 0.1, 0
@@ -36,7 +36,7 @@ LOSSES = ("next_token_sum", "next_token_mean", "reward", "dpo_sum", "dpo_mean", 
 def with_adapters(base):
     """Two adapters whose A and B are both non-zero: ``default`` (explained), ``sft`` (reference,
     active)."""
-    model = new_adapter(base, rank=4, alpha=8)
+    model = new_adapter(base, LoRA(4, 8))
     model.add_adapter("sft", model.peft_config["default"])
     torch.manual_seed(1)
     with torch.no_grad():

@@ -30,7 +30,7 @@ QUICK = inpo.INPOConfig(
     answers_per_prompt=4,
     max_new_tokens=4,
     learning_rate=5e-3,
-    batch=4,
+    batch_size=4,
     epochs=2,
     seed=1,
 )
@@ -299,8 +299,8 @@ def test_what_the_oracle_likes_wins(tiny, tmp_path, mode):
         eta=0.2,
         tau=0.05,
         **{
-            "paper": dict(prompts_per_round=64, answers_per_prompt=8, batch=16),
-            "theory": dict(prompts_per_round=192, answers_per_prompt=2, batch=32),
+            "paper": dict(prompts_per_round=64, answers_per_prompt=8, batch_size=16),
+            "theory": dict(prompts_per_round=192, answers_per_prompt=2, batch_size=32),
         }[mode],
     )
     curves, eval_history = run(

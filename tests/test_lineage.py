@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from rlhf_trust import StudyError, lineage
 from rlhf_trust.artifacts import TABLES
-from rlhf_trust.models import load_base, new_adapter, save_adapter
+from rlhf_trust.models import LoRA, load_base, new_adapter, save_adapter
 
 M = 200
 
@@ -292,7 +292,7 @@ def test_copies_that_compute_the_same_are_seen_through(tiny_llama):
 def test_a_family_is_told_from_unrelated_models(tiny_llama, tmp_path):
     """From random weights of the same shape, and from a model trained on the same texts."""
     base, tokenizer = tiny_llama, tiny_llama.tokenizer
-    adapted = new_adapter(base, 4, 8)
+    adapted = new_adapter(base, LoRA(4, 8))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if ".lora_B." in name:

@@ -18,7 +18,7 @@ from rlhf_trust.attribution.metric import (
 from rlhf_trust.chat import Chat
 from rlhf_trust.decode import option_logps
 from rlhf_trust.losses import LogOddsLoss, log_odds
-from rlhf_trust.models import new_adapter
+from rlhf_trust.models import LoRA, new_adapter
 from rlhf_trust.verticals import ethics, privacy, stereotype, toxicity, truthfulness
 from rlhf_trust.verticals.ethics import load_ethics
 from rlhf_trust.verticals.privacy import make_private_facts
@@ -29,7 +29,7 @@ from rlhf_trust.verticals.truthfulness import load_primer, load_truthfulness
 
 def trained(base):
     """An adapter that changes something."""
-    model = new_adapter(base, rank=2, alpha=4)
+    model = new_adapter(base, LoRA(2, 4))
     torch.manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():

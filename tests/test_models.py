@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_tokenizer
 from rlhf_trust import StudyError, sources
-from rlhf_trust.models import (
+from rlhf_trust.models import (LoRA, 
     adapter_fingerprint,
     load_adapters,
     load_base,
@@ -30,7 +30,7 @@ def logits(model) -> torch.Tensor:
 
 def trained(base, seed: int):
     """An adapter as after training: its second matrices, zero at first, are not."""
-    wrapped = new_adapter(base, rank=2, alpha=4, seed=seed)
+    wrapped = new_adapter(base, LoRA(2, 4), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -87,7 +87,7 @@ def test_saved_adapters_load_alike_and_do_not_disturb_each_other(two_adapters, k
 
 def test_a_fresh_adapter_changes_nothing(tiny):
     before = logits(tiny.model)
-    assert torch.equal(logits(new_adapter(tiny, rank=2, alpha=4)), before)
+    assert torch.equal(logits(new_adapter(tiny, LoRA(2, 4))), before)
 
 
 def test_only_the_named_adapter_trains_and_saves_again_alike(two_adapters, tmp_path):
@@ -161,7 +161,7 @@ def test_an_adapter_of_another_architecture_or_none_is_refused(
     _, folders, _ = two_adapters("llama")
     base = load_base(f"path:{tiny_directories['gpt_neox']}", "float32")
     forget_base(folders["sft"])
-    with pytest.raises(StudyError, match="gpt_neox has no layer"):
+    with pytest.raises(StudyError, match="gpt_neox has no module"):
         load_adapters(base, {"sft": folders["sft"]})
     with pytest.raises(
         StudyError, match="absent: no adapter there; run the stage that trains 'absent'"

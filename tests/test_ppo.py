@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_tokenizer
+from rlhf_trust.models import LoRA
 from rlhf_trust import StudyError, decode, models
 from rlhf_trust.align import ppo
 from rlhf_trust.align.rollout import RewardModel, before_and_after, sample_answers
@@ -48,7 +49,7 @@ def write_adapters(base, directory):
         else ["query_key_value", "dense_4h_to_h"]
     )
     for seed, name in enumerate(("sft", "reward")):
-        wrapped = models.new_adapter(base, rank=4, alpha=8, targets=targets, seed=seed)
+        wrapped = models.new_adapter(base, LoRA(4, 8, targets), seed=seed)
         with torch.no_grad():
             for key, parameter in wrapped.named_parameters():
                 if ".lora_B." in key:
@@ -237,10 +238,10 @@ def test_score_reads_the_end_token(tiny, chat, tmp_path):
     assert float(scores[0]) == float(scores[1])
     alone = models.load_adapters(models.load_base(tiny.source, "float32"), {"reward": reward})
     assert scores[1].item() == pytest.approx(
-        decode.last_token_rewards(alone, head, [whole], 2).item(), rel=1e-6
+        decode.rewards(alone, head, [whole], 2).item(), rel=1e-6
     )
     assert scores[1].item() != pytest.approx(
-        decode.last_token_rewards(alone, head, [cut], 2).item(), rel=1e-3
+        decode.rewards(alone, head, [cut], 2).item(), rel=1e-3
     )
 
 

@@ -14,7 +14,7 @@ from rlhf_trust.attribution.validate import implicit_accuracy, ranked_right, sft
 from rlhf_trust.chat import EncodedExample
 from rlhf_trust.decode import Example
 from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss, reference_logps
-from rlhf_trust.models import load_base, lora_weights, new_adapter, restore, snapshot
+from rlhf_trust.models import LoRA, load_base, lora_weights, new_adapter, restore, snapshot
 from rlhf_trust.training import Recipe, example_losses, fit, random_head
 
 PAD = 0
@@ -23,7 +23,7 @@ PAD = 0
 def two_adapters(base):
     """``default`` as a fresh adapter is (B zero), ``sft`` with weights; ``sft`` is active, nothing
     is trainable."""
-    model = new_adapter(base, rank=4, alpha=8)
+    model = new_adapter(base, LoRA(4, 8))
     model.add_adapter("sft", model.peft_config["default"])
     torch.manual_seed(1)
     with torch.no_grad():

@@ -40,7 +40,7 @@ from rlhf_trust.chat import EncodedExample
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Example
 from rlhf_trust.losses import NextTokenLoss
-from rlhf_trust.models import new_adapter
+from rlhf_trust.models import LoRA, new_adapter
 from rlhf_trust.stats import rank_agreement
 from scipy.stats import false_discovery_control, spearmanr
 
@@ -154,7 +154,7 @@ def test_datainf_equals_dattris():
 def test_sign_and_scale_against_real_steps(tiny_llama):
     """Steps that up-weight one example move the evaluation loss the way, and as far as, the scores
     say."""
-    model = new_adapter(tiny_llama, rank=4, alpha=8).eval().double()  # small steps drown in float32
+    model = new_adapter(tiny_llama, LoRA(4, 8)).eval().double()  # small steps drown in float32
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     torch.manual_seed(1)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from rlhf_trust.attribution.solvers import tfidf
 from rlhf_trust.attribution.store import InMemory, Scaled
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import Pair, PreferencePair
-from rlhf_trust.decode import Example, Prompt, last_token_rewards
+from rlhf_trust.decode import Example, Prompt, rewards
 from rlhf_trust.losses import LogOddsLoss, RewardGapLoss
 from rlhf_trust.models import lora_weights, snapshot
 from rlhf_trust.training import fresh_adapters
@@ -106,7 +106,7 @@ def test_the_reward_gap_is_the_difference_of_rewards(tiny_llama):
     examples = training_examples(pairs(), chat, "ppo")
     with torch.no_grad():
         found = RewardGapLoss(head).loss(network, examples, pad)
-        rewards = last_token_rewards(
+        rewards = rewards(
             network, head, [s for e in examples for s in e.sequences], pad
         ).view(-1, 2)
     np.testing.assert_allclose(found, rewards[:, 0] - rewards[:, 1], atol=1e-4)

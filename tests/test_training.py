@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import trl.trainer.utils
+from rlhf_trust.models import LoRA
 from rlhf_trust import StudyError, models, sources, training
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import PreferencePair
@@ -42,7 +43,7 @@ PAIRS = [
     )
     for i in range(8)
 ]
-ALL = TrainConfig(learning_rate=1e-2, batch=len(PAIRS), epochs=3, warmup=0.0)
+ALL = TrainConfig(learning_rate=1e-2, batch_size=len(PAIRS), epochs=3, warmup=0.0)
 BETA = 0.2
 
 
@@ -63,7 +64,7 @@ def targets(base):
 
 def perturbed_sft(base, directory):
     """An SFT adapter far from the start model; leaves the backbone bare."""
-    wrapped = models.new_adapter(base, 4, 8, targets(base))
+    wrapped = models.new_adapter(base, LoRA(4, 8, targets(base)))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if ".lora_B." in name:
@@ -110,7 +111,7 @@ def test_training_order_puts_like_lengths_together():
 
 def sft_trainer(base, chat, pairs, config=ALL):
     return SFTTrainer(
-        model=models.new_adapter(base, 4, 8),
+        model=models.new_adapter(base, LoRA(4, 8)),
         processing_class=chat.tokenizer,
         args=trl_arguments(SFTConfig, config, len(pairs), completion_only_loss=True),
         train_dataset=sft_dataset(pairs, chat, config),
@@ -157,7 +158,7 @@ def test_trl_runs_the_output_head_at_answers_only(tiny, chat, tmp_path, monkeypa
             rows.append(len(states))
             return kernel.apply(states, *args)
 
-    config = TrainConfig(learning_rate=1e-3, batch=4, warmup=0.0)
+    config = TrainConfig(learning_rate=1e-3, batch_size=4, warmup=0.0)
     make = {
         "sft": lambda: sft_trainer(tiny, chat, PAIRS, config),
         "dpo": lambda: dpo_trainer(
@@ -314,7 +315,7 @@ def test_the_dpo_loss_is_ours(tiny, chat, fresh, tmp_path):
 def test_a_tiny_set_can_be_learned_and_the_backbone_stays(tiny, chat, tmp_path, stage):
     before = weights(tiny)
     config, where, out = (
-        TrainConfig(learning_rate=2e-2, batch=4, epochs=10),
+        TrainConfig(learning_rate=2e-2, batch_size=4, epochs=10),
         targets(tiny),
         tmp_path / "out",
     )
@@ -349,7 +350,7 @@ def test_training_has_not_changed(tiny_llama, tmp_path):
     """Losses of three steps as they were when this was written (llama, transformers 5.23, TRL 1.16, torch 2.13)."""
     chat, config = (
         Chat(tiny_llama.tokenizer, "chatml"),
-        TrainConfig(learning_rate=5e-3, batch=4, epochs=2),
+        TrainConfig(learning_rate=5e-3, batch_size=4, epochs=2),
     )
     first = train_sft(tiny_llama, chat, PAIRS[:6], config, 4, 8, None, tmp_path / "sft")
     second = train_dpo(
@@ -372,7 +373,7 @@ def test_training_has_not_changed(tiny_llama, tmp_path):
 def test_a_loss_that_is_no_number_stops_in_one_line(tiny_llama, tmp_path, stage):
     chat, config = (
         Chat(tiny_llama.tokenizer, "chatml"),
-        TrainConfig(learning_rate=math.inf, batch=4, epochs=3, warmup=0.0),
+        TrainConfig(learning_rate=math.inf, batch_size=4, epochs=3, warmup=0.0),
     )
     train = {
         "sft": lambda: train_sft(tiny_llama, chat, PAIRS, config, 4, 8, None, tmp_path / "out"),

@@ -35,7 +35,7 @@ from rlhf_trust.chat import EncodedExample
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Example
 from rlhf_trust.losses import NextTokenLoss, RewardLoss
-from rlhf_trust.models import new_adapter, snapshot
+from rlhf_trust.models import LoRA, new_adapter, snapshot
 from rlhf_trust.report import pruning_words
 from rlhf_trust.training import Recipe, random_head
 from scipy import stats as scipy_stats
@@ -178,7 +178,7 @@ def some_examples(count: int, sequences: int, seed: int = 0, prefix: str = "e") 
 
 
 def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
-    model = new_adapter(tiny_llama, rank=2, alpha=4).eval()
+    model = new_adapter(tiny_llama, LoRA(2, 4)).eval()
     pool, recipe, halves = (
         some_examples(8, 1),
         Recipe(5e-3, batch=4, epochs=2),
@@ -554,7 +554,7 @@ def test_auc_ceiling_numbers():
 
 def test_copies_are_found_by_gradients(tiny_llama):
     """A copy's gradient is its query's, so their cosine is 1: it comes first of all."""
-    model = new_adapter(tiny_llama, rank=2, alpha=4).eval()
+    model = new_adapter(tiny_llama, LoRA(2, 4)).eval()
     training, queries = some_examples(10, 1), some_examples(3, 1, seed=9, prefix="q")
     examples, owner = plant_copies(training, queries, seed=0)
     assert sorted(e.id for e in examples if e.id.startswith("copy")) == [

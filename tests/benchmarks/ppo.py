@@ -58,7 +58,7 @@ def inputs(dtype: str, preferences: str):
 def prepare(folder: Path, dtype: str, preferences: str) -> None:
     """The SFT adapter and the reward model that both sides start from."""
     base, chat, pairs, _, _ = inputs(dtype, preferences)
-    config = TrainConfig(learning_rate=5e-4, batch=8)
+    config = TrainConfig(learning_rate=5e-4, batch_size=8)
     train_sft(base, chat, pairs, config, RANK, ALPHA, None, folder / "sft")
     train_reward(base, chat, pairs, config, RANK, ALPHA, None, folder / "reward")
 

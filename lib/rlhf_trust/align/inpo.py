@@ -62,9 +62,9 @@ from .. import StudyError, models
 from ..artifacts import progress
 from ..chat import Chat, EncodedExample
 from ..data.preferences import PAIRS, Pair
-from ..decode import Decoding, Example, MultipleChoice, Prompt, option_logps
+from ..decode import Decoding, Example, LowerStates, MultipleChoice, Prompt, option_logps
 from ..losses import INPOLoss, reference_logps
-from ..training import Recipe, fit
+from ..training import TrainConfig, fit
 from . import rollout
 from .rollout import RewardFn, RewardFnMaker, check_settings
 
@@ -88,7 +88,7 @@ class INPOConfig:
     ``mode``: ``paper`` or ``theory`` (module docstring). ``eta``: penalty for moving away from π_t;
     the loss pulls a pair's log-ratio to 1/(2η) nats. ``tau``: penalty for moving away from π_ref.
     ``answers_per_prompt``: K, a power of two in ``paper`` mode, 2 in ``theory`` mode.
-    ``prompts_per_round``: other prompts each round, as long as there are enough. ``batch``: pairs a
+    ``prompts_per_round``: other prompts each round, as long as there are enough. ``batch_size``: pairs a
     step. ``epochs``: passes over a round's pairs. ``max_kl``: nats per answer beyond which the run
     stops.
     """
@@ -101,7 +101,7 @@ class INPOConfig:
     tau: float = 0.1 / 3
     max_new_tokens: int = 32
     learning_rate: float = 1e-3
-    batch: int = 8
+    batch_size: int = 8
     epochs: int = 1
     max_kl: float = 50.0
     seed: int = 0
@@ -116,7 +116,7 @@ class INPOConfig:
         if self.mode == "theory":
             check_settings(self, k, lambda x: x == 2, "2 in theory mode")
         check_settings(self, k, lambda x: x > 1 and x & (x - 1) == 0, "2, 4, 8, … for a tournament")
-        counts = "rounds prompts_per_round max_new_tokens batch epochs"
+        counts = "rounds prompts_per_round max_new_tokens batch_size epochs"
         check_settings(self, counts, lambda x: x >= 1, "at least 1")
 
 
@@ -347,16 +347,18 @@ def train(
     order = itertools.cycle(rng.permutation(len(prompts)).tolist())
     decoding = Decoding(config.max_new_tokens, 1.0, seed=config.seed)
     sampling = replace(decoding, samples=config.answers_per_prompt)
-    recipe = Recipe(config.learning_rate, config.batch, config.epochs)
+    training = TrainConfig(
+        learning_rate=config.learning_rate, batch_size=config.batch_size, epochs=config.epochs
+    )
     pairs: list[Pair] = []
     sampled_a_round = config.prompts_per_round * config.answers_per_prompt
     answers_in_all = config.rounds * sampled_a_round + (config.rounds + 1) * len(held_out)
     with (
-        rollout.policy_and_reward(base, chat, sft, reward, config.batch) as (model, reward_fn),
+        rollout.policy_and_reward(base, chat, sft, reward, config.batch_size) as (model, reward_fn),
         progress(total=answers_in_all, desc="INPO: held-out prompts before", unit="answer") as bar,
     ):
         run = rollout.Run(
-            model, reward_fn, chat, held_out, decoding, config.batch, config.max_kl, bar
+            model, reward_fn, chat, held_out, decoding, config.batch_size, config.max_kl, bar
         )
         run.evaluate(0)
         if oracle is None:
@@ -381,14 +383,16 @@ def train(
                 )
             of_round = [Pair(number, *match) for match in matches]
             examples = [Example(p.id, "inpo", (p.winner, p.loser)) for p in of_round]
-            reference = reference_logps(model, "reference", examples, pad)
-            current = reference_logps(model, "policy", examples, pad)
+            kept = LowerStates(model)  # for all passes over this round's pairs
+            reference = reference_logps(model, "reference", examples, pad, kept=kept)
+            current = reference_logps(model, "policy", examples, pad, kept=kept)
             mixed = mixed_reference(reference, current, config.tau, config.eta)
             loss = INPOLoss(config.eta, mixed)
-            losses = fit(model, "policy", examples, loss, pad, recipe, config.seed + number)
+            own = replace(training, seed=config.seed + number)
+            losses = fit(model, "policy", examples, loss, pad, own, kept=kept)["loss"]
             run.curve += [(step + i, "loss", float(x)) for i, x in enumerate(losses, start=1)]
             step += len(losses)
-            learned = reference_logps(model, "policy", examples, pad)
+            learned = reference_logps(model, "policy", examples, pad, kept=kept)
             gaps = [np.subtract(learned[e.id], mixed[e.id]) @ (1, -1) for e in examples]
             run.record(step, {"dropped": 1 - len(examples) / len(asked), "gap": np.mean(gaps)})
             pairs += [replace(pair, reference=mixed[pair.id]) for pair in of_round]

@@ -64,7 +64,7 @@ from torch.nn.utils import clip_grad_norm_
 from .. import StudyError, models
 from ..artifacts import atomic_write, content_key, progress, sha256_of
 from ..chat import Chat, EncodedExample
-from ..decode import Decoding, Prompt, batches_by_length, token_logps
+from ..decode import Decoding, LowerStates, Prompt, batches_by_length, token_logps
 from . import rollout
 from .rollout import RewardFnMaker, check_settings
 
@@ -231,22 +231,29 @@ def predicted_values(value_head, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_pass(
-    model, adapter: str, answers: Sequence[EncodedExample], batches, pad: int, value_head=None
+    model,
+    adapter: str,
+    answers: Sequence[EncodedExample],
+    batches,
+    pad: int,
+    value_head=None,
+    kept: LowerStates | None = None,
 ) -> Tensor:
     """Log-probabilities, mask and values of all answers, [3, n, longest answer].
 
     Values are 0 without ``value_head``. ``batches`` are the update's minibatches, as indices: equal
     shapes round equally, so that the ratio starts at exactly 1 and the KL at exactly 0.
     """
-    model.set_adapter(adapter, inference_mode=True)
     longest = max(len(a.answer_ids) for a in answers)
     whole = torch.zeros(3, len(answers), longest, device=model.device)
-    for batch in batches:
-        logps, mask, states = token_logps(model, [answers[i] for i in batch], pad, hidden=True)
-        values = torch.zeros_like(mask)
-        if value_head is not None:
-            values = predicted_values(value_head, states) * mask
-        whole[:, batch, : mask.shape[1]] = torch.stack([logps, mask, values])
+    with models.using(model, adapter):
+        for batch in batches:
+            some = [answers[i] for i in batch]
+            logps, mask, states = token_logps(model, some, pad, hidden=True, kept=kept)
+            values = torch.zeros_like(mask)
+            if value_head is not None:
+                values = predicted_values(value_head, states) * mask
+            whole[:, batch, : mask.shape[1]] = torch.stack([logps, mask, values])
     return whole
 
 
@@ -291,9 +298,12 @@ class PPORun(rollout.Run):
         scores = self.reward_fn(answers)
         batches = batches_by_length([len(a) for a in answers], config.minibatch)
         pad = tokenizer.pad_token_id
-        reference_logps, _, _ = token_pass(model, "reference", answers, batches, pad)
+        self.kept = LowerStates(model)  # for all passes over this step's answers
+        reference_logps, _, _ = token_pass(
+            model, "reference", answers, batches, pad, kept=self.kept
+        )
         old_logps, mask, old_values = token_pass(
-            model, "policy", answers, batches, pad, self.value_head
+            model, "policy", answers, batches, pad, self.value_head, self.kept
         )
         kl = float((old_logps - reference_logps).sum(1).mean())
         self.check_kl(step, kl)
@@ -329,31 +339,37 @@ class PPORun(rollout.Run):
 
     def update(self, step: int, minibatches: list[Minibatch]) -> dict[str, float]:
         """``epochs`` passes of clipped updates over a step's answers; means over minibatches."""
-        pad, losses = self.chat.tokenizer.pad_token_id, []
-        self.model.set_adapter("policy")
-        for _ in range(self.config.epochs):
-            for index in self.rng.permutation(len(minibatches)).tolist():
-                batch = minibatches[index]
-                logps, mask, states = token_logps(self.model, batch.answers, pad, hidden=True)
-                surrogate, clipped = policy_loss(
-                    logps, batch.old_logps, batch.advantages, mask, self.config.clip_range
-                )
-                values = predicted_values(self.value_head, states)
-                value_error = value_loss(values, batch.old_values, batch.returns, mask)
-                loss = surrogate + VALUE_WEIGHT * value_error
-                self.optimizer.zero_grad()
-                loss.backward()
-                groups = self.optimizer.param_groups
-                norms = [clip_grad_norm_(group["params"], MAX_GRAD_NORM) for group in groups]
-                numbers = torch.stack([loss.detach(), *norms])
-                if not numbers.isfinite().all():
-                    raise StudyError(
-                        f"ppo step {step}: loss and gradient norms are {numbers.tolist()}; lower "
-                        "learning_rate or raise kl_coef"
-                    )
-                self.optimizer.step()
-                losses.append([float(x.detach()) for x in (surrogate, value_error, clipped)])
+        losses = []
+        weights = list(models.lora_weights(self.model, "policy").values())
+        with models.using(self.model, "policy", weights):
+            for _ in range(self.config.epochs):
+                for index in self.rng.permutation(len(minibatches)).tolist():
+                    losses.append(self.update_once(step, minibatches[index]))
         return dict(zip(("policy_loss", "value_loss", "clip_fraction"), np.mean(losses, axis=0)))
+
+    def update_once(self, step: int, batch: Minibatch) -> list[float]:
+        """One clipped update: policy loss, value loss, share of tokens clipped."""
+        logps, mask, states = token_logps(
+            self.model, batch.answers, self.chat.tokenizer.pad_token_id, True, self.kept
+        )
+        surrogate, clipped = policy_loss(
+            logps, batch.old_logps, batch.advantages, mask, self.config.clip_range
+        )
+        values = predicted_values(self.value_head, states)
+        value_error = value_loss(values, batch.old_values, batch.returns, mask)
+        loss = surrogate + VALUE_WEIGHT * value_error
+        self.optimizer.zero_grad()
+        loss.backward()
+        groups = self.optimizer.param_groups
+        norms = [clip_grad_norm_(group["params"], MAX_GRAD_NORM) for group in groups]
+        numbers = torch.stack([loss.detach(), *norms])
+        if not numbers.isfinite().all():
+            raise StudyError(
+                f"ppo step {step}: loss and gradient norms are {numbers.tolist()}; lower "
+                "learning_rate or raise kl_coef"
+            )
+        self.optimizer.step()
+        return [float(x.detach()) for x in (surrogate, value_error, clipped)]
 
     # --- interrupted runs -------------------------------------------------------------------------
 

@@ -43,15 +43,14 @@ def sample_answers(
 
     ``keys`` (strings, [prompts]) seed the draws; ``bar`` is a progress bar that counts answers.
     """
-    model.set_adapter(adapter, inference_mode=True)
     ids = [chat.prompt_ids(prompt.turns, prompt.system) for prompt in prompts]
     answers: list[list[EncodedExample]] = [[] for _ in ids]
     batch_size = max(1, SAMPLED_AT_ONCE // decoding.samples)
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
     for batch in decode.batches_by_length([len(i) for i in ids], batch_size):
-        drawn = decode.sample_batch(
-            model, [ids[i] for i in batch], [keys[i] for i in batch], decoding, eos, pad
-        )
+        rows, own_keys = [ids[i] for i in batch], [keys[i] for i in batch]
+        with models.using(model, adapter):
+            drawn = decode.sample_batch(model, rows, own_keys, decoding, eos, pad)
         for i, samples in zip(batch, drawn):
             answers[i] = [EncodedExample(ids[i] + tuple(tokens), len(ids[i])) for tokens in samples]
         if bar is not None:
@@ -85,13 +84,9 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, answers: Sequence[EncodedExample]) -> torch.Tensor:
         ended = with_end(answers, self.eos)
-        self.model.set_adapter("reward", inference_mode=True)
-        rewards = torch.zeros(len(ended), device=self.model.device)
-        for batch in decode.reading_batches(ended, self.batch_size):
-            rewards[batch] = decode.last_token_rewards(
-                self.model, self.head, [ended[i] for i in batch], self.pad
-            )
-        return rewards
+        with models.using(self.model, "reward"):
+            rewards = decode.rewards(self.model, self.head, ended, self.pad, self.batch_size, "")
+        return torch.tensor(rewards, dtype=torch.float32, device=self.model.device)
 
 
 @contextmanager
@@ -137,10 +132,12 @@ def answer_kl(model, answers: Sequence[EncodedExample], pad: int, batch_size: in
     """
     batches = decode.batches_by_length([len(a) for a in answers], batch_size)
     logps = torch.zeros(2, len(answers), device=model.device)
+    kept = decode.LowerStates(model)
     for row, adapter in zip(logps, ("policy", "reference")):
-        model.set_adapter(adapter, inference_mode=True)
-        for batch in batches:
-            row[batch] = decode.token_logps(model, [answers[i] for i in batch], pad)[0].sum(1)
+        with models.using(model, adapter):
+            for batch in batches:
+                some = [answers[i] for i in batch]
+                row[batch] = decode.token_logps(model, some, pad, kept=kept)[0].sum(1)
     return logps[0] - logps[1]
 
 

@@ -39,9 +39,9 @@ from safetensors.torch import save_file
 
 from .. import StudyError
 from ..artifacts import atomic_write, content_key, progress, sha256_of, write_text
-from ..decode import Example, _packed_length, batches_by_length
+from ..decode import LowerStates, Example, packed_length, batches_by_length
 from ..losses import Loss, tokens_content
-from ..models import lora_layers, only_adapter
+from ..models import lora_layers, using
 from .store import NUMBER_FORMATS, Stored, block_files, encoded
 
 MANIFEST = "manifest.json"
@@ -56,6 +56,7 @@ def per_example_gradients(
     rows: int = 8,
     allow_zero: bool = False,
     desc: str = "gradients",
+    kept: LowerStates | None = None,
 ) -> dict[str, torch.Tensor]:
     """Gradients of every example's loss with respect to one adapter's LoRA weights, in memory.
 
@@ -75,6 +76,8 @@ def per_example_gradients(
     allow_zero
         Accept examples whose gradient is exactly zero: for evaluation items, never for training
         examples.
+    kept
+        States of the lower layers, which several losses and adapters share.
 
     Returns
     -------
@@ -91,7 +94,9 @@ def per_example_gradients(
     """
     _check_examples(examples, loss, desc)
     with progress(total=len(examples), desc=desc, unit="example") as bar:
-        return _gradients(model, adapter, examples, loss, pad, rows, allow_zero, desc, bar)
+        return _gradients(
+            model, adapter, examples, loss, pad, rows, allow_zero, desc, bar, kept
+        )
 
 
 def _gradients(
@@ -104,6 +109,7 @@ def _gradients(
     allow_zero: bool,
     desc: str,
     bar,
+    kept: LowerStates | None = None,
 ) -> dict[str, torch.Tensor]:
     if any(module.training for module in model.modules()):
         raise StudyError(
@@ -115,9 +121,9 @@ def _gradients(
         name: torch.empty(len(examples), layer.weight.numel()) for name, layer in layers.items()
     }
     batches = batches_by_length(
-        [_packed_length(example) for example in examples], max(1, rows // loss.sequences)
+        [packed_length(example.sequences) for example in examples], max(1, rows // loss.sequences)
     )
-    with only_adapter(model, adapter, weights), torch.enable_grad():
+    with using(model, adapter, weights), torch.enable_grad():
         for indices in batches:
             batch = [examples[i] for i in indices]
             # A pair of one answer with itself has no gradient, of which rounding would leave a
@@ -126,7 +132,7 @@ def _gradients(
                 [len(set(example.sequences)) < loss.sequences for example in batch]
             )
             with _catching(layers, len(batch)) as caught:
-                values = loss.loss(model, batch, pad)
+                values = loss.loss(model, batch, pad, kept)
                 for example, value in zip(batch, values.tolist()):
                     if not abs(value) < float("inf"):  # also false for nan
                         raise StudyError(
@@ -169,6 +175,7 @@ def stored_gradients(
     block: int = 64,
     number_format: str = "float32",
     allow_zero: bool = False,
+    kept: LowerStates | None = None,
 ) -> Stored:
     """:func:`per_example_gradients` in files: ``<directory>/<name>.<key>/``, see
     :class:`.store.Stored`.
@@ -209,9 +216,8 @@ def stored_gradients(
     }
     key, ids = content_key(parts), [example.id for example in examples]
     manifest = {"key": key, "parts": parts, "ids": ids, "block": block, "layers": {}, "blocks": {}}
-    compute = partial(
-        _gradients, model, adapter, loss=loss, pad=pad, rows=rows, allow_zero=allow_zero, desc=name
-    )
+    options = {"rows": rows, "allow_zero": allow_zero, "desc": name, "kept": kept}
+    compute = partial(_gradients, model, adapter, loss=loss, pad=pad, **options)
     folder, holder = Path(directory) / f"{name}.{key}", None
     folder.parent.mkdir(parents=True, exist_ok=True)
     if os.environ.get("RLHF_TRUST_CACHE") == "off":

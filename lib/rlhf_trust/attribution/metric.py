@@ -103,7 +103,7 @@ def inpo_examples(
     if missing:
         raise StudyError(
             f"inpo: {missing[0]!r}, a prompt that it answered, is not among the {len(asked)} "
-            "training pairs; set preferences, n_train, max_tokens and seed as in 05-inpo"
+            "training pairs; set preferences, n_train, max_length and seed as in 05-inpo"
         )
     pairs, examples = [], []
     for pair in kept:

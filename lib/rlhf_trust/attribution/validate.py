@@ -46,7 +46,8 @@ from ..stats import (
     paired_change,
     row_rank_correlations,
 )
-from ..training import Recipe, example_losses, fit
+from ..decode import LowerStates
+from ..training import TrainConfig, example_losses, fit
 
 Outcomes = dict[str, np.ndarray]
 """Name of a measurement → its values [subsets, items], one row per retraining."""
@@ -133,9 +134,10 @@ def retrain_halves(
     loss: Loss,
     queries: Mapping[str, Queries],
     halves: np.ndarray,
-    recipe: Recipe,
+    config: TrainConfig,
     pad: int,
     seed: int = 0,
+    kept: LowerStates | None = None,
 ) -> Outcomes:
     """Fit an adapter to each half of a pool, always from its present weights, and evaluate queries.
 
@@ -152,6 +154,8 @@ def retrain_halves(
         used).
     halves
         bool [count, pool], :func:`random_halves`. Half s is fitted with seed ``seed + s``.
+    kept
+        States of the lower layers, which all retrainings share.
 
     Returns
     -------
@@ -166,14 +170,15 @@ def retrain_halves(
         [what, q.loss.content(q.examples), tokens_content(q.examples)]
         for what, q in sorted(queries.items())
     ]
-    trained_on = [loss.content(pool), tokens_content(pool), asdict(recipe)]
+    trained_on = [loss.content(pool), tokens_content(pool), asdict(config)]
     key = [fingerprint, weights_content(start), *trained_on, asked]
 
     def measure(indices: np.ndarray, own_seed: int) -> dict[str, np.ndarray]:
         restore(network, adapter, start)
-        fit(network, adapter, [pool[i] for i in indices], loss, pad, recipe, own_seed)
+        some, own = [pool[i] for i in indices], replace(config, seed=own_seed)
+        fit(network, adapter, some, loss, pad, own, kept=kept)
         return {
-            what: example_losses(network, adapter, q.examples, q.loss, pad)
+            what: example_losses(network, adapter, q.examples, q.loss, pad, kept=kept)
             for what, q in queries.items()
         }
 
@@ -421,26 +426,29 @@ def sft_then_dpo(
     chosen: Sequence[Example],
     pairs: Sequence[Example],
     beta: float,
-    sft: Recipe,
-    dpo: Recipe,
+    sft: TrainConfig,
+    dpo: TrainConfig,
     pad: int,
     seed: int,
+    kept: LowerStates | None = None,
 ) -> None:
     """The study's order anew, in place: adapter ``sft`` from ``start`` on the chosen answers (mean
     loss per token), then ``dpo`` from it on the pairs, against it. ``chosen``, ``pairs``:
     ``metric.training_examples`` of either stage."""
     restore(network, "sft", start)
-    fit(network, "sft", chosen, NextTokenLoss("mean"), pad, sft, seed)
+    fit(network, "sft", chosen, NextTokenLoss(), pad, replace(sft, seed=seed), kept=kept)
     restore(network, "dpo", snapshot(network, "sft"))
-    loss = DPOLoss(beta, reference_logps(network, "sft", pairs, pad))
-    fit(network, "dpo", pairs, loss, pad, dpo, seed)
+    loss = DPOLoss(beta, reference_logps(network, "sft", pairs, pad, kept=kept))
+    fit(network, "dpo", pairs, loss, pad, replace(dpo, seed=seed), kept=kept)
 
 
-def implicit_accuracy(network, pairs: Sequence[Example], beta: float, pad: int) -> np.ndarray:
+def implicit_accuracy(
+    network, pairs: Sequence[Example], beta: float, pad: int, kept: LowerStates | None = None
+) -> np.ndarray:
     """Which pairs DPO's implicit reward (adapter ``dpo`` against ``sft``) ranks as people did, 0
     or 1: [pairs]."""
-    loss = DPOLoss(beta, reference_logps(network, "sft", pairs, pad))
-    return ranked_right(example_losses(network, "dpo", pairs, loss, pad))
+    loss = DPOLoss(beta, reference_logps(network, "sft", pairs, pad, kept=kept))
+    return ranked_right(example_losses(network, "dpo", pairs, loss, pad, kept=kept))
 
 
 def ranked_right(pair_losses: np.ndarray) -> np.ndarray:

@@ -122,7 +122,7 @@ def read_pairs(path: Path, subset: str) -> tuple[list[PreferencePair], list[str]
 
 
 def load_preferences(
-    source: str, n_train: int, n_held_out: int, chat: Chat, max_tokens: int, seed: int = 0
+    source: str, n_train: int, n_held_out: int, chat: Chat, max_length: int, seed: int = 0
 ) -> Preferences:
     """Read, split and size a preference set, half harmless and half helpful.
 
@@ -136,7 +136,7 @@ def load_preferences(
         ``shipped``, ``path:<directory>`` or ``hub:``.
     n_train, n_held_out
         Pairs wanted on each side, in an order drawn from ``seed``; fewer if there are not enough.
-    max_tokens
+    max_length
         Pairs with a longer side (prompt + answer) are left out and counted.
 
     Raises
@@ -163,13 +163,13 @@ def load_preferences(
         "held_out": ([pair for pair in result.held_out if pair.opening in held], n_held_out),
     }
     for side, (pairs, wanted) in sides.items():
-        short = [pair for pair in pairs if pair_tokens(pair, chat) <= max_tokens]
+        short = [pair for pair in pairs if pair_tokens(pair, chat) <= max_length]
         result.too_long += len(pairs) - len(short)
         chosen = choose(short, wanted, seed, by=lambda pair: pair.source)
         if not chosen:
             raise StudyError(
-                f"preferences {source}: no {side.replace('_', '-')} pair of at most {max_tokens} "
-                "tokens is left; raise max_tokens or check the files"
+                f"preferences {source}: no {side.replace('_', '-')} pair of at most {max_length} "
+                "tokens is left; raise max_length or check the files"
             )
         setattr(result, side, chosen)
     return result

@@ -9,7 +9,6 @@ import torch
 
 from .. import decode, models
 from ..align.rollout import RewardFn, with_end
-from ..artifacts import progress
 from ..chat import Chat, EncodedExample
 from .order_consistency import Reward
 
@@ -26,12 +25,8 @@ def embed(
     """
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
     ended = with_end(answers, eos)
-    states = np.zeros((len(ended), model.config.hidden_size), dtype=np.float32)
-    batches = decode.reading_batches(ended, rows)
-    with models.without_adapters(model):
-        for batch in progress(batches, desc=desc, unit="batch") if desc else batches:
-            states[batch] = decode.end_states(model, [ended[i] for i in batch], pad).cpu().numpy()
-    return states
+    with models.using(model, None):
+        return decode.end_states(model, ended, pad, rows, desc).numpy()
 
 
 def reward_fn(model, reward: Reward, chat: Chat, rows: int = 16) -> RewardFn:

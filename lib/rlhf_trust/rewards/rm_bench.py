@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification
 
 from .. import StudyError, decode
 from ..chat import Chat, EncodedExample
-from ..models import device, load_tokenizer, only_adapter
+from ..models import device, load_tokenizer, using
 from ..sources import locate, model_directory, read_json
 from ..stats import mean_interval, row_rank_correlations, stratified_interval
 
@@ -131,7 +131,7 @@ def adapter_scores(
 
     def measure(sequences, each):
         options = (sequences, pad, ROWS, f"RM-Bench, {adapter}", each)
-        with only_adapter(model, adapter):
+        with using(model, adapter):
             if head is None:
                 decode.answer_logps(model, *options)
             else:

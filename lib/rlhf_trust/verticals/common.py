@@ -13,7 +13,7 @@ import pandas as pd
 from .. import StudyError
 from ..artifacts import Build, write_text
 from ..data import choose as choose
-from ..decode import Decoding, Generations, MultipleChoice, Prompt
+from ..decode import LowerStates, Decoding, Generations, MultipleChoice, Prompt
 from ..models import BASELINES, ModelSet
 from ..stats import Interval, interval_words, item_means, mean_interval, paired_change, verdict
 from . import HEADLINE
@@ -90,7 +90,10 @@ def score_options(
     model_set: ModelSet, generations: Generations, name: str, choices: Sequence[MultipleChoice]
 ) -> dict[str, list[np.ndarray]]:
     """Model name → per choice → the log-probabilities of its options, [options]."""
-    return _of_each_model(model_set, name, lambda *model: generations.option_logps(*model, choices))
+    states = LowerStates(model_set.model)  # the lower layers run once for all models
+    return _of_each_model(
+        model_set, name, lambda *model: generations.option_logps(*model, choices, states)
+    )
 
 
 def _of_each_model(model_set: ModelSet, name: str, ask: Callable) -> dict:
