@@ -98,12 +98,12 @@ $(call nb,90-%): $(if $(SEED),,$(wildcard $(BUILD)-seed*/tables/trust_change.csv
 # --- checks -----------------------------------------------------------------------------------------------------
 
 lint: $(INSTALLED) ## check the code's rules and format (ruff)
-	$(RUFF) check lib tests
-	$(RUFF) format --check lib tests
+	$(RUFF) check lib tests notebooks
+	$(RUFF) format --check lib tests notebooks
 
 format: $(INSTALLED) ## apply them
-	$(RUFF) check --fix lib tests
-	$(RUFF) format lib tests
+	$(RUFF) check --fix lib tests notebooks
+	$(RUFF) format lib tests notebooks
 
 unit: $(INSTALLED) ## unit tests alone, without the slow ones and without any notebook
 	$(PYTEST) -m "not slow" tests
