@@ -8,12 +8,14 @@ import os
 import warnings
 from pathlib import Path
 
-# Read by huggingface_hub when it is imported, hence set before any other module of this package runs.
+# Read by huggingface_hub when it is imported, hence set before any other module of this package
+# runs.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-# transformers warns of its own deprecated names when TRL uses them; nothing a reader of a notebook can act on.
+# transformers warns of its own deprecated names when TRL uses them; nothing a reader of a notebook
+# can act on.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 __version__ = "0.1.0"
@@ -23,10 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class StudyError(ValueError):
-    """Something the user can mend: the message is one line that names the file, key or row and what to do."""
+    """Something the user can mend: the message is one line that names the file, key or row and what
+    to do."""
 
 
 def build_root(profile: str) -> Path:
-    """Where a profile's products lie; ``RLHF_TRUST_BUILD`` puts them elsewhere (a second run beside the first)."""
+    """Where a profile's products lie; ``RLHF_TRUST_BUILD`` puts them elsewhere (a second run beside
+    the first)."""
     elsewhere = os.environ.get("RLHF_TRUST_BUILD")
     return Path(elsewhere).resolve() if elsewhere else ROOT / "build" / profile

@@ -1,10 +1,9 @@
 """One prompt format for training and evaluation: conversations to token ids, the same everywhere.
 
-``chatml`` is what SmolLM2-Instruct was trained on; we give no default system text, since its chat template would
-slip in "You are a helpful AI assistant named SmolLM…". ``dialogue`` is HH-RLHF's plain ``Human:`` / ``Assistant:``
-text, for base models. Prompt and answer are tokenised apart and joined, so a prompt's tokens never depend on the
-answer that follows.
-"""
+``chatml`` is what SmolLM2-Instruct was trained on; we give no default system text, since its chat
+template would slip in "You are a helpful AI assistant named SmolLM…". ``dialogue`` is HH-RLHF's
+plain ``Human:`` / ``Assistant:`` text, for base models. Prompt and answer are tokenised apart and
+joined, so a prompt's tokens never depend on the answer that follows."""
 
 from __future__ import annotations
 
@@ -21,7 +20,8 @@ Options = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A prompt with one answer, as token ids. ``input_ids[answer_start:]`` is the answer with its end token."""
+    """A prompt with one answer, as token ids. ``input_ids[answer_start:]`` is the answer with its
+    end token."""
 
     input_ids: tuple[int, ...]
     answer_start: int
@@ -86,12 +86,14 @@ class Chat:
             raise StudyError(f"prompt_format: must be one of {', '.join(FORMATS)}, got {name!r}")
         if name == "chatml" and "<|im_start|>" not in tokenizer.get_vocab():
             raise StudyError(
-                "prompt_format: chatml needs a tokenizer with <|im_start|>; use dialogue for this model"
+                "prompt_format: chatml needs a tokenizer with <|im_start|>; use dialogue for this "
+                "model"
             )
         self.tokenizer = tokenizer
         self.name = name
         self.format = FORMATS[name]
-        # What the tokenizer itself would put in front of a text (Llama's <s>; nothing for SmolLM2 and Pythia).
+        # What the tokenizer itself would put in front of a text (Llama's <s>; nothing for SmolLM2
+        # and Pythia).
         self._opening = tuple(tokenizer("").input_ids)
 
     def prompt_text(self, turns: tuple[str, ...] | list[str], system: str | None = None) -> str:
@@ -130,15 +132,16 @@ class Chat:
         )
 
     def plain_options(self, text: str, endings: Iterable[str]) -> Options:
-        """The same for text outside any conversation: text and ending are tokenised together and cut where the text's own
-        tokens end, as evaluation harnesses do."""
+        """The same for text outside any conversation: text and ending are tokenised together and
+        cut where the text's own tokens end, as evaluation harnesses do."""
         context = self._opening + self._ids(text)
         return context, tuple(
             (self._opening + self._ids(text + ending))[len(context) :] for ending in endings
         )
 
     def decode(self, ids) -> str:
-        """A generated answer as text: cut at the end token or where the model starts another speaker's turn."""
+        """A generated answer as text: cut at the end token or where the model starts another
+        speaker's turn."""
         ids = list(ids)
         if self.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]

@@ -1,12 +1,13 @@
 """Batched sampling and log-likelihoods.
 
-Sampling is seeded per item: item ``i``'s ``s``-th answer is drawn from random numbers that depend on the item's own
-key, ``s`` and the seed alone, never on its neighbours. With float32 weights the answer to an item therefore does not
-depend on the batch it ran in or on how many items run beside it.
+Sampling is seeded per item: item ``i``'s ``s``-th answer is drawn from random numbers that depend
+on the item's own key, ``s`` and the seed alone, never on its neighbours. With float32 weights the
+answer to an item therefore does not depend on the batch it ran in or on how many items run beside
+it.
 
-Generations are kept as JSONL, one line an item, under a name made of everything that could change them (weights,
-prompt format, sampling settings): an interrupted run resumes at the item, and adding a model costs only that model.
-"""
+Generations are kept as JSONL, one line an item, under a name made of everything that could change
+them (weights, prompt format, sampling settings): an interrupted run resumes at the item, and adding
+a model costs only that model."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer: ``id`` names the item (and seeds its sampling), ``turns`` alternate human, assistant, …"""
+    """A prompt to answer: ``id`` names the item (and seeds its sampling), ``turns`` alternate
+    human, assistant, …"""
 
     id: str
     turns: tuple[str, ...]
@@ -57,7 +59,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """Options to weigh against each other, as token ids: what is said before, and the ways to go on."""
+    """Options to weigh against each other, as token ids: what is said before, and the ways to go
+    on."""
 
     id: str
     context: tuple[int, ...]
@@ -78,13 +81,15 @@ class MultipleChoice:
 
 
 def uniform_draws(key: str, seed: int, sample: int, steps: int) -> np.ndarray:
-    """The random numbers in [0, 1) that an item's ``sample``-th answer is drawn with, shape [steps]."""
+    """The random numbers in [0, 1) that an item's ``sample``-th answer is drawn with, shape
+    [steps]."""
     digest = hashlib.sha256(f"{key}\0{seed}\0{sample}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little")).random(steps)
 
 
 PAD_TO = 16
-"""Batches are padded to a multiple of this: with a new shape every step the allocator keeps gigabytes."""
+"""Batches are padded to a multiple of this: with a new shape every step the allocator keeps
+gigabytes."""
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,11 +187,11 @@ def sample_batch(
 
 
 def _next_logits(model, ids, mask, positions, cache: DynamicCache) -> torch.Tensor:
-    """Logits of the token after each row of ``ids`` [rows, width], which continue ``cache``: [rows, V].
+    """Logits of the token after each row of ``ids`` [rows, width], which continue ``cache``: [rows,
+    V].
 
-    The head is given a matrix. On a slice of [rows, width, hidden] the product copies its weight for every row: 3 GB more
-    for 64 rows of a 135M model.
-    """
+    The head is given a matrix. On a slice of [rows, width, hidden] the product copies its weight
+    for every row: 3 GB more for 64 rows of a 135M model."""
     states = backbone(model)(
         input_ids=ids,
         attention_mask=mask,
@@ -198,15 +203,17 @@ def _next_logits(model, ids, mask, positions, cache: DynamicCache) -> torch.Tens
 
 
 CDF_BLOCK, CDF_ROWS = 256, 8
-"""Tokens of the vocabulary that are summed up first, and rows at a time: few enough to stay in a processor's cache."""
+"""Tokens of the vocabulary that are summed up first, and rows at a time: few enough to stay in a
+processor's cache."""
 
 
 def inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
-    """Sample one token per row: the first whose cumulative probability exceeds ``u``. Shapes [b, V], [b] → [b].
+    """Sample one token per row: the first whose cumulative probability exceeds ``u``. Shapes [b,
+    V], [b] → [b].
 
-    Summed up in two steps, over blocks, then within the block that ``u`` falls into; both running sums are in float64, so that a
-    large vocabulary does not blur neighbouring tokens. A running sum over every token costs five times as much.
-    """
+    Summed up in two steps, over blocks, then within the block that ``u`` falls into; both running
+    sums are in float64, so that a large vocabulary does not blur neighbouring tokens. A running sum
+    over every token costs five times as much."""
     return torch.cat(
         [
             _inverse_cdf(few, temperature, some)
@@ -493,13 +500,13 @@ def _inputs(model, packed: Packed, pad: int, prefix: Prefix, plain: bool) -> dic
 def option_mask(
     model, segments: torch.Tensor, positions: torch.Tensor, shared: int = 0
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Additive attention mask [rows, 1, width, shared + width]: 0 where a token may look, the lowest number elsewhere.
+    """Additive attention mask [rows, 1, width, shared + width]: 0 where a token may look, the
+    lowest number elsewhere.
 
-    ``segments`` [rows, width]: 0 for the context, from 1 on for options, -1 for padding. Every token sees the ``shared``
-    first tokens, and of those before it the context and its own option. For a model some of whose layers look back over a
-    few tokens only there is one mask for each kind of layer; ``positions`` [rows, width] are counted in the text that a
-    token belongs to.
-    """
+    ``segments`` [rows, width]: 0 for the context, from 1 on for options, -1 for padding. Every
+    token sees the ``shared`` first tokens, and of those before it the context and its own option.
+    For a model some of whose layers look back over a few tokens only there is one mask for each
+    kind of layer; ``positions`` [rows, width] are counted in the text that a token belongs to."""
     looking, seen = segments[:, :, None], segments[:, None, :]
     before = torch.ones(
         segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device
@@ -516,7 +523,8 @@ def option_mask(
         return additive(visible)
     if kinds != {"sliding_attention"}:
         raise StudyError(
-            f"{model.config.model_type}: options cannot be weighed through layers of {', '.join(sorted(kinds))}"
+            f"{model.config.model_type}: options cannot be weighed through layers of "
+            f"{', '.join(sorted(kinds))}"
         )
     at = torch.cat(
         [torch.arange(shared, device=positions.device).expand(len(positions), shared), positions], 1
@@ -603,7 +611,8 @@ def _predictions(
 def end_token_states(
     model, examples: Sequence[Example], pad: int, kept: LowerStates | None = None
 ) -> torch.Tensor:
-    """Last hidden state at each text's end: [examples, texts an example, hidden], with gradients."""
+    """Last hidden state at each text's end: [examples, texts an example, hidden], with
+    gradients."""
     found = _end_states(model, [example.sequences for example in examples], pad, kept)
     return found.view(len(examples), -1, found.shape[-1])
 
@@ -687,7 +696,8 @@ def _groups(sequences: Sequence[EncodedExample]) -> list[list[int]]:
 def _read_in_batches(
     sequences: Sequence[EncodedExample], rows: int, desc: str
 ) -> Iterator[tuple[list[int], list[Group]]]:
-    """Batches of about ``rows`` texts: their indices, and the texts in the same order, as groups."""
+    """Batches of about ``rows`` texts: their indices, and the texts in the same order, as
+    groups."""
     groups = _groups(sequences)
     texts = [tuple(sequences[i] for i in group) for group in groups]
     together = max(1, rows // max(map(len, groups), default=1))
@@ -838,7 +848,8 @@ class Generations:
     def answer(
         self, model, fingerprint: str, name: str, prompts: Sequence[Prompt], decoding: Decoding
     ) -> list[list[str]]:
-        """Answers as text, ``[prompt][sample]``, in the order of ``prompts``. ``name`` is for the file and the bar."""
+        """Answers as text, ``[prompt][sample]``, in the order of ``prompts``. ``name`` is for the
+        file and the bar."""
         if len({p.id for p in prompts}) < len(prompts):
             raise StudyError(f"{name}: two items have the same id")
         kept = self._kept(name, fingerprint, self.chat.name, asdict(decoding))
@@ -880,7 +891,8 @@ class Generations:
         choices: Sequence[MultipleChoice],
         states: LowerStates | None = None,
     ) -> list[np.ndarray]:
-        """Summed log-probabilities of options, one array [options] a choice (:func:`option_logps`), in order."""
+        """Summed log-probabilities of options, one array [options] a choice (:func:`option_logps`),
+        in order."""
         kept = self._kept(name, fingerprint, "options", "logits in float32")
         keys = [content_key(choice.context, choice.options) for choice in choices]
         missing = [index for index, key in enumerate(keys) if key not in kept]
@@ -905,8 +917,9 @@ class Generations:
     def numbers(
         self, fingerprint: str, name: str, sequences: Sequence[EncodedExample], measure: Measure
     ) -> np.ndarray:
-        """One number a sequence, [n], in order. ``measure(sequences, each)`` computes those that are not kept and calls
-        ``each(place, value)`` as soon as it has one (:func:`answer_logps`, :func:`rewards`)."""
+        """One number a sequence, [n], in order. ``measure(sequences, each)`` computes those that
+        are not kept and calls ``each(place, value)`` as soon as it has one (:func:`answer_logps`,
+        :func:`rewards`)."""
         kept = self._kept(name, fingerprint, "numbers")
         keys = [content_key(s.input_ids, s.answer_start) for s in sequences]
         missing = [index for index, key in enumerate(keys) if key not in kept]

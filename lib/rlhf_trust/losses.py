@@ -11,9 +11,9 @@ INPO     ( (log p - mixed reference)(winner)
          - (log p - mixed reference)(loser) - 1 / (2 eta) )^2             :class:`INPOLoss`
 =======  ===============================================================  =======================
 
-PPO is attributed through the reward model's loss, the way its training pairs acted. :class:`LogOddsLoss`
-and :class:`RewardGapLoss` train nothing: they are what a vertical measures, as an evaluation loss.
-"""
+PPO is attributed through the reward model's loss, the way its training pairs acted.
+:class:`LogOddsLoss` and :class:`RewardGapLoss` train nothing: they are what a vertical measures, as
+an evaluation loss."""
 
 from __future__ import annotations
 

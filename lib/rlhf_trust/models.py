@@ -29,23 +29,24 @@ from . import StudyError
 from .artifacts import atomic_write, content_key, sha256_of
 from .sources import model_directory
 
-transformers_logging.disable_progress_bar()  # loading takes a second; its bar would stay in every rendered notebook
+# loading takes a second; its bar would stay in every rendered notebook
+transformers_logging.disable_progress_bar()
 
 DEFAULT_TARGETS = {
     "llama": ("q_proj", "v_proj"),
     "gpt_neox": ("query_key_value",),
     "gemma3_text": ("q_proj", "v_proj"),
 }
-"""Where LoRA sits by default: the query and value projections, which GPT-NeoX keeps in one matrix."""
+"""Where LoRA sits by default: the query and value projections, which GPT-NeoX keeps in one
+matrix."""
 
 
 @dataclass(frozen=True)
 class Base:
     """A frozen backbone, its tokenizer and what identifies them.
 
-    ``weights`` is a hash of the weights' file, which adapters keep to know their backbone by; ``fingerprint``, of the
-    number format too, keys every cached result.
-    """
+    ``weights`` is a hash of the weights' file, which adapters keep to know their backbone by;
+    ``fingerprint``, of the number format too, keys every cached result."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -63,7 +64,8 @@ def device() -> torch.device:
 
 
 def auto_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively (AVX512-BF16, AMX, recent GPUs), else float32."""
+    """bfloat16 where the processor multiplies it natively (AVX512-BF16, AMX, recent GPUs), else
+    float32."""
     if torch.cuda.is_available():
         return (
             torch.bfloat16
@@ -87,9 +89,8 @@ def parse_dtype(name: str) -> torch.dtype:
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer, with a pad token that is not its end token.
 
-    With one token for both, code that finds the end of a text by its padding (reward heads do) reads one token too
-    early. Any other reserved token serves, since attention masks hide it.
-    """
+    With one token for both, code that finds the end of a text by its padding (reward heads do)
+    reads one token too early. Any other reserved token serves, since attention masks hide it."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         reserved = (
@@ -104,7 +105,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         free = [token for token in reserved if token in vocabulary and token != tokenizer.eos_token]
         if not free:
             raise StudyError(
-                f"{directory}: the tokenizer has no token to pad with besides its end token; add one"
+                f"{directory}: the tokenizer has no token to pad with besides its end token; add "
+                f"one"
             )
         tokenizer.pad_token = free[0]
     return tokenizer
@@ -118,7 +120,8 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
     source
         See :func:`model_directory`.
     dtype
-        ``auto`` (:func:`auto_dtype`), ``float32`` or ``bfloat16``; LoRA weights are float32 in any case.
+        ``auto`` (:func:`auto_dtype`), ``float32`` or ``bfloat16``; LoRA weights are float32 in any
+        case.
 
     Raises
     ------
@@ -134,7 +137,8 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
         )
         if any(name.endswith("ForSequenceClassification") for name in architectures):
             raise StudyError(
-                f"model {source}: {directory} holds a classifier ({architectures[0]}), not a language model"
+                f"model {source}: {directory} holds a classifier ({architectures[0]}), not a "
+                f"language model"
             )
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory, dtype=kind, output_loading_info=True
@@ -146,7 +150,8 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
         model = model.to(device())
         if loading["missing_keys"]:  # else they would stay random numbers
             raise StudyError(
-                f"model {source}: {directory} lacks the weights {sorted(loading['missing_keys'])[0]}; "
+                f"model {source}: {directory} lacks the weights "
+                f"{sorted(loading['missing_keys'])[0]}; "
                 "fetch or save it again"
             )
     except StudyError:
@@ -161,7 +166,8 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
             else "fetch or save it again"
         )
         raise StudyError(
-            f"model {source}: {directory} cannot be read ({type(error).__name__}: {reason}); {remedy}"
+            f"model {source}: {directory} cannot be read ({type(error).__name__}: {reason}); "
+            f"{remedy}"
         ) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -192,12 +198,11 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 class LoRA:
     """The shape of an adapter.
 
-    ``alpha``: its scale is alpha / rank. ``target_modules``: last names of the linear layers that it
-    adds to; None: query and value projections. ``layers``: ``all``, ``upper 1/3`` (or another
+    ``alpha``: its scale is alpha / rank. ``target_modules``: last names of the linear layers that
+    it adds to; None: query and value projections. ``layers``: ``all``, ``upper 1/3`` (or another
     fraction of the model's layers, from the top), or numbers: ``20-29``, ``3, 7`` or a list. What
     lies below the first adapted layer is the same for every model and every training step, and need
-    run only once (``decode.LowerStates``).
-    """
+    run only once (``decode.LowerStates``)."""
 
     rank: int = 8
     alpha: int = 16
@@ -275,8 +280,8 @@ def fresh_adapters(base: Base, names: Sequence[str], lora: LoRA, seed: int):
 def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None = None):
     """Wrap the backbone in saved adapters, by name; the first is active.
 
-    The LoRA part of a reward model loads like any other (its head is read by :func:`load_reward_head`).
-    """
+    The LoRA part of a reward model loads like any other (its head is read by
+    :func:`load_reward_head`)."""
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import CONFIG_NAME
 
@@ -301,13 +306,16 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
             ) from None
         if saved.get("tokenizer", tokenizer) != tokenizer:
             raise StudyError(
-                f"{directory}: was trained on another tokenizer than that of {base.source}; run the stage that trains "
+                f"{directory}: was trained on another tokenizer than that of {base.source}; run "
+                f"the stage that trains "
                 f"{directory.name!r} again"
             )
         if trained_on != base.weights:
             raise StudyError(
-                f"{path}: was trained on another model (weights {trained_on}) than {base.source} ({base.weights}); "
-                f"run the stage that trains {directory.name!r} again, or set model: to the one it was trained on"
+                f"{path}: was trained on another model (weights {trained_on}) than {base.source} "
+                f"({base.weights}); "
+                f"run the stage that trains {directory.name!r} again, or set model: to the one it "
+                f"was trained on"
             )
         lora = LoRA(
             saved["r"],
@@ -327,7 +335,8 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
         }
         if misfits:
             raise StudyError(
-                f"{path}: does not fit this backbone ({min(misfits)[0]}); it was trained on another model"
+                f"{path}: does not fit this backbone ({min(misfits)[0]}); it was trained on "
+                f"another model"
             )
         set_peft_model_state_dict(wrapped, weights, adapter_name=name)
     wrapped.set_adapter(next(iter(adapters)))
@@ -345,12 +354,12 @@ def save_adapter(
     adapter: str = "default",
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Save one adapter as ``adapter_model.safetensors`` + ``adapter_config.json``, whole or not at all.
+    """Save one adapter as ``adapter_model.safetensors`` + ``adapter_config.json``, whole or not at
+    all.
 
-    ``base``, on which it was trained, and its tokenizer are named in the files; :func:`load_adapters` holds them to that.
-    ``head``: a reward model's weight, shape [1, hidden], kept beside it as ``head.safetensors``. ``files``: name → text of
-    what else belongs to it.
-    """
+    ``base``, on which it was trained, and its tokenizer are named in the files;
+    :func:`load_adapters` holds them to that. ``head``: a reward model's weight, shape [1, hidden],
+    kept beside it as ``head.safetensors``. ``files``: name → text of what else belongs to it."""
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(wrapped, adapter_name=adapter)
@@ -362,7 +371,8 @@ def save_adapter(
     config = wrapped.peft_config[adapter]
     with atomic_write(directory) as aside:
         aside.mkdir()
-        # One entry: safetensors writes several in an order that changes from process to process, and with it the file's hash.
+        # One entry: safetensors writes several in an order that changes from process to process,
+        # and with it the file's hash.
         save_file(weights, aside / "adapter_model.safetensors", {"base_weights": base.weights})
         (aside / "adapter_config.json").write_text(
             json.dumps(
@@ -389,7 +399,8 @@ def save_adapter(
 
 
 def load_reward_head(directory: Path) -> torch.Tensor:
-    """The reward model's head, shape [hidden]: reward = head · last hidden state of the answer's end token."""
+    """The reward model's head, shape [hidden]: reward = head · last hidden state of the answer's
+    end token."""
     path = directory / "head.safetensors"
     if not path.is_file():
         raise StudyError(f"{path}: missing; run 02-reward first")
@@ -404,14 +415,16 @@ def load_reward_head(directory: Path) -> torch.Tensor:
 
 
 def adapter_fingerprint(base: Base, directory: Path | None) -> str:
-    """Identifies backbone + adapter weights: the key of everything computed from them (None: the backbone)."""
+    """Identifies backbone + adapter weights: the key of everything computed from them (None: the
+    backbone)."""
     return (
         base.fingerprint if directory is None else f"{base.fingerprint}-{sha256_of(directory, 16)}"
     )
 
 
 BASELINES = ("start", "sft")
-"""What a change is measured against: the model before any of this, and the model both PPO and DPO start from."""
+"""What a change is measured against: the model before any of this, and the model both PPO and DPO
+start from."""
 
 
 class ModelSet:
@@ -489,7 +502,8 @@ def lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
 
 
 def lora_weights(network, adapter: str) -> dict[str, torch.nn.Parameter]:
-    """An adapter's LoRA weights by their names without the adapter's, as ``adapter_model.safetensors`` has them."""
+    """An adapter's LoRA weights by their names without the adapter's, as
+    ``adapter_model.safetensors`` has them."""
     return {name: layer.weight for name, layer in lora_layers(network, adapter).items()}
 
 
@@ -501,16 +515,16 @@ def snapshot(network, adapter: str) -> dict[str, torch.Tensor]:
 
 
 def restore(network, adapter: str, saved: dict[str, torch.Tensor]) -> None:
-    """Put weights back to the bit; of another adapter of the same shape, too: DPO starts as the SFT adapter by
-    ``restore(network, "dpo", snapshot(network, "sft"))``."""
+    """Put weights back to the bit; of another adapter of the same shape, too: DPO starts as the SFT
+    adapter by ``restore(network, "dpo", snapshot(network, "sft"))``."""
     weights = lora_weights(network, adapter)
     misfits = {(n, tuple(w.shape)) for n, w in weights.items()} ^ {
         (n, tuple(w.shape)) for n, w in saved.items()
     }
     if misfits:
         raise StudyError(
-            f"restore: the weights do not fit adapter {adapter!r} ({min(misfits)[0]}); take them from one of "
-            "the same rank and targets"
+            f"restore: the weights do not fit adapter {adapter!r} ({min(misfits)[0]}); take them "
+            f"from one of the same rank and targets"
         )
     with torch.no_grad():
         for name, weight in weights.items():

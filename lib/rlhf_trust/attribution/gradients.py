@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 
 from .. import StudyError
 from ..artifacts import atomic_write, content_key, progress, sha256_of, write_text
-from ..decode import LowerStates, Example, packed_length, batches_by_length
+from ..decode import Example, LowerStates, batches_by_length, packed_length
 from ..losses import Loss, tokens_content
 from ..models import lora_layers, using
 from .store import NUMBER_FORMATS, Stored, block_files, encoded
@@ -94,9 +94,7 @@ def per_example_gradients(
     """
     _check_examples(examples, loss, desc)
     with progress(total=len(examples), desc=desc, unit="example") as bar:
-        return _gradients(
-            model, adapter, examples, loss, pad, rows, allow_zero, desc, bar, kept
-        )
+        return _gradients(model, adapter, examples, loss, pad, rows, allow_zero, desc, bar, kept)
 
 
 def _gradients(

@@ -32,7 +32,7 @@ from sklearn.metrics import roc_auc_score
 from .. import StudyError
 from ..artifacts import ResultCache, content_key, progress
 from ..data.preferences import PreferencePair
-from ..decode import Example
+from ..decode import Example, LowerStates
 from ..losses import DPOLoss, Loss, NextTokenLoss, reference_logps, tokens_content
 from ..models import restore, snapshot
 from ..stats import (
@@ -46,7 +46,6 @@ from ..stats import (
     paired_change,
     row_rank_correlations,
 )
-from ..decode import LowerStates
 from ..training import TrainConfig, example_losses, fit
 
 Outcomes = dict[str, np.ndarray]

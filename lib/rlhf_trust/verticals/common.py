@@ -13,7 +13,7 @@ import pandas as pd
 from .. import StudyError
 from ..artifacts import Build, write_text
 from ..data import choose as choose
-from ..decode import LowerStates, Decoding, Generations, MultipleChoice, Prompt
+from ..decode import Decoding, Generations, LowerStates, MultipleChoice, Prompt
 from ..models import BASELINES, ModelSet
 from ..stats import Interval, interval_words, item_means, mean_interval, paired_change, verdict
 from . import HEADLINE
