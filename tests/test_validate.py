@@ -4,6 +4,7 @@ examples, simulated intervals; and retrainings that can be killed."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from rlhf_trust.attribution.validate import (
     auc_ceiling,
     copy_ranks,
     copy_table,
+    implicit_accuracy,
     lds,
     lds_table,
     mislabel,
@@ -28,16 +30,18 @@ from rlhf_trust.attribution.validate import (
     pruning_table,
     random_halves,
     random_sets,
+    ranked_right,
     retrain_halves,
     retrained,
+    sft_then_dpo,
 )
 from rlhf_trust.chat import EncodedExample
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Example
 from rlhf_trust.losses import NextTokenLoss, RewardLoss
-from rlhf_trust.models import LoRA, new_adapter, snapshot
+from rlhf_trust.models import LoRA, fresh_adapters, new_adapter, snapshot
 from rlhf_trust.report import pruning_words
-from rlhf_trust.training import Recipe, random_head
+from rlhf_trust.training import TrainConfig, example_losses, random_head
 from scipy import stats as scipy_stats
 from sklearn.metrics import roc_auc_score
 
@@ -179,33 +183,17 @@ def some_examples(count: int, sequences: int, seed: int = 0, prefix: str = "e") 
 
 def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
     model = new_adapter(tiny_llama, LoRA(2, 4)).eval()
-    pool, recipe, halves = (
-        some_examples(8, 1),
-        Recipe(5e-3, batch=4, epochs=2),
-        random_halves(8, 4, seed=0),
-    )
+    pool, halves = some_examples(8, 1), random_halves(8, 4, seed=0)
+    config = TrainConfig(learning_rate=1e-2, batch_size=4, epochs=4)
     queries = {
         "text": Queries(pool[:2], NextTokenLoss("mean")),
         "reward": Queries(some_examples(3, 2, 1), RewardLoss(random_head(32, 0) * 4)),
     }
-    start = snapshot(model, "default")
+    start, mean = snapshot(model, "default"), NextTokenLoss("mean")
 
-    def run(directory, some=halves, **changed):
-        with_ = {"recipe": recipe, "loss": NextTokenLoss("mean"), "seed": 0} | changed
-        return retrain_halves(
-            tmp_path / directory,
-            "sft",
-            "base",
-            model,
-            "default",
-            pool,
-            with_["loss"],
-            queries,
-            some,
-            with_["recipe"],
-            PAD,
-            with_["seed"],
-        )
+    def run(directory, some=halves, config=config, loss=mean, seed=0):
+        arguments = (model, "default", pool, loss, queries, some, config, PAD, seed)
+        return retrain_halves(tmp_path / directory, "sft", "base", *arguments)
 
     whole = run("a")
     assert {what: values.shape for what, values in whole.items()} == {
@@ -243,9 +231,9 @@ def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
     for what in whole:
         np.testing.assert_array_equal(resumed[what], whole[what])
 
-    # Whatever matters gives another file: recipe, loss, seed, the weights to begin with.
+    # Whatever matters gives another file: configuration, loss, seed, the weights to begin with.
     for changed in (
-        {"recipe": Recipe(4e-3, batch=4, epochs=2)},
+        {"config": replace(config, learning_rate=4e-3)},
         {"loss": NextTokenLoss("sum")},
         {"seed": 5},
     ):
@@ -256,6 +244,32 @@ def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
     assert len(fits) == 9 and len(list((tmp_path / "b").iterdir())) == 5
     with pytest.raises(StudyError, match="for a pool of 8"):
         run("b", random_halves(6, 2, 0))
+
+
+def test_sft_then_dpo_starts_anew_each_time(tiny_llama):
+    model, pairs = fresh_adapters(tiny_llama, ["sft", "dpo"], LoRA(4, 8), 0), some_examples(10, 2)
+    start, chosen = snapshot(model, "sft"), [replace(p, sequences=p.sequences[:1]) for p in pairs]
+
+    def run():
+        configs = (
+            TrainConfig(learning_rate=5e-3, batch_size=5, epochs=3),
+            TrainConfig(learning_rate=1e-2, batch_size=5, epochs=20),
+        )
+        sft_then_dpo(model, start, chosen, pairs, 0.5, *configs, PAD, seed=0)
+        return snapshot(model, "sft"), snapshot(model, "dpo")
+
+    def held_out():
+        return example_losses(model, "sft", chosen, NextTokenLoss("mean"), PAD).mean()
+
+    before, (sft, dpo) = held_out(), run()
+    assert held_out() < before - 0.02
+    assert any(not torch.equal(sft[name], dpo[name]) for name in sft)
+    assert implicit_accuracy(model, pairs, 0.5, PAD).mean() == 1
+    turned = [replace(p, sequences=p.sequences[::-1]) for p in pairs]
+    assert implicit_accuracy(model, turned, 0.5, PAD).mean() == 0
+    for one, again in zip((sft, dpo), run()):
+        assert all(torch.equal(weight, again[name]) for name, weight in one.items())
+    assert ranked_right(np.log(2) + np.array([-1e-6, 1e-6])).tolist() == [1, 0]
 
 
 # ------------------------------------------------------------------------------------------------
