@@ -1,4 +1,5 @@
-"""Sampling and log-likelihoods against plain one-at-a-time computations, and what the cache keeps and refuses."""
+"""Sampling and log-likelihoods against plain one-at-a-time computations, and what the cache
+keeps and refuses."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def draw(base, prompts, decoding, rows):
     return answers
 
 
-# --- sampling ------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,11 +94,8 @@ def test_draws_follow_the_softmax(temperature):
 def test_inverse_cdf_at_its_ends():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(3, -1)
     u = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    assert decode.inverse_cdf(logits, 1.0, u).tolist() == [
-        1,
-        2,
-        2,
-    ]  # a token without probability is never drawn
+    # A token without probability is never drawn.
+    assert decode.inverse_cdf(logits, 1.0, u).tolist() == [1, 2, 2]
 
 
 def test_draws_are_the_items_own():
@@ -125,7 +123,7 @@ def test_impossible_decoding_is_refused(wrong):
         Decoding(**{"max_new_tokens": 4} | wrong)
 
 
-# --- log-likelihoods -----------------------------------------------------------------------------------------------
+# --- log-likelihoods ------------------------------------------------------------------------------
 
 
 def direct_logps(model, sequence):
@@ -150,7 +148,8 @@ def test_logps_equal_a_direct_log_softmax(tiny):
 
 @torch.no_grad()
 def choices(shared: int) -> list[MultipleChoice]:
-    """Seven choices with contexts and options of unlike lengths; all contexts begin with ``shared`` equal tokens."""
+    """Seven choices with contexts and options of unlike lengths; all contexts begin with ``shared``
+    equal tokens."""
     start = tuple(20 + k for k in range(shared))
     return [
         MultipleChoice(
@@ -168,7 +167,7 @@ def choices(shared: int) -> list[MultipleChoice]:
 @pytest.mark.parametrize("shared", [0, 5, 40])
 @pytest.mark.parametrize("tokens", [1, 90, 2048])
 def test_option_logps_equal_whole_sequences(tiny, shared, tokens):
-    """What is run once for all gives what running context and option together gives, one by one."""
+    """What runs once for all gives what context and option together give, one by one."""
     asked = choices(shared)
     found = decode.option_logps(tiny.model, asked, tiny.tokenizer.pad_token_id, tokens)
     for choice, values in zip(asked, found):
@@ -246,15 +245,13 @@ def test_a_prompt_in_common_runs_once_and_changes_nothing(tiny, monkeypatch):
     )
     shared, _ = sum(read), read.clear()
     monkeypatch.setattr(decode, "WORTH_SHARING", 1.0)
-    (
-        decode.rewards(tiny.model, head, sequences, 0, rows=4),
-        decode.answer_logps(tiny.model, sequences, 0, rows=4),
-    )
+    decode.rewards(tiny.model, head, sequences, 0, rows=4)
+    decode.answer_logps(tiny.model, sequences, 0, rows=4)
     slides = "sliding_attention" in (getattr(tiny.model.config, "layer_types", None) or ())
     assert shared < 0.9 * sum(read) or slides
 
 
-# --- what is kept --------------------------------------------------------------------------------------------------
+# --- what is kept ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -295,7 +292,9 @@ def test_a_second_run_does_not_run_the_model(tiny_llama, generations, asked, mon
 
 
 def test_what_changes_answers_is_not_reused(tiny_llama, generations, asked):
-    def answer(fingerprint="f", decoding=Decoding(4, 1.0), form=generations):
+    usual = Decoding(4, 1.0)
+
+    def answer(fingerprint="f", decoding=usual, form=generations):
         asked.clear()
         form.answer(tiny_llama.model, fingerprint, "x", PROMPTS, decoding)
         return len(asked)

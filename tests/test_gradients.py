@@ -30,7 +30,7 @@ from rlhf_trust.models import LoRA, load_base, new_adapter
 from torch.nn.functional import logsigmoid
 
 BETA, PAD = 0.1, 0
-LOSSES = ("next_token_sum", "next_token_mean", "reward", "dpo_sum", "dpo_mean", "log_odds", "inpo")
+LOSSES = ("next_token_sum", "next_token_mean", "reward", "dpo", "log_odds", "inpo")
 
 
 def with_adapters(base):
@@ -77,10 +77,9 @@ def setting(model, name: str, count: int = 7, seed: int = 0, prefix: str = "e"):
         return LogOddsLoss(), examples
     if name == "inpo":
         return INPOLoss(0.02, reference_logps(model, "sft", examples, PAD)), examples
-    kind, reduction = name.rsplit("_", 1)
-    if kind == "next_token":
-        return NextTokenLoss(reduction), examples
-    return DPOLoss(BETA, reference_logps(model, "sft", examples, PAD), reduction), examples
+    if name == "dpo":
+        return DPOLoss(BETA, reference_logps(model, "sft", examples, PAD)), examples
+    return NextTokenLoss(name.removeprefix("next_token_")), examples
 
 
 def plain_logps(model, sequence: EncodedExample) -> torch.Tensor:
@@ -113,13 +112,11 @@ def plain_loss(model, loss, example: Example) -> torch.Tensor:
         return logp(chosen) - logp(rejected)
     if isinstance(loss, RewardLoss):
         return -logsigmoid(reward(chosen) - reward(rejected))
-    ratios = []
-    for sequence, reference in zip(example.sequences, loss.reference[example.id]):
-        scale = len(sequence.answer_ids) if getattr(loss, "reduction", "sum") == "mean" else 1
-        ratios.append(logp(sequence) - reference / scale)
+    first, second = loss.reference[example.id]
+    gap = (logp(chosen) - first) - (logp(rejected) - second)
     if isinstance(loss, INPOLoss):
-        return (ratios[0] - ratios[1] - 1 / (2 * loss.eta)) ** 2
-    return -logsigmoid(loss.beta * (ratios[0] - ratios[1]))
+        return (gap - 1 / (2 * loss.eta)) ** 2
+    return -logsigmoid(loss.beta * gap)
 
 
 def one_by_one(model, adapter: str, examples, loss) -> dict[str, torch.Tensor]:
@@ -218,16 +215,13 @@ def test_reference_logps_are_the_reference_adapters(tiny_llama):
     assert model.active_adapter == "default"
     # Where policy and reference are one, every DPO loss is log 2.
     with torch.no_grad():
-        for reduction in ("sum", "mean"):
-            loss = DPOLoss(BETA, reference, reduction)
-            model.set_adapter("sft")
-            assert loss.loss(model, examples, PAD).tolist() == pytest.approx(
-                [math.log(2)] * 3, abs=1e-5
-            )
-            model.set_adapter("default")
-            assert loss.loss(model, examples, PAD).tolist() != pytest.approx(
-                [math.log(2)] * 3, abs=1e-3
-            )
+        loss = DPOLoss(BETA, reference)
+        away = loss.loss(model, examples, PAD).tolist()
+        model.set_adapter("sft")
+        assert loss.loss(model, examples, PAD).tolist() == pytest.approx(
+            [math.log(2)] * 3, abs=1e-5
+        )
+    assert away != pytest.approx([math.log(2)] * 3, abs=1e-3)
 
 
 def test_zero_gradient_names_the_example(tiny_llama):
@@ -243,9 +237,9 @@ def test_zero_gradient_names_the_example(tiny_llama):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_or_gradient_that_is_not_finite_names_the_example(tiny_llama, bad):
     model = with_adapters(tiny_llama)
-    _, examples = setting(model, "dpo_sum")
+    _, examples = setting(model, "dpo")
     reference = dict.fromkeys((e.id for e in examples), (0.0, 0.0)) | {"e3": (bad, 0.0)}
-    with pytest.raises(StudyError, match="dpo_sum loss of example 'e3'"):
+    with pytest.raises(StudyError, match="dpo loss of example 'e3'"):
         per_example_gradients(model, "default", examples, DPOLoss(BETA, reference), PAD)
 
     class Spoiled(torch.autograd.Function):
@@ -261,7 +255,7 @@ def test_a_loss_or_gradient_that_is_not_finite_names_the_example(tiny_llama, bad
             return g * context.scale, None
 
     class BadGradient(NextTokenLoss):
-        def loss(self, model, examples, pad):
+        def loss(self, model, examples, pad, kept=None):
             scale = torch.tensor([bad if e.id == "e3" else 1.0 for e in examples])
             return Spoiled.apply(super().loss(model, examples, pad), scale)
 
@@ -312,7 +306,7 @@ def test_an_adapter_without_effect_or_on_the_head(tiny_llama):
         match="exactly zero .*all of its batch have none, an adapter that was never trained",
     ):
         per_example_gradients(model, "default", examples, loss, PAD)
-    headed = new_adapter(tiny_llama, rank=4, alpha=8, targets=["lm_head"]).eval()
+    headed = new_adapter(tiny_llama, LoRA(4, 8, ["lm_head"])).eval()
     with pytest.raises(StudyError, match="output head carries LoRA"):
         per_example_gradients(headed, "default", examples, loss, PAD)
 
@@ -376,7 +370,7 @@ class Calls:
         return self._loss.loss(*arguments)
 
 
-@pytest.mark.parametrize("name", ["next_token_sum", "dpo_sum"])
+@pytest.mark.parametrize("name", ["next_token_sum", "dpo"])
 def test_stored_gradients_are_those_in_memory(tiny, name, tmp_path):
     model = with_adapters(tiny)
     loss, examples = setting(model, name)
@@ -433,7 +427,7 @@ def test_float16_holds_any_magnitude():
 
 def test_what_is_kept_is_read_and_only_that(tiny_llama, tmp_path, monkeypatch):
     model = with_adapters(tiny_llama)
-    loss, examples = setting(model, "dpo_sum", count=4)
+    loss, examples = setting(model, "dpo", count=4)
     computed = []
     real = module._gradients
     monkeypatch.setattr(
@@ -461,7 +455,6 @@ def test_what_is_kept_is_read_and_only_that(tiny_llama, tmp_path, monkeypatch):
         "set of examples, in another order": dict(examples=examples[::-1]),
         "set of examples, fewer": dict(examples=examples[:3]),
         "loss": dict(loss=DPOLoss(0.2, loss.reference)),
-        "loss, reduction": dict(loss=DPOLoss(BETA, loss.reference, "mean")),
         "loss, reference": dict(loss=DPOLoss(BETA, {**loss.reference, "e0": (-1.0, -2.0)})),
         "loss, another one": dict(loss=RewardLoss(torch.ones(32))),
         "loss, another head": dict(loss=RewardLoss(torch.arange(32.0) / 100)),
@@ -523,7 +516,7 @@ class Interruption(Exception):
 )
 def test_interrupted_runs_go_on_at_the_block(tiny_directories, tmp_path, dtype, number_format):
     model = with_adapters(load_base(f"path:{tiny_directories['llama']}", dtype=dtype))
-    loss, examples = setting(model, "dpo_sum", count=20)
+    loss, examples = setting(model, "dpo", count=20)
     counting = Calls(loss, 0, None)
     stored(tmp_path / "whole", model, examples, counting, number_format=number_format)
     assert counting.count == 13  # 7 blocks of 2 batches, the last of 1: 2 pairs a batch

@@ -9,7 +9,7 @@ import rlhf_trust
 
 PACKAGE = Path(rlhf_trust.__file__).parent
 ROOMS = (
-    "__init__ params artifacts stats sources chat data decode attention models losses training "
+    "__init__ params artifacts stats sources chat data decode models losses training "
     "align verticals attribution rewards rag lineage distance figures render report estimate "
     "study run"
 ).split()

@@ -1,14 +1,17 @@
-"""Models: a source becomes a backbone, adapters are files that fit it, and what is broken says so."""
+"""A source becomes a backbone, adapters are files that fit it, and what is broken says so."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_tokenizer
 from rlhf_trust import StudyError, sources
-from rlhf_trust.models import (LoRA, 
+from rlhf_trust.decode import first_adapted_layer
+from rlhf_trust.models import (
+    LoRA,
     adapter_fingerprint,
     load_adapters,
     load_base,
@@ -28,9 +31,9 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
-def trained(base, seed: int):
+def trained(base, seed: int, layers="all"):
     """An adapter as after training: its second matrices, zero at first, are not."""
-    wrapped = new_adapter(base, LoRA(2, 4), seed=seed)
+    wrapped = new_adapter(base, LoRA(2, 4, layers=layers), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -41,7 +44,7 @@ def trained(base, seed: int):
 
 @pytest.fixture
 def two_adapters(tiny_directories, tmp_path):
-    """A function: architecture -> (its source, {name: folder}, {name: the logits it had when saved})."""
+    """A function: architecture -> (its source, {name: folder}, {name: its logits when saved})."""
 
     def make(kind):
         source, folders, seen = f"path:{tiny_directories[kind]}", {}, {}
@@ -105,6 +108,50 @@ def test_only_the_named_adapter_trains_and_saves_again_alike(two_adapters, tmp_p
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert torch.equal(load_reward_head(tmp_path / "again"), torch.ones(32))
     assert adapter_fingerprint(base, folders["sft"]) != adapter_fingerprint(base, folders["dpo"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "numbers"),
+    [
+        ("all", None),
+        (None, None),
+        ("upper 1/3", list(range(20, 30))),
+        ("upper 1/100", [29]),
+        ("20-29", list(range(20, 30))),
+        ("7, 3", [3, 7]),
+        ("0-1,5", [0, 1, 5]),
+        ([7, 3, 7], [3, 7]),
+    ],
+)
+def test_adapted_layers_of_thirty(layers, numbers):
+    assert LoRA(layers=layers).numbers(30) == numbers
+
+
+@pytest.mark.parametrize(
+    "layers", ["lower 1/3", "upper 1/0", "upper 4/3", "30", "9-3", "-1", "", [], [30], ["x"]]
+)
+def test_layers_that_are_none_are_one_line(layers):
+    with pytest.raises(StudyError) as caught:
+        LoRA(layers=layers).numbers(30)
+    assert str(caught.value).startswith("lora_layers: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", ["upper 1/2", "all"])
+def test_the_adapted_layers_are_saved_and_loaded(tiny, tmp_path, layers):
+    """An adapter whose file does not say, as was saved once, sits in all layers."""
+    wrapped = trained(tiny, 0, layers)
+    wanted = logits(wrapped)
+    save_adapter(tiny, wrapped, tmp_path / "sft")
+    config = tmp_path / "sft" / "adapter_config.json"
+    saved = json.loads(config.read_text())
+    assert saved["layers_to_transform"] == ([1] if layers == "upper 1/2" else None)
+    if layers == "all":
+        del saved["layers_to_transform"]
+        config.write_text(json.dumps(saved))
+    loaded = load_adapters(load_base(tiny.source, "float32"), {"sft": tmp_path / "sft"})
+    assert torch.equal(logits(loaded), wanted)
+    assert loaded.peft_config["sft"].layers_to_transform == saved.get("layers_to_transform")
+    assert first_adapted_layer(loaded) == (1 if layers == "upper 1/2" else 0)
 
 
 def other_llama(directory, **changes):

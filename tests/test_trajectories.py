@@ -9,8 +9,24 @@ from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import PreferencePair, load_preferences
 from rlhf_trust.decode import Example
 from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss, reference_logps
-from rlhf_trust.models import LoRA, load_adapters, load_base, new_adapter, restore, save_adapter, snapshot
-from rlhf_trust.training import Curve, TrainConfig, dpo_trainer, fit, reward_trainer, run_trl, sft_trainer
+from rlhf_trust.models import (
+    LoRA,
+    load_adapters,
+    load_base,
+    new_adapter,
+    restore,
+    save_adapter,
+    snapshot,
+)
+from rlhf_trust.training import (
+    Curve,
+    TrainConfig,
+    dpo_trainer,
+    fit,
+    reward_trainer,
+    run_trl,
+    sft_trainer,
+)
 
 BETA = 0.2
 SHAPE = LoRA(rank=4, alpha=8, layers="upper 1/2")
@@ -32,7 +48,7 @@ def some_pairs() -> list[PreferencePair]:
 
 
 def trajectories(stage: str, load, prompt_format: str, pairs, config: TrainConfig, tmp_path):
-    """(TRL's, ours): arrays [steps, (loss, grad_norm)], from the same adapter on the same batches."""
+    """(TRL's, ours): [steps, (loss, grad_norm)], from the same adapter on the same batches."""
     base = load()
     chat, pad = Chat(base.tokenizer, prompt_format), base.tokenizer.pad_token_id
     sides = ("chosen",) if stage == "sft" else ("chosen", "rejected")
