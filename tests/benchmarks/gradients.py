@@ -1,11 +1,13 @@
-"""Per-example gradients against one example at a time, as ratios, and the memory of storing them: ``make bench``.
+"""Per-example gradients against one example at a time, and the memory of storing them.
 
-The plain way takes one example at a time through transformers' own forward pass and loss, calls ``backward`` and keeps
-the ``grad`` of every LoRA weight (of a pair: two forward passes, one backward pass). Both sides run in this process in
-turns; what counts is the ratio, its median over rounds, in the same number format and against the plain way in float32.
+Part of ``make bench``. The plain way takes one example at a time through transformers' own forward
+pass and loss, calls ``backward`` and keeps the ``grad`` of every LoRA weight (of a pair: two
+forward passes, one backward pass). Both sides run in this process in turns; what counts is the
+ratio, its median over rounds, in the same number format and against the plain way in float32.
 
-Memory is the peak resident size of a process that stores the gradients of n short sequences and reads a layer back, a
-process for every n. ``--memory 250 1000 4000`` chooses the n's (4,000: 4 GB of disk and some 15 minutes).
+Memory is the peak resident size of a process that stores the gradients of n short sequences and
+reads a layer back, a process for every n. ``--memory 250 1000 4000`` chooses the n's (4,000: 4 GB
+of disk and some 15 minutes).
 """
 
 from __future__ import annotations
@@ -104,10 +106,12 @@ def speed() -> None:
             if number > 0:  # the first is not counted
                 rounds[key].append(times)
     print(
-        f"{MODEL}, rank {RANK}, {torch.get_num_threads()} threads, median of {ROUNDS} rounds, seconds an example"
+        f"{MODEL}, rank {RANK}, {torch.get_num_threads()} threads, median of {ROUNDS} rounds, "
+        "seconds an example"
     )
     print(
-        f"{'loss':6}{'format':10}{'one at a time':>14}{'batched':>9}{'ratio':>7}{'against float32':>17}"
+        f"{'loss':6}{'format':10}{'one at a time':>14}{'batched':>9}{'ratio':>7}"
+        f"{'against float32':>17}"
     )
     for (stage, dtype), times in rounds.items():
         one, many = (statistics.median(x) for x in zip(*times))

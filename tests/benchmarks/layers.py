@@ -25,11 +25,13 @@ from rlhf_trust.models import LoRA, fresh_adapters, load_base, restore, snapshot
 from rlhf_trust.stats import paired_change
 from rlhf_trust.training import TrainConfig, example_losses, fit
 
-SETTINGS = {
-    "sft": [("all", 5e-4), ("upper 1/2", 1e-3), ("upper 1/3", 1e-3), ("upper 1/3", 2e-3), ("upper 1/3", 4e-3)],
-    "reward": [("all", 5e-4), ("upper 1/2", 1e-3), ("upper 1/3", 5e-4), ("upper 1/3", 1e-3), ("upper 1/3", 2e-3)],
-    "dpo": [("all", 1e-3), ("upper 1/2", 1e-3), ("upper 1/3", 1e-3), ("upper 1/3", 2e-3), ("upper 1/3", 4e-3)],
-}  # fmt: skip
+RATES = {
+    "sft": {"all": [5e-4], "upper 1/2": [1e-3], "upper 1/3": [1e-3, 2e-3, 4e-3]},
+    "reward": {"all": [5e-4], "upper 1/2": [1e-3], "upper 1/3": [5e-4, 1e-3, 2e-3]},
+    "dpo": {"all": [1e-3], "upper 1/2": [1e-3], "upper 1/3": [1e-3, 2e-3, 4e-3]},
+}
+"""Learning rates to try, by stage and layers."""
+COLUMNS = "stage|layers|learning rate|held-out loss|change|low|high|accuracy|s".split("|")
 SFT = {"all": 5e-4, "upper 1/2": 1e-3, "upper 1/3": 2e-3}
 """DPO's start."""
 
@@ -37,7 +39,7 @@ SFT = {"all": 5e-4, "upper 1/2": 1e-3, "upper 1/3": 2e-3}
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--preferences", default="shipped")
-    parser.add_argument("--stages", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--stages", nargs="+", default=list(RATES))
     parser.add_argument("--pairs", type=int, default=240)
     parser.add_argument("--held-out", type=int, default=60)
     parser.add_argument("--max-length", type=int, default=140)
@@ -55,7 +57,7 @@ def main() -> None:
     rows = []
     for stage in arguments.stages:
         train, held_out = sides[stage]
-        for layers, rate in SETTINGS[stage]:
+        for layers, rate in [(of, r) for of, rates in RATES[stage].items() for r in rates]:
             network = fresh_adapters(base, ("sft", "own"), LoRA(8, 16, layers=layers), seed=0)
             kept, config = LowerStates(network), TrainConfig(learning_rate=rate)
             if stage == "sft":
@@ -75,11 +77,11 @@ def main() -> None:
             after = example_losses(network, "own", held_out, shown, pad)
             change = paired_change(after, before)
             right = math.nan if stage == "sft" else float(np.mean(after < math.log(2)))
-            rows.append((stage, layers, rate, after.mean(), change.value, change.low, change.high, right, seconds))
+            interval = change.value, change.low, change.high
+            rows.append((stage, layers, rate, after.mean(), *interval, right, seconds))
             print(*(f"{v:.4g}" if isinstance(v, float) else v for v in rows[-1]), flush=True)
             network.unload()
-    columns = ["stage", "layers", "learning rate", "held-out loss", "change", "low", "high", "accuracy", "s"]
-    print(pd.DataFrame(rows, columns=columns).round(4).to_string(index=False))
+    print(pd.DataFrame(rows, columns=COLUMNS).round(4).to_string(index=False))
 
 
 if __name__ == "__main__":

