@@ -23,7 +23,6 @@ from rlhf_trust.models import LoRA, new_adapter, restore, snapshot, using
 from rlhf_trust.training import TrainConfig, example_losses, fit, random_head
 
 PAD = 0
-UPPER = LoRA(rank=4, alpha=8, layers="upper 1/2")
 
 
 def examples(count: int, texts: int) -> list[Example]:
@@ -41,14 +40,18 @@ def examples(count: int, texts: int) -> list[Example]:
     return found
 
 
-@pytest.fixture
-def model(tiny):
-    network = new_adapter(tiny, UPPER, seed=0).eval()
+def adapted(base, layers: str):
+    network = new_adapter(base, LoRA(rank=4, alpha=8, layers=layers), seed=0).eval()
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
     return network
+
+
+@pytest.fixture
+def model(tiny):
+    return adapted(tiny, "upper 1/2")
 
 
 def losses(model, head):
@@ -88,8 +91,11 @@ def test_a_training_from_kept_states_takes_the_same_steps(model):
 
 
 @pytest.mark.parametrize("shared", [0, 25])
-def test_options_of_several_models_from_kept_states(model, shared):
-    """With and without worked examples that all contexts begin with; with adapter and without."""
+@pytest.mark.parametrize("layers", ["upper 1/2", "all"])
+def test_options_of_several_models_from_kept_states(tiny, shared, layers):
+    """With and without worked examples that all contexts begin with; with adapter and without.
+    Where all layers are adapted nothing is kept."""
+    model = adapted(tiny, layers)
     rng = random.Random(shared)
     ids = lambda n: tuple(rng.randrange(3, 290) for _ in range(n))  # noqa: E731
     primer = ids(shared)

@@ -448,10 +448,8 @@ def read_prefix(model, ids: tuple[int, ...], kept: LowerStates | None = None) ->
     """Run the tokens that all texts begin with."""
     if not ids:
         return Prefix()
-    cache = (
-        DynamicCache()
-    )  # of all tokens in every layer: how far a layer looks back is in the mask
-    if kept is None:
+    cache = DynamicCache()  # all tokens in every layer: how far a layer looks back is in the mask
+    if kept is None or kept.first == 0:
         tokens = torch.tensor([ids], device=model.device)
         backbone(model)(input_ids=tokens, past_key_values=cache, use_cache=True)
         return Prefix(ids, cache)
