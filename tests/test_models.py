@@ -128,7 +128,21 @@ def test_adapted_layers_of_thirty(layers, numbers):
 
 
 @pytest.mark.parametrize(
-    "layers", ["lower 1/3", "upper 1/0", "upper 4/3", "30", "9-3", "-1", "", [], [30], ["x"]]
+    "layers",
+    [
+        "lower 1/3",
+        "upper 1/0",
+        "upper 0",
+        "upper 4/3",
+        "upper -1/3",
+        "30",
+        "9-3",
+        "-1",
+        "",
+        [],
+        [30],
+        ["x"],
+    ],
 )
 def test_layers_that_are_none_are_one_line(layers):
     with pytest.raises(StudyError) as caught:

@@ -218,7 +218,7 @@ class LoRA:
                 found = [int(number) for number in self.layers]
             elif self.layers.startswith("upper "):
                 share = Fraction(self.layers.removeprefix("upper "))
-                found = list(range(layers - max(1, round(share * layers)), layers))
+                found = list(range(layers - max(1, round(share * layers)), layers)) * (share > 0)
             else:
                 ends = [part.split("-") for part in self.layers.split(",")]
                 found = [n for e in ends for n in range(int(e[0]), int(e[-1]) + 1)]

@@ -15,7 +15,7 @@ Which loss stands for which stage: :mod:`..losses`.
 
 Two more things make it fast. The prompt that both answers of a pair share runs once: one row of the
 batch holds the example's prompt and all of its answers, each of which sees the prompt and itself
-(``decode._pack``). The output head runs on answer tokens alone, a slice at a time, without keeping
+(``decode.pack``). The output head runs on answer tokens alone, a slice at a time, without keeping
 logits. In float32 a single example nearly saturates a CPU, so most of the gain comes with bfloat16
 weights (``tests/benchmarks/gradients.py``).
 
