@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from rlhf_trust.models import LoRA
 from rlhf_trust import StudyError, decode, models
 from rlhf_trust.align import ppo
 from rlhf_trust.align.rollout import RewardModel, before_and_after, sample_answers
 from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.decode import Prompt
+from rlhf_trust.models import LoRA
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -240,9 +240,7 @@ def test_score_reads_the_end_token(tiny, chat, tmp_path):
     assert scores[1].item() == pytest.approx(
         decode.rewards(alone, head, [whole], 2).item(), rel=1e-6
     )
-    assert scores[1].item() != pytest.approx(
-        decode.rewards(alone, head, [cut], 2).item(), rel=1e-3
-    )
+    assert scores[1].item() != pytest.approx(decode.rewards(alone, head, [cut], 2).item(), rel=1e-3)
 
 
 def test_training_moves_the_policy_and_nothing_else(tiny, tmp_path, monkeypatch):
@@ -482,13 +480,11 @@ def test_a_bandit_comes_to_the_known_optimum(tmp_path):
     wide.save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
     base = models.load_base(f"path:{tmp_path / 'wide'}", "float32")
-    beta, prompt = 2.5, PROMPTS[:1]
-    arm = torch.arange(300) % 3  # three rewards, dealt out over the tokens
+    beta, prompt = 2.5, [Prompt("p", ("?",))]
+    reward = torch.tensor([0.0, 0.5, 1.0]).repeat(100)  # three arms, dealt out over the tokens
 
     def reward_fn(model):
-        return lambda answers: torch.tensor([0.0, 0.5, 1.0])[
-            arm[[a.answer_ids[0] for a in answers]]
-        ]
+        return lambda answers: reward[[a.answer_ids[0] for a in answers]]
 
     config = ppo.PPOConfig(
         steps=80,
@@ -513,17 +509,15 @@ def test_a_bandit_comes_to_the_known_optimum(tmp_path):
         model.set_adapter(name)
         with torch.no_grad():
             shares[name] = model(input_ids=ids).logits[0, -1].double().softmax(-1)
-    optimum = shares["sft"] * torch.exp(torch.tensor([0.0, 0.5, 1.0])[arm] / (beta * unit))
-    optimum /= optimum.sum()
 
-    def by_arm(policy):
-        return torch.zeros(3).double().index_add(0, arm, policy)
+    def distance(price):
+        """Of what PPO found to the optimum at another price of a nat, summed by arm."""
+        optimum = shares["sft"] * torch.exp(reward / (price * unit))
+        arms = (shares["ppo"] - optimum / optimum.sum()).view(100, 3).sum(0)
+        return float(arms.abs().sum() / 2)
 
-    distance = {
-        name: float((by_arm(policy) - by_arm(optimum)).abs().sum() / 2)
-        for name, policy in shares.items()
-    }
-    assert distance["sft"] > 0.15 and distance["ppo"] < 0.02, distance
+    own, *others = (distance(factor * beta) for factor in (1, 1 / 3, 3, 1e6))  # 1e6: stays at SFT
+    assert own < 0.6 * min(others), (own, others)
 
 
 # --- trouble --------------------------------------------------------------------------------------
