@@ -187,7 +187,7 @@ def test_scores_of_the_studys_models(tiny, chat, tmp_path):
                     with torch.no_grad():
                         sums[adapter] = float(decode.token_logps(model, [sequence], 2)[0].sum())
                         if adapter == "reward":
-                            alone = float(decode.rewards(model, head, [sequence], 2))
+                            alone = float(decode.rewards(model, head, [sequence], 2)[0])
                 assert of_rewards[side, style] == pytest.approx(alone, rel=1e-3, abs=1e-3)
                 assert of_implicit[side, style] == pytest.approx(
                     sums["reward"] - sums["sft"], abs=1e-3
