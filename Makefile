@@ -117,15 +117,17 @@ parity: .parity/.installed ## compare DataInf with dattri, MC1 and MC2 with lm-e
 	.parity/bin/python tests/parity/dattri_datainf.py
 	.parity/bin/python tests/parity/truthfulqa.py --data "$(or $(DATA),shipped)"
 
-bench: $(INSTALLED) .trl-ppo/.installed parity ## speed of sampling, training, PPO, attribution and lineage, as ratios to the plain way or TRL's
+bench: .trl-ppo/.installed .yardsticks/.installed parity ## speed of sampling, training, PPO, attribution, lineage, as ratios to the plain way, TRL, ctranslate2
 	for each in throughput reading gradients scoring lineage; do $(BIN)/python tests/benchmarks/$$each.py; done
 	$(BIN)/python tests/benchmarks/ppo.py --preferences "$(if $(DATA),path:$(DATA),shipped)"
+	.yardsticks/bin/python tests/benchmarks/yardsticks.py
 
 # Environments of their own, which see .venv's packages and add to them.
 .parity/.installed: ADDED := --constraint lib/constraints.txt --requirement tests/parity/requirements.txt
 .parity/.installed: tests/parity/requirements.txt
 .trl-ppo/.installed: ADDED := --no-deps trl==1.12.0
-.parity/.installed .trl-ppo/.installed: $(INSTALLED)
+.yardsticks/.installed: ADDED := --no-deps ctranslate2==4.8.5
+.parity/.installed .trl-ppo/.installed .yardsticks/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(@D)
 	packages() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	echo "import site; site.addsitedir('$$(packages $(CURDIR)/.venv)')" > $$(packages $(@D))/study.pth
