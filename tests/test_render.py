@@ -115,6 +115,13 @@ def test_tables_have_no_nan():
     ]
 
 
+def test_a_pivot_has_no_column_for_its_name():
+    long = pd.DataFrame({"text": ["a"], "model": ["sft"], "value": [0.5]})
+    pivot = long.pivot(index="text", columns="model", values="value").reset_index()
+    assert re.findall("<th>(.*?)</th>", table(pivot).data) == ["text", "sft"]
+    assert pivot.columns.name == "model"  # the frame itself is left alone
+
+
 # --- pages ---------------------------------------------------------------------------------------
 
 
@@ -247,6 +254,21 @@ def test_an_appendix_links_its_neighbours(tmp_path):
     text = pages[1].read_text()
     assert "text = " in re.sub("<[^>]+>", "", text) and "unseen" not in text
     assert "First &amp; foremost?" in pages[2].read_text()
+
+
+def test_links_to_notebooks_lead_to_their_pages(tmp_path):
+    cells = [
+        new_markdown_cell("# Last?\n\nSee [pairs](01-sft.ipynb) and [rewards](30-rewards.ipynb)."),
+        new_code_cell("# Parameters\nn = 4", metadata={"tags": ["injected-parameters"]}),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "90-report.ipynb")
+    write_notebook(tmp_path / "01-sft.ipynb", "First?")
+    page = tmp_path / "out.html"
+    write_html(tmp_path / "90-report.ipynb", page, code=True, folder="pages/")
+    links = [a["href"] for a in Page(page).of("a") if not a["href"].startswith("#")]
+    assert links == ["pages/01-sft.html"]  # 30-rewards was not run
+    text = render.html.unescape(re.sub("<[^>]+>", "", page.read_text()))
+    assert "and rewards." in text and "# This run's values" in text
 
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -108,7 +108,11 @@ def table(frame: pd.DataFrame, digits: int = 3) -> HTML:
 
 
 def _html_table(frame: pd.DataFrame, kind: str, escape: bool = True) -> str:
-    """On one line: a blank line would end a raw HTML block in Markdown."""
+    """On one line: a blank line would end a raw HTML block in Markdown.
+
+    Without the name of the columns (a pivot has one), which would be a column of its own.
+    """
+    frame = frame.rename_axis(columns=None)
     with pd.option_context("display.max_colwidth", None):
         rows = frame.to_html(index=False, border=0, classes=kind, escape=escape, justify="left")
     return "".join(line.strip() for line in rows.splitlines())
@@ -142,10 +146,10 @@ div.sourceCode { background: #f6f6f4; padding: .1rem .8rem; border-left: 3px sol
 .output pre { padding: .4rem .8rem; border-left: 3px solid #ddd; white-space: pre-wrap; }
 table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; max-width: 100%;
   display: block; overflow-x: auto; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #e3e3e3; vertical-align: top;
+th, td { padding: .3rem .45rem; border-bottom: 1px solid #e3e3e3; vertical-align: top;
   text-align: left; }
 th { border-bottom: 2px solid #999; } table.figures td { font-variant-numeric: tabular-nums; }
-table.samples td { min-width: 9rem; max-width: 22rem; overflow-wrap: anywhere; }
+table.samples td { min-width: 6.2rem; max-width: 22rem; overflow-wrap: anywhere; }
 details.harsh { border: 1px solid #d8b4b4; background: #fdf7f7; padding: .5rem .8rem;
   margin: 1rem 0; }
 summary { cursor: pointer; }
@@ -158,22 +162,33 @@ nav.sequence { justify-content: space-between; }
 NEIGHBOURS = re.compile(r"^(?:← )?\[[^\]]*\]\(\d\d-[\w-]+\.ipynb\).*$", re.MULTILINE)
 """A notebook's line of links to its neighbours, which a rendered page replaces by its own."""
 
+LINK = re.compile(r"\[([^\]]*)\]\((\d\d-[\w-]+)\.ipynb\)")
+"""A link to another notebook."""
+
 NO_CODE = re.compile(r'<div class="sourceCode"[^>]*><pre[^>]*><code[^>]*></code></pre></div>')
 """What pandoc makes of a code cell without source."""
 
 
-def page_cells(notebook, code: bool) -> Iterator:
+def page_cells(notebook, code: bool, pages: Collection[str] = (), folder: str = "") -> Iterator:
     """A notebook's cells as pandoc should read them.
 
     Code that is not to be seen is removed, and so are warnings and progress bars (stderr). Markdown
-    outputs become cells, since pandoc renders those and drops Markdown outputs.
+    outputs become cells, since pandoc renders those and drops Markdown outputs. Links to other
+    notebooks become links to their pages (``pages``: the names of those there are) in ``folder``.
     """
+
+    def to_page(link: re.Match) -> str:
+        text, name = link.groups()
+        return f"[{text}]({folder}{name}.html)" if name in pages else text
+
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            yield new_markdown_cell(NEIGHBOURS.sub("", cell.source))
+            yield new_markdown_cell(LINK.sub(to_page, NEIGHBOURS.sub("", cell.source)))
             continue
-        hidden = not code or "hide-input" in cell.metadata.get("tags", [])
-        yield new_code_cell("" if hidden else cell.source)
+        source, tags = cell.source, cell.metadata.get("tags", [])
+        if "injected-parameters" in tags:  # by papermill
+            source = source.replace("# Parameters", "# This run's values", 1)
+        yield new_code_cell("" if not code or "hide-input" in tags else source)
         for output in cell.outputs:
             if "text/markdown" in output.get("data", {}):
                 yield new_markdown_cell(output.data["text/markdown"])
@@ -181,11 +196,17 @@ def page_cells(notebook, code: bool) -> Iterator:
                 yield new_code_cell(outputs=[output])
 
 
-def write_html(notebook_path: Path, out: Path, code: bool, navigation: str = "") -> None:
-    """Render an executed notebook as one HTML file that makes no network request."""
+def write_html(
+    notebook_path: Path, out: Path, code: bool, navigation: str = "", folder: str = ""
+) -> None:
+    """Render an executed notebook as one HTML file that makes no network request.
+
+    ``folder``: where, from this page, the pages of the notebooks beside it are.
+    """
     notebook = nbformat.read(notebook_path, as_version=4)
     title = _title(notebook, notebook_path.stem)
-    notebook.cells = list(page_cells(notebook, code))
+    pages = {path.stem for path in notebook_path.parent.glob("[0-9][0-9]-*.ipynb")}
+    notebook.cells = list(page_cells(notebook, code, pages, folder))
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # equal runs give equal pages
     metadata = {"pagetitle": title, "lang": "en", "document-css": "false"}
@@ -231,6 +252,7 @@ def write_appendix(notebooks: Path, out: Path) -> list[Path]:
         out / "index.html",
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Appendix</title>'
         f"<style>{STYLE}</style><h1>Appendix: the notebooks as they ran</h1>"
+        f"<p>One page a notebook, with its code and results. The last one is the report.</p>"
         f'<ol style="list-style:none">{entries}</ol></html>',
     )
     return [out / "index.html", *pages]
@@ -247,8 +269,9 @@ def main() -> None:
     kind, profile = sys.argv[1:]
     build = Build(profile)
     if kind == "report":
-        report = build.path("report.html")
-        write_html(build.path("notebooks", "90-report.ipynb"), report, code=False)
+        report, source = build.path("report.html"), build.path("notebooks", "90-report.ipynb")
+        links = '<nav><a href="appendix/index.html">All notebooks as they ran</a></nav>'
+        write_html(source, report, code=False, navigation=links, folder="appendix/")
         print(report)
     else:
         print(write_appendix(build.path("notebooks"), build.path("appendix"))[0])
