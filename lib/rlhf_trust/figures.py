@@ -146,17 +146,20 @@ def curves(
 ):
     """One small panel per metric: raw values faint, a running mean over ``window`` steps on top.
 
-    With fewer than two windows of values, the values themselves.
+    With fewer than two windows of values, and for the learning rate, the values themselves.
     """
     figure, axes = _panels(len(metrics), min(3, len(metrics)), (3.1, 2.5))
     for axis, metric in zip(axes, metrics):
         values = training[training["metric"] == metric].set_index("step")["value"]
-        if len(values) < 2 * window:
+        label = "step"
+        if len(values) < 2 * window or metric == "learning_rate":
             axis.plot(values, color=BLUE, marker="o", markersize=4)
         else:
+            label = f"step (blue: mean over {window})"
             axis.plot(values, color=UNCLEAR, linewidth=1, marker="o", markersize=2)
             axis.plot(values.rolling(window, min_periods=1, center=True).mean(), color=BLUE)
-        axis.set(xlabel="step", title=(names or {}).get(metric, metric))
+        axis.set(xlabel=label, title=(names or {}).get(metric, metric))
+        axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -200,8 +203,9 @@ def forest(
     """
     panels, rows = _unique(table[panel]), _unique(table[row])
     columns = len(panels) if len(panels) <= 4 else 3
-    size = (max(5.6 / columns, 2.9), 0.7 + 0.26 * len(rows))
+    size = (max(5.6 / columns, min(2.9, 9.8 / columns)), 0.7 + 0.26 * len(rows))
     figure, axes = _panels(len(panels), columns, size, (0, 0.4), sharex=True, sharey=True)
+    figure.get_layout_engine().set(w_pad=0.08)  # between the tick labels of two panels
     for axis, name in zip(axes, panels):
         for point in table[table[panel] == name].to_dict("records"):
             found = (point[column] for column in ("value", "ci_low", "ci_high"))
@@ -290,20 +294,28 @@ def correlations(table: pd.DataFrame, points: int):
 
 
 def contributions(
-    summary: pd.DataFrame, stages: Sequence[str], verticals: Sequence[str], value: str, title: str
+    summary: pd.DataFrame,
+    stages: Sequence[str],
+    verticals: Sequence[str],
+    value: str,
+    title: str,
+    missing: str = "no change",
 ):
-    """Heat map of one contribution statistic per stage and vertical; a star where p_null < 0.05."""
+    """Heat map of one contribution statistic per stage and vertical; a star where p_null < 0.05.
+
+    ``missing``: what a cell without a number says (by default, that the stage changed no answer).
+    """
     table, p = (
         summary.pivot(index="stage", columns="vertical", values=column)
         .reindex(index=stages, columns=verticals)
         .astype(float)
         for column in (value, "p_null")
     )
-    text = table.map(lambda v: "no change" if pd.isna(v) else f"{v:+.2f}")
+    text = table.map(lambda v: missing if pd.isna(v) else f"{v:+.2f}")
     text += p.map(lambda v: " *" if v < 0.05 else "")
     bound = max(1e-9, float(np.nanmax(np.abs(table.to_numpy()), initial=0.0)))
     figure, axis = plt.subplots(figsize=(1.55 * len(verticals) + 1.6, 0.62 * len(stages) + 1.5))
-    # Missing where a stage changed no answer: shown as zero, and labelled.
+    # Missing cells are coloured as zero, and labelled.
     shown = {"annot": text, "center": 0, "cbar_kws": {"label": value}}
     _heat_map(axis, table.fillna(0.0), -bound, bound, "", **shown)
     axis.set_title(title)
@@ -314,8 +326,9 @@ def contributions(
 
 def agreements(tables: dict[str, np.ndarray], names: Sequence[str]):
     """Heat maps of rank correlations between solvers, one per stage."""
-    figure, axes = _panels(len(tables), len(tables), (3.4, 3.9), (1.4, 0), sharey=True)
+    figure, axes = _panels(len(tables), min(2, len(tables)), (3.8, 4.1), (1.4, 0), sharey=True)
     for axis, (title, table) in zip(axes, tables.items()):
+        table = np.round(table, 1) + 0.0  # no -0.0
         shown = {"cbar": False, "xticklabels": names, "yticklabels": names, "square": True}
         _heat_map(axis, table, -1, 1, ".1f", 8.5, **shown)
         axis.set_title(title)
@@ -329,8 +342,8 @@ def effects(tables: dict[str, pd.DataFrame]):
     Columns feature, effect, ci_low, ci_high, p_holm.
     """
     features = _unique(pd.concat(tables.values())["feature"])
-    size = (2.6, 0.9 + 0.27 * len(features))
-    figure, axes = _panels(len(tables), len(tables), size, (2.6, 0), sharey=True)
+    size = (3.2, 0.9 + 0.27 * len(features))
+    figure, axes = _panels(len(tables), min(2, len(tables)), size, (2.6, 0), sharey=True)
     for axis, (title, table) in zip(axes, tables.items()):
         for point in table.itertuples():
             clear = point.p_holm < 0.05
