@@ -14,12 +14,13 @@ from rlhf_trust.decode import (
     Example,
     LowerStates,
     MultipleChoice,
+    answer_logps,
     backbone,
     first_adapted_layer,
     option_logps,
 )
 from rlhf_trust.losses import DPOLoss, LogOddsLoss, NextTokenLoss, RewardLoss, reference_logps
-from rlhf_trust.models import LoRA, new_adapter, restore, snapshot, using
+from rlhf_trust.models import LoRA, load_base, new_adapter, restore, snapshot, using
 from rlhf_trust.training import TrainConfig, example_losses, fit, random_head
 
 PAD = 0
@@ -130,3 +131,27 @@ def test_states_kept_above_an_adapter_are_refused(model, tiny_llama):
     kept.first = 1
     with pytest.raises(StudyError, match="begin below layer 1"):
         example_losses(lower, "default", examples(2, 1), NextTokenLoss(), PAD, kept=kept)
+
+
+def test_states_of_another_backbone_are_refused(model, tiny):
+    other = adapted(load_base(tiny.source, "bfloat16"), "upper 1/2")
+    kept, choice = LowerStates(model), MultipleChoice("x", (5, 6, 7), ((8,), (9,)))
+    with pytest.raises(StudyError, match="of another backbone"):
+        example_losses(other, "default", examples(2, 1), NextTokenLoss(), PAD, kept=kept)
+    with pytest.raises(StudyError, match="of another backbone"):
+        option_logps(other, [choice], PAD, kept=kept)
+
+
+def test_texts_without_answer_and_ids_beyond_the_vocabulary(model):
+    kept = LowerStates(model)
+    sums, counts = answer_logps(model, [EncodedExample((5, 6), 2)], PAD, kept=kept)
+    assert sums == counts == [0]
+    choices = [MultipleChoice("x", (999, 5, last), ((8,), (9,))) for last in (6, 7)]
+    with pytest.raises(StudyError, match="beyond the 300"):  # in what the contexts begin with
+        option_logps(model, choices, PAD, kept=kept)
+
+
+def test_log_odds_are_of_one_prompt(model):
+    two = (EncodedExample((5, 6, 7), 2), EncodedExample((6, 6, 7), 2))
+    with pytest.raises(StudyError, match="two answers to one prompt"):
+        example_losses(model, "default", [Example("x", "test", two)], LogOddsLoss(), PAD)

@@ -405,13 +405,13 @@ class LowerStates:
 
     def __init__(self, model):
         self.first = first_adapted_layer(model)
+        self._embeddings = model.get_input_embeddings().weight
         self._rows: dict[object, torch.Tensor] = {}
         self._prefixes: dict[tuple[int, ...], tuple[torch.Tensor, DynamicCache]] = {}
 
     def batch(self, model, packed: Packed, prefix: Prefix) -> torch.Tensor:
         """States of all rows, padded on the right: [rows, width, hidden]."""
-        if self.first > first_adapted_layer(model):
-            raise StudyError(f"kept states: this model's adapters begin below layer {self.first}")
+        self._check(model)
         rows = [self._row(model, packed, row, prefix) for row in range(len(packed.rows))]
         width = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
         states = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
@@ -421,11 +421,18 @@ class LowerStates:
 
     def prefix(self, model, ids: tuple[int, ...]) -> tuple[torch.Tensor, DynamicCache]:
         """States of a prefix [1, width, hidden], and its keys and values in the lower layers."""
+        self._check(model)
         if ids not in self._prefixes:
             cache = DynamicCache()
             tokens = torch.tensor([ids], device=model.device)
             self._prefixes[ids] = self._run(model, input_ids=tokens, past_key_values=cache), cache
         return self._prefixes[ids]
+
+    def _check(self, model) -> None:
+        if self.first > first_adapted_layer(model):
+            raise StudyError(f"kept states: this model's adapters begin below layer {self.first}")
+        if model.get_input_embeddings().weight is not self._embeddings:
+            raise StudyError("kept states: they are of another backbone; make them of this one")
 
     def _row(self, model, packed: Packed, row: int, prefix: Prefix) -> torch.Tensor:
         ids, segments = packed.rows[row], packed.segments[row]
@@ -448,6 +455,7 @@ def read_prefix(model, ids: tuple[int, ...], kept: LowerStates | None = None) ->
     """Run the tokens that all texts begin with."""
     if not ids:
         return Prefix()
+    _check_vocabulary(model, [ids])
     cache = DynamicCache()  # all tokens in every layer: how far a layer looks back is in the mask
     if kept is None or kept.first == 0:
         tokens = torch.tensor([ids], device=model.device)
@@ -480,12 +488,7 @@ def packed_states(
 def _inputs(model, packed: Packed, pad: int, prefix: Prefix, plain: bool) -> dict[str, object]:
     """Token ids of a batch, and mask and positions unless it is ``plain``: padding comes after all
     that is looked at, so that causal attention needs no mask and leaves out half of the work."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if max(map(max, packed.rows)) >= vocabulary:
-        raise StudyError(
-            f"a token id is beyond the {vocabulary} of this model; the texts were made with "
-            "another model's tokenizer"
-        )
+    _check_vocabulary(model, packed.rows)
     ids, real = pad_right(packed.rows, pad, model.device)
     if plain:
         return {"input_ids": ids}
@@ -493,6 +496,15 @@ def _inputs(model, packed: Packed, pad: int, prefix: Prefix, plain: bool) -> dic
     positions = pad_right(packed.positions, 0, ids.device)[0]
     mask = option_mask(model, segments, positions, len(prefix.ids))
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def _check_vocabulary(model, rows: Sequence[Sequence[int]]) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if max(map(max, rows)) >= vocabulary:
+        raise StudyError(
+            f"a token id is beyond the {vocabulary} of this model; the texts were made with "
+            "another model's tokenizer"
+        )
 
 
 def option_mask(
@@ -601,7 +613,7 @@ def _predictions(
     packed: Packed, states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of every answer token: the state that predicts it [tokens, hidden], it, and its text."""
-    row, column = torch.tensor(packed.predicting, device=states.device).view(-1, 2).T
+    row, column = torch.tensor(packed.predicting, device=states.device).long().view(-1, 2).T
     targets, owner = torch.tensor([packed.targets, packed.owner], device=states.device).long()
     return states[row, column], targets, owner
 

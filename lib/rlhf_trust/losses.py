@@ -278,5 +278,7 @@ def log_odds(
 
 
 def _choice(example: Example) -> MultipleChoice:
+    if len({text.prompt_ids for text in example.sequences}) > 1:
+        raise StudyError(f"{example.id}: log-odds are of two answers to one prompt")
     options = tuple(text.answer_ids for text in example.sequences)
     return MultipleChoice(example.id, example.sequences[0].prompt_ids, options)
