@@ -96,6 +96,15 @@ def test_what_was_trainable_before_is_afterwards(tiny_llama):
     assert model.active_adapter == "default"
     assert trainable == {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert not torch.equal(before, head) and head.requires_grad and head.grad is None
+    fit(
+        model,
+        "sft",
+        pairs,
+        RewardLoss(head.requires_grad_(False)),
+        PAD,
+        TrainConfig(learning_rate=1e-2),
+    )
+    assert not head.requires_grad
 
 
 def test_fit_is_adamw_on_the_batchs_mean_loss(tiny_llama):
@@ -162,6 +171,8 @@ def test_bad_input(tiny_llama):
     for settings, words in (
         ({"learning_rate": 0.0}, "learning_rate: must be above 0"),
         ({"learning_rate": 1e-3, "micro_batch_size": 0}, "micro_batch_size: must be at least 1"),
+        ({"learning_rate": 1e-3, "warmup": 1.5}, "warmup: must be from 0 to 1"),
+        ({"learning_rate": 1e-3, "warmup": -0.5}, "warmup: must be from 0 to 1"),
     ):
         with pytest.raises(StudyError, match=words):
             TrainConfig(**settings)

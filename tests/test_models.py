@@ -18,6 +18,7 @@ from rlhf_trust.models import (
     load_reward_head,
     new_adapter,
     save_adapter,
+    using,
 )
 from rlhf_trust.sources import model_directory
 from safetensors.torch import load_file, save_file
@@ -121,6 +122,7 @@ def test_only_the_named_adapter_trains_and_saves_again_alike(two_adapters, tmp_p
         ("7, 3", [3, 7]),
         ("0-1,5", [0, 1, 5]),
         ([7, 3, 7], [3, 7]),
+        (7, [7]),
     ],
 )
 def test_adapted_layers_of_thirty(layers, numbers):
@@ -166,6 +168,25 @@ def test_the_adapted_layers_are_saved_and_loaded(tiny, tmp_path, layers):
     assert torch.equal(logits(loaded), wanted)
     assert loaded.peft_config["sft"].layers_to_transform == saved.get("layers_to_transform")
     assert first_adapted_layer(loaded) == (1 if layers == "upper 1/2" else 0)
+
+
+def test_an_adapter_that_cannot_act_is_refused(tiny_llama):
+    with pytest.raises(StudyError, match="no adapter 'sft'; there are none"):
+        with using(tiny_llama.model, "sft"):
+            pass
+    wrapped = trained(tiny_llama, 0)
+    wanted = logits(wrapped)
+    with pytest.raises(StudyError, match="no adapter 'sft'; there are default"):
+        with using(wrapped, "sft"):
+            pass
+    with using(wrapped, None):  # else the start model would answer in its name
+        with pytest.raises(StudyError, match="'default' takes no part"):
+            with using(wrapped, "default"):
+                pass
+        with using(wrapped, None):
+            pass
+        assert not torch.equal(logits(wrapped), wanted)
+    assert torch.equal(logits(wrapped), wanted)
 
 
 def other_llama(directory, **changes):
@@ -214,6 +235,14 @@ def test_an_adapter_of_another_size_of_model_is_refused(two_adapters, tmp_path, 
     base = load_base(other_llama(tmp_path / "other", **changes), "float32")
     with pytest.raises(StudyError, match="does not fit this backbone"):
         load_adapters(base, {"sft": folders["sft"]})
+
+
+def test_an_adapter_of_layers_that_are_not_there_names_its_folder(tiny_llama, tmp_path):
+    save_adapter(tiny_llama, trained(tiny_llama, 0, "upper 1/2"), tmp_path / "sft")
+    file = tmp_path / "sft" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers_to_transform": [5]}))
+    with pytest.raises(StudyError, match="sft: does not fit this backbone: lora_layers"):
+        load_adapters(load_base(tiny_llama.source, "float32"), {"sft": tmp_path / "sft"})
 
 
 def test_an_adapter_of_another_architecture_or_none_is_refused(

@@ -214,7 +214,9 @@ class LoRA:
         if self.layers in ("all", None):
             return None
         try:
-            if not isinstance(self.layers, str):
+            if isinstance(self.layers, int):  # as other tools' adapters may say it
+                found = [self.layers]
+            elif not isinstance(self.layers, str):
                 found = [int(number) for number in self.layers]
             elif self.layers.startswith("upper "):
                 share = Fraction(self.layers.removeprefix("upper "))
@@ -323,7 +325,10 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
             saved["target_modules"],
             saved.get("layers_to_transform"),
         )
-        config = lora_config(base.model, lora, task_type="CAUSAL_LM")
+        try:
+            config = lora_config(base.model, lora, task_type="CAUSAL_LM")
+        except StudyError as error:
+            raise StudyError(f"{directory}: does not fit this backbone: {error}") from None
         if wrapped is None:
             wrapped = PeftModel(base.model, config, adapter_name=name)
         else:
@@ -462,11 +467,17 @@ def using(
 ) -> Iterator[PreTrainedModel]:
     """One adapter acts alone (None: no adapter does, the start model) and only the weights
     ``trainable`` are trainable; both as before afterwards. Yields the model."""
-    if not hasattr(model, "peft_config"):  # a backbone alone is the start model
+    adapters = getattr(model, "peft_config", {})
+    if adapter is not None and adapter not in adapters:
+        raise StudyError(f"no adapter {adapter!r}; there are {', '.join(adapters) or 'none'}")
+    if not adapters:  # a backbone alone is the start model
         yield model
         return
+    if adapter is not None and model.get_model_status().enabled is False:
+        raise StudyError(f"adapter {adapter!r} takes no part: adapters are switched off here")
     active = model.active_adapter
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    parameters = [*model.parameters(), *trainable]  # a reward head is not the model's
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         if adapter is not None:
             model.set_adapter(adapter)

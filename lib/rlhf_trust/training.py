@@ -89,6 +89,8 @@ class TrainConfig:
         for name in ("batch_size", "micro_batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise StudyError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise StudyError(f"warmup: must be from 0 to 1, got {self.warmup}")
 
     def steps(self, examples: int) -> int:
         """Optimiser steps of a training on so many examples."""
