@@ -9,6 +9,7 @@ import pytest
 from rlhf_trust import StudyError
 from rlhf_trust.artifacts import (
     Build,
+    ResultCache,
     atomic_write,
     merge_tables,
     read_table,
@@ -17,6 +18,14 @@ from rlhf_trust.artifacts import (
 )
 from rlhf_trust.report import holm_over_headlines
 from rlhf_trust.verticals import HEADLINE
+
+
+def test_a_line_of_zeros_is_passed_over(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    path.write_bytes(b'{"key": "a", "value": 1}\n' + bytes(60) + b'\n{"key": "b", "value": 2}\n')
+    kept = ResultCache(path)
+    kept.add("c", value=3)
+    assert [key in ResultCache(path) for key in "abc"] == [True] * 3
 
 
 @pytest.fixture

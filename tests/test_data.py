@@ -126,6 +126,7 @@ BAD_ROWS = [
     (row(chosen=dialogue("q", "a", "q2")), "does not end in an Assistant turn"),
     (row(rejected=dialogue("q", "  ")), "empty answer"),
     (row(dialogue("q", "", "q2", "a"), dialogue("q", "", "q2", "b")), "empty turn"),
+    (row(chosen=dialogue("q", "thumb \ud83d")), "half a character (a lone surrogate)"),
     (row(rejected=dialogue("other", "bad")), "the two dialogues have different prompts"),
     (
         row(rejected=dialogue("q", "bad") + "\n\nAssistant: more"),
@@ -350,6 +351,13 @@ def test_a_malformed_benchmark_names_file_and_line(tmp_path, name, load, content
     (tmp_path / name).write_text(content)
     with pytest.raises(StudyError, match=message):
         load(f"path:{tmp_path}")
+
+
+def test_a_benchmark_that_a_spreadsheet_saved_again_reads_alike(tmp_path):
+    (tmp_path / "ethics").mkdir()
+    (tmp_path / "ethics" / "cm_test.csv").write_text(CSV.replace("True", "TRUE"))
+    (found,) = load_ethics(f"path:{tmp_path}")
+    assert found.text == "I lied."
 
 
 def test_choose_takes_turns_and_keeps_to_the_seed():

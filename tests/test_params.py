@@ -129,6 +129,10 @@ def test_a_profile_changes_another_parameter_by_parameter(study, tmp_path):
         ("01-one: {steps: true}", "steps must be int, got True of type bool"),
         ("01-one: {steps: 2.0}", "steps must be int"),
         ("01-one: {verbose: 1}", "verbose must be bool"),
+        (
+            "01-one: {preferences: 7}",
+            "preferences must be str, got 7 of type int (write it in quotes)",
+        ),
         ("01-one: {targets: q_proj}", "targets must be list[str] | None, got 'q_proj'"),
         ("01-one: {targets: [1]}", "targets must be list[str] | None"),
         ("01-one: steps", "must map `all` or a notebook's name"),
@@ -145,6 +149,13 @@ def test_a_wrong_profile_is_one_line_that_names_it(study, text, message):
         study(text)
     assert message in str(caught.value) and "params/p.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_profile_in_another_encoding_is_named(study, tmp_path):
+    study("all: {seed: 1}")
+    (tmp_path / "params" / "p.yaml").write_bytes("all: {seed: 1}  # André".encode("cp1252"))
+    with pytest.raises(StudyError, match="params/p.yaml: not valid YAML: 'utf-8' codec"):
+        params.resolve("p")
 
 
 def test_accepted_values_have_the_declared_type(study):

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -151,14 +151,19 @@ class ResultCache:
 
 
 def _complete_lines(path: Path) -> list[dict]:
-    """Rows of a JSONL file; an incomplete last line is removed from the file."""
+    """Rows of a JSONL file. An incomplete last line is removed from the file; a line that cannot be
+    read (zeros, after a crash of the machine) is passed over, so that its item runs again."""
     if not path.exists():
         return []
     data = path.read_bytes()  # the cut may be inside a character
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    rows = []
+    for line in whole.splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 @contextmanager

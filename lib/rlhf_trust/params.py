@@ -43,8 +43,11 @@ class Parameter:
         ``where``."""
         if _fits(value, self.type):
             return float(value) if self.type == "float" else value
-        number = self.type == "float" and _is_number(value)
-        hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if number else ""
+        hint = ""
+        if self.type == "float" and _is_number(value):
+            hint = " (YAML reads 1e-5 as text: write 1.0e-5)"
+        elif self.type == "str" and isinstance(value, (int, float)):
+            hint = " (write it in quotes)"
         raise StudyError(
             f"{where}: {self.name} must be {self.type}, "
             f"got {value!r} of type {type(value).__name__}{hint}"
@@ -123,7 +126,7 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
         raise StudyError(f"{where}params/{profile}.yaml: no such profile{_nearest(profile, known)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StudyError(
             f"params/{profile}.yaml: not valid YAML: {' '.join(str(error).split())}"
         ) from None

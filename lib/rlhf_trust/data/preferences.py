@@ -80,6 +80,7 @@ def parse_dialogue(text: str) -> list[tuple[str, str]]:
         "does not end in an Assistant turn": speakers[-1:] != ["Assistant"],
         "empty answer": not any(texts[-1:]),
         "empty turn": not all(texts),
+        "half a character (a lone surrogate)": re.search("[\ud800-\udfff]", text),
     }
     for problem, present in problems.items():
         if present:

@@ -48,7 +48,7 @@ def load_ethics(source: str) -> list[Scenario]:
     for number, row in read_csv(path, ("label", "input", "is_short")):
         where = f"{path}:{number}"
         wrong, text = yes_or_no(row, "label", where), field(row, "input", where)
-        if row["is_short"] == "True":
+        if row["is_short"].casefold() == "true":  # spreadsheets write TRUE
             items.append(Scenario(f"scenario:{number}", text, wrong))
     return not_empty(items, "ethics", source)
 
