@@ -106,6 +106,13 @@ def _row_labels(axis, labels: Sequence[str]) -> None:
     axis.grid(axis="y", visible=False)
 
 
+def _spelled(label: str) -> str:
+    """A label with abbreviations of metrics as they are written in text."""
+    for name, words in (("roc auc", "ROC area"), ("mc1", "MC1"), ("mc2", "MC2")):
+        label = label.replace(name, words)
+    return label
+
+
 def _zero(axis) -> None:
     axis.axvline(0, color="black", linewidth=0.8)
 
@@ -180,7 +187,8 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items")
         axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
     counts = trust.groupby("label", sort=False)["n"].max()
     _row_labels(axis, labels)
-    axis.set_yticks(range(len(labels)), [f"{label}\n(n = {counts[label]})" for label in labels])
+    named = [f"{_spelled(label)}\n(n = {counts[label]})" for label in labels]
+    axis.set_yticks(range(len(labels)), named)
     axis.set(title=title, xlabel=f"{xlabel}, 95 % interval over {over}")
     dot = {"marker": "o", "markersize": 6, "linestyle": "none"}
     handles = [plt.Line2D([], [], color=colour(model), **dot) for model in models]
