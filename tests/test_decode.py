@@ -195,6 +195,20 @@ def test_options_are_kept_by_content(tiny_llama, generations, monkeypatch):
         assert (one == other).all()
 
 
+def test_options_weighed_after_an_interruption_are_the_same(tiny_llama, generations):
+    """What all contexts begin with runs first, not all that those left begin with."""
+    asked = [
+        MultipleChoice(str(i), (*range(5, 25), *range(40 + i, 60 + 2 * i)), ((7, 8), (9,)))
+        for i in range(6)
+    ]
+    first = generations.option_logps(tiny_llama.model, "weights", "asked", asked)
+    (path,) = generations.directory.iterdir()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    again = generations.option_logps(tiny_llama.model, "weights", "asked", asked)
+    np.testing.assert_array_equal(again, first)
+
+
 @pytest.mark.parametrize(("context", "options"), [((), ((1,),)), ((1,), ()), ((1,), ((2,), ()))])
 def test_a_choice_without_tokens_is_refused(context, options):
     with pytest.raises(StudyError, match="c1: a choice needs"):

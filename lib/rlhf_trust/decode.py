@@ -780,6 +780,7 @@ def option_logps(
     tokens: int = 2048,
     each=None,
     kept: LowerStates | None = None,
+    shared: int | None = None,
 ) -> list[np.ndarray]:
     """Log-probabilities of every option after its context.
 
@@ -798,13 +799,15 @@ def option_logps(
         Called with (index, its array) as soon as a choice is done.
     kept
         Start from these states, which several models share.
+    shared
+        How many tokens all contexts begin with, where these choices are left over of more.
 
     Returns
     -------
     list
         One array [options] a choice, summed over the option's tokens, nats.
     """
-    ids = choices[0].context[: _common_start([choice.context for choice in choices])]
+    ids = choices[0].context[: _common_start(choices) if shared is None else shared]
     prefix = read_prefix(model, ids, kept)
     groups = [choice.group for choice in choices]
     widths = [packed_length(group) - len(ids) for group in groups]
@@ -823,9 +826,10 @@ def option_logps(
     return found
 
 
-def _common_start(contexts: Sequence[Sequence[int]]) -> int:
+def _common_start(choices: Sequence[MultipleChoice]) -> int:
     """How many tokens all contexts begin with alike, at least one token of each left over."""
-    return min(len(os.path.commonprefix(list(contexts))), min(map(len, contexts)) - 1)
+    contexts = [choice.context for choice in choices]
+    return min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)
 
 
 def _batches_by_tokens(widths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -921,6 +925,7 @@ class Generations:
                     self.chat.tokenizer.pad_token_id,
                     each=keep,
                     kept=states,
+                    shared=_common_start(choices),
                 )
         return [np.array(kept[key]["logps"]) for key in keys]
 
