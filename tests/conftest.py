@@ -145,3 +145,9 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("no data")
     return REAL_DATA
+
+
+def random_head(hidden: int, seed: int) -> torch.Tensor:
+    """A reward head to hold fixed: a random direction of length 1, [hidden]."""
+    head = torch.randn(hidden, generator=torch.Generator().manual_seed(seed))
+    return head / head.norm()

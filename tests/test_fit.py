@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import random_head
 from rlhf_trust import StudyError
 from rlhf_trust.chat import EncodedExample
 from rlhf_trust.decode import Example
 from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss, reference_logps
 from rlhf_trust.models import LoRA, load_base, lora_weights, new_adapter, restore, snapshot
-from rlhf_trust.training import TrainConfig, example_losses, fit, random_head, training_order
+from rlhf_trust.training import TrainConfig, example_losses, fit, training_order
 from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import random_head
 from rlhf_trust import StudyError
 from rlhf_trust.attribution.gradients import per_example_gradients
 from rlhf_trust.chat import EncodedExample
@@ -21,7 +22,7 @@ from rlhf_trust.decode import (
 )
 from rlhf_trust.losses import DPOLoss, LogOddsLoss, NextTokenLoss, RewardLoss, reference_logps
 from rlhf_trust.models import LoRA, load_base, new_adapter, restore, snapshot, using
-from rlhf_trust.training import TrainConfig, example_losses, fit, random_head
+from rlhf_trust.training import TrainConfig, example_losses, fit
 
 PAD = 0
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import random_head
 from rlhf_trust import StudyError
 from rlhf_trust.attribution import validate as module
 from rlhf_trust.attribution.gradients import per_example_gradients
@@ -41,7 +42,7 @@ from rlhf_trust.decode import Example
 from rlhf_trust.losses import NextTokenLoss, RewardLoss
 from rlhf_trust.models import LoRA, fresh_adapters, new_adapter, snapshot
 from rlhf_trust.report import pruning_words
-from rlhf_trust.training import TrainConfig, example_losses, random_head
+from rlhf_trust.training import TrainConfig, example_losses
 from scipy import stats as scipy_stats
 from sklearn.metrics import roc_auc_score
 

@@ -268,11 +268,6 @@ Group = tuple[EncodedExample, ...]
 """Texts that begin alike: a pair, the options of a question, several answers to one prompt."""
 
 
-def flatten(examples: Sequence[Example]) -> list[EncodedExample]:
-    """All texts, an example's own next to each other: chosen_0, rejected_0, chosen_1, …"""
-    return [sequence for example in examples for sequence in example.sequences]
-
-
 def backbone(model):
     """The transformer without its output head, adapters included (PEFT patches it in place)."""
     causal = getattr(model, "base_model", model)
@@ -602,8 +597,9 @@ def chosen_logps(
 def answer_token_logps(
     model, examples: Sequence[Example], pad: int, kept: LowerStates | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of every answer token of ``flatten(examples)``, in order, with gradients:
-    [tokens], float32; and whose they are, as an index into ``flatten(examples)``: [tokens]."""
+    """Log-probabilities of every answer token of all texts, an example's own next to each other
+    (chosen_0, rejected_0, chosen_1, …), with gradients: [tokens], float32; and whose they are, as
+    an index into these texts: [tokens]."""
     packed = pack([example.sequences for example in examples])
     predicting, targets, owner = _predictions(packed, packed_states(model, packed, pad, kept))
     return chosen_logps(model, predicting, targets), owner

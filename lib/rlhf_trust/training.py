@@ -223,12 +223,6 @@ def example_losses(
     return found
 
 
-def random_head(hidden: int, seed: int) -> torch.Tensor:
-    """A reward head to hold fixed: a random direction of length 1, [hidden]."""
-    head = torch.randn(hidden, generator=torch.Generator().manual_seed(seed))
-    return head / head.norm()
-
-
 # --- TRL's trainers -------------------------------------------------------------------------------
 
 
