@@ -25,7 +25,7 @@ from rlhf_trust.attribution.solvers import tfidf
 from rlhf_trust.attribution.store import InMemory, Scaled
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import Pair, PreferencePair
-from rlhf_trust.decode import Example, Prompt, flatten, option_logps, rewards
+from rlhf_trust.decode import Example, Prompt, option_logps, rewards
 from rlhf_trust.losses import LogOddsLoss, RewardGapLoss, log_odds
 from rlhf_trust.models import LoRA, fresh_adapters, new_adapter, snapshot
 from rlhf_trust.verticals import ethics, privacy, stereotype, toxicity, truthfulness
@@ -257,7 +257,8 @@ def test_the_reward_gap_is_the_difference_of_rewards(tiny_llama):
     examples = training_examples(pairs(), chat, "ppo")
     with torch.no_grad():
         found = RewardGapLoss(head).loss(network, examples, pad)
-    values = rewards(network, head, flatten(examples), pad).reshape(-1, 2)
+    texts = [text for example in examples for text in example.sequences]
+    values = rewards(network, head, texts, pad).reshape(-1, 2)
     np.testing.assert_allclose(found, values[:, 0] - values[:, 1], atol=1e-4)
     flipped = [Example(e.id, e.source, e.sequences[::-1]) for e in examples]
     for ours, theirs in zip(
