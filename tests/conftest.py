@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,7 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
-from rlhf_trust.chat import Chat
+from rlhf_trust.chat import Chat, EncodedExample
+from rlhf_trust.decode import Example
 from rlhf_trust.models import load_base
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -151,3 +153,17 @@ def random_head(hidden: int, seed: int) -> torch.Tensor:
     """A reward head to hold fixed: a random direction of length 1, [hidden]."""
     head = torch.randn(hidden, generator=torch.Generator().manual_seed(seed))
     return head / head.norm()
+
+
+def some_examples(count: int, sequences: int, seed: int = 0, prefix: str = "e") -> list[Example]:
+    """Random texts of a few tokens, ``sequences`` an example."""
+    rng = random.Random(seed)
+
+    def sequence():
+        prompt, answer = rng.randint(2, 9), rng.randint(1, 12)
+        return EncodedExample(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
+
+    return [
+        Example(f"{prefix}{i}", "random", tuple(sequence() for _ in range(sequences)))
+        for i in range(count)
+    ]

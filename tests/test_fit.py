@@ -4,16 +4,13 @@ as it was."""
 from __future__ import annotations
 
 import math
-import random
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import random_head
+from conftest import random_head, some_examples
 from rlhf_trust import StudyError
-from rlhf_trust.chat import EncodedExample
-from rlhf_trust.decode import Example
 from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss, reference_logps
 from rlhf_trust.models import LoRA, load_base, lora_weights, new_adapter, restore, snapshot
 from rlhf_trust.training import TrainConfig, example_losses, fit, training_order
@@ -35,19 +32,6 @@ def two_adapters(base):
     model.set_adapter("sft")
     model.requires_grad_(False)
     return model.eval()
-
-
-def some_examples(count: int, sequences: int, seed: int = 0) -> list[Example]:
-    rng = random.Random(seed)
-
-    def sequence():
-        prompt, answer = rng.randint(2, 9), rng.randint(1, 12)
-        return EncodedExample(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
-
-    return [
-        Example(f"e{i}", "random", tuple(sequence() for _ in range(sequences)))
-        for i in range(count)
-    ]
 
 
 def same(one: dict, other: dict) -> bool:

@@ -3,14 +3,13 @@ examples, simulated intervals; and retrainings that can be killed."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import random_head
+from conftest import random_head, some_examples
 from rlhf_trust import StudyError
 from rlhf_trust.attribution import validate as module
 from rlhf_trust.attribution.gradients import per_example_gradients
@@ -36,9 +35,7 @@ from rlhf_trust.attribution.validate import (
     retrained,
     sft_then_dpo,
 )
-from rlhf_trust.chat import EncodedExample
 from rlhf_trust.data.preferences import PreferencePair
-from rlhf_trust.decode import Example
 from rlhf_trust.losses import NextTokenLoss, RewardLoss
 from rlhf_trust.models import LoRA, fresh_adapters, new_adapter, snapshot
 from rlhf_trust.report import pruning_words
@@ -167,19 +164,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(calls) == 6, "with the cache off nothing kept is read"
     with pytest.raises(StudyError, match="no subset to train on"):
         retrained(tmp_path, "run", [], halves & False, measure)
-
-
-def some_examples(count: int, sequences: int, seed: int = 0, prefix: str = "e") -> list[Example]:
-    rng = random.Random(seed)
-
-    def sequence():
-        prompt, answer = rng.randint(2, 9), rng.randint(1, 12)
-        return EncodedExample(tuple(rng.randrange(3, 290) for _ in range(prompt + answer)), prompt)
-
-    return [
-        Example(f"{prefix}{i}", "random", tuple(sequence() for _ in range(sequences)))
-        for i in range(count)
-    ]
 
 
 def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):

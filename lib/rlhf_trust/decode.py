@@ -92,6 +92,11 @@ PAD_TO = 16
 gigabytes."""
 
 
+def padded_width(rows: Sequence) -> int:
+    """Length of the longest row, rounded up to a multiple of ``PAD_TO``."""
+    return -(-max(map(len, rows)) // PAD_TO) * PAD_TO
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Stack token lists flush right; returns ids and attention mask, both [rows, width]."""
     return _padded(rows, pad, device, left=True)
@@ -105,7 +110,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Te
 def _padded(
     rows: Sequence[Sequence[int]], pad: int, device, left: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    width = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
+    width = padded_width(rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for index, row in enumerate(rows):
@@ -408,7 +413,7 @@ class LowerStates:
         """States of all rows, padded on the right: [rows, width, hidden]."""
         self._check(model)
         rows = [self._row(model, packed, row, prefix) for row in range(len(packed.rows))]
-        width = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
+        width = padded_width(rows)
         states = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
         for row, found in enumerate(rows):
             states[row, : len(found)] = found

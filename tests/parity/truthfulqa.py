@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 from rlhf_trust import ROOT
 from rlhf_trust.chat import Chat
+from rlhf_trust.data import choose
 from rlhf_trust.decode import option_logps
 from rlhf_trust.models import load_base
-from rlhf_trust.verticals.common import choose
 from rlhf_trust.verticals.truthfulness import choices, load_primer, load_truthfulness, mc1_mc2
 
 REFERENCE = ROOT / "tests" / "reference" / "lm-eval-truthfulqa.csv"

@@ -277,12 +277,12 @@ class PPORun(rollout.Run):
         self.value_head = torch.nn.Linear(self.model.config.hidden_size, 1).to(self.model.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
-        policy = list(models.lora_weights(self.model, "policy").values())
+        self.policy = list(models.lora_weights(self.model, "policy").values())
         head = list(self.value_head.parameters())
-        self.weights = policy + head
+        self.weights = self.policy + head
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": policy, "lr": config.learning_rate},
+                {"params": self.policy, "lr": config.learning_rate},
                 {"params": head, "lr": config.value_learning_rate},
             ],
             weight_decay=0.0,
@@ -340,8 +340,7 @@ class PPORun(rollout.Run):
     def update(self, step: int, minibatches: list[Minibatch]) -> dict[str, float]:
         """``epochs`` passes of clipped updates over a step's answers; means over minibatches."""
         losses = []
-        weights = list(models.lora_weights(self.model, "policy").values())
-        with models.using(self.model, "policy", weights):
+        with models.using(self.model, "policy", self.policy):
             for _ in range(self.config.epochs):
                 for index in self.rng.permutation(len(minibatches)).tolist():
                     losses.append(self.update_once(step, minibatches[index]))

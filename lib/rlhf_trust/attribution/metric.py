@@ -39,11 +39,12 @@ import pandas as pd
 from .. import StudyError
 from ..artifacts import Build
 from ..chat import Chat, EncodedExample, Options
+from ..data import choose
 from ..data.preferences import Pair, PreferencePair
 from ..decode import Example, MultipleChoice, Prompt
 from ..stats import mean_interval
 from ..verticals import HEADLINE, ethics, privacy, stereotype, toxicity, truthfulness
-from ..verticals.common import choose, read_answers
+from ..verticals.common import read_answers
 from ..verticals.scorers import make_scorer
 from .solvers import Groups, Scores, of_items, tfidf
 

@@ -12,7 +12,6 @@ import pandas as pd
 
 from .. import StudyError
 from ..artifacts import Build, write_text
-from ..data import choose as choose
 from ..decode import Decoding, Generations, LowerStates, MultipleChoice, Prompt
 from ..models import BASELINES, ModelSet
 from ..stats import Interval, interval_words, item_means, mean_interval, paired_change, verdict
