@@ -1,11 +1,16 @@
-"""The library's rooms: each imports only from those below it."""
+"""The library's rooms: each imports only from those below it, and has what notebooks use."""
 
 from __future__ import annotations
 
 import ast
+import json
+import pkgutil
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import rlhf_trust
+from rlhf_trust import params
 
 PACKAGE = Path(rlhf_trust.__file__).parent
 ROOMS = (
@@ -59,3 +64,37 @@ def test_no_room_imports_from_one_above_it():
             if ROOMS.index(other) > ROOMS.index(own)
         ]
     assert not upwards
+
+
+def missing_names(source: str) -> list[str]:
+    """Names that a chapter takes from the library, by import or as ``module.name``, and that it
+    has not."""
+    found, tree, missing = {}, ast.parse(source), []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.module.startswith("rlhf_trust"):
+            continue
+        for alias in node.names:
+            try:
+                found[alias.asname or alias.name] = pkgutil.resolve_name(
+                    f"{node.module}.{alias.name}"
+                )
+            except AttributeError:
+                missing.append(f"{node.module}.{alias.name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = found.get(node.value.id)
+            if isinstance(owner, ModuleType) and not hasattr(owner, node.attr):
+                missing.append(f"{owner.__name__}.{node.attr}")
+    return missing
+
+
+@pytest.mark.parametrize("stage", params.stages())
+def test_the_library_has_what_a_notebook_uses(stage):
+    cells = json.loads((params.NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert missing_names("\n".join(code)) == []
+
+
+def test_a_missing_name_is_found():
+    source = "from rlhf_trust import stats\nfrom rlhf_trust.data import nothing\nstats.nobody()"
+    assert missing_names(source) == ["rlhf_trust.data.nothing", "rlhf_trust.stats.nobody"]
