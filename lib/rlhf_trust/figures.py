@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.patches import Patch
 
 from .artifacts import atomic_write
 from .stats import mean_interval
@@ -25,6 +27,9 @@ COLOURS = {
     "trust-aligned": "#56B4E9",
 }
 WORSE, BETTER, UNCLEAR = "#B2182B", "#2166AC", "#BBBBBB"
+AT_ZERO = {"color": "black", "linewidth": 0.8}
+SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2"}
+"""Abbreviations of metrics as they are written in text."""
 TITLES = {
     "toxicity": "Toxicity",
     "stereotype": "Stereotypical bias",
@@ -37,27 +42,23 @@ TITLES = {
 
 def use_style() -> None:
     """Set the study's style; call once at the head of a notebook."""
-    sns.set_theme(
-        context="notebook",
-        style="whitegrid",
-        font="DejaVu Sans",
-        rc={
-            "figure.dpi": 120,
-            "savefig.dpi": 160,
-            "figure.constrained_layout.use": True,
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "axes.labelsize": 10,
-            "xtick.labelsize": 9,
-            "ytick.labelsize": 9,
-            "legend.fontsize": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "grid.color": "#E5E5E5",
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-        },
-    )
+    settings = {
+        "figure.dpi": 120,
+        "savefig.dpi": 160,
+        "figure.constrained_layout.use": True,
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.labelsize": 10,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+        "legend.fontsize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": "#E5E5E5",
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+    }
+    sns.set_theme(style="whitegrid", font="DejaVu Sans", rc=settings)
 
 
 def colour(model: str) -> str:
@@ -76,13 +77,8 @@ def save(figure, path: Path) -> None:
 def _panels(count: int, columns: int, size: tuple, extra: tuple = (0.0, 0.0), **shared):
     """A figure of ``count`` panels of ``size`` inches, ``columns`` in a row, and its used axes."""
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(size[0] * columns + extra[0], size[1] * rows + extra[1]),
-        squeeze=False,
-        **shared,
-    )
+    inches = (size[0] * columns + extra[0], size[1] * rows + extra[1])
+    figure, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, **shared)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes.flat[:count]
@@ -106,17 +102,6 @@ def _row_labels(axis, labels: Sequence[str]) -> None:
     axis.grid(axis="y", visible=False)
 
 
-def _spelled(label: str) -> str:
-    """A label with abbreviations of metrics as they are written in text."""
-    for name, words in (("roc auc", "ROC area"), ("mc1", "MC1"), ("mc2", "MC2")):
-        label = label.replace(name, words)
-    return label
-
-
-def _zero(axis) -> None:
-    axis.axvline(0, color="black", linewidth=0.8)
-
-
 def _legend_right(axis, *handles_and_labels) -> None:
     axis.legend(*handles_and_labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
@@ -137,22 +122,15 @@ def _heat_map(axis, table, low: float, high: float, fmt: str, size: float = 10, 
     axis.set(xlabel="", ylabel="")
 
 
-def _unique(column: pd.Series) -> list:
-    """Values in their order of appearance."""
-    return list(dict.fromkeys(column))
-
-
 # --- figures of several chapters -----------------------------------------------------------------
 
 
 def curves(
-    training: pd.DataFrame,
-    metrics: Sequence[str],
-    window: int = 5,
-    names: dict[str, str] | None = None,
+    training: pd.DataFrame, metrics: Sequence[str], window: int = 5, names: dict | None = None
 ):
     """One small panel per metric: raw values faint, a running mean over ``window`` steps on top.
 
+    ``names``: metric → title of its panel (default: the metric).
     With fewer than two windows of values, and for the learning rate, the values themselves.
     """
     figure, axes = _panels(len(metrics), min(3, len(metrics)), (3.1, 2.5))
@@ -176,7 +154,8 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items")
     Columns label, model, value, ci_low, ci_high, n. ``over``: what the intervals are over and n
     counts.
     """
-    labels, models = _unique(trust["label"]), _unique(trust["model"])
+    trust = trust.assign(label=trust["label"].replace(SPELLED, regex=True))
+    labels, models = list(trust["label"].unique()), list(trust["model"].unique())
     figure, axis = plt.subplots(figsize=(7.2, 0.9 + 0.24 * len(labels) * max(2, len(models))))
     points = trust.drop_duplicates(["label", "model"]).dropna(subset="value")
     for point in points.itertuples():
@@ -186,9 +165,7 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items")
     for row in range(1, len(labels)):
         axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
     counts = trust.groupby("label", sort=False)["n"].max()
-    _row_labels(axis, labels)
-    named = [f"{_spelled(label)}\n(n = {counts[label]})" for label in labels]
-    axis.set_yticks(range(len(labels)), named)
+    _row_labels(axis, [f"{label}\n(n = {counts[label]})" for label in labels])
     axis.set(title=title, xlabel=f"{xlabel}, 95 % interval over {over}")
     dot = {"marker": "o", "markersize": 6, "linestyle": "none"}
     handles = [plt.Line2D([], [], color=colour(model), **dot) for model in models]
@@ -197,19 +174,14 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items")
 
 
 def forest(
-    table: pd.DataFrame,
-    panel: str,
-    row: str,
-    title: str,
-    xlabel: str,
-    lines: dict[str, float] | None = None,
+    table: pd.DataFrame, panel: str, row: str, title: str, xlabel: str, lines: dict | None = None
 ):
     """Point and interval of every ``row``, one panel for each value of ``panel``.
 
     Columns value, ci_low, ci_high, n and the two named. ``lines``: label → place of a vertical line
     (default: one at zero).
     """
-    panels, rows = _unique(table[panel]), _unique(table[row])
+    panels, rows = list(table[panel].unique()), list(table[row].unique())
     columns = len(panels) if len(panels) <= 4 else 3
     size = (max(5.6 / columns, min(2.9, 9.8 / columns)), 0.7 + 0.26 * len(rows))
     figure, axes = _panels(len(panels), columns, size, (0, 0.4), sharex=True, sharey=True)
@@ -258,17 +230,12 @@ def glance(changes: pd.DataFrame, verticals: Sequence[str], models: Sequence[str
             axis.set_xlabel(f"{metric}\nn = {rows['n'].max()}", fontsize=9)
         axis.grid(axis="x", visible=False)
     axes[0].set_ylabel("change against start, %")
-    handles = {
-        "worse": plt.Rectangle((0, 0), 1, 1, color=WORSE),
-        "better": plt.Rectangle((0, 0), 1, 1, color=BETTER),
-        "interval includes zero": plt.Rectangle((0, 0), 1, 1, color=UNCLEAR),
-    }
+    meanings = {"worse": WORSE, "better": BETTER, "interval includes zero": UNCLEAR}
+    handles = [Patch(color=shade, label=label) for label, shade in meanings.items()]
     if changes["mostly_unreadable"].any():
         hatched = {"facecolor": "#555555", "edgecolor": "white", "hatch": "///"}
-        handles["most answers unreadable"] = plt.Rectangle((0, 0), 1, 1, **hatched)
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncol=len(handles), frameon=False
-    )
+        handles.append(Patch(label="most answers unreadable", **hatched))
+    figure.legend(handles=handles, loc="outside lower center", ncol=len(handles), frameon=False)
     return figure
 
 
@@ -277,13 +244,10 @@ def trade_offs(changes: pd.DataFrame, over: str):
 
     Columns as for :func:`intervals`, with vertical in place of label.
     """
-    figure = intervals(
-        changes.assign(label=changes["vertical"].map(TITLES)),
-        "Changes against start",
-        "change, signed so that right is worse",
-        over,
-    )
-    _zero(figure.axes[0])
+    labelled = changes.assign(label=changes["vertical"].map(TITLES))
+    xlabel = "change, signed so that right is worse"
+    figure = intervals(labelled, "Changes against start", xlabel, over)
+    figure.axes[0].axvline(0, **AT_ZERO)
     return figure
 
 
@@ -313,12 +277,8 @@ def contributions(
 
     ``missing``: what a cell without a number says (by default, that the stage changed no answer).
     """
-    table, p = (
-        summary.pivot(index="stage", columns="vertical", values=column)
-        .reindex(index=stages, columns=verticals)
-        .astype(float)
-        for column in (value, "p_null")
-    )
+    cells = summary.set_index(["stage", "vertical"])[[value, "p_null"]].astype(float)
+    table, p = (cells[name].unstack().reindex(stages, columns=verticals) for name in cells)
     text = table.map(lambda v: missing if pd.isna(v) else f"{v:+.2f}")
     text += p.map(lambda v: " *" if v < 0.05 else "")
     bound = max(1e-9, float(np.nanmax(np.abs(table.to_numpy()), initial=0.0)))
@@ -349,7 +309,7 @@ def effects(tables: dict[str, pd.DataFrame]):
 
     Columns feature, effect, ci_low, ci_high, p_holm.
     """
-    features = _unique(pd.concat(tables.values())["feature"])
+    features = list(pd.concat(tables.values())["feature"].unique())
     size = (3.2, 0.9 + 0.27 * len(features))
     figure, axes = _panels(len(tables), min(2, len(tables)), size, (2.6, 0), sharey=True)
     for axis, (title, table) in zip(axes, tables.items()):
@@ -359,7 +319,7 @@ def effects(tables: dict[str, pd.DataFrame]):
             dot = {"markersize": 6, "markerfacecolor": shade if clear else "white"}
             found = point.effect, point.ci_low, point.ci_high
             _point(axis, features.index(point.feature), *found, shade, **dot)
-        _zero(axis)
+        axis.axvline(0, **AT_ZERO)
         axis.set(title=title, xlabel="effect, 95 % interval")
         _row_labels(axis, features)
     return figure
@@ -371,10 +331,9 @@ def pruning(table: pd.DataFrame, outcomes: Sequence[str], target: str):
     Intervals over items (dark) and over draws (light). Columns as of ``validate.pruning_table``;
     log-odds on the left axis, shares of errors on the right one.
     """
-    arms, errors = _unique(table["arm"]), ["ranking errors"]
-    odds, shares = (
-        [o for o in outcomes if (o in errors) == on_right] for on_right in (False, True)
-    )
+    arms = list(table["arm"].unique())
+    odds = [outcome for outcome in outcomes if outcome != "ranking errors"]
+    shares = [outcome for outcome in outcomes if outcome == "ranking errors"]
     size = (8.6, 0.9 + 0.24 * len(odds) * len(arms))
     figure, axes = plt.subplots(1, 2, figsize=size, width_ratios=(3, 2))
     units = ("log-odds of the bad answer, nats", "share of pairs ranked wrongly")
@@ -387,7 +346,7 @@ def pruning(table: pd.DataFrame, outcomes: Sequence[str], target: str):
             axis.plot(draws, [y, y], color=shade, **wide)
             over_items = point.change, point.items_low, point.items_high
             _point(axis, y, *over_items, shade, label=point.arm if row == 0 else None)
-        _zero(axis)
+        axis.axvline(0, **AT_ZERO)
         titles = [TITLES.get(name, name) for name in names]
         marks = [" (target)" if name == target else "" for name in names]
         _row_labels(axis, [title + mark for title, mark in zip(titles, marks)])
@@ -406,34 +365,24 @@ def learners(found: pd.DataFrame, metric: str, title: str, ylabel: str):
     One panel for each choice (row) and number (column) of pairs; mean and 95 % interval over seeds.
     Columns as of ``order_consistency.sweep``.
     """
-    choices, amounts = _unique(found["pairs"]), sorted(set(found["amount"]))
-    panels = [(how, amount) for how in choices for amount in amounts]
-    figure, axes = _panels(
-        len(panels), len(amounts), (3.2, 2.5), (1.6, 0.6), sharex=True, sharey=True
-    )
+    amounts, unbounded = sorted(set(found["amount"])), (-np.inf, np.inf)
+    panels = list(product(found["pairs"].unique(), amounts))
+    size, shared = (3.2, 2.5), {"sharex": True, "sharey": True}
+    figure, axes = _panels(len(panels), len(amounts), size, (1.6, 0.6), **shared)
+    look = {"fmt": "-o", "markersize": 4, "linewidth": 1.5, "capsize": 2}
     for axis, (how, amount) in zip(axes, panels):
         part = found[(found["pairs"] == how) & (found["amount"] == amount)]
-        for tone, (learner, rows) in zip(
-            (GREY, BLUE, GREEN, ORANGE), part.groupby("learner", sort=False)
-        ):
-            by_beta = rows.groupby("beta")
-            points = [
-                mean_interval(
-                    v.to_numpy(), f"{how}/{amount}/{learner}/{b}", bounds=(-np.inf, np.inf)
-                )
-                for b, v in by_beta[metric]
-            ]
-            axis.errorbar(
-                by_beta["label_accuracy"].mean(),
-                [p.value for p in points],
-                [[p.value - p.low for p in points], [p.high - p.value for p in points]],
-                fmt="-o",
-                color=tone,
-                markersize=4,
-                linewidth=1.5,
-                capsize=2,
-                label=learner.replace("_", " "),
-            )
+        by_learner = part.groupby("learner", sort=False)
+        for tone, (learner, rows) in zip((GREY, BLUE, GREEN, ORANGE), by_learner):
+            by_beta, points = rows.groupby("beta"), []
+            for beta, values in by_beta[metric]:
+                name = f"{how}/{amount}/{learner}/{beta}"
+                points.append(mean_interval(values.to_numpy(), name, bounds=unbounded))
+            means = [point.value for point in points]
+            below = [point.value - point.low for point in points]
+            above = [point.high - point.value for point in points]
+            shares, label = by_beta["label_accuracy"].mean(), learner.replace("_", " ")
+            axis.errorbar(shares, means, [below, above], color=tone, label=label, **look)
         kind = f"{how} prompt" if how in ("same", "cross") else how
         axis.set(title=f"{kind}, {amount} pairs")
     _legend_right(axes[len(amounts) - 1])
@@ -463,17 +412,10 @@ def style_matrices(matrices: dict[str, np.ndarray], styles: Sequence[str]):
 def layer_maps(maps: dict[str, np.ndarray]):
     """Heat maps of similarity: layers of start (up) against layers of another model (across)."""
     figure, axes = _panels(len(maps), min(4, len(maps)), (2.5, 2.6), (1.2, 0.4))
+    look = {"cmap": "viridis", "vmin": 0, "vmax": 1, "origin": "lower", "aspect": "auto"}
     for axis, (name, values) in zip(axes, maps.items()):
         rows, columns = values.shape
-        shown = axis.imshow(
-            values,
-            cmap="viridis",
-            vmin=0,
-            vmax=1,
-            origin="lower",
-            aspect="auto",
-            extent=(0.5, columns + 0.5, 0.5, rows + 0.5),
-        )
+        shown = axis.imshow(values, extent=(0.5, columns + 0.5, 0.5, rows + 0.5), **look)
         axis.set(title=name)
         axis.grid(visible=False)
     figure.colorbar(shown, ax=figure.axes, label="CKA, unbiased", shrink=0.8)
@@ -503,20 +445,14 @@ def separation(told: pd.DataFrame, curves: pd.DataFrame):
         label = f"no error: {len(perfect)} of {len(told)}"
         right.plot([0, 0, 1], [0, 1, 1], color="#999999", linewidth=4, label=label)
     others = curves[~curves["measure"].isin(perfect)].groupby("measure", sort=False)
+    shades = list(COLOURS.values())[1:]
     for place, (measure, curve) in enumerate(others):
-        right.plot(
-            curve["false_positive"],
-            curve["true_positive"],
-            color=list(COLOURS.values())[1 + place % 6],
-            linestyle=("-", "--", ":")[place // 6 % 3],
-            label=measure,
-        )
+        shade, style = shades[place % 6], ("-", "--", ":")[place // 6 % 3]
+        points = curve["false_positive"], curve["true_positive"]
+        right.plot(*points, color=shade, linestyle=style, label=measure)
     first = told.iloc[0]
-    right.set(
-        xlabel=f"unrelated pairs called derived (n = {first['n_unrelated']})",
-        ylabel=f"derived pairs called derived (n = {first['n_derived']})",
-        xlim=(-0.03, 1.03),
-        ylim=(-0.03, 1.03),
-    )
+    right.set_xlabel(f"unrelated pairs called derived (n = {first['n_unrelated']})")
+    right.set_ylabel(f"derived pairs called derived (n = {first['n_derived']})")
+    right.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     _legend_right(right)
     return figure
