@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Collection
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -31,16 +31,7 @@ from scipy import stats as scipy_stats
 from . import ROOT, StudyError, build_root
 from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
 from .rewards import rm_bench
-from .stats import (
-    LEVEL,
-    Change,
-    Interval,
-    holm,
-    interval_words,
-    mean_interval,
-    paired_change,
-    verdict,
-)
+from .stats import LEVEL, Interval, holm, interval_words, mean_interval, paired_change, verdict
 from .verticals import HEADLINE
 
 HALF = 0.5
@@ -70,13 +61,10 @@ def headline_rows(table: pd.DataFrame) -> pd.DataFrame:
     ``table``: ``trust.csv``, or ``trust_change.csv``, of which only changes against start are
     taken.
     """
-    metrics = pd.DataFrame(
-        [(vertical, *metric) for vertical, metric in HEADLINE.items()],
-        columns=["vertical", "metric", "worse"],
-    )
+    metrics = pd.DataFrame.from_dict(HEADLINE, "index", columns=["metric", "worse"])
     rows = table[table["condition"] == "main"]
     rows = rows[rows["baseline"] == "start"] if "baseline" in rows else rows
-    return metrics.merge(rows, on=["vertical", "metric"])
+    return metrics.rename_axis("vertical").reset_index().merge(rows, on=["vertical", "metric"])
 
 
 def at_a_glance(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
@@ -116,10 +104,8 @@ def trade_offs(changes_of_runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
     All headline metrics lie in [0, 1], so their changes share an axis.
     """
-    return pd.concat(
-        [_signed(headline_rows(t)).assign(run=run) for run, t in changes_of_runs.items()],
-        ignore_index=True,
-    )
+    signed = {run: _signed(headline_rows(table)) for run, table in changes_of_runs.items()}
+    return pd.concat([rows.assign(run=run) for run, rows in signed.items()], ignore_index=True)
 
 
 def grounding_trade_offs(changes_of_runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -272,40 +258,34 @@ def sft_check(before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
     """Held-out loss per token, [answers], before and after: it should fall."""
     change = paired_change(after, before, "sft/held-out loss")
     holds = change.high < 0
-    said = (
-        "Training on preferred answers also lowers the loss of answers it did not see."
-        if holds
-        else "That is no clear fall: try more examples, more passes or a larger learning rate, "
-        "unless the start model already writes such answers."
-    )
-    return _check(
-        "sft",
-        "held-out loss falls",
-        holds,
-        change,
+    said = "Training on preferred answers also lowers the loss of answers it did not see."
+    if not holds:
+        said = (
+            "That is no clear fall: try more examples, more passes or a larger learning rate, "
+            "unless the start model already writes such answers."
+        )
+    sentence = (
         f"SFT changes the held-out loss from {before.mean():.3f} to {after.mean():.3f} nats a "
-        f"token, {interval_words(change, unit='answers')}. {said}",
+        f"token, {interval_words(change, unit='answers')}. {said}"
     )
+    return _check("sft", "held-out loss falls", holds, change, sentence)
 
 
 def reward_check(rewards: np.ndarray) -> pd.DataFrame:
     """Held-out accuracy from rewards of (chosen, rejected), [pairs, 2]: it should exceed 1/2."""
     accuracy = mean_interval((rewards[:, 0] > rewards[:, 1]).astype(float))
     holds = accuracy.low > 0.5
-    said = (
-        "better than chance."
-        if holds
-        else "not clearly better than chance, so PPO may raise a reward that says little about "
-        "people's preferences."
-    )
-    return _check(
-        "reward",
-        "held-out accuracy above chance",
-        holds,
-        accuracy,
+    said = "better than chance."
+    if not holds:
+        said = (
+            "not clearly better than chance, so PPO may raise a reward that says little about "
+            "people's preferences."
+        )
+    sentence = (
         f"On {accuracy.n} held-out pairs the reward model prefers the chosen answer in "
-        f"{interval_words(accuracy, '.1%')}: {said}",
+        f"{interval_words(accuracy, '.1%')}: {said}"
     )
+    return _check("reward", "held-out accuracy above chance", holds, accuracy, sentence)
 
 
 def dpo_check(margins: np.ndarray) -> pd.DataFrame:
@@ -315,22 +295,19 @@ def dpo_check(margins: np.ndarray) -> pd.DataFrame:
     """
     margin = mean_interval(margins, "dpo/margin")
     holds = margin.low > 0
-    detectable = paired_change(margins, np.zeros_like(margins)).min_detectable
-    said = (
-        "What it learned from the training pairs carries over to held-out pairs."
-        if holds
-        else f"{'It falls' if margin.high < 0 else 'The interval includes zero'}. "
-        f"With {margin.n} pairs we could detect a mean margin of {detectable:.3f} (80 % power). "
-        "02-reward's held-out accuracy shows how much a model of this size learns from these pairs."
-    )
-    return _check(
-        "dpo",
-        "held-out margin rises",
-        holds,
-        margin,
+    said = "What it learned from the training pairs carries over to held-out pairs."
+    if not holds:
+        detectable = paired_change(margins, np.zeros_like(margins)).min_detectable
+        said = (
+            f"{'It falls' if margin.high < 0 else 'The interval includes zero'}. With {margin.n} "
+            f"pairs we could detect a mean margin of {detectable:.3f} (80 % power). 02-reward's "
+            "held-out accuracy shows how much a model of this size learns from these pairs."
+        )
+    sentence = (
         f"DPO changes the held-out margin from 0 to {interval_words(margin, unit='pairs')}; it is "
-        f"positive for {np.mean(margins > 0):.1%} of pairs. {said}",
+        f"positive for {np.mean(margins > 0):.1%} of pairs. {said}"
     )
+    return _check("dpo", "held-out margin rises", holds, margin, sentence)
 
 
 def reward_rise_check(stage: str, held_out: pd.DataFrame, max_kl: float = 10.0) -> pd.DataFrame:
@@ -339,10 +316,8 @@ def reward_rise_check(stage: str, held_out: pd.DataFrame, max_kl: float = 10.0) 
     ``max_kl`` in nats an answer, or less.
     """
     after, before = held_out["reward_after"], held_out["reward_before"]
-    change, kl = (
-        paired_change(after, before, f"{stage}/held-out reward"),
-        held_out["kl_after"].mean(),
-    )
+    change = paired_change(after, before, f"{stage}/held-out reward")
+    kl = held_out["kl_after"].mean()
     holds = change.n > 1 and change.low > 0 and kl <= max_kl
     if holds:
         said = f"The reward rises within {max_kl:g} nats of SFT."
@@ -356,19 +331,15 @@ def reward_rise_check(stage: str, held_out: pd.DataFrame, max_kl: float = 10.0) 
             "(80 % power). Try more or larger steps, a weaker KL penalty, or a reward model that "
             "separates answers more clearly."
         )
-    return _check(
-        stage,
-        f"held-out reward rises within {max_kl:g} nats",
-        holds,
-        change,
+    sentence = (
         f"{stage.upper()} changes the held-out reward by {interval_words(change, unit='prompts')}; "
-        f"KL to SFT is {kl:.2f} nats an answer. {said}",
+        f"KL to SFT is {kl:.2f} nats an answer. {said}"
     )
+    check = f"held-out reward rises within {max_kl:g} nats"
+    return _check(stage, check, holds, change, sentence)
 
 
-def _check(
-    stage: str, check: str, holds: bool, found: Interval | Change, sentence: str
-) -> pd.DataFrame:
+def _check(stage: str, check: str, holds: bool, found: Interval, sentence: str) -> pd.DataFrame:
     """A row of ``checks.csv``."""
     row = (stage, check, bool(holds), found.value, found.low, found.high, found.n, sentence)
     return pd.DataFrame([row], columns=TABLES["checks"])
@@ -391,9 +362,8 @@ def differences(run: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     ``differs``: each value lies outside the other's interval. ``only_in``: the table of a row that
     the other lacks, else empty.
     """
-    joined = run.merge(
-        reference, on=KEYS, how="outer", suffixes=("_run", "_reference"), indicator="only_in"
-    )
+    ends = ("_run", "_reference")
+    joined = run.merge(reference, "outer", on=KEYS, suffixes=ends, indicator="only_in")
     names = {"left_only": "run", "right_only": "reference", "both": ""}
     joined["only_in"] = joined["only_in"].map(names).astype(str)
 
@@ -407,9 +377,7 @@ def differences(run: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
 def reference_table(profile: str, table: str) -> pd.DataFrame:
     path = REFERENCE / profile / f"{table}.csv"
     if not path.exists():
-        raise StudyError(
-            f"{path.relative_to(ROOT)}: there is no reference run of profile {profile!r}"
-        )
+        raise StudyError(f"{path.relative_to(ROOT)}: no reference run of profile {profile!r}")
     return pd.read_csv(path)
 
 
@@ -444,32 +412,26 @@ def save(profile: str) -> None:
     read_table(build, "trust")
     target.mkdir(parents=True, exist_ok=True)
     for table in SAVED:
+        saved = target / f"{table}.csv"
+        # `make flagship` leaves out the chapters of some.
+        saved.unlink(missing_ok=True)
         if build.table(table).exists():
-            shutil.copyfile(build.table(table), target / f"{table}.csv")
-        else:  # from a chapter that `make flagship` leaves out
-            (target / f"{table}.csv").unlink(missing_ok=True)
+            shutil.copyfile(build.table(table), saved)
     manifests = read_manifests(build)
     record = {
-        "parameters": {
-            stage: {name: _public(value) for name, value in m["parameters"].items()}
-            for stage, m in manifests.items()
-        },
+        "parameters": {stage: m["parameters"] for stage, m in manifests.items()},
         "dtype": manifests["01-sft"]["facts"]["dtype"],
         "versions": manifests["90-report"]["versions"],
         "minutes_last_run": {stage: round(m["seconds"] / 60, 1) for stage, m in manifests.items()},
     }
-    write_text(target / "run.json", json.dumps(record, indent=1) + "\n")
-
-
-def _public(value):
-    return "path:<directory>" if isinstance(value, str) and value.startswith("path:") else value
+    text = re.sub(r'"path:(?:[^"\\]|\\.)*"', '"path:<directory>"', json.dumps(record, indent=1))
+    write_text(target / "run.json", text + "\n")
 
 
 def results_markdown(profile: str) -> str:
     """The reference run's headline figures, training checks and RM-Bench results, in Markdown."""
-    glance = at_a_glance(
-        reference_table(profile, "trust"), reference_table(profile, "trust_change")
-    )
+    trust, changes = (reference_table(profile, name) for name in ("trust", "trust_change"))
+    glance = at_a_glance(trust, changes)
     record = json.loads((REFERENCE / profile / "run.json").read_text())
     models = list(dict.fromkeys(glance["model"]))
     lines = [
@@ -483,18 +445,15 @@ def results_markdown(profile: str) -> str:
     ]
     for vertical, rows in glance.groupby("vertical", sort=False):
         n, first = rows["n"].max(), rows.iloc[0]
-        cells = []
+        worse = "higher" if first["worse"] > 0 else "lower"
+        metric = f"{first['metric'].replace('_', ' ')} ({worse})"
+        cells = [vertical, metric, str(n), f"{first['start']:.3f}"]
         for row in rows.set_index("model").loc[models].itertuples():
             text = interval_words(Interval.of_row(row, "change"), label="")
             text = text if row.verdict == "no clear change" else f"**{text}**"
             fewer = f", n = {row.n}" if row.n < n else ""
             cells.append(f"{text}{fewer}{' †' if row.mostly_unreadable else ''}")
-        metric = (
-            f"{first['metric'].replace('_', ' ')} ({'higher' if first['worse'] > 0 else 'lower'})"
-        )
-        lines.append(
-            f"| {vertical} | {metric} | {n} | {first['start']:.3f} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"- {said}" for said in reference_table(profile, "checks")["sentence"])]
     if (REFERENCE / profile / "rm_bench.csv").exists():
         words = rm_bench.words(reference_table(profile, "rm_bench"))
@@ -513,17 +472,13 @@ def with_results(readme: str, profile: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rlhf_trust.report",
-        description="Hold a run against its profile's reference.",
-    )
+    about = "Hold a run against its profile's reference."
+    parser = argparse.ArgumentParser("python -m rlhf_trust.report", description=about)
     parser.add_argument("profile")
     parser.add_argument("--save", action="store_true", help="make this run the reference")
-    parser.add_argument(
-        "--readme", action="store_true", help="write the reference's results into the README"
-    )
+    parser.add_argument("--readme", action="store_true", help="put its results into the README")
     arguments = parser.parse_args(argv)
-    readme: Path = ROOT / "README.md"
+    readme = ROOT / "README.md"
     try:
         if arguments.save:
             save(arguments.profile)

@@ -30,10 +30,15 @@ from scipy import stats as scipy_stats
 LEVEL = 0.95
 DRAWS = 2000
 TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-DETECTED = float(scipy_stats.norm.ppf((1 + LEVEL) / 2) + scipy_stats.norm.ppf(0.8))
+NORMAL = float(scipy_stats.norm.ppf(TAILS[1]))
+"""Half of a normal interval, in standard errors."""
+DETECTED = NORMAL + float(scipy_stats.norm.ppf(0.8))
 """Minimum detectable effect in standard errors (5 % level, 80 % power)."""
 FEW = 8
 """With fewer clusters, resamples say little about the tails; Student's t is used."""
+
+Bounds = tuple[float, float] | None
+"""Range of a mean, to which its interval is clipped."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,11 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(Interval):
     """Mean paired change with its interval, permutation p-value and minimum detectable change."""
 
-    value: float
-    low: float
-    high: float
     p: float
     min_detectable: float
-    n: int
 
 
 def verdict(low: float, high: float, worse: int = 1, neutral: float = 0.0) -> str:
@@ -74,7 +75,7 @@ def verdict(low: float, high: float, worse: int = 1, neutral: float = 0.0) -> st
 
 
 def interval_words(
-    interval: Interval | Change, form: str = "+.3f", unit: str = "", label: str = "95 % interval "
+    interval: Interval, form: str = "+.3f", unit: str = "", label: str = "95 % interval "
 ) -> str:
     """An interval in words: ``+0.086 (95 % interval +0.068 to +0.103, n = 128 prompts)``.
 
@@ -86,9 +87,7 @@ def interval_words(
     return f"{interval.value:{form}} ({label}{ends}{count})"
 
 
-def mean_interval(
-    values, name: str = "", clusters=None, bounds: tuple[float, float] | None = None
-) -> Interval:
+def mean_interval(values, name: str = "", clusters=None, bounds: Bounds = None) -> Interval:
     """A metric's mean with its interval.
 
     Parameters
@@ -110,7 +109,7 @@ def mean_interval(
     items, clusters = _readable(item_means(samples), clusters)
     n = len(items)
     if n == 0:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
+        return Interval(np.nan, np.nan, np.nan, 0)
     means = ClusterMeans.of(items, clusters)
     outcomes = bounds is None or bounds[0] >= 0
     if outcomes and np.isin(samples[~np.isnan(samples)], (0.0, 1.0)).all():
@@ -122,12 +121,7 @@ def mean_interval(
 
 
 def paired_change(
-    after,
-    before,
-    name: str = "",
-    clusters=None,
-    bounds: tuple[float, float] | None = None,
-    draws: int = DRAWS,
+    after, before, name: str = "", clusters=None, bounds: Bounds = None, draws: int = DRAWS
 ) -> Change:
     """Mean of ``after - before`` over items readable under both models.
 
@@ -139,13 +133,11 @@ def paired_change(
     difference, clusters = _readable(after - before, clusters)
     n = len(difference)
     if n == 0:
-        nan = float("nan")
-        return Change(nan, nan, nan, nan, nan, 0)
+        return Change(np.nan, np.nan, np.nan, 0, np.nan, np.nan)
     means = ClusterMeans.of(difference, clusters)
     if clusters is None and np.isin(difference, (-1.0, 0.0, 1.0)).all():
-        low, high, error = agresti_min(
-            int((difference == 1).sum()), int((difference == -1).sum()), n
-        )
+        gained, lost = int((difference == 1).sum()), int((difference == -1).sum())
+        low, high, error = agresti_min(gained, lost, n)
     elif bounds and not difference.any():  # no change in these clusters; others might change
         low, high, error = agresti_min(0, 0, len(means.sums))
     else:
@@ -154,12 +146,10 @@ def paired_change(
     signs = generator(f"{name}/signs").choice((-1.0, 1.0), size=(draws, len(means.sums)))
     null = np.abs(signs @ means.sums / n)
     p = (1 + int((null >= abs(means.value) - 1e-12).sum())) / (1 + draws)
-    return Change(means.value, low, high, p, DETECTED * error, n)
+    return Change(means.value, low, high, n, p, DETECTED * error)
 
 
-def stratified_interval(
-    strata: Sequence[np.ndarray], bounds: tuple[float, float] | None = None
-) -> Interval:
+def stratified_interval(strata: Sequence[np.ndarray], bounds: Bounds = None) -> Interval:
     """Unweighted mean of k strata's means (domains, say) with its interval.
 
     ``strata``: arrays [items]; ``bounds`` as for :func:`mean_interval`. The error is √(Σ s_d² /
@@ -175,7 +165,7 @@ def stratified_interval(
             errors.append((spread**2 / n, n - 1))
         elif bounds:
             reach = max(bounds[1] - part.mean(), part.mean() - bounds[0])
-            limit = reach * wilson(0.0, n)[1] / scipy_stats.norm.ppf(TAILS[1])
+            limit = reach * wilson(0.0, n)[1] / NORMAL
             errors.append((limit**2, 1e9))  # a limit, not an estimate
         elif len(pooled) > 1:
             errors.append((pooled.var(ddof=1) / n, len(pooled) - 1))
@@ -191,13 +181,9 @@ def item_means(values: np.ndarray) -> np.ndarray:
     """[items] or [items, samples] → [items]; NaN where no sample could be read."""
     if values.ndim == 1:
         return values
-    readable = ~np.isnan(values)
-    return np.divide(
-        np.nansum(values, 1),
-        readable.sum(1),
-        out=np.full(len(values), np.nan),
-        where=readable.any(1),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(values, axis=1)
 
 
 def _readable(items: np.ndarray, clusters) -> tuple[np.ndarray, np.ndarray | None]:
@@ -205,7 +191,7 @@ def _readable(items: np.ndarray, clusters) -> tuple[np.ndarray, np.ndarray | Non
     return items[keep], None if clusters is None else np.asarray(clusters)[keep]
 
 
-def _within(bounds: tuple[float, float] | None, low: float, high: float) -> tuple[float, float]:
+def _within(bounds: Bounds, low: float, high: float) -> tuple[float, float]:
     return (max(low, bounds[0]), min(high, bounds[1])) if bounds else (low, high)
 
 
@@ -235,7 +221,7 @@ class ClusterMeans:
     def standard_error(self) -> float:
         """By linearisation of the ratio; NaN with one cluster."""
         if len(self.sums) < 2:
-            return float("nan")
+            return np.nan
         return float(self._standard_errors(np.ones((1, len(self.sums))), np.array([self.value]))[0])
 
     def _standard_errors(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -259,7 +245,7 @@ class ClusterMeans:
         # Few clusters leave the design effect uncertain: Student's t allows for that, as in Korn
         # and Graubard (1998).
         t = scipy_stats.t.ppf(TAILS[1], len(self.sums) - 1)
-        return rate * (1 - rate) / error**2 * (scipy_stats.norm.ppf(TAILS[1]) / t) ** 2
+        return rate * (1 - rate) / error**2 * (NORMAL / t) ** 2
 
     def interval(self, name: str, draws: int = DRAWS) -> tuple[float, float]:
         """Bootstrap-t over clusters (Efron and Tibshirani 1993, ch. 12); Student's t below ``FEW``.
@@ -284,28 +270,27 @@ class ClusterMeans:
         return float(value - t_high * error), float(value - t_low * error)
 
 
-def wilson(rate: float, n: float, level: float = LEVEL) -> tuple[float, float]:
+def wilson(rate: float, n: float) -> tuple[float, float]:
     """Wilson's score interval of a rate among ``n`` outcomes, n not necessarily whole (E. B. Wilson
     1927)."""
-    z = float(scipy_stats.norm.ppf((1 + level) / 2))
+    z = NORMAL
     middle, half = rate + z * z / (2 * n), z * sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     # Exact at the ends, where rounding could put the rate itself outside.
     return low if rate > 0 else 0.0, high if rate < 1 else 1.0
 
 
-def agresti_min(gained: int, lost: int, n: int, level: float = LEVEL) -> tuple[float, float, float]:
+def agresti_min(gained: int, lost: int, n: int) -> tuple[float, float, float]:
     """Interval and standard error of the difference of two paired rates, from the items that
     changed.
 
     Half an item is added to each of the four cells (A. Agresti and Y. Min 2005), so that seeing no
     change among few items still leaves an interval.
     """
-    z = float(scipy_stats.norm.ppf((1 + level) / 2))
     gained, lost, n = gained + 0.5, lost + 0.5, n + 2
     value = (gained - lost) / n
     error = sqrt(gained + lost - (gained - lost) ** 2 / n) / n
-    return max(-1.0, value - z * error), min(1.0, value + z * error), error
+    return max(-1.0, value - NORMAL * error), min(1.0, value + NORMAL * error), error
 
 
 def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Interval:
@@ -323,10 +308,9 @@ def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Int
 
     drawn = generator(f"rank agreement/{name}").integers(len(first), size=(DRAWS, len(first)))
     resampled = [spearman(rows) for rows in drawn]
-    if np.isnan(resampled).all():
-        low = high = np.nan
-    else:  # one item drawn over and over may have only one score
-        low, high = np.nanquantile(resampled, TAILS)
+    # One item drawn over and over may have only one score.
+    known = [value for value in resampled if not np.isnan(value)]
+    low, high = np.quantile(known, TAILS) if known else (np.nan, np.nan)
     return Interval(spearman(np.arange(len(first))), float(low), float(high), int(both.sum()))
 
 
@@ -343,9 +327,8 @@ def row_rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def generator(name: str) -> np.random.Generator:
     """A random generator seeded by a name: the same everywhere, whatever ran before."""
-    return np.random.default_rng(
-        int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    )
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
