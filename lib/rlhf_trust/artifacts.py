@@ -26,10 +26,9 @@ from tqdm.std import tqdm as terminal_bar
 
 from . import StudyError, build_root
 
-PACKAGES = [
-    *"torch transformers trl peft datasets accelerate numpy pandas scikit-learn".split(),
-    "alt-profanity-check",
-]
+PACKAGES = (
+    "torch transformers trl peft datasets accelerate numpy pandas scikit-learn alt-profanity-check"
+).split()
 """The packages whose versions a manifest records."""
 
 TABLES = {
@@ -230,13 +229,12 @@ def merge_tables(
     Without parts: an error, or an empty table if not ``required``. ``finish`` adds what needs all
     parts, such as a correction for multiple tests.
     """
-    parts = sorted(build.path("tables", "parts", "x").parent.glob(f"{table}.*.csv"))
+    folder = build.path("tables", "parts")
+    parts = sorted(folder.glob(f"{table}.*.csv"))
     if not parts:
         build.table(table).unlink(missing_ok=True)
         if required:
-            raise StudyError(
-                f"{build.root / 'tables'}: no parts of {table}; run `make reproduce` first"
-            )
+            raise StudyError(f"{folder}: no parts of {table}; run `make reproduce` first")
         return pd.DataFrame(columns=TABLES[table])
     frames = [frame for frame in map(pd.read_csv, parts) if len(frame)]
     merged = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TABLES[table])
@@ -257,10 +255,8 @@ def read_table(build: Build, table: str, required: bool = True) -> pd.DataFrame:
 
 def versions() -> dict[str, str]:
     """Python's and the main packages' versions, for manifests and the report."""
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
-    }
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | packages
 
 
 @dataclass
@@ -286,18 +282,14 @@ class Manifest:
             "versions": versions(),
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        write_text(
-            self.build.path("manifests", f"{self.stage}.json"),
-            json.dumps(record, indent=1, sort_keys=True),
-        )
+        path = self.build.path("manifests", f"{self.stage}.json")
+        write_text(path, json.dumps(record, indent=1, sort_keys=True))
 
 
 def read_manifests(build: Build) -> dict[str, dict]:
     """All stages' manifests, by stage name in reading order."""
-    return {
-        path.stem: json.loads(path.read_text())
-        for path in sorted((build.root / "manifests").glob("*.json"))
-    }
+    paths = sorted((build.root / "manifests").glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def progress(

@@ -7,7 +7,7 @@ joined, so a prompt's tokens never depend on the answer that follows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -85,10 +85,8 @@ class Chat:
         if name not in FORMATS:
             raise StudyError(f"prompt_format: must be one of {', '.join(FORMATS)}, got {name!r}")
         if name == "chatml" and "<|im_start|>" not in tokenizer.get_vocab():
-            raise StudyError(
-                "prompt_format: chatml needs a tokenizer with <|im_start|>; use dialogue for this "
-                "model"
-            )
+            needed = "a tokenizer with <|im_start|>; use dialogue for this model"
+            raise StudyError(f"prompt_format: chatml needs {needed}")
         self.tokenizer = tokenizer
         self.name = name
         self.format = FORMATS[name]
@@ -96,7 +94,7 @@ class Chat:
         # and Pythia).
         self._opening = tuple(tokenizer("").input_ids)
 
-    def prompt_text(self, turns: tuple[str, ...] | list[str], system: str | None = None) -> str:
+    def prompt_text(self, turns: Sequence[str], system: str | None = None) -> str:
         """``turns`` alternate human, assistant, …, human."""
         if len(turns) % 2 == 0:
             raise StudyError(f"a prompt must end in a human turn, got {len(turns)} turns")
@@ -109,9 +107,7 @@ class Chat:
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def prompt_ids(
-        self, turns: tuple[str, ...] | list[str], system: str | None = None
-    ) -> tuple[int, ...]:
+    def prompt_ids(self, turns: Sequence[str], system: str | None = None) -> tuple[int, ...]:
         return self._opening + self._ids(self.prompt_text(turns, system))
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
@@ -127,17 +123,14 @@ class Chat:
 
     def options(self, turns, answers: Iterable[str], system: str | None = None) -> Options:
         """A prompt's tokens, and those of each answer to weigh, without end tokens."""
-        return self.prompt_ids(turns, system), tuple(
-            self._ids(self.format.answer.format(text=a)) for a in answers
-        )
+        texts = [self.format.answer.format(text=answer) for answer in answers]
+        return self.prompt_ids(turns, system), tuple(map(self._ids, texts))
 
     def plain_options(self, text: str, endings: Iterable[str]) -> Options:
         """The same for text outside any conversation: text and ending are tokenised together and
         cut where the text's own tokens end, as evaluation harnesses do."""
-        context = self._opening + self._ids(text)
-        return context, tuple(
-            (self._opening + self._ids(text + ending))[len(context) :] for ending in endings
-        )
+        context, wholes = self._ids(text), [self._ids(text + ending) for ending in endings]
+        return self._opening + context, tuple(whole[len(context) :] for whole in wholes)
 
     def decode(self, ids) -> str:
         """A generated answer as text: cut at the end token or where the model starts another
@@ -145,7 +138,7 @@ class Chat:
         ids = list(ids)
         if self.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        text = self.tokenizer.decode(ids)
         for stop in self.format.stop:
             text = text.split(stop, 1)[0]
         return text.strip()

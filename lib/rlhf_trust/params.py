@@ -44,7 +44,7 @@ class Parameter:
         if _fits(value, self.type):
             return float(value) if self.type == "float" else value
         hint = ""
-        if self.type == "float" and _is_number(value):
+        if self.type == "float" and str(value).lstrip("+-.")[:1].isdigit():
             hint = " (YAML reads 1e-5 as text: write 1.0e-5)"
         elif self.type == "str" and isinstance(value, (int, float)):
             hint = " (write it in quotes)"
@@ -64,14 +64,6 @@ def _fits(value: Any, kind: str) -> bool:
     return kind in TYPES and isinstance(value, TYPES[kind])
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
 def stages() -> list[str]:
     """Names of all stage notebooks, in reading order."""
     return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
@@ -83,9 +75,7 @@ def notebook_parameters(path: Path) -> dict[str, Parameter]:
     code = (cell for cell in cells if cell["cell_type"] == "code")
     tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
-        raise StudyError(
-            f"{path.name}: needs exactly one code cell tagged `parameters`, found {len(tagged)}"
-        )
+        raise StudyError(f"{path.name}: needs one code cell tagged `parameters`, has {len(tagged)}")
     source = "".join(tagged[0]["source"])
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -94,11 +84,8 @@ def notebook_parameters(path: Path) -> dict[str, Parameter]:
     }
     found = {}
     for node in ast.parse(source).body:
-        if not (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and node.value is not None
-        ):
+        typed = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if not typed or node.value is None:
             raise StudyError(
                 f"{path.name}, parameters cell, line {node.lineno}: "
                 "write `name: type = default  # what it is`"
@@ -117,44 +104,33 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     With ``extends`` they lie over those of another profile (``below`` are the profiles that led
     here).
     """
-    path = PROFILES / f"{profile}.yaml"
+    path, file = PROFILES / f"{profile}.yaml", f"params/{profile}.yaml"
     if not path.exists():
         if profile == "embedded":
             return {}
-        known = sorted(p.stem for p in PROFILES.glob("*.yaml")) + ["embedded"]
+        known = [*(path.stem for path in PROFILES.glob("*.yaml")), "embedded"]
         where = f"params/{below[-1]}.yaml: {EXTENDS}: " if below else ""
-        raise StudyError(f"{where}params/{profile}.yaml: no such profile{_nearest(profile, known)}")
+        raise StudyError(f"{where}{file}: no such profile{_nearest(profile, known)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(
-            f"params/{profile}.yaml: not valid YAML: {' '.join(str(error).split())}"
-        ) from None
-    if not isinstance(content, dict) or not all(
-        isinstance(v, dict) or k in (ACCEPTS, EXTENDS) for k, v in content.items()
-    ):
-        raise StudyError(
-            f"params/{profile}.yaml: must map `all` or a notebook's name to its parameters"
-        )
+        problem = " ".join(str(error).split())
+        raise StudyError(f"{file}: not valid YAML: {problem}") from None
+    sections = content.items() if isinstance(content, dict) else [("", content)]
+    if not all(isinstance(v, dict) or k in (ACCEPTS, EXTENDS) for k, v in sections):
+        raise StudyError(f"{file}: must map `all` or a notebook's name to its parameters")
     if EXTENDS not in content:
         return content
     extended = str(content.pop(EXTENDS))
     if extended in (*below, profile):
         circle = " -> ".join((*below, profile, extended))
-        raise StudyError(f"params/{profile}.yaml: {EXTENDS}: {circle} goes in a circle")
-    return _over(content, read_profile(extended, (*below, profile)))
-
-
-def _over(content: dict[str, Any], extended: dict[str, Any]) -> dict[str, Any]:
-    """One profile's content over another's, parameter by parameter.
-
-    Terms are not inherited: they are accepted in the file that is run.
-    """
-    sections = {name: values for name, values in extended.items() if name != ACCEPTS}
-    return sections | {
-        name: sections.get(name, {}) | values if isinstance(values, dict) else values
-        for name, values in content.items()
-    }
+        raise StudyError(f"{file}: {EXTENDS}: {circle} goes in a circle")
+    merged = read_profile(extended, (*below, profile))
+    # Terms are not inherited: they are accepted in the file that is run.
+    merged.pop(ACCEPTS, None)
+    for section, values in content.items():
+        merged[section] = values if section == ACCEPTS else merged.get(section, {}) | values
+    return merged
 
 
 def terms_accepted(profile: str) -> bool:
@@ -172,38 +148,28 @@ def resolve(
     unknown notebook or key (with the nearest name) and for a wrong type.
     """
     known = {stage: notebook_parameters(NOTEBOOKS / f"{stage}.ipynb") for stage in stages()}
-    content = {
-        section: values for section, values in read_profile(profile).items() if section != ACCEPTS
-    }
-    file = f"params/{profile}.yaml"
-    every_name = sorted({name for parameters in known.values() for name in parameters})
-    for section in content:
-        if section != "all" and section not in known:
-            raise StudyError(f"{file}: no notebook {section!r}{_nearest(section, [*known, 'all'])}")
-    general = content.get("all", {}) | (overrides or {})
-    for name in general:
-        if name not in every_name:
-            raise StudyError(f"{file}: all: unknown parameter {name!r}{_nearest(name, every_name)}")
-
+    content, file, overrides = read_profile(profile), f"params/{profile}.yaml", overrides or {}
+    content.pop(ACCEPTS, None)
+    _refuse_unknown(f"{file}: no notebook", content, [*known, "all"])
+    general = content.get("all", {})
+    every_name = {name for parameters in known.values() for name in parameters}
+    _refuse_unknown(f"{file}: all: unknown parameter", general | overrides, every_name)
     resolved = {}
     for stage, parameters in known.items():
         special = content.get(stage, {})
-        for name in special:
-            if name not in parameters:
-                raise StudyError(
-                    f"{file}: {stage}: unknown parameter {name!r}{_nearest(name, parameters)}"
-                )
-        values = {name: parameter.default for name, parameter in parameters.items()}
-        values |= {name: value for name, value in general.items() if name in parameters}
-        values |= special
-        values |= {name: value for name, value in (overrides or {}).items() if name in parameters}
-        if "profile" in parameters:
-            values["profile"] = run or profile
-        resolved[stage] = {
-            name: parameters[name].check(value, f"{file}: {stage if name in special else 'all'}")
-            for name, value in values.items()
-        }
+        _refuse_unknown(f"{file}: {stage}: unknown parameter", special, parameters)
+        given = general | special | overrides | {"profile": run or profile}
+        resolved[stage] = {}
+        for name, parameter in parameters.items():
+            where = f"{file}: {stage if name in special else 'all'}"
+            resolved[stage][name] = parameter.check(given.get(name, parameter.default), where)
     return resolved
+
+
+def _refuse_unknown(complaint: str, names, known) -> None:
+    for name in names:
+        if name not in known:
+            raise StudyError(f"{complaint} {name!r}{_nearest(name, known)}")
 
 
 def _nearest(name: str, known) -> str:

@@ -209,24 +209,19 @@ def write_html(
     notebook.cells = list(page_cells(notebook, code, pages, folder))
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # equal runs give equal pages
-    metadata = {"pagetitle": title, "lang": "en", "document-css": "false"}
-    variables = {
-        "header-includes": f"<style>{STYLE}</style>",
-        "include-before": navigation,
-        "include-after": navigation,
-    }
-    rendered = pypandoc.convert_text(
-        nbformat.writes(notebook),
-        "html5",
-        format="ipynb+smart",
-        extra_args=[
-            "--standalone",
-            "--embed-resources",
-            "--mathml",
-            *(f"--metadata={name}:{value}" for name, value in metadata.items()),
-            *(f"--variable={name}:{value}" for name, value in variables.items()),
-        ],
-    )
+    options = [
+        "--standalone",
+        "--embed-resources",
+        "--mathml",
+        f"--metadata=pagetitle:{title}",
+        "--metadata=lang:en",
+        "--metadata=document-css:false",
+        f"--variable=header-includes:<style>{STYLE}</style>",
+        f"--variable=include-before:{navigation}",
+        f"--variable=include-after:{navigation}",
+    ]
+    text = nbformat.writes(notebook)
+    rendered = pypandoc.convert_text(text, "html5", format="ipynb+smart", extra_args=options)
     write_text(out, NO_CODE.sub("", rendered))
 
 

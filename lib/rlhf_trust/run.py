@@ -16,26 +16,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
 
 from . import StudyError, build_root
 from .params import NOTEBOOKS, notebook_parameters, resolve, stages, terms_accepted
-from .sources import ACCEPTED, TERMS
+from .sources import ACCEPTED, TERMS, first_line
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rlhf_trust.run", description=__doc__.split("\n")[0]
-    )
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser("python -m rlhf_trust.run", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("resolve", "check parameters and write them where they changed"),
@@ -174,26 +172,26 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     try:
         with _follow(stage, shown), _environment(environment):
             papermill.execute_notebook(
-                str(NOTEBOOKS / f"{stage}.ipynb"),
-                str(aside),
+                NOTEBOOKS / f"{stage}.ipynb",
+                aside,
                 parameters=parameters[stage],
                 kernel_name="python3",
-                cwd=str(NOTEBOOKS),
+                cwd=NOTEBOOKS,
                 progress_bar=False,
                 extra_arguments=["--IPKernelApp.log_level=40"],
             )
         nbformat.write(publishable(nbformat.read(aside, as_version=4)), aside)
     except PapermillExecutionError as error:
-        lines = str(error.evalue).strip().splitlines() or ["no message"]
-        reason = lines[0] if error.ename == "StudyError" else f"{error.ename}: {lines[0]}"
+        reason = first_line(error.evalue)
+        if error.ename != "StudyError":
+            reason = f"{error.ename}: {reason}"
     except DeadKernelError:
-        reason = (
-            "the kernel died (out of memory?); close other programs or lower the sizes in params/"
-        )
+        reason = "the kernel died (out of memory?); close other programs or lower sizes in params/"
     except KeyboardInterrupt:
         reason, code = "interrupted", 130
-    except RuntimeError as error:  # e.g. a kernel that does not answer in time
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    # Such as a kernel that does not answer in time.
+    except RuntimeError as error:
+        reason = first_line(error)
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename or folder}"
     if reason is None:
@@ -202,26 +200,14 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
         print(f"{stage}: done in {time.monotonic() - started:.0f} s", flush=True)
         return 0
     done.unlink(missing_ok=True)
-    where = ""
-    if whole(aside):
+    # On a full disk the notebook may not be there to its end.
+    with suppress(OSError, ValueError):
+        json.loads(aside.read_text(encoding="utf-8"))
         os.replace(aside, failed)
-        where = f" (see {os.path.relpath(failed)})"
+        reason += f" (see {os.path.relpath(failed)})"
     aside.unlink(missing_ok=True)
-    print(
-        f"error: {stage}: {reason}{where}; `make reproduce` carries on from here",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"error: {stage}: {reason}; `make reproduce` carries on from here", file=sys.stderr)
     return code
-
-
-def whole(path: Path) -> bool:
-    """Was the notebook written to its end? On a full disk it may not be."""
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def kernel_environment(values: dict, progress: Path) -> dict[str, str]:
@@ -253,8 +239,8 @@ def _follow(stage: str, path: Path, every: float = 10.0) -> Iterator[None]:
     def show() -> None:
         shown = ""
         while not stop.wait(every):
-            states = re.split(r"[\r\n]+", _tail(path, 400))
-            latest = next((state.strip() for state in states[::-1] if state.strip()), shown)
+            text = path.read_text(errors="replace").strip() if path.exists() else ""
+            latest = text.splitlines()[-1].strip() if text else shown
             if latest != shown:
                 print(f"{stage}: {latest}", file=sys.stderr, flush=True)
                 shown = latest
@@ -268,15 +254,6 @@ def _follow(stage: str, path: Path, every: float = 10.0) -> Iterator[None]:
         stop.set()
         thread.join()
         path.unlink(missing_ok=True)
-
-
-def _tail(path: Path, size: int) -> str:
-    """The last ``size`` bytes of a file, as text; empty if there is none."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as handle:
-        handle.seek(max(0, path.stat().st_size - size))
-        return handle.read().decode(errors="replace")
 
 
 def publishable(notebook):
