@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm as notebook_bar
+from tqdm.auto import tqdm
 from tqdm.std import tqdm as terminal_bar
 
 from . import StudyError, build_root
@@ -90,9 +89,6 @@ class Build:
 
     def model(self, name: str) -> Path:
         return self.path("models", name)
-
-    def figure(self, name: str) -> Path:
-        return self.path("figures", f"{name}.png")
 
     def table(self, name: str) -> Path:
         return self.path("tables", f"{name}.csv")
@@ -303,9 +299,8 @@ def progress(
     shown = {"desc": desc, "total": total, "unit": unit, "leave": False}
     if path := os.environ.get("RLHF_TRUST_PROGRESS"):
         return terminal_bar(items, mininterval=2.0, ncols=88, ascii=True, file=_Sink(path), **shown)
-    if "ipykernel" in sys.modules:
-        return notebook_bar(items, **shown)
-    return terminal_bar(items, disable=not sys.stderr.isatty(), **shown)
+    # None: not where standard error is a file.
+    return tqdm(items, disable=None, **shown)
 
 
 class _Sink:

@@ -114,12 +114,10 @@ class Chat:
         """The answer's tokens with the end token that teaches the model to stop."""
         return self._ids(self.format.answer.format(text=answer)) + (self.tokenizer.eos_token_id,)
 
-    def sequence(
-        self, turns, answer: str, system: str | None = None, max_answer: int | None = None
-    ) -> EncodedExample:
-        """Prompt and answer as one sequence; ``max_answer`` cuts the answer to so many tokens."""
+    def sequence(self, turns, answer: str, system: str | None = None) -> EncodedExample:
+        """Prompt and answer as one sequence."""
         prompt = self.prompt_ids(turns, system)
-        return EncodedExample(prompt + self.answer_ids(answer)[:max_answer], len(prompt))
+        return EncodedExample(prompt + self.answer_ids(answer), len(prompt))
 
     def options(self, turns, answers: Iterable[str], system: str | None = None) -> Options:
         """A prompt's tokens, and those of each answer to weigh, without end tokens."""

@@ -90,10 +90,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     end = tokenizer.eos_token
     if tokenizer.pad_token in (None, end):
-        reserved = ("<|padding|>", "<pad>", "<|pad|>", tokenizer.unk_token, "<unk>")
-        vocabulary = tokenizer.get_vocab()
-        usable = (*reserved, "<|endoftext|>")
-        free = [token for token in usable if token in vocabulary and token != end]
+        unknown, vocabulary = tokenizer.unk_token, tokenizer.get_vocab()
+        reserved = ("<|padding|>", "<pad>", "<|pad|>", unknown, "<unk>", "<|endoftext|>")
+        free = [token for token in reserved if token in vocabulary and token != end]
         if not free:
             raise StudyError(
                 f"{directory}: the tokenizer has only its end token to pad with; add one"
@@ -344,9 +343,8 @@ def load_reward_head(directory: Path) -> torch.Tensor:
     try:
         weight = load_file(path)["weight"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise StudyError(
-            f"{path}: cannot be read ({first_line(error)}); run 02-reward again"
-        ) from None
+        reason = first_line(error)
+        raise StudyError(f"{path}: cannot be read ({reason}); run 02-reward again") from None
     if weight.shape[0] != 1:
         raise StudyError(f"{path}: has {weight.shape[0]} labels; a reward model has one")
     return weight.squeeze(0)

@@ -10,6 +10,7 @@ import html
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -65,11 +66,10 @@ def fold(content: str, warning: str) -> str:
 
 def conversation(turns: Sequence[str], masker: Masker | None = None) -> str:
     """A prompt's turns as HTML."""
-    mask = masker or Masker()
-    return "<br>".join(
-        f"<b>{'Assistant' if i % 2 else 'Human'}:</b> {escaped(mask(t))}"
-        for i, t in enumerate(turns)
-    )
+    mask, shown = masker or Masker(), []
+    for speaker, turn in zip(cycle(("Human", "Assistant")), turns):
+        shown.append(f"<b>{speaker}:</b> {escaped(mask(turn))}")
+    return "<br>".join(shown)
 
 
 def samples(
@@ -79,16 +79,12 @@ def samples(
 
     ``warning``: fold the table behind this sentence, for text that may offend.
     """
-    mask = masker or Masker()
-    shown = pd.DataFrame(
-        {"asked": asked}
-        | {
-            html.escape(model): escaped(mask(answer)) or "<i>(empty)</i>"
-            for model, answer in answers.items()
-        }
-        for asked, answers in rows
-    )
-    content = _html_table(shown, "samples", escape=False)
+    mask, shown = masker or Masker(), []
+    for asked, answers in rows:
+        shown.append({"asked": asked})
+        for model, answer in answers.items():
+            shown[-1][html.escape(model)] = escaped(mask(answer)) or "<i>(empty)</i>"
+    content = _html_table(pd.DataFrame(shown), "samples", escape=False)
     return HTML(fold(content, warning) if warning else content)
 
 

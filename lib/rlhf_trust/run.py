@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -34,21 +35,19 @@ from .sources import ACCEPTED, TERMS, first_line
 def main(argv: list[str] | None = None) -> int:
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser("python -m rlhf_trust.run", description=about)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--profile", default="embedded", help="a file of params/, or embedded")
+    shared.add_argument("--data", default="", help="directory with HH-RLHF and benchmark files")
+    shared.add_argument("--seed", default="", help="the run is named <profile>-seed<seed>")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("resolve", "check parameters and write them where they changed"),
         ("params", "print the parameters of every notebook"),
         ("stage", "run one notebook"),
     ):
-        command = commands.add_parser(name, help=about)
+        command = commands.add_parser(name, help=about, parents=[shared])
         if name == "stage":
             command.add_argument("stage")
-        for option, default, meaning in (
-            ("--profile", "embedded", "a file of params/, or embedded"),
-            ("--data", "", "directory with HH-RLHF and benchmark files"),
-            ("--seed", "", "of everything; the run is named <profile>-seed<seed>"),
-        ):
-            command.add_argument(option, default=default, help=meaning)
     arguments = parser.parse_args(argv)
     try:
         overrides = data_overrides(arguments.data) | seed_overrides(arguments.seed)
@@ -150,8 +149,6 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     """Execute one notebook; move it into place only when every cell ran."""
     if stage not in parameters:
         raise StudyError(f"no notebook {stage!r}; there are {', '.join(stages())}")
-    import logging
-
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError

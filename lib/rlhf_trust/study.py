@@ -84,7 +84,7 @@ class Study:
 
     def show(self, figure, name: str, alt: str) -> Image:
         """Save a figure as ``figures/<name>.png`` and show it; ``alt`` says what is on it."""
-        return render.show(figure, self.build.figure(name), alt)
+        return render.show(figure, self.build.path("figures", f"{name}.png"), alt)
 
     def close(self, models: tuple[str, ...] = (), **facts: Any) -> None:
         """Write the manifest: which models were read, by hash, and ``facts`` about the run."""

@@ -153,17 +153,14 @@ def load_preferences(
             side += pairs
             result.bad_rows += bad
     if result.train:
-        held = {pair.opening for pair in result.held_out}
-        kept = [pair for pair in result.train if pair.opening not in held]
-        result.shared_openings = len(result.train) - len(kept)
+        openings = {pair.opening for pair in result.held_out}
+        train = [pair for pair in result.train if pair.opening not in openings]
+        result.shared_openings = len(result.train) - len(train)
     else:
-        held = _held_out_openings(result.held_out, n_held_out, seed)
-        kept = [pair for pair in result.held_out if pair.opening not in held]
-    sides = {
-        "train": (kept, n_train),
-        "held_out": ([pair for pair in result.held_out if pair.opening in held], n_held_out),
-    }
-    for side, (pairs, wanted) in sides.items():
+        openings = _held_out_openings(result.held_out, n_held_out, seed)
+        train = [pair for pair in result.held_out if pair.opening not in openings]
+    held_out = [pair for pair in result.held_out if pair.opening in openings]
+    for side, pairs, wanted in (("train", train, n_train), ("held_out", held_out, n_held_out)):
         short = [pair for pair in pairs if pair_tokens(pair, chat) <= max_length]
         result.too_long += len(pairs) - len(short)
         chosen = choose(short, wanted, seed, by=lambda pair: pair.source)
