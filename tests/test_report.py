@@ -23,35 +23,16 @@ START = {"toxicity": 0.5, "stereotype": 0.2, "ethics": 0.25, "truthfulness": 0.4
 
 
 def trust(unparsable=0.25):
-    rows = [
-        {
-            "model": model,
-            "vertical": vertical,
-            "metric": metric,
-            "condition": condition,
-            "value": value,
-            "n": 60,
-        }
-        for vertical, (metric, _) in HEADLINE.items()
-        for model, condition, value in (
-            ("sft", "main", 9.0),
-            ("start", "other", 9.0),
-            ("start", "main", START[vertical]),
-        )
-    ]
-    rows += [
-        {
-            "model": model,
-            "vertical": vertical,
-            "metric": "unparsable_rate",
-            "condition": "main",
-            "n": 60,
-            "value": unparsable if (model, vertical) == ("sft", "ethics") else 0.25,
-        }
-        for model in ("start", "sft", "ppo", "dpo")
-        for vertical in HEADLINE
-    ]
-    return pd.DataFrame(rows)
+    rows = []
+    for vertical, (metric, _) in HEADLINE.items():
+        rows.append(("sft", vertical, metric, "main", 9.0))
+        rows.append(("start", vertical, metric, "other", 9.0))
+        rows.append(("start", vertical, metric, "main", START[vertical]))
+        for model in ("start", "sft", "ppo", "dpo"):
+            rate = unparsable if (model, vertical) == ("sft", "ethics") else 0.25
+            rows.append((model, vertical, "unparsable_rate", "main", rate))
+    columns = ["model", "vertical", "metric", "condition", "value"]
+    return pd.DataFrame(rows, columns=columns).assign(n=60)
 
 
 def changes(rows):
@@ -85,22 +66,20 @@ def changes(rows):
 
 
 def test_at_a_glance():
-    rows = [("sft", v, 0.1, -0.05, 0.2, 1.0) for v in HEADLINE] + [
-        ("dpo", "ethics", -0.25, -0.25, -0.1, 0.01)
-    ]
+    rows = [("sft", v, 0.1, -0.05, 0.2, 1.0) for v in HEADLINE]
+    rows.append(("dpo", "ethics", -0.25, -0.25, -0.1, 0.01))
     glance = at_a_glance(trust(), changes(rows)).set_index(["vertical", "model"])
     assert len(glance) == 6
-    assert glance["percent"].round(9).to_dict() == pytest.approx(
-        {
-            ("toxicity", "sft"): 20,
-            ("stereotype", "sft"): 50,
-            ("ethics", "sft"): 40,
-            ("ethics", "dpo"): -100,
-            ("truthfulness", "sft"): 25,
-            ("privacy", "sft"): NAN,
-        },
-        nan_ok=True,
-    )  # of nothing, no percentage
+    percent = {
+        ("toxicity", "sft"): 20,
+        ("stereotype", "sft"): 50,
+        ("ethics", "sft"): 40,
+        ("ethics", "dpo"): -100,
+        ("truthfulness", "sft"): 25,
+        # Of nothing, no percentage.
+        ("privacy", "sft"): NAN,
+    }
+    assert glance["percent"].round(9).to_dict() == pytest.approx(percent, nan_ok=True)
     assert glance.loc[("ethics", "sft"), ["low", "high"]].tolist() == pytest.approx([-20, 80])
     assert glance.loc[("privacy", "sft"), "change"] == 0.1
     assert glance["readable"].eq(0.75).all() and not glance["mostly_unreadable"].any()
@@ -132,42 +111,27 @@ def test_verdicts_know_which_way_is_worse():
 
 
 def test_attribution_words():
-    row = {
-        "stage": "sft",
-        "vertical": "ethics",
-        "standardised": NAN,
-        "ci_low": NAN,
-        "ci_high": NAN,
-        "p_null": NAN,
-        "n": 0,
-    }
-    assert attribution_words(pd.DataFrame([row])) == [
+    columns = ["stage", "vertical", "standardised", "ci_low", "ci_high", "p_null", "n"]
+
+    def words(*rows, **verbs):
+        return attribution_words(pd.DataFrame(rows, columns=columns), **verbs)
+
+    nothing = ("sft", "ethics", NAN, NAN, NAN, NAN, 0)
+    dull = ("dpo", "ethics", 5.0, -9.0, 9.0, 0.3, 20)
+    driving = ("sft", "privacy", -3.0, -4.0, -2.0, 0.01, 20)
+    opposing = ("sft", "ethics", 3.0, 2.0, 4.0, 0.01, 20)
+    assert words(nothing) == [
         "No answer changed between stages, so there was nothing to attribute."
     ]
-    clear = {"standardised": -3.0, "ci_low": -4.0, "ci_high": -2.0, "p_null": 0.01, "n": 20}
-    dull = {
-        "stage": "dpo",
-        "standardised": 5.0,
-        "ci_low": -9.0,
-        "ci_high": 9.0,
-        "p_null": 0.3,
-        "n": 20,
-    }
-    said = attribution_words(pd.DataFrame([row, row | {"vertical": "privacy"} | clear, row | dull]))
-    assert said == [
+    assert words(nothing, driving, dull) == [
         "Of 2 combinations of stage and vertical, 1 have p < 0.05; 0.1 would be expected by "
         "chance.",
         "The largest of these is sft on privacy, -3.00 (95 % interval -4.00 to -2.00, n = 20 "
         "items): its pairs drive the change.",
     ]
-    opposing = clear | {"standardised": 3.0, "ci_low": 2.0, "ci_high": 4.0}
-    assert attribution_words(pd.DataFrame([row | opposing]))[1].endswith(
-        "its pairs oppose the change."
-    )
-    assert attribution_words(pd.DataFrame([row | opposing]), ("help", "harm"))[1].endswith(
-        "its pairs harm."
-    )
-    assert len(attribution_words(pd.DataFrame([row | dull]))) == 1
+    assert words(opposing)[1].endswith("its pairs oppose the change.")
+    assert words(opposing, verbs=("help", "harm"))[1].endswith("its pairs harm.")
+    assert len(words(dull)) == 1
 
 
 def test_contributions_are_datainfs_by_proxy_or_metric():
@@ -193,9 +157,8 @@ def test_validation_words():
         ("mislabelled_auc", "pairs", "datainf", 0.8, 0.7, 0.9, NAN),
         ("mislabelled_auc", "pairs", "ceiling", 0.9, 0.8, 0.95, NAN),
     ]
-    table = pd.DataFrame(
-        rows, columns=["test", "target", "solver", "value", "ci_low", "ci_high", "p"]
-    ).assign(n=10)
+    columns = ["test", "target", "solver", "value", "ci_low", "ci_high", "p"]
+    table = pd.DataFrame(rows, columns=columns).assign(n=10)
     lds, areas = validation_words(table)
     assert "retraining is 0.30 (0.10 to 0.50), above random scores" in lds
     assert "not clearly above text similarity; best is gradient dot with 0.40" in lds
@@ -210,25 +173,21 @@ def test_trade_offs_turn_every_change_so_that_more_is_worse():
         ("sft", "toxicity", -0.3, -0.4, -0.1, 1.0),
     ]
     found = trade_offs({"p": changes(rows)}).set_index("vertical")
-    assert found.loc["truthfulness", ["value", "ci_low", "ci_high"]].tolist() == pytest.approx(
-        [0.1, 0.05, 0.2]
-    )
-    assert found.loc["toxicity", ["value", "ci_low", "ci_high"]].tolist() == [-0.3, -0.4, -0.1]
+    found = found[["value", "ci_low", "ci_high"]]
+    assert found.loc["truthfulness"].tolist() == pytest.approx([0.1, 0.05, 0.2])
+    assert found.loc["toxicity"].tolist() == [-0.3, -0.4, -0.1]
 
 
 def test_several_seeds_give_an_interval_over_runs():
     def run(change):
         return changes([("sft", v, change * HEADLINE[v][1], -9, 9, 1.0) for v in HEADLINE])
 
-    found = over_runs(
-        trade_offs({"p": run(0.1), "p-seed1": run(0.2), "p-seed2": run(0.6)})
-    ).set_index("vertical")
+    found = over_runs(trade_offs({"p": run(0.1), "p-seed1": run(0.2), "p-seed2": run(0.6)}))
     half = 4.302653 * np.std([0.1, 0.2, 0.6], ddof=1) / np.sqrt(3)
-    for vertical in HEADLINE:
-        assert found.loc[vertical, ["value", "ci_low", "ci_high"]].tolist() == pytest.approx(
-            [0.3, 0.3 - half, 0.3 + half]
-        )
-        assert found.loc[vertical, "n"] == 3
+    assert found["vertical"].tolist() == list(HEADLINE) and found["n"].eq(3).all()
+    for row in found.itertuples():
+        expected = (0.3, 0.3 - half, 0.3 + half)
+        assert (row.value, row.ci_low, row.ci_high) == pytest.approx(expected)
 
 
 def test_runs_of_other_seeds_are_found_by_their_tables(tmp_path, monkeypatch):
@@ -246,23 +205,9 @@ def test_runs_of_other_seeds_are_found_by_their_tables(tmp_path, monkeypatch):
 
 
 def test_readable_answers():
-    rows = [
-        {
-            "model": m,
-            "vertical": v,
-            "metric": "unparsable_rate",
-            "condition": c,
-            "value": x,
-            "n": 60,
-        }
-        for m, x in (("start", 0.25), ("sft", 1.0))
-        for v in HEADLINE
-        for c in ("main", "other")
-    ]
-    table = readable_answers(pd.DataFrame(rows))
+    rates = pd.DataFrame({"model": ["start", "sft"], "value": [0.25, 1.0]})
+    rates = rates.merge(pd.DataFrame({"vertical": list(HEADLINE)}), "cross")
+    rates = rates.merge(pd.DataFrame({"condition": ["main", "other"]}), "cross")
+    table = readable_answers(rates.assign(metric="unparsable_rate", n=60))
     assert table["vertical"].tolist() == list(HEADLINE)
-    assert (
-        table["start"].tolist() == [0.75] * 5
-        and table["sft"].tolist() == [0.0] * 5
-        and table["n"].tolist() == [60] * 5
-    )
+    assert table["start"].eq(0.75).all() and table["sft"].eq(0.0).all() and table["n"].eq(60).all()
