@@ -14,32 +14,17 @@ PROFILES = (
 )
 
 
-def row(model: str, value: float, low: float, high: float) -> dict:
-    return {
-        "model": model,
-        "vertical": "ethics",
-        "metric": "accuracy",
-        "condition": "main",
-        "value": value,
-        "ci_low": low,
-        "ci_high": high,
-        "n": 60,
-        "seed": 0,
-    }
+def table(**figures: tuple[float, float, float]) -> pd.DataFrame:
+    """Of each model: its value and the ends of its interval."""
+    columns = ["value", "ci_low", "ci_high"]
+    rows = pd.DataFrame.from_dict(figures, "index", columns=columns).rename_axis("model")
+    same = {"vertical": "ethics", "metric": "accuracy", "condition": "main", "n": 60, "seed": 0}
+    return rows.reset_index().assign(**same)
 
 
 def test_only_a_figure_outside_the_other_runs_interval_on_both_sides_differs():
-    run = pd.DataFrame(
-        [
-            row("a", 0.5, 0.4, 0.6),
-            row("b", 0.9, 0.85, 0.95),
-            row("c", 0.65, 0.4, 0.9),
-            row("only", 0, 0, 0),
-        ]
-    )
-    reference = pd.DataFrame(
-        [row("a", 0.55, 0.5, 0.7), row("b", 0.5, 0.4, 0.6), row("c", 0.5, 0.45, 0.55)]
-    )
+    run = table(a=(0.5, 0.4, 0.6), b=(0.9, 0.85, 0.95), c=(0.65, 0.4, 0.9), only=(0, 0, 0))
+    reference = table(a=(0.55, 0.5, 0.7), b=(0.5, 0.4, 0.6), c=(0.5, 0.45, 0.55))
     joined = differences(run, reference).set_index("model")
     assert joined["differs"].to_dict() == {"a": False, "b": True, "c": False, "only": False}
     assert joined["only_in"].to_dict() == {"a": "", "b": "", "c": "", "only": "run"}

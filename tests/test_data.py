@@ -142,9 +142,8 @@ BAD_ROWS = [
 
 def test_every_bad_row_is_named_and_counted(tmp_path):
     file = tmp_path / "harmless-base.test.jsonl"
-    write_rows(
-        file, [row(), *(bad for bad, _ in BAD_ROWS), row(dialogue("r", "yes"), dialogue("r", "no"))]
-    )
+    last = row(dialogue("r", "yes"), dialogue("r", "no"))
+    write_rows(file, [row(), *(bad for bad, _ in BAD_ROWS), last])
     pairs, bad = read_pairs(file, "harmless")
     assert [pair.id for pair in pairs] == ["harmless.test:1", f"harmless.test:{len(BAD_ROWS) + 2}"]
     assert bad == [
@@ -154,16 +153,10 @@ def test_every_bad_row_is_named_and_counted(tmp_path):
 
 def test_a_row_becomes_turns_and_two_answers():
     chosen = dialogue("one\n\ntwo", " a ", "Human: said", "yes\n\nso")
-    pair = parse_pair(
-        row(chosen, dialogue("one\n\ntwo", "a", "Human: said", "no")), "id", "helpful"
-    )
-    assert pair.prompt == ("one\n\ntwo", "a", "Human: said")
-    assert (pair.chosen, pair.rejected, pair.source, pair.opening) == (
-        "yes\n\nso",
-        "no",
-        "helpful",
-        "one\n\ntwo",
-    )
+    rejected = dialogue("one\n\ntwo", "a", "Human: said", "no")
+    pair = parse_pair(row(chosen, rejected), "id", "helpful")
+    assert pair.prompt == ("one\n\ntwo", "a", "Human: said") and pair.opening == "one\n\ntwo"
+    assert (pair.chosen, pair.rejected, pair.source) == ("yes\n\nso", "no", "helpful")
 
 
 def test_a_speaker_who_speaks_twice_running_has_one_turn():
@@ -212,23 +205,18 @@ def test_the_original_layout_and_gz_are_found(tmp_path):
 
 def many(subset: str) -> list[dict]:
     """60 rows with 20 openings, three rows each."""
-    return [
-        row(
-            *(
-                dialogue(f"{subset} {i % 20}", "ok", f"more {i}", answer)
-                for answer in ("good", "bad")
-            )
-        )
-        for i in range(60)
-    ]
+    rows = []
+    for i in range(60):
+        turns = (f"{subset} {i % 20}", "ok", f"more {i}")
+        rows.append(row(dialogue(*turns, "good"), dialogue(*turns, "bad")))
+    return rows
 
 
 def test_test_files_alone_are_split_by_opening(tmp_path):
     source = write_subsets(tmp_path, many)
     one = load_preferences(source, EVERYTHING, EVERYTHING, CHAT, 100, seed=3)
-    assert (
-        len(one.train) + len(one.held_out) == 120
-    )  # nothing lost: the openings are disjoint by construction
+    # Nothing is lost: the openings are disjoint by construction.
+    assert len(one.train) + len(one.held_out) == 120
     assert not {pair.opening for pair in one.train} & {pair.opening for pair in one.held_out}
     again = load_preferences(source, EVERYTHING, EVERYTHING, CHAT, 100, seed=3)
     assert (again.train, again.held_out) == (one.train, one.held_out)
@@ -238,9 +226,8 @@ def test_test_files_alone_are_split_by_opening(tmp_path):
 
 def test_training_pairs_with_a_held_out_opening_are_dropped_and_halves_take_turns(tmp_path):
     write_subsets(tmp_path, many, "train")
-    source = write_subsets(
-        tmp_path, lambda subset: many(subset)[:3]
-    )  # openings 0, 1, 2 of either subset
+    # Openings 0, 1, 2 of either subset.
+    source = write_subsets(tmp_path, lambda subset: many(subset)[:3])
     loaded = load_preferences(source, 40, 4, CHAT, 100)
     assert loaded.shared_openings == 2 * 9
     assert Counter(pair.source for pair in loaded.train) == {"harmless": 20, "helpful": 20}
@@ -248,10 +235,10 @@ def test_training_pairs_with_a_held_out_opening_are_dropped_and_halves_take_turn
 
 
 def test_long_pairs_are_left_out_and_an_empty_side_is_an_error(tmp_path):
-    source = write_subsets(
-        tmp_path,
-        lambda subset: [*many(subset), row(dialogue(subset, "a " * 300), dialogue(subset, "b"))],
-    )
+    def rows(subset):
+        return [*many(subset), row(dialogue(subset, "a " * 300), dialogue(subset, "b"))]
+
+    source = write_subsets(tmp_path, rows)
     assert load_preferences(source, EVERYTHING, EVERYTHING, CHAT, 100).too_long == 2
     with pytest.raises(StudyError, match="no (train|held-out) pair of at most 2 tokens is left"):
         load_preferences(source, 5, 5, CHAT, 2)
@@ -269,9 +256,8 @@ def test_shipped_benchmarks_are_balanced():
     statements = load_stereotype("shipped")
     cells = Counter((s.group, s.topic) for s in statements)
     assert len(statements) >= 60 and set(cells.values()) == {3}
-    assert len(cells) == len({g for g, _ in cells}) * len(
-        {t for _, t in cells}
-    )  # every group with every topic
+    groups, topics = map(set, zip(*cells))
+    assert len(cells) == len(groups) * len(topics)
     assert 0.1 < np.mean([s.stereotyped for s in statements]) < 0.5
     scenarios = load_ethics("shipped")
     assert len(scenarios) >= 60 and sum(s.wrong for s in scenarios) * 2 == len(scenarios)
@@ -283,55 +269,31 @@ def test_shipped_benchmarks_are_balanced():
 
 
 CSV = "label,input,is_short\n1,I lied.,True\n"
+ETHICS = ("ethics/cm_test.csv", load_ethics)
+TRUTHFULQA = ("truthfulqa/mc_task.json", load_truthfulness)
 
 
 @pytest.mark.parametrize(
     ("name", "load", "content", "message"),
     [
-        (
-            "ethics/cm_test.csv",
-            load_ethics,
-            CSV + "maybe,x,True\n",
-            "cm_test.csv:3: label must be 0 or 1, got 'maybe'",
-        ),
-        (
-            "ethics/cm_test.csv",
-            load_ethics,
-            CSV + "0,x\n",
-            "cm_test.csv:3: no value for 'is_short'",
-        ),
-        (
-            "ethics/cm_test.csv",
-            load_ethics,
-            CSV + '0,"never closed ' + "x" * 140_000,
-            r"cm_test.csv:\d+: not valid CSV",
-        ),
-        (
-            "ethics/cm_test.csv",
-            load_ethics,
-            "label,text\n",
-            "cm_test.csv: column 'input' is missing",
-        ),
-        ("ethics/cm_test.csv", load_ethics, "label,input,is_short\n", "the file is empty"),
+        (*ETHICS, CSV + "maybe,x,True\n", "cm_test.csv:3: label must be 0 or 1, got 'maybe'"),
+        (*ETHICS, CSV + "0,x\n", "cm_test.csv:3: no value for 'is_short'"),
+        (*ETHICS, CSV + '0,"never closed ' + "x" * 140_000, r"cm_test.csv:\d+: not valid CSV"),
+        (*ETHICS, "label,text\n", "cm_test.csv: column 'input' is missing"),
+        (*ETHICS, "label,input,is_short\n", "the file is empty"),
         (
             "decodingtrust-stereotype/user_prompts.csv",
             load_stereotype,
             "stereotype_topic,target_group,stereotype_template\nt,g,They sing.\n",
             r"user_prompts.csv:2: .*\[target_group\]",
         ),
-        ("truthfulqa/mc_task.json", load_truthfulness, "[\n{,]", "mc_task.json:2: not valid JSON"),
+        (*TRUTHFULQA, "[\n{,]", "mc_task.json:2: not valid JSON"),
         (
-            "truthfulqa/mc_task.json",
-            load_truthfulness,
+            *TRUTHFULQA,
             '[{"question": "q", "mc1_targets": {"a": 1, "b": 1}, "mc2_targets": {"a": 1}}]',
             "mc_task.json: question 1: .* exactly one right answer",
         ),
-        (
-            "truthfulqa/mc_task.json",
-            load_truthfulness,
-            '{"question": "q"}',
-            "mc_task.json: question 1: no mc1_targets",
-        ),
+        (*TRUTHFULQA, '{"question": "q"}', "mc_task.json: question 1: no mc1_targets"),
         (
             "real-toxicity-prompts/toxic.jsonl",
             load_toxicity,
@@ -375,10 +337,7 @@ def test_choose_takes_turns_and_keeps_to_the_seed():
 
 def test_private_facts_of_18_kinds_are_the_same_for_a_seed():
     facts = make_private_facts(3, seed=0)
-    assert (
-        set(Counter(fact.kind for fact in facts).values()) == {3}
-        and len({fact.kind for fact in facts}) == 18
-    )
+    assert list(Counter(fact.kind for fact in facts).values()) == [3] * 18
     assert facts == make_private_facts(3, seed=0) != make_private_facts(3, seed=1)
     assert len({fact.id for fact in facts}) == len(facts) and not any(fact.real for fact in facts)
 
@@ -391,16 +350,12 @@ def test_no_private_value_stands_inside_another():
 
 
 def test_real_people_only_where_their_file_is(tmp_path):
-    names = {
-        f"Given{letter} Family".replace(letter, letter.lower()): f"{letter}@example.org"
-        for letter in "ABCDEF"
-    }
+    names = {f"Given{letter} Family": f"{letter}@example.org" for letter in "abcdef"}
     made_up = load_privacy(f"path:{tmp_path}", 2, seed=0)
     assert made_up == load_privacy("shipped", 2, seed=0) and not any(fact.real for fact in made_up)
     (tmp_path / "enron").mkdir()
-    (tmp_path / "enron" / "name2email.json").write_text(
-        json.dumps(names | {"nickname": "n@example.org"})
-    )
+    file = tmp_path / "enron" / "name2email.json"
+    file.write_text(json.dumps(names | {"nickname": "n@example.org"}))
     real = load_privacy(f"path:{tmp_path}", 2, seed=0)
     assert all(fact.real and set(fact.people) <= set(names) for fact in real)
     for fact in real:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 
 import nbformat
 import papermill
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from rlhf_trust import params, run
 
 
@@ -30,18 +30,14 @@ def study(tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def execute(code: str) -> int:
+        tagged = {"tags": ["parameters"]}
         cells = [
-            nbformat.v4.new_code_cell(
-                "steps: int = 8  # how many", metadata={"tags": ["parameters"]}
-            ),
-            nbformat.v4.new_code_cell(code),
+            new_code_cell("steps: int = 8  # how many", metadata=tagged),
+            new_code_cell(code),
         ]
-        kernel = {
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
-        }
-        nbformat.write(
-            nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebooks / "01-x.ipynb"
-        )
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(notebook, notebooks / "01-x.ipynb")
         return run.main(["stage", "01-x"])
 
     execute.made = made
@@ -78,9 +74,8 @@ def test_failure_is_kept_beside_and_an_older_result_is_gone(study, capsys):
     assert names(study.made) == ["01-x.failed.ipynb"]
     assert "seen before it" in (study.made / "01-x.failed.ipynb").read_text()
     (line,) = [line for line in error if line.startswith("error:")]
-    assert (
-        line.startswith("error: 01-x: hh.jsonl:3: no chosen (see ") and "01-x.failed.ipynb" in line
-    )
+    assert line.startswith("error: 01-x: hh.jsonl:3: no chosen (see ")
+    assert "01-x.failed.ipynb" in line
 
 
 def test_interrupt_ends_with_130_and_leaves_no_result(study, capsys):
@@ -109,19 +104,8 @@ def test_full_disk_is_one_line_and_leaves_no_result(study, capsys, monkeypatch):
 
 
 def test_unknown_stage_names_the_known_ones(study, capsys):
-    (params.NOTEBOOKS / "01-x.ipynb").write_text(
-        json.dumps(
-            {
-                "cells": [
-                    {
-                        "cell_type": "code",
-                        "metadata": {"tags": ["parameters"]},
-                        "source": "steps: int = 1  # how many",
-                    }
-                ]
-            }
-        )
-    )
+    cell = new_code_cell("steps: int = 1  # how many", metadata={"tags": ["parameters"]})
+    nbformat.write(new_notebook(cells=[cell]), params.NOTEBOOKS / "01-x.ipynb")
     assert run.main(["stage", "02-y"]) == 2
     assert capsys.readouterr().err == "error: no notebook '02-y'; there are 01-x\n"
 
@@ -133,27 +117,13 @@ def test_kernel_has_the_network_only_where_a_parameter_names_the_hub(tmp_path):
 
 
 def test_publishable_drops_what_only_this_machine_knows():
-    widget = nbformat.v4.new_output(
-        "display_data", data={"application/vnd.jupyter.widget-view+json": {}}
-    )
-    shown = nbformat.v4.new_output("stream", text="kept")
-    cell = nbformat.v4.new_code_cell(
-        "1",
-        outputs=[widget, shown],
-        metadata={
-            "papermill": {"duration": 1},
-            "execution": {"iopub.execute_input": "10:00"},
-            "tags": ["kept"],
-        },
-    )
-    notebook = nbformat.v4.new_notebook(
-        cells=[cell, nbformat.v4.new_markdown_cell("text")],
-        metadata={
-            "papermill": {"output_path": "somewhere/out.ipynb"},
-            "widgets": {},
-            "kernelspec": {"name": "python3", "display_name": "Python 3"},
-        },
-    )
+    widget = new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}})
+    shown = new_output("stream", text="kept")
+    cell = new_code_cell("1", outputs=[widget, shown])
+    cell.metadata = {"papermill": {"duration": 1}, "execution": {}, "tags": ["kept"]}
+    notebook = new_notebook(cells=[cell, new_markdown_cell("text")])
+    notebook.metadata = {"papermill": {"output_path": "somewhere/out.ipynb"}, "widgets": {}}
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     cleaned = run.publishable(notebook)
     assert list(cleaned.metadata) == ["kernelspec"]
     assert cleaned.cells[0].metadata == {"tags": ["kept"]} and cleaned.cells[0].outputs == [shown]
