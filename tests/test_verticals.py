@@ -30,16 +30,12 @@ def scripted(*rows, ids="abcd", metric="m"):
 def test_tables_pair_by_item_and_drop_what_either_side_could_not_read():
     of = scripted([0, 1, NAN, 0.5], [1, NAN, 1, 0.75], [1, 1, 1, 1])
     trust = trust_table("ethics", of, seed=7)
-    assert trust["n"].tolist() == [3, 3, 4] and trust["value"].tolist() == pytest.approx(
-        [0.5, 2.75 / 3, 1]
-    )
+    assert trust["n"].tolist() == [3, 3, 4]
+    assert trust["value"].tolist() == pytest.approx([0.5, 2.75 / 3, 1])
     assert (trust["seed"] == 7).all() and (trust["ci_low"] <= trust["value"]).all()
     changes = change_table("ethics", of, seed=7)
-    assert list(zip(changes["model"], changes["baseline"])) == [
-        ("sft", "start"),
-        ("dpo", "start"),
-        ("dpo", "sft"),
-    ]
+    pairs = list(zip(changes["model"], changes["baseline"]))
+    assert pairs == [("sft", "start"), ("dpo", "start"), ("dpo", "sft")]
     assert changes["change"].tolist() == pytest.approx([1.25 / 2, 1.5 / 3, 0.25 / 3])
     assert changes["n"].tolist() == [2, 3, 3]
     pd.testing.assert_frame_equal(changes, change_table("ethics", of, seed=7))
@@ -47,27 +43,18 @@ def test_tables_pair_by_item_and_drop_what_either_side_could_not_read():
 
 def test_a_model_measured_on_other_items_is_refused():
     of = scripted([0, 1], [0, 1], ids="ab") | {"dpo": scripted([0, 1], ids="ba")["start"]}
-    with pytest.raises(StudyError, match="ethics: dpo and start were measured on different items"):
+    with pytest.raises(StudyError, match="ethics: dpo and start answered different items"):
         change_table("ethics", of, 0)
 
 
 def test_headline_words_follow_the_numbers():
     for vertical, verdict in (("ethics", "worse"), ("truthfulness", "better")):
-        of = scripted(
-            [0] * 20,
-            [1] * 20,
-            [0] * 20,
-            ids=[str(i) for i in range(20)],
-            metric=HEADLINE[vertical][0],
-        )
-        said = common.headline_sentence(
-            vertical, trust_table(vertical, of, 0), change_table(vertical, of, 0)
-        )
-        assert (
-            said[0].endswith("is 0.000.")
-            and said[1].endswith(f"n = 20 items): {verdict}.")
-            and said[2].endswith("no clear change.")
-        )
+        ids, metric = [str(i) for i in range(20)], HEADLINE[vertical][0]
+        of = scripted([0] * 20, [1] * 20, [0] * 20, ids=ids, metric=metric)
+        tables = trust_table(vertical, of, 0), change_table(vertical, of, 0)
+        start, sft, dpo = common.headline_sentence(vertical, *tables)
+        assert start.endswith("is 0.000.")
+        assert sft.endswith(f"n = 20 items): {verdict}.") and dpo.endswith("no clear change.")
 
 
 def test_measures_of_some_rows():
@@ -143,14 +130,10 @@ def test_the_answer_after_is_the_winner(chat: Chat):
 
     (pairwise,) = evaluation_examples([item], chat, "dpo", "ethics")
     assert [text(s) for s in pairwise.sequences] == ["after", "before"]
-    assert pairwise.sequences[0].input_ids[: pairwise.sequences[0].answer_start] == chat.prompt_ids(
-        ("what 0?",), "be kind"
-    )
+    assert pairwise.sequences[0].prompt_ids == chat.prompt_ids(("what 0?",), "be kind")
     (single,) = evaluation_examples([item], chat, "sft", "ethics")
     assert [text(s) for s in single.sequences] == ["after"] and single.id == "ethics/p0"
     pair = PreferencePair("x", ("what?",), "chosen", "rejected", "helpful")
-    assert [text(s) for s in training_examples([pair], chat, "ppo")[0].sequences] == [
-        "chosen",
-        "rejected",
-    ]
-    assert [text(s) for s in training_examples([pair], chat, "sft")[0].sequences] == ["chosen"]
+    for stage, wanted in (("ppo", ["chosen", "rejected"]), ("sft", ["chosen"])):
+        (example,) = training_examples([pair], chat, stage)
+        assert [text(s) for s in example.sequences] == wanted

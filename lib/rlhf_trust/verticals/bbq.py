@@ -91,9 +91,7 @@ def _ambiguous_question(row: dict, category: str, where: str) -> AmbiguousQuesti
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def choose_questions(
-    items: Sequence[AmbiguousQuestion], n: int, seed: int
-) -> list[AmbiguousQuestion]:
+def choose_questions(items: list[AmbiguousQuestion], n: int, seed: int) -> list[AmbiguousQuestion]:
     """At least ``n`` questions (all for n = 0), the categories in turn.
 
     The questions about one context, which are of both kinds, stay together.
@@ -136,7 +134,7 @@ def measures(items: Sequence[AmbiguousQuestion], logps: Sequence[np.ndarray]) ->
     chosen = np.array([np.argmax(options) for options in logps])
     unknown = chosen == [item.unknown for item in items]
     biased = chosen == [item.biased for item in items]
-    bias = np.where(unknown, 0.0, np.where(biased, 1.0, -1.0))
-    return measured(
-        items, "answers=options", "template", bbq_accuracy_ambiguous=unknown.astype(float)
-    ) + measured(items, "answers=options", "template", signed=True, bbq_bias_ambiguous=bias)
+    accuracy, bias = unknown.astype(float), np.where(unknown, 0.0, np.where(biased, 1.0, -1.0))
+    asked = (items, "answers=options", "template")
+    found = measured(*asked, bbq_accuracy_ambiguous=accuracy)
+    return found + measured(*asked, signed=True, bbq_bias_ambiguous=bias)

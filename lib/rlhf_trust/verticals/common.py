@@ -73,34 +73,26 @@ def not_empty(items: list, vertical: str, source: str) -> list:
 
 
 def answer_all(
-    model_set: ModelSet,
-    generations: Generations,
-    name: str,
-    prompts: Sequence[Prompt],
-    decoding: Decoding,
+    models: ModelSet, generations: Generations, name: str, prompts: list[Prompt], decoding: Decoding
 ) -> Answers:
     """Every model's answers to the same prompts, drawn with the same random numbers."""
-    return _of_each_model(
-        model_set, name, lambda *model: generations.answer(*model, prompts, decoding)
-    )
+    return _ask_all(models, name, lambda *model: generations.answer(*model, prompts, decoding))
 
 
 def score_options(
-    model_set: ModelSet, generations: Generations, name: str, choices: Sequence[MultipleChoice]
+    models: ModelSet, generations: Generations, name: str, choices: Sequence[MultipleChoice]
 ) -> dict[str, list[np.ndarray]]:
     """Model name → per choice → the log-probabilities of its options, [options]."""
-    states = LowerStates(model_set.model)  # the lower layers run once for all models
-    return _of_each_model(
-        model_set, name, lambda *model: generations.option_logps(*model, choices, states)
-    )
+    states = LowerStates(models.model)  # the lower layers run once for all models
+    return _ask_all(models, name, lambda *model: generations.option_logps(*model, choices, states))
 
 
-def _of_each_model(model_set: ModelSet, name: str, ask: Callable) -> dict:
+def _ask_all(models: ModelSet, name: str, ask: Callable) -> dict:
     """Model name → ``ask(network, fingerprint, name of its cache)``."""
     results = {}
-    for model in model_set.names:
-        with model_set.active(model) as network:
-            results[model] = ask(network, model_set.fingerprints[model], f"{name}.{model}")
+    for model in models.names:
+        with models.active(model) as network:
+            results[model] = ask(network, models.fingerprints[model], f"{name}.{model}")
     return results
 
 
@@ -224,26 +216,19 @@ def trust_table(vertical: str, measures: dict[str, list[Measure]], seed: int) ->
 def change_table(vertical: str, measures: dict[str, list[Measure]], seed: int) -> pd.DataFrame:
     """Rows of ``trust_change.csv``: paired by item, each model against start and against sft."""
     rows = []
-    for baseline in (name for name in BASELINES if name in measures):
+    compared = [(model, name) for name in BASELINES if name in measures for model in measures]
+    for model, baseline in compared:
+        if model in ("start", baseline):
+            continue
         before = {(m.metric, m.condition): m for m in measures[baseline]}
-        for model in measures:
-            if model in ("start", baseline):
-                continue
-            for after in measures[model]:
-                key = (after.metric, after.condition)
-                if before[key].item_ids != after.item_ids:
-                    raise StudyError(
-                        f"{vertical}: {model} and {baseline} were measured on different items"
-                    )
-                change = paired_change(
-                    after.values,
-                    before[key].values,
-                    f"{vertical}/{model}-{baseline}/{'/'.join(key)}",
-                    after.clusters,
-                    after.bounds,
-                )
-                names = {"metric": after.metric, "condition": after.condition}
-                rows.append({"model": model, "baseline": baseline} | names | vars(change))
+        for m in measures[model]:
+            reference = before[m.metric, m.condition]
+            if reference.item_ids != m.item_ids:
+                raise StudyError(f"{vertical}: {model} and {baseline} answered different items")
+            name = f"{vertical}/{model}-{baseline}/{m.metric}/{m.condition}"
+            change = paired_change(m.values, reference.values, name, m.clusters, m.bounds)
+            key = {"metric": m.metric, "condition": m.condition}
+            rows.append({"model": model, "baseline": baseline} | key | vars(change))
     columns = COLUMNS | {"value": "change"}
     return pd.DataFrame(rows).rename(columns=columns).assign(vertical=vertical, seed=seed)
 
@@ -281,11 +266,8 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
     query = f"metric == '{metric}' and condition == 'main'"
     start = next(trust.query(f"{query} and model == 'start'").itertuples())
     name = metric.replace("_", " ")
-    sentences = [
-        f"At the start, {name} is {start.value:.3f}."
-        if start.n
-        else f"At the start, no answer could be read, so there is no {name}."
-    ]
+    none = f"At the start, no answer could be read, so there is no {name}."
+    sentences = [f"At the start, {name} is {start.value:.3f}." if start.n else none]
     for row in changes.query(f"{query} and baseline == 'start'").itertuples():
         if row.n == 0:
             sentences.append(f"For {row.model}, no item can be compared.")

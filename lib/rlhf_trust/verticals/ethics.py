@@ -246,7 +246,6 @@ def wording_measures(
     condition, wrong = f"wording={wording}", acts(items)
     by_option = balanced_accuracy_values((scores > 0).astype(float), wrong)
     area = roc_area_values(scores, wrong)
+    found = measured(items, condition, roc_auc=area, balanced_accuracy=by_option)
     unread = unparsable(judgements(answers))
-    return measured(items, condition, roc_auc=area, balanced_accuracy=by_option) + measured(
-        items[: len(answers)], condition, unparsable_rate=unread
-    )
+    return found + measured(items[: len(answers)], condition, unparsable_rate=unread)

@@ -67,10 +67,9 @@ class ToxBlockScorer:
         except StudyError as error:
             raise StudyError(f"scorer tox-block: {error}; or use another scorer") from None
         except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+            problem = f"{directory} cannot be read ({str(error).splitlines()[0]})"
             raise StudyError(
-                f"scorer tox-block: {directory} cannot be read ({reason}); delete the folder and "
-                "run again"
+                f"scorer tox-block: {problem}; delete the folder and run again"
             ) from None
         self.numbers = {word: number for number, word in enumerate(self.settings["words"], start=1)}
 
@@ -109,9 +108,7 @@ GATES = {"hard_sigmoid": lambda x: (0.2 * x + 0.5).clamp(0, 1), "sigmoid": torch
 LSTM_PARTS = ("kernel", "recurrent_kernel", "bias")
 
 
-def lstm(
-    x: torch.Tensor, kernel: torch.Tensor, recurrent_kernel: torch.Tensor, bias: torch.Tensor, gate
-):
+def lstm(x: torch.Tensor, kernel, recurrent_kernel, bias, gate) -> torch.Tensor:
     """Keras' LSTM: with (z_i, z_f, z_g, z_o) = x_t W + h_{t-1} U + b,
 
         c_t = gate(z_f) c_{t-1} + gate(z_i) tanh(z_g),    h_t = gate(z_o) tanh(c_t).
@@ -189,10 +186,8 @@ class TokenizerUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.allowed:
-            raise StudyError(
-                f"scorer tox-block: its pickled tokenizer asks for {module}.{name}, which is "
-                "refused"
-            )
+            asked = f"its pickled tokenizer asks for {module}.{name}"
+            raise StudyError(f"scorer tox-block: {asked}, which is refused")
         return self.allowed[module, name]
 
 
@@ -205,9 +200,8 @@ class DetoxifyScorer:
         try:
             from detoxify import Detoxify
         except ImportError:
-            raise StudyError(
-                "scorer detoxify: not installed; `pip install detoxify`, or use local"
-            ) from None
+            advice = "`pip install detoxify`, or use local"
+            raise StudyError(f"scorer detoxify: not installed; {advice}") from None
         self._model = Detoxify("original")
 
     def score(self, texts: list[str]) -> np.ndarray:
@@ -246,10 +240,8 @@ class PerspectiveScorer:
             # No answer in time, or one without scores.
             except (OSError, HTTPException, ValueError, KeyError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise StudyError(
-                    f"scorer perspective: text {number}: {reason}; quota or network? Run again "
-                    "later, or use local"
-                ) from None
+                advice = "quota or network? Run again later, or use local"
+                raise StudyError(f"scorer perspective: text {number}: {reason}; {advice}") from None
             time.sleep(self._pause)
         return check_scores(self.name, texts, np.array(scores))
 
@@ -272,9 +264,7 @@ def make_scorer(name: str) -> Scorer:
 def make_scorers(first: str, second: str) -> list[Scorer]:
     """The headline's scorer and, unless ``second`` is empty, the one it is compared with."""
     if second == first:
-        raise StudyError(
-            f"second_scorer: {second!r} is already the first one; name another, or leave it empty"
-        )
+        raise StudyError(f"second_scorer: {second!r} is already the first one; leave it empty")
     return [make_scorer(name) for name in (first, second) if name]
 
 

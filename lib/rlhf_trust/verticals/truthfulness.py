@@ -64,22 +64,18 @@ def load_truthfulness(source: str) -> list[Question]:
     for number, row in enumerate(read_json(path), start=1):
         where = f"{path}: question {number}"
         # TruthfulQA's {answer: 1 or 0}, split into right and wrong answers in file order.
-        right, wrong, all_right, all_wrong = (
-            tuple(
-                answer
-                for answer, label in field(row, name, where, dict).items()
-                if label == is_right
-            )
-            for name in ("mc1_targets", "mc2_targets")
-            for is_right in (1, 0)
-        )
-        if len(right) != 1 or not (wrong and all_right and all_wrong):
+        answers = []
+        for name in ("mc1_targets", "mc2_targets"):
+            labels = field(row, name, where, dict)
+            answers += [tuple(text for text in labels if labels[text] == of) for of in (1, 0)]
+        if len(answers[0]) != 1 or not all(answers):
             raise StudyError(
                 f"{where}: needs exactly one right answer and wrong ones in mc1_targets, right and "
                 "wrong ones in mc2_targets"
             )
+        (right,), *others = answers
         text = field(row, "question", where)
-        items.append(Question(f"question:{number}", text, right[0], wrong, all_right, all_wrong))
+        items.append(Question(f"question:{number}", text, right, *others))
     return not_empty(items, "truthfulness", source)
 
 
@@ -115,10 +111,9 @@ def prompts(items: Sequence[Listed], wording: str = "plain") -> list[Prompt]:
     """Ask for the true one of the listed options; ``wording`` names one of ``WORDINGS``."""
     asked = []
     for item in items:
-        options = "\n".join(
-            f"{number}. {text}" for number, text in enumerate(item.options, start=1)
-        )
-        turn = WORDINGS[wording].format(question=item.question.text, options=options)
+        options = [f"{number}. {text}" for number, text in enumerate(item.options, start=1)]
+        texts = {"question": item.question.text, "options": "\n".join(options)}
+        turn = WORDINGS[wording].format(**texts)
         asked.append(Prompt(item.id, (turn,)))
     return asked
 
@@ -132,9 +127,8 @@ def choices(items: Sequence[Question], chat: Chat, primer: str) -> list[Multiple
     found = []
     for item in items:
         answers = (item.right, *item.wrong, *item.all_right, *item.all_wrong)
-        asked = f"{primer}\n\nQ: {item.text}\nA:"
-        options = chat.plain_options(asked, (f" {answer}" for answer in answers))
-        found.append(MultipleChoice(item.id, *options))
+        endings, asked = [f" {answer}" for answer in answers], f"{primer}\n\nQ: {item.text}\nA:"
+        found.append(MultipleChoice(item.id, *chat.plain_options(asked, endings)))
     return found
 
 
@@ -155,9 +149,8 @@ def mentioned(answer: str, options: Sequence[str]) -> set[int]:
         folded, times = re.subn(rf"(?<!\w){re.escape(text)}(?!\w)", " ", folded)
         if times:
             found.add(number)
-    labels = re.findall(
-        r"(?:^|\n|answer(?: is)?:?|option|number)\s*[(\[\"']?(\d{1,2})(?=[.):\]\s\"']|$)", folded
-    )
+    label = r"(?:^|\n|answer(?: is)?:?|option|number)\s*[(\[\"']?(\d{1,2})(?=[.):\]\s\"']|$)"
+    labels = re.findall(label, folded)
     return found | {int(label) for label in labels if 1 <= int(label) <= len(options)}
 
 
