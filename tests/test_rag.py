@@ -46,6 +46,11 @@ def row(name, bits=((1, 0), (0, 0)), **changes):
     return {**OFFICIAL_ROWS[name], "docs": docs, **changes}
 
 
+def named(first):
+    """Short answers of two gold claims."""
+    return [{"short_answers": first}, {"short_answers": ["x"]}]
+
+
 def save(folder, name, rows):
     path = folder / "trust-score" / f"{name}_eval_top100_calibrated.json"
     path.parent.mkdir(exist_ok=True)
@@ -57,35 +62,27 @@ def save(folder, name, rows):
 
 
 def test_the_shipped_questions_are_what_the_datasheet_says():
-    assert len(SHIPPED) >= 90 and len({q.question for q in SHIPPED}) == len(SHIPPED) == len(
-        {q.id for q in SHIPPED}
-    )
+    n = len(SHIPPED)
+    assert n >= 90 and len({q.question for q in SHIPPED}) == len({q.id for q in SHIPPED}) == n
     assert sum(q.answerable for q in SHIPPED) >= 60 and sum(not q.answerable for q in SHIPPED) >= 30
     for kind in ts.KINDS:
         of_kind = [q for q in SHIPPED if q.kind == kind]
         assert len(of_kind) >= 30 and 0.6 < np.mean([q.answerable for q in of_kind]) < 0.7
     texts = [d.text for q in SHIPPED for d in q.documents]
-    assert len(set(texts)) == len(texts) == 5 * len(SHIPPED) and all(
-        25 <= len(text.split()) <= 75 for text in texts
-    )
-    documents_that_help = np.array(
-        [sum(any(d.answers_found) for d in q.documents) for q in SHIPPED if q.answerable]
-    )
-    assert (documents_that_help < 5).all() and (documents_that_help > 1).any()
+    assert len(set(texts)) == len(texts) == 5 * n
+    assert all(25 <= len(text.split()) <= 75 for text in texts)
+    answerable = [q for q in SHIPPED if q.answerable]
+    helpful = [sum(any(d.answers_found) for d in q.documents) for q in answerable]
+    assert 1 < max(helpful) < 5
 
 
 def test_aliases_stand_where_answers_found_says():
     """A claim's name is in every document that holds it (the statement may differ)."""
-    missing = [
-        (q.id, claim.text)
-        for q in SHIPPED
-        if q.kind != "long"
-        for d in q.documents
-        for claim, found in zip(q.claims, d.answers_found)
-        if found
-        and not any(ts.normalised(alias) in ts.normalised(d.premise) for alias in claim.aliases)
-    ]
-    assert missing == []
+    for q in SHIPPED:
+        for d in q.documents if q.kind != "long" else ():
+            text = ts.normalised(d.premise)
+            for claim, found in zip(q.claims, d.answers_found):
+                assert not found or any(ts.normalised(a) in text for a in claim.aliases), q.id
 
 
 def test_the_shipped_pairs_mislead_a_comparison_of_words():
@@ -112,19 +109,11 @@ def test_official_files_are_read(tmp_path):
     for name, of_set in rows.items():
         source = save(tmp_path, name, of_set)
     short, listed, nothing, long = rag.load_questions(source)
-    assert [q.id for q in (short, listed, nothing, long)] == [
-        "asqa/a",
-        "qampari/1",
-        "qampari/2",
-        "eli5/1",
-    ]
-    assert (short.kind, listed.kind, long.kind) == ("short", "list", "long") and len(
-        short.documents
-    ) == 5
-    assert (
-        short.claims[1].aliases == ("Ida Kessland", "Kessland")
-        and long.claims[0].text == "It was cheap."
-    )
+    assert (short.id, listed.id, nothing.id) == ("asqa/a", "qampari/1", "qampari/2")
+    assert long.id == "eli5/1" and len(short.documents) == 5
+    assert (short.kind, listed.kind, long.kind) == ("short", "list", "long")
+    assert short.claims[1].aliases == ("Ida Kessland", "Kessland")
+    assert long.claims[0].text == "It was cheap."
     assert listed.answerable and listed.supported == (True, False) and not nothing.answerable
 
 
@@ -132,33 +121,15 @@ def test_official_files_are_read(tmp_path):
     ("rows", "message"),
     [
         ([], "expected a list of questions"),
-        (
-            [row("asqa", docs=[{"title": "T", "text": "D"}])],
-            r"question a: needs question, docs .*: 'answers_found' is missing",
-        ),
+        ([row("asqa", docs=[{}])], r"question a: needs question, docs .*: 'answers_found' is miss"),
         ([row("asqa", bits=[(1,)])], "asqa/a: document 1 needs one bit per claim in answers_found"),
-        (
-            [row("asqa", qa_pairs=[{"short_answers": []}, {"short_answers": ["x"]}])],
-            "asqa/a: claim .* has no alias",
-        ),
-        (
-            [row("asqa", answerable=False)],
-            "question a: answerable contradicts answers_found",
-        ),
-        (
-            [row("asqa", bits=[(0, 0)], answerable=True)],
-            "question a: answerable contradicts answers_found",
-        ),
+        ([row("asqa", qa_pairs=named([]))], "asqa/a: claim .* has no alias"),
+        ([row("asqa", answerable=False)], "question a: answerable contradicts answers_found"),
+        ([row("asqa", bits=[(0, 0)], answerable=True)], "question a: answerable contradicts"),
         ([row("asqa"), row("asqa")], "question a: this sample_id is there twice"),
         ([row("asqa", docs=[])], "needs at least one gold claim and one document"),
-        (
-            [row("asqa", qa_pairs=[{"short_answers": "1932"}, {"short_answers": ["x"]}])],
-            "gold claims: expected a list, got '1932'",
-        ),
-        (
-            [row("asqa", qa_pairs=[{"short_answers": [1932]}, {"short_answers": ["x"]}])],
-            "gold claims: expected a text, got 1932",
-        ),
+        ([row("asqa", qa_pairs=named("1932"))], "gold claims: expected a list, got '1932'"),
+        ([row("asqa", qa_pairs=named([1932]))], "gold claims: expected a text, got 1932"),
         ([row("asqa", bits=[("0", 1)])], r"expected 0 or 1 per claim, got \['0', 1\]"),
         ([row("asqa", statements=["One."])], "1 statements for 2 answers"),
         (["text"], "question 1: needs question"),
@@ -183,10 +154,9 @@ def test_real_cited_answers(real_data):
     for (question, answer), s in zip(cited, scores):
         parts = ts.items(answer) if question.kind == "list" else ts.sentences(answer)
         assert s.recall == pytest.approx(np.mean([bool(ts.citations(part)) for part in parts]))
+    lexical = ts.score_responses(*zip(*cited), LexicalEntailment())
+    assert 0.5 < np.mean([s.recall for s in lexical]) < 1
     assert np.mean([s.recall for s in scores]) > 0.9
-    assert (
-        0.5 < np.mean([s.recall for s in ts.score_responses(*zip(*cited), LexicalEntailment())]) < 1
-    )
 
 
 @pytest.mark.parametrize(
@@ -194,10 +164,7 @@ def test_real_cited_answers(real_data):
     [
         ([], "needs demos"),
         ({"demos": [{"question": "Why?"}]}, "'answer' is missing"),
-        (
-            {"demos": [{"question": "Why?", "answer": "So [1].", "docs": []}]},
-            "eli5/1: needs at least one",
-        ),
+        ({"demos": [{"question": "Why?", "answer": "So [1].", "docs": []}]}, "eli5/1: needs at"),
     ],
 )
 def test_bad_cited_answers(tmp_path, content, message):
@@ -214,15 +181,10 @@ def test_no_cited_answers_where_there_are_none():
 def test_the_prompt_has_everything_once():
     question = SHIPPED[0]
     (text,) = rag.prompt(question).turns
-    assert (
-        text.count(question.question) == 1
-        and text.count(ts.REFUSAL) == 1
-        and text.endswith("Answer:")
-    )
-    assert all(
-        f"Document [{i}](Title: {d.title}): {d.text}" in text
-        for i, d in enumerate(question.documents, start=1)
-    )
+    assert text.count(question.question) == text.count(ts.REFUSAL) == 1
+    assert text.endswith("\n\nAnswer:")
+    for number, d in enumerate(question.documents, start=1):
+        assert f"Document [{number}](Title: {d.title}): {d.text}\n" in text
 
 
 # --- entailment models ----------------------------------------------------------------------------
@@ -232,11 +194,7 @@ def test_the_prompt_has_everything_once():
     ("premise", "hypothesis", "expected"),
     [
         ("The bridge was opened in 1932 and replaced a ferry.", "The bridge opened in 1932.", True),
-        (
-            "The bridge was opened in 1932 and replaced a ferry.",
-            "The bridge opened in 1934.",
-            False,
-        ),
+        ("The bridge was opened in 1932 for a ferry.", "The bridge opened in 1934.", False),
         ("The bridge was not opened in 1932.", "The bridge was opened in 1932.", False),
         ("The bridge was opened. Nobody liked the ferry.", "The bridge was opened.", True),
         ("The bridge was opened in 1932.", "A tunnel was dug under the river.", False),
@@ -254,30 +212,12 @@ def entailment_models(tmp_path, tiny_llama):
     size = len(tiny_llama.tokenizer)
     torch.manual_seed(0)
     labels = {0: "CONTRADICTION", 1: "entailment", 2: "neutral"}
-    classifier = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=size,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            num_labels=3,
-            id2label=labels,
-            initializer_range=1.0,
-        )
-    )
-    writer = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=size,
-            d_model=32,
-            d_kv=8,
-            d_ff=64,
-            num_layers=1,
-            num_heads=2,
-            decoder_start_token_id=0,
-            initializer_factor=3.0,
-        )
-    )
+    shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    shape |= dict(vocab_size=size, id2label=labels, initializer_range=1.0)
+    classifier = BertForSequenceClassification(BertConfig(**shape))
+    shape = dict(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2, vocab_size=size)
+    shape |= dict(decoder_start_token_id=0, initializer_factor=3.0)
+    writer = T5ForConditionalGeneration(T5Config(**shape))
     for model, name in ((classifier, "classifier"), (writer, "writer")):
         model.save_pretrained(tmp_path / name)
         tiny_llama.tokenizer.save_pretrained(tmp_path / name)
@@ -287,14 +227,12 @@ def entailment_models(tmp_path, tiny_llama):
 @pytest.mark.parametrize("name", ["classifier", "writer"])
 def test_a_batch_gives_the_same_as_one_by_one(entailment_models, name):
     model = entailment_model(f"path:{entailment_models / name}")
-    pairs = [
-        (f"the answer {i} " * (1 + i % 5), f"question {i} is {'not ' * (i % 2)}wrong")
-        for i in range(24)
-    ]
-    if (
-        not model.classifies
-    ):  # which token a random model prefers is chance: take a common one as "1"
-        model.yes = max((tokens := [first_token(model, *pair) for pair in pairs]), key=tokens.count)
+    premises = [f"the answer {i} " * (1 + i % 5) for i in range(24)]
+    pairs = [(p, f"question {i} is {'not ' * (i % 2)}wrong") for i, p in enumerate(premises)]
+    if not model.classifies:
+        # Which token a random model prefers is chance: take a common one as "1".
+        tokens = [first_token(model, *pair) for pair in pairs]
+        model.yes = max(tokens, key=tokens.count)
     together = model(pairs)
     assert together == [model([pair])[0] for pair in pairs] and len(set(together)) == 2
 
@@ -307,13 +245,7 @@ def first_token(model, premise, hypothesis):
 @pytest.mark.parametrize("name", ["classifier", "writer"])
 def test_long_premises_lose_their_end_and_not_the_hypothesis(entailment_models, name):
     model = NeuralEntailment(f"path:{entailment_models / name}", max_length=200)
-    asked = []
-    forward = model.model.forward
-    model.model.forward = lambda **inputs: (
-        asked.append(inputs["input_ids"][0].tolist()) or forward(**inputs)
-    )
-    assert len(model([("so " * 2000, "It is not so at all.")])) == 1
-    (ids,) = asked
+    ids = model.encode(["so " * 2000], ["It is not so at all."])["input_ids"][0]
     assert len(ids) <= 200 and "It is not so at all." in model.tokenizer.decode(ids)
 
 
@@ -357,28 +289,17 @@ def test_positives_are_perfect():
 
 
 def test_the_fewest_documents_are_cited():
-    document = lambda *bits: ts.Document("T", "D", tuple(map(bool, bits)))  # noqa: E731
+    def documents(*bits):
+        return tuple(ts.Document("T", "D", tuple(map(bool, row))) for row in bits)
+
     claims = tuple(ts.Claim(f"claim {i}") for i in range(3))
-    question = ts.Question(
-        "q",
-        "long",
-        "Why?",
-        claims,
-        (
-            document(1, 0, 0),
-            document(1, 1, 0),
-            document(0, 1, 0),
-            document(0, 0, 0),
-            document(0, 1, 0),
-        ),
-    )
+    held = documents((1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 0, 0), (0, 1, 0))
+    question = ts.Question("q", "long", "Why?", claims, held)
     assert trust_align.fewest_documents(question) == [1, 1, None]
     assert trust_align.positive(question) == "claim 0 [2]. claim 1 [2]."
     names = (ts.Claim("", ("Hesk & Darrow, Inc.", "Hesk")), ts.Claim("", ("Washington, D.C.",)))
-    assert (
-        trust_align.positive(ts.Question("q", "list", "Who?", names, (document(1, 1),)))
-        == "Hesk [1], Washington D.C. [1]."
-    )
+    question = ts.Question("q", "list", "Who?", names, documents((1, 1)))
+    assert trust_align.positive(question) == "Hesk [1], Washington D.C. [1]."
 
 
 @pytest.mark.slow
@@ -395,34 +316,21 @@ def test_recombined_documents():
         held = sum(any(d.answers_found) for d in original.documents)
         assert sum(any(d.answers_found) for d in fewer.documents) == max(1, held - -(-held // 2))
         assert not none.answerable and set(shuffled.documents) == set(original.documents)
+        aliases = [ts.normalised(alias) for claim in original.claims for alias in claim.aliases]
         for variant in (fewer, none, shuffled):
-            assert len(set(variant.documents)) == 5 and {
-                d for d in variant.documents if any(d.answers_found)
-            } <= set(original.documents)
-            new = [
-                ts.normalised(d.premise) for d in variant.documents if d not in original.documents
-            ]
-            assert not any(
-                ts.normalised(alias) in text
-                for text in new
-                for claim in original.claims
-                for alias in claim.aliases
-            )
-    assert (
-        trust_align.recombined(some, 3) == made and trust_align.recombined(some, 3, seed=1) != made
-    )
-    assert [q.id for q in trust_align.recombined(some, 1)] == [
-        q.id for q in made if not q.id.endswith(("+2", "+3"))
-    ]
+            assert len(set(variant.documents)) == 5
+            for new in set(variant.documents) - set(original.documents):
+                text = ts.normalised(new.premise)
+                assert not any(new.answers_found) and not any(alias in text for alias in aliases)
+    assert trust_align.recombined(some, 3) == made != trust_align.recombined(some, 3, seed=1)
+    first = [q for q in made if not q.id.endswith(("+2", "+3"))]
+    assert [q.id for q in trust_align.recombined(some, 1)] == [q.id for q in first]
     with pytest.raises(StudyError, match="only 0 documents of other questions to replace"):
         trust_align.recombined(answerable[:1], 1)
 
 
 def test_errors_and_severity():
-    refused, answered = (
-        Scores(False, True),
-        Scores(True, False, recall=0.5, precision=0.25),
-    )
+    refused, answered = Scores(False, True), Scores(True, False, recall=0.5, precision=0.25)
     half_right = Scores(True, True, 0.5, recall=1.0, precision=1.0)
     assert trust_align.severity(refused) == 0.5
     assert trust_align.severity(answered) == pytest.approx(0.5 + 0.34 * 0.75 + 0.26 * 0.5)
@@ -436,31 +344,17 @@ def test_the_worse_half_is_kept_of_either_kind():
 
     right, refused = answerable(1.0), Scores(False, False)
     too_much = [Scores(True, False, recall=r, precision=1.0) for r in (1.0, 0.0, 0.5)]
-    scores = [
-        answerable(0.9),
-        right,
-        answerable(0.1),
-        refused,
-        *too_much,
-        answerable(0.5),
-        answerable(0.2),
-    ]
-    assert trust_align.worst_half(scores) == [2, 5, 6, 8]
-    assert [trust_align.worst_half(scores, most) for most in (1, 2, 3, 40)] == [
-        [2],
-        [2, 5],
-        [2, 5, 8],
-        [2, 5, 6, 8],
-    ]
+    scores = [answerable(0.9), right, answerable(0.1), refused]
+    scores += [*too_much, answerable(0.5), answerable(0.2)]
+    wanted = {0: [2, 5, 6, 8], 1: [2], 2: [2, 5], 3: [2, 5, 8], 40: [2, 5, 6, 8]}
+    assert {most: trust_align.worst_half(scores, most) for most in wanted} == wanted
     assert trust_align.worst_half([right, refused]) == []
 
 
 def test_pairs_leave_out_what_is_said_already():
     some = SHIPPED[:3]
-    found = trust_align.pairs(some, ["Something else.", trust_align.positive(some[1]), " "])
-    assert [(p.id, p.rejected, p.chosen) for p in found] == [
-        (some[0].id, "Something else.", trust_align.positive(some[0]))
-    ]
-    assert found[0].prompt == rag.prompt(some[0]).turns
+    (pair,) = trust_align.pairs(some, ["Something else.", trust_align.positive(some[1]), " "])
+    assert (pair.id, pair.prompt) == (some[0].id, rag.prompt(some[0]).turns)
+    assert (pair.chosen, pair.rejected) == (trust_align.positive(some[0]), "Something else.")
     with pytest.raises(StudyError, match="no response is wrong"):
         trust_align.pairs(some[:1], [trust_align.positive(some[0])])

@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import pandas as pd
 import torch
+import transformers
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
 
 from .. import StudyError
 from ..artifacts import progress
@@ -88,19 +83,18 @@ class NeuralEntailment:
 
     def __init__(self, source: str, batch_size: int = 8, max_length: int = 1024):
         folder = model_directory(source)
-        config = AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
         self.name, self.batch_size = source, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.classifies = "ForSequenceClassification" in " ".join(config.architectures or ())
         if self.classifies:
-            kind, labels = AutoModelForSequenceClassification, config.id2label
+            kind, labels = transformers.AutoModelForSequenceClassification, config.id2label
             yes = [i for i, label in labels.items() if label.lower().startswith("entail")]
             if len(yes) != 1:
-                raise StudyError(
-                    f"judge {source}: labels {sorted(labels.values())}, needs one for entailment"
-                )
+                names = sorted(labels.values())
+                raise StudyError(f"judge {source}: labels {names}, needs one for entailment")
         elif config.is_encoder_decoder:
-            kind = AutoModelForSeq2SeqLM
+            kind = transformers.AutoModelForSeq2SeqLM
             yes = self.tokenizer("1", add_special_tokens=False).input_ids
         else:
             raise StudyError(f"judge {source}: neither a classifier nor sequence-to-sequence")
@@ -118,11 +112,10 @@ class NeuralEntailment:
             return self.tokenizer.pad(inputs, return_tensors="pt")
         texts = [f"premise: {p}" for p in premises] + [f" hypothesis: {h}" for h in hypotheses]
         ids = self.tokenizer(texts, add_special_tokens=False).input_ids
-        end = [self.tokenizer.eos_token_id]
-        rows = [
-            premise[: max(0, self.max_length - len(hypothesis) - 1)] + hypothesis + end
-            for premise, hypothesis in zip(ids, ids[len(premises) :])
-        ]
+        rows = []
+        for premise, hypothesis in zip(ids, ids[len(premises) :]):
+            room = max(0, self.max_length - len(hypothesis) - 1)
+            rows.append(premise[:room] + hypothesis + [self.tokenizer.eos_token_id])
         return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
 
     @torch.no_grad()
@@ -165,10 +158,8 @@ def claim_pairs(questions: Sequence[Question]) -> pd.DataFrame:
             text = claim.text
             if not text or question.kind == "list":
                 text = f"{question.question} {claim.aliases[0]}"
-            rows += [
-                (document.premise, text, document.answers_found[place], question.id)
-                for document in question.documents
-            ]
+            for document in question.documents:
+                rows.append((document.premise, text, document.answers_found[place], question.id))
     return pd.DataFrame(rows, columns=["premise", "hypothesis", "entailed", "group"])
 
 
@@ -180,5 +171,5 @@ def agreement(entails: EntailmentModel, pairs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, some in (("all", labels | True), ("entailed", labels), ("not entailed", ~labels)):
         found = mean_interval(right[some], clusters=pairs["group"][some], bounds=(0.0, 1.0))
-        rows.append((name, found.value, found.low, found.high, found.n))
+        rows.append((name, *astuple(found)))
     return pd.DataFrame(rows, columns=["pairs", "value", "ci_low", "ci_high", "n"])

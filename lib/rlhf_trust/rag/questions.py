@@ -16,18 +16,7 @@ from pathlib import Path
 from .. import StudyError
 from ..decode import Prompt
 from ..sources import locate, read_json
-from .trust_score import (
-    DOCUMENTS,
-    KINDS,
-    REFUSAL,
-    Claim,
-    Document,
-    Question,
-    citations,
-    items,
-    sentences,
-    without_citations,
-)
+from . import trust_score as ts
 
 OFFICIAL = {"asqa": "short", "qampari": "list", "eli5": "long", "expertqa": "long"}
 """The authors' files, ``trust-score/<name>_eval_top100_calibrated.json``, and how their claims are
@@ -43,17 +32,20 @@ ASKED = {
 """The instruction, by kind of question."""
 
 
-def load_questions(source: str) -> list[Question]:
+def load_questions(source: str) -> list[ts.Question]:
     """All questions of a data source (``shipped``, ``hub:`` or ``path:<directory>``), ids as
     ``<set>/<id>``.
 
     Reads those of the authors' sets that a directory has; at least one must be there. A bad row is
     an error.
     """
-    shipped, questions = source == "shipped", []
-    for name, kind in {k: k for k in KINDS}.items() if shipped else OFFICIAL.items():
-        file = f"trust-score/{name if shipped else f'{name}_eval_top100_calibrated'}.json"
-        path = locate(source, file, required=not source.startswith("path:"))
+    kinds, ending = OFFICIAL, "_eval_top100_calibrated.json"
+    if source == "shipped":
+        kinds, ending = dict(zip(ts.KINDS, ts.KINDS)), ".json"
+    questions = []
+    for name, kind in kinds.items():
+        required = not source.startswith("path:")
+        path = locate(source, f"trust-score/{name}{ending}", required)
         if path:
             questions += _read(path, name, kind)
     if not questions:
@@ -73,7 +65,7 @@ def _row(where: str, needs: str) -> Iterator[None]:
         raise StudyError(f"{where}: needs {needs}: {problem}") from None
 
 
-def _read(path: Path, name: str, kind: str) -> list[Question]:
+def _read(path: Path, name: str, kind: str) -> list[ts.Question]:
     rows, questions = read_json(path), {}
     if not isinstance(rows, list) or not rows:
         raise StudyError(f"{path}: expected a list of questions")
@@ -83,32 +75,31 @@ def _read(path: Path, name: str, kind: str) -> list[Question]:
         if key in questions:
             raise StudyError(f"{where}: this sample_id is there twice")
         with _row(where, "question, docs with title, text and answers_found, and gold claims"):
-            documents = tuple(_document(d, d["answers_found"]) for d in row["docs"][:DOCUMENTS])
-            question = Question(
-                f"{name}/{key}", kind, _text(row["question"]), _claims(row, kind), documents
-            )
+            documents = tuple(_document(d, d["answers_found"]) for d in row["docs"][: ts.DOCUMENTS])
+            asked, claims = _text(row["question"]), _claims(row, kind)
+            question = ts.Question(f"{name}/{key}", kind, asked, claims, documents)
         if row.get("answerable") not in (None, question.answerable):
             raise StudyError(f"{where}: answerable contradicts answers_found; fix one of the two")
         questions[key] = question
     return list(questions.values())
 
 
-def _claims(row: dict, kind: str) -> tuple[Claim, ...]:
+def _claims(row: dict, kind: str) -> tuple[ts.Claim, ...]:
     if kind == "long":
-        return tuple(map(Claim, _texts(row["claims"])))
+        return tuple(map(ts.Claim, _texts(row["claims"])))
     pairs = row.get("qa_pairs")
     aliases = [pair["short_answers"] for pair in pairs] if pairs is not None else row["answers"]
     aliases = tuple(map(_texts, aliases))
     statements = _texts(row["statements"]) if "statements" in row else ("",) * len(aliases)
     if len(statements) != len(aliases):
         raise TypeError(f"{len(statements)} statements for {len(aliases)} answers")
-    return tuple(map(Claim, statements, aliases))
+    return tuple(map(ts.Claim, statements, aliases))
 
 
-def _document(row: dict, bits: list) -> Document:
+def _document(row: dict, bits: list) -> ts.Document:
     if not isinstance(bits, list) or any(bit not in (0, 1) for bit in bits):
         raise TypeError(f"expected 0 or 1 per claim, got {bits!r}")
-    return Document(_text(row["title"]), _text(row["text"]), tuple(map(bool, bits)))
+    return ts.Document(_text(row["title"]), _text(row["text"]), tuple(map(bool, bits)))
 
 
 def _text(value) -> str:
@@ -123,7 +114,7 @@ def _texts(value) -> tuple[str, ...]:
     return tuple(map(_text, value))
 
 
-def load_cited(source: str) -> list[tuple[Question, str]]:
+def load_cited(source: str) -> list[tuple[ts.Question, str]]:
     """The few real questions with answers that people wrote and cited (ALCE's demonstrations),
     where a source has them.
 
@@ -141,27 +132,22 @@ def load_cited(source: str) -> list[tuple[Question, str]]:
     return cited
 
 
-def _cited(key: str, kind: str, row: dict) -> tuple[Question, str]:
+def _cited(key: str, kind: str, row: dict) -> tuple[ts.Question, str]:
     answer = _text(row["answer"])
-    parts = items(answer) if kind == "list" else sentences(answer)
-    texts = [without_citations(part).strip(" .") for part in parts]
-    claims = tuple(Claim(text, (text,) if kind == "list" else ()) for text in texts)
-    documents = tuple(
-        _document(d, [number in citations(part) for part in parts])
-        for number, d in enumerate(row["docs"], start=1)
-    )
-    return Question(key, kind, _text(row["question"]), claims, documents), answer
+    parts = ts.items(answer) if kind == "list" else ts.sentences(answer)
+    texts = [ts.without_citations(part).strip(" .") for part in parts]
+    claims = tuple(ts.Claim(text, (text,) if kind == "list" else ()) for text in texts)
+    documents = []
+    for number, document in enumerate(row["docs"], start=1):
+        documents.append(_document(document, [number in ts.citations(part) for part in parts]))
+    return ts.Question(key, kind, _text(row["question"]), claims, tuple(documents)), answer
 
 
-def prompt(question: Question) -> Prompt:
+def prompt(question: ts.Question) -> Prompt:
     """Instruction, question and numbered documents as one turn."""
-    documents = "\n".join(
-        f"Document [{number}](Title: {d.title}): {d.text}"
-        for number, d in enumerate(question.documents, start=1)
-    )
-    text = (
-        f"Use only the documents below. {ASKED[question.kind]} "
-        f"If no document holds the answer, write only: {REFUSAL}\n\n"
-        f"Question: {question.question}\n\n{documents}\n\nAnswer:"
-    )
-    return Prompt(question.id, (text,))
+    text = f"Use only the documents below. {ASKED[question.kind]} "
+    text += f"If no document holds the answer, write only: {ts.REFUSAL}\n\n"
+    text += f"Question: {question.question}\n\n"
+    for number, document in enumerate(question.documents, start=1):
+        text += f"Document [{number}](Title: {document.title}): {document.text}\n"
+    return Prompt(question.id, (f"{text}\nAnswer:",))

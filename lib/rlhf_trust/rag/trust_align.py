@@ -63,17 +63,16 @@ def _variants(
     """``similar``: title and text of documents, the most similar first."""
     own = {(d.title, d.text) for d in question.documents}
     names = [normalised(alias) for claim in question.claims for alias in claim.aliases]
-    others = [
-        other
-        for other in similar
-        if other not in own and not any(name in normalised(" ".join(other)) for name in names)
-    ][: 4 * DOCUMENTS]
+    others = []
+    for other in similar:
+        text = normalised(" ".join(other))
+        if other not in own and not any(name in text for name in names):
+            others.append(other)
+    others = others[: 4 * DOCUMENTS]
     holding = [i for i, d in enumerate(question.documents) if any(d.answers_found)]
     if len(others) < len(holding):
-        raise StudyError(
-            f"trust-align: {question.id}: only {len(others)} documents of other questions "
-            f"to replace {len(holding)}"
-        )
+        needed = f"{len(others)} documents of other questions to replace {len(holding)}"
+        raise StudyError(f"trust-align: {question.id}: only {needed}")
     counts = (min(-(-len(holding) // 2), len(holding) - 1), len(holding), 0)
     rng = generator(f"recombined/{question.id}/{seed}")
     made = []
@@ -166,8 +165,5 @@ def pairs(questions: Sequence[Question], responses: Sequence[str]) -> list[Prefe
         if response.strip() and response != positive(q)
     ]
     if not made:
-        raise StudyError(
-            "trust-align: no response is wrong, so there is no pair to learn from; "
-            "raise n_train or temperature"
-        )
+        raise StudyError("trust-align: no response is wrong; raise n_train or temperature")
     return made

@@ -88,8 +88,6 @@ class Question:
     documents: tuple[Document, ...]
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise StudyError(f"{self.id}: kind must be one of {KINDS}, got {self.kind!r}")
         if not self.claims or not self.documents:
             raise StudyError(f"{self.id}: needs at least one gold claim and one document")
         for claim in self.claims:
@@ -97,9 +95,8 @@ class Question:
                 raise StudyError(f"{self.id}: claim {claim.text or claim.aliases!r} has no alias")
         for number, document in enumerate(self.documents, start=1):
             if len(document.answers_found) != len(self.claims):
-                raise StudyError(
-                    f"{self.id}: document {number} needs one bit per claim in answers_found"
-                )
+                needs = f"document {number} needs one bit per claim in answers_found"
+                raise StudyError(f"{self.id}: {needs}")
 
     @property
     def supported(self) -> tuple[bool, ...]:
@@ -210,9 +207,7 @@ def correctness(question: Question, response: str, found: Sequence[bool]) -> flo
     return float(_f1(precision, min(LIST_ENOUGH, hits) / min(LIST_ENOUGH, len(supported))))
 
 
-def citation_scores(
-    question: Question, response: str, entails: EntailmentModel
-) -> tuple[float, float]:
+def citation_scores(question: Question, response: str, entails) -> tuple[float, float]:
     """Citation recall (mean over sentences) and precision (over citations).
 
     A citation out of range leaves the whole sentence unsupported and its citations out of the
@@ -281,12 +276,8 @@ def score_responses(
 
 # --- all responses --------------------------------------------------------------------------------
 
-NAMES = {
-    "f1_refusal_grounded": "refusal",
-    "f1_answer_correctness": "correctness",
-    "f1_citation_grounded": "citation",
-}
-PARTS = tuple(NAMES)
+PARTS = ("f1_refusal_grounded", "f1_answer_correctness", "f1_citation_grounded")
+NAMES = dict(zip(PARTS, ("refusal", "correctness", "citation")))
 
 
 def trust_score(scores: Sequence[Scores], name: str = "", draws: int = DRAWS) -> pd.DataFrame:
@@ -322,17 +313,10 @@ def trust_score_change(
     exchanged = generator(f"trust-score/{name}/exchanged").integers(2, size=(draws, n))
     first = np.hstack([1 - exchanged, exchanged])
     null = (_metrics(both, first) - _metrics(both, 1 - first)).abs()
-    table = pd.DataFrame(
-        {
-            "change": value,
-            "ci_low": low,
-            "ci_high": high,
-            "p": (1 + (null >= value.abs() - 1e-12).sum()) / (1 + draws),
-            "min_detectable": DETECTED * resampled.std(ddof=0).replace(0, np.nan),
-            "n": n,
-        }
-    )
-    return table.rename_axis("metric").reset_index()
+    table = pd.DataFrame({"change": value, "ci_low": low, "ci_high": high})
+    table["p"] = (1 + (null >= value.abs() - 1e-12).sum()) / (1 + draws)
+    table["min_detectable"] = DETECTED * resampled.std(ddof=0).replace(0, np.nan)
+    return table.assign(n=n).rename_axis("metric").reset_index()
 
 
 def _resamples(name: str, n: int, draws: int) -> np.ndarray:
@@ -353,9 +337,8 @@ def _metrics(scores: Sequence[Scores], weights: np.ndarray) -> pd.DataFrame:
     """Every metric, a column each, for every row of question weights [draws, questions]."""
     if not scores:
         raise StudyError("trust-score: no responses to score")
-    answered, answerable, correct, parametric, recall, precision = np.array(
-        list(zip(*map(astuple, scores))), dtype=float
-    )
+    columns = np.array([astuple(score) for score in scores], dtype=float).T
+    answered, answerable, correct, parametric, recall, precision = columns
     withheld, unanswerable = 1 - answered, 1 - answerable
 
     def share(part, whole):
@@ -395,13 +378,12 @@ def words(changes: pd.DataFrame) -> list[str]:
         whole, conclusion = rows.loc["trust_score"], verdicts["trust_score"]
         if conclusion != "no clear change" and whole["p_holm"] > 1 - LEVEL:
             conclusion += " by this interval alone, but not after Holm's correction"
-        interval = Interval(*whole[["change", "ci_low", "ci_high", "n"]])
+        change = interval_words(Interval.of_row(whole, "change"), unit="questions")
         smallest = whole["min_detectable"]
         power = f"minimum detectable change {smallest:.3f}, " if smallest > 0 else ""
         parts = [f"{NAMES[m]} {rows.loc[m, 'change']:+.3f} ({verdicts[m]})" for m in PARTS]
         sentences.append(
-            f"**{model}** against {baseline}: Trust-Score "
-            f"{interval_words(interval, unit='questions')}, {power}Holm-corrected p = "
+            f"**{model}** against {baseline}: Trust-Score {change}, {power}Holm-corrected p = "
             f"{whole['p_holm']:.2g}: {conclusion}. By part: {', '.join(parts)}."
         )
     return sentences
