@@ -29,10 +29,8 @@ def test_loss_is_a_mean_over_tokens_then_over_texts(tiny_llama):
         PreferencePair(f"p{i}", (f"question {i}?",), "the answer " * (i + 1), "no", "helpful")
         for i in range(3)
     ]
-    texts = distance.preference_texts(pairs, chat)
-    table = distance.distance_table(
-        ModelSet(tiny_llama, {}), texts, tiny_llama.tokenizer.pad_token_id
-    ).set_index("text")
+    texts, pad = distance.preference_texts(pairs, chat), tiny_llama.tokenizer.pad_token_id
+    table = distance.distance_table(ModelSet(tiny_llama, {}), texts, pad).set_index("text")
     assert list(table.index) == ["preference prompts", "chosen answers", "rejected answers"]
     losses = []
     for sequence in texts["chosen answers"]:

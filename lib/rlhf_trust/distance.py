@@ -20,6 +20,9 @@ from .decode import Prompt, answer_logps
 from .models import ModelSet
 from .stats import mean_interval
 
+Texts = dict[str, list[EncodedExample]]
+"""Kind of text → the texts."""
+
 
 def human_turn(chat: Chat, text: str) -> EncodedExample:
     """``text`` as the first human turn: the tokens before it are given, its own are scored."""
@@ -30,9 +33,7 @@ def human_turn(chat: Chat, text: str) -> EncodedExample:
     return EncodedExample(whole[: len(whole) - closing], shared)
 
 
-def preference_texts(
-    pairs: Sequence[PreferencePair], chat: Chat
-) -> dict[str, list[EncodedExample]]:
+def preference_texts(pairs: Sequence[PreferencePair], chat: Chat) -> Texts:
     """Held-out pairs: the first human turns, and the chosen and the rejected answers after their
     prompts."""
     return {
@@ -47,9 +48,7 @@ def prompt_texts(prompts: Sequence[Prompt], chat: Chat) -> list[EncodedExample]:
     return [human_turn(chat, prompt.turns[0]) for prompt in prompts]
 
 
-def distance_table(
-    model_set: ModelSet, texts: dict[str, list[EncodedExample]], pad: int
-) -> pd.DataFrame:
+def distance_table(model_set: ModelSet, texts: Texts, pad: int) -> pd.DataFrame:
     """Rows of ``distance.csv``: loss (nats a token, with its interval over texts) and perplexity.
 
     A text's loss is the mean over its tokens, and every text has equal weight: perplexity is the
