@@ -37,6 +37,11 @@ def expected_share(variance: float) -> float:
     return 2 * quad(lambda z: expit(z) * norm.pdf(z, scale=variance**0.5), 0, np.inf)[0]
 
 
+@pytest.fixture
+def kept(tmp_path):
+    return ResultCache(tmp_path / "sweep.jsonl")
+
+
 def settings(**changed) -> oc.Settings:
     chosen = {"reward_models": ["classifier"], "choices": ["same"], "betas": [1.0]}
     chosen |= {"n_pairs": [200], "seeds": [0], "best_of": [2]}
@@ -67,8 +72,6 @@ def test_which_answers_are_paired():
         assert (pairs[:, 0] != pairs[:, 1]).any(1).all()
         gaps[how] = np.abs(np.diff(golden[pairs[..., 0], pairs[..., 1]], axis=1)).mean()
     assert gaps["cross"] > gaps["same"] and gaps["diversified"] > gaps["same"] > gaps["similar"]
-    with pytest.raises(StudyError, match="pair choice: must be one of"):
-        oc.choose_pairs(golden, "other", 5, rng)
     with pytest.raises(StudyError, match="1 prompts with 8 answers have none"):
         oc.choose_pairs(golden[:1], "cross", 5, rng)
 
@@ -77,9 +80,7 @@ def test_which_answers_are_paired():
 def test_pairs_repeat_only_when_there_are_no_others(how):
     golden = np.random.default_rng(0).normal(size=(5, 4))
     answers = list(itertools.product(range(5), range(4)))
-    in_order = [
-        sorted(((p, a) for a in range(4)), key=lambda place: golden[place]) for p in range(5)
-    ]
+    in_order = [[(p, int(a)) for a in np.argsort(golden[p])] for p in range(5)]
     possible = {
         "same": [(a, b) for a, b in itertools.combinations(answers, 2) if a[0] == b[0]],
         "cross": [(a, b) for a, b in itertools.combinations(answers, 2) if a[0] != b[0]],
@@ -89,14 +90,10 @@ def test_pairs_repeat_only_when_there_are_no_others(how):
     for n in (3, len(possible), 2 * len(possible) + 3):
         pairs = oc.choose_pairs(golden, how, n, np.random.default_rng(n))
         counts = pd.Series([frozenset(map(tuple, pair)) for pair in pairs.tolist()]).value_counts()
-        assert set(counts.index) <= set(map(frozenset, possible)) and oc.distinct(pairs) == len(
-            counts
-        ) == min(n, len(possible))
-        assert (
-            counts.sum() == n
-            and counts.max() == -(-n // len(possible))
-            and counts.max() - counts.min() <= 1
-        )
+        assert set(counts.index) <= set(map(frozenset, possible))
+        assert oc.distinct(pairs) == len(counts) == min(n, len(possible))
+        assert counts.sum() == n and counts.max() - counts.min() <= 1
+        assert counts.max() == -(-n // len(possible))
 
 
 def test_prompts_are_held_out_whole():
@@ -114,23 +111,17 @@ def test_prompts_are_held_out_whole():
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (
-            {"reward_models": ["trees"]},
-            "learners: must be of bradley_terry, classifier, lightgbm, each once, got trees",
-        ),
-        (
-            {"choices": []},
-            "pair_choices: must be of same, cross, similar, diversified, each once, got none",
-        ),
+        ({"reward_models": ["trees"]}, "learners: must be of .*lightgbm, each once, got trees"),
+        ({"choices": []}, "pair_choices: must be of same, .*, diversified, each once, got none"),
         ({"betas": [0.0, 1.0]}, "betas: must be above 0, in rising order, got 0.0, 1.0"),
         ({"n_pairs": [400, 200]}, "amounts: must be above 1, in rising order, got 400, 200"),
         ({"seeds": range(0)}, "n_seeds: must be at least 1"),
         ({"best_of": [2, 9]}, "best_of: must be at most answers_test, 8, got 9"),
     ],
 )
-def test_a_sweep_that_cannot_be_made_is_refused_at_its_start(changed, said):
+def test_a_sweep_that_cannot_be_made_is_refused_at_its_start(changed, said, kept):
     with pytest.raises(StudyError, match=said):
-        oc.sweep(linear_bench(), settings(**changed))
+        oc.sweep(linear_bench(), settings(**changed), kept)
 
 
 def test_ppo_follows_a_reward_of_the_sweep():
@@ -143,13 +134,12 @@ def test_ppo_follows_a_reward_of_the_sweep():
 @pytest.mark.parametrize(
     ("name", "spearman"), [("bradley_terry", 0.9), ("classifier", 0.8), ("lightgbm", 0.7)]
 )
-def test_a_linear_truth_without_noise_is_learnt(name, spearman):
+def test_a_linear_truth_without_noise_is_learnt(name, spearman, kept):
     chosen = settings(reward_models=[name], betas=[np.inf], n_pairs=[3000], best_of=[4])
-    found = oc.sweep(linear_bench(), chosen, QUICK)
+    found = oc.sweep(linear_bench(), chosen, kept, QUICK)
     assert found.loc[0, "spearman"] > spearman
-    assert (
-        found.loc[0, "pair_accuracy"] > 0.75 and found.loc[0, "gain_4"] > 0.7
-    )  # the best possible is 1.03
+    # The best possible gain is 1.03.
+    assert found.loc[0, "pair_accuracy"] > 0.75 and found.loc[0, "gain_4"] > 0.7
 
 
 def test_a_prompts_own_level_moves_the_classifier_alone():
@@ -164,129 +154,76 @@ def test_best_of_n_is_the_mean_over_all_draws():
     rng = np.random.default_rng(0)
     learnt, golden = rng.normal(size=(2, 3, 6))
     for n in (1, 2, 4, 6):
-        for row in range(3):
-            drawn = [
-                golden[row, max(picked, key=lambda i: learnt[row, i])]
-                for picked in itertools.combinations(range(6), n)
-            ]
-            assert oc.best_of_n(learnt, golden, n)[row] == pytest.approx(
-                np.mean(drawn) - golden[row].mean()
-            )
+        for row, (a, b) in enumerate(zip(learnt, golden)):
+            draws = map(list, itertools.combinations(range(6), n))
+            gain = np.mean([b[drawn][a[drawn].argmax()] for drawn in draws]) - b.mean()
+            assert oc.best_of_n(learnt, golden, n)[row] == pytest.approx(gain)
     assert oc.best_of_n(golden, golden, 6) == pytest.approx(golden.max(1) - golden.mean(1))
-    with pytest.raises(StudyError, match="n = 7 of 6"):
-        oc.best_of_n(learnt, golden, 7)
 
 
 def test_accuracy_and_correlation_by_prompt():
     rng = np.random.default_rng(0)
     learnt, golden = rng.normal(size=(2, 3, 6))
-    for row in range(3):
-        pairs = list(itertools.combinations(range(6), 2))
-        right = np.mean(
-            [
-                (golden[row, i] - golden[row, j]) * (learnt[row, i] - learnt[row, j]) > 0
-                for i, j in pairs
-            ]
-        )
+    for row, (a, b) in enumerate(zip(learnt, golden)):
+        pairs = itertools.combinations(range(6), 2)
+        right = np.mean([(b[i] - b[j]) * (a[i] - a[j]) > 0 for i, j in pairs])
         assert oc.pair_accuracy(learnt, golden)[row] == pytest.approx(right)
-        assert oc.rank_correlation(learnt, golden)[row] == pytest.approx(
-            spearmanr(learnt[row], golden[row]).statistic
-        )
+        correlation = spearmanr(a, b).statistic
+        assert oc.rank_correlation(learnt, golden)[row] == pytest.approx(correlation)
     assert oc.pair_accuracy(np.zeros((1, 3)), np.array([[1.0, 2, 3]])) == [0.0]
     assert np.isnan(oc.pair_accuracy(np.ones((1, 3)), np.ones((1, 3)))).all()
-    assert oc.rank_correlation(np.ones((1, 3)), np.array([[1.0, 2, 3]])) == [0.0] and np.isnan(
-        oc.rank_correlation(np.ones((1, 3)), np.ones((1, 3)))
-    )
+    assert oc.rank_correlation(np.ones((1, 3)), np.array([[1.0, 2, 3]])) == [0.0]
+    assert np.isnan(oc.rank_correlation(np.ones((1, 3)), np.ones((1, 3))))
 
 
-def test_the_sweep_is_paired_seeded_kept_and_put_into_words(tmp_path, monkeypatch):
+def test_the_sweep_is_paired_seeded_kept_and_put_into_words(kept, monkeypatch):
     bench = linear_bench(prompts=20)
-    chosen = settings(
-        reward_models=["bradley_terry", "classifier"],
-        choices=["same", "cross"],
-        betas=[0.5, np.inf],
-        seeds=[0, 1, 2],
-        best_of=[2, 8],
-    )
-    found = oc.sweep(bench, chosen, QUICK)
-    kept = ResultCache(tmp_path / f"sweep.{bench.fingerprint}.jsonl")
-    pd.testing.assert_frame_equal(found, oc.sweep(bench, chosen, QUICK, kept=kept))
+    chosen = dict(reward_models=["bradley_terry", "classifier"], choices=["same", "cross"])
+    chosen = settings(**chosen, betas=[0.5, np.inf], seeds=[0, 1, 2], best_of=[2, 8])
+    found = oc.sweep(bench, chosen, kept, QUICK)
     monkeypatch.setattr(oc, "fit", None)  # interrupted and started again, it fits nothing anew
-    again = oc.sweep(bench, chosen, QUICK, kept=ResultCache(kept.path))
+    again = oc.sweep(bench, chosen, ResultCache(kept.path), QUICK)
     pd.testing.assert_frame_equal(found, again)
-    assert (
-        linear_bench(prompts=21).fingerprint
-        != bench.fingerprint
-        == linear_bench(prompts=20).fingerprint
-    )
-    assert (
-        len(found) == 2 * 2 * 2 * 3
-        and found.groupby(["pairs", "beta", "seed"])["label_accuracy"].nunique().eq(1).all()
-    )
-    assert (
-        found[found["beta"] == np.inf]["spearman"].mean()
-        > found[found["beta"] == 0.5]["spearman"].mean()
-    )
+    assert bench.fingerprint == linear_bench(prompts=20).fingerprint
+    assert bench.fingerprint != linear_bench(prompts=21).fingerprint
+    by_annotation = found.groupby(["pairs", "beta", "seed"])
+    assert len(found) == 2 * 2 * 2 * 3 and by_annotation["label_accuracy"].nunique().eq(1).all()
+    by_beta = found.groupby("beta")["spearman"].mean()
+    assert by_beta[np.inf] > by_beta[0.5]
     differences = oc.against_bradley_terry(found, "gain_8")
-    part = found[(found["pairs"] == "cross") & (found["beta"] == 0.5)].pivot(
-        index="seed", columns="learner", values="gain_8"
-    )
-    row = differences[(differences["pairs"] == "cross") & (differences["beta"] == 0.5)].iloc[0]
-    assert (
-        row["difference"] == pytest.approx((part["classifier"] - part["bradley_terry"]).mean())
-        and row["seeds"] == 3
-    )
-    made = differences.assign(
-        difference=[0.2, -0.2, 0.0, 0.0],
-        ci_low=[0.1, -0.3, -0.1, -0.1],
-        ci_high=[0.3, -0.1, 0.1, 0.1],
-    )
+    part = found.query("pairs == 'cross' and beta == 0.5")
+    by_seed = part.pivot(index="seed", columns="learner", values="gain_8")
+    wanted = (by_seed["classifier"] - by_seed["bradley_terry"]).mean()
+    row = differences.query("pairs == 'cross' and beta == 0.5").iloc[0]
+    assert row["difference"] == pytest.approx(wanted) and row["seeds"] == 3
+    made = differences.assign(difference=[0.2, -0.2, 0.0, 0.0])
+    made["ci_low"], made["ci_high"] = [0.1, -0.3, -0.1, -0.1], [0.3, -0.1, 0.1, 0.1]
     (sentence,) = oc.words(made)
-    assert (
-        sentence.startswith(
-            "**classifier** against Bradley-Terry, 4 combinations: clearly better in 1 ("
-        )
-        and "clearly worse in 1 (" in sentence
-    )
-    assert (
-        "over 3 seeds includes zero" in sentence
-        and "by chance alone about 0.2 would be clear" in sentence
-    )
+    start = "**classifier** against Bradley-Terry, 4 combinations: clearly better in 1 ("
+    assert sentence.startswith(start) and "clearly worse in 1 (" in sentence
+    assert "over 3 seeds includes zero" in sentence
+    assert "by chance alone about 0.2 would be clear" in sentence
     assert "one seed has no interval" in oc.words(made.assign(seeds=1))[0]
-    assert (
-        oc.words(oc.against_bradley_terry(found[found["learner"] == "classifier"], "gain_8")) == []
-    )
+    alone = found[found["learner"] == "classifier"]
+    assert oc.words(oc.against_bradley_terry(alone, "gain_8")) == []
 
 
-def test_a_verdict_names_the_labels_of_its_own_combination():
+def test_a_verdict_names_the_labels_of_its_own_combination(kept):
     """Across prompts that lie apart labels are right more often than within one."""
     bench = linear_bench(prompts=20, prompt_spread=3.0)
-    chosen = settings(
-        reward_models=["bradley_terry", "lightgbm"],
-        choices=["same", "cross"],
-        betas=[0.5],
-        n_pairs=[60, 1200],
-        seeds=[0, 1],
-    )
-    found = oc.sweep(bench, chosen, QUICK)
+    chosen = dict(reward_models=["bradley_terry", "lightgbm"], choices=["same", "cross"])
+    chosen = settings(**chosen, betas=[0.5], n_pairs=[60, 1200], seeds=[0, 1])
+    found = oc.sweep(bench, chosen, kept, QUICK)
     differences = oc.against_bradley_terry(found, "gain_2").set_index(["pairs", "amount"])
     for (how, amount), row in differences.iterrows():
         own = found[(found["pairs"] == how) & (found["amount"] == amount)]
-        assert (
-            row["label_accuracy"] == pytest.approx(own["label_accuracy"].mean())
-            and row["distinct"] == own["distinct"].max()
-        )
-    assert (
-        differences.loc[("cross", 1200), "label_accuracy"]
-        > differences.loc[("same", 1200), "label_accuracy"] + 0.05
-    )
-    assert differences["distinct"].to_dict() == {
-        ("same", 60): 60,
-        ("same", 1200): 560,
-        ("cross", 60): 60,
-        ("cross", 1200): 1200,
-    }
+        assert row["label_accuracy"] == pytest.approx(own["label_accuracy"].mean())
+        assert row["distinct"] == own["distinct"].max()
+    distinct = differences["distinct"]
+    assert distinct["same"].to_dict() == {60: 60, 1200: 560}
+    assert distinct["cross"].to_dict() == {60: 60, 1200: 1200}
     accuracy = differences.loc[("same", 1200), "label_accuracy"]
+    assert differences.loc[("cross", 1200), "label_accuracy"] > accuracy + 0.05
     (sentence,) = oc.words(differences.reset_index().assign(ci_low=0.1))
     assert f"same pairs, 1200 of them (560 distinct), {accuracy:.0%} of labels correct" in sentence
 
@@ -294,9 +231,8 @@ def test_a_verdict_names_the_labels_of_its_own_combination():
 def test_golden_rewards():
     rng = np.random.default_rng(0)
     golden = oc.in_units(oc.golden_network(rng.normal(size=(180, 10)), seed=0).reshape(30, 6))
-    assert golden.var(1, ddof=1).mean() == pytest.approx(1.0) and golden.mean() == pytest.approx(
-        0.0
-    )
+    assert golden.var(1, ddof=1).mean() == pytest.approx(1.0)
+    assert golden.mean() == pytest.approx(0.0)
     with pytest.raises(StudyError, match="golden reward: is constant or not finite"):
         oc.in_units(np.ones((3, 4)))
     one = oc.Annotated(np.ones((1, 3)), np.zeros((1, 3)), np.zeros((1, 2, 2), int), 1.0)
@@ -306,43 +242,32 @@ def test_golden_rewards():
 
 def test_a_golden_rewards_unit_holds_for_few_answers():
     rng = np.random.default_rng(0)
-    golden = 5 * (
-        rng.normal(size=(4000, 3)) + rng.normal(size=(4000, 1))
-    )  # half of the variance between prompts
+    # Half of the variance lies between prompts.
+    golden = 5 * (rng.normal(size=(4000, 3)) + rng.normal(size=(4000, 1)))
     units = oc.in_units(golden)
     _, right = oc.annotate(units, oc.choose_pairs(units, "same", 12000, rng), 1.0, rng)
-    assert right == pytest.approx(
-        expected_share(2.0), abs=0.01
-    )  # 0.725; with the population's spread 0.755
+    # 0.725; with the population's spread 0.755.
+    assert right == pytest.approx(expected_share(2.0), abs=0.01)
     assert oc.prompts_share(golden) == pytest.approx(0.5, abs=0.03)
     assert oc.prompts_share(rng.normal(size=(4000, 3))) == pytest.approx(0.0, abs=0.02)
 
 
 def test_embeddings_are_the_start_models_whatever_adapter_is_active(tiny, chat, tmp_path):
     """At the end token, which a cut-off answer is given; batched = one by one."""
-    whole, cut, long = (
-        EncodedExample((5, 6, 7, 8, 2), 2),
-        EncodedExample((5, 6, 7, 8), 2),
-        EncodedExample((5, 6, 7, 8, 9, 10, 2), 3),
-    )
-    with torch.no_grad():
-        wanted = [
-            tiny.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-            .hidden_states[-1][0, -1]
-            .numpy()
-            for ids in (whole.input_ids, whole.input_ids, long.input_ids)
-        ]
+    whole, cut = EncodedExample((5, 6, 7, 8, 2), 2), EncodedExample((5, 6, 7, 8), 2)
+    long = EncodedExample((5, 6, 7, 8, 9, 10, 2), 3)
+
+    @torch.no_grad()
+    def last_state(model, text):
+        ids = torch.tensor([text.input_ids])
+        return model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1].numpy()
+
+    wanted = [last_state(tiny.model, text) for text in (whole, whole, long)]
     sft, _ = write_adapters(tiny, tmp_path)
     model = models.load_adapters(tiny, {"sft": sft})
-    with torch.no_grad():
-        adapted = (
-            model(input_ids=torch.tensor([whole.input_ids]), output_hidden_states=True)
-            .hidden_states[-1][0, -1]
-            .numpy()
-        )
+    adapted = last_state(model, whole)
     found = embeddings.embed(model, [whole, cut, long], chat, rows=3)
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert np.abs(found[0] - adapted).max() > 1e-2
-    np.testing.assert_array_equal(
-        embeddings.reward_fn(model, lambda e: e[:, 0], chat)([whole, long]), found[[0, 2], 0]
-    )
+    rewards = embeddings.reward_fn(model, lambda e: e[:, 0], chat)([whole, long])
+    np.testing.assert_array_equal(rewards, found[[0, 2], 0])

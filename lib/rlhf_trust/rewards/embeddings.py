@@ -29,6 +29,6 @@ def embed(
         return decode.end_states(model, ended, pad, rows, desc).numpy()
 
 
-def reward_fn(model, reward: Reward, chat: Chat, rows: int = 16) -> RewardFn:
+def reward_fn(model, reward: Reward, chat: Chat) -> RewardFn:
     """A learnt reward as the reward function of PPO or INPO."""
-    return lambda answers: torch.tensor(reward(embed(model, answers, chat, rows))).float()
+    return lambda answers: torch.tensor(reward(embed(model, answers, chat))).float()

@@ -50,8 +50,6 @@ def choose_pairs(golden: np.ndarray, how: str, n: int, rng: np.random.Generator)
     annotated anew, before one comes a third time. (Similar and diversified have one pair a prompt.)
     """
     prompts, answers = golden.shape
-    if how not in CHOICES:
-        raise StudyError(f"pair choice: must be one of {', '.join(CHOICES)}, got {how!r}")
     sizes = {"same": prompts * comb(answers, 2), "cross": comb(prompts, 2) * answers**2}
     distinct_pairs = sizes.get(how, prompts * (answers > 1))
     if not distinct_pairs:
@@ -214,11 +212,11 @@ LOSSES = {"bradley_terry": bradley_terry, "classifier": classification}
 REWARD_MODELS = (*LOSSES, "lightgbm")
 
 
-def fit(name: str, data: Annotated, seed: int, network: Network | None = None) -> Reward:
+def fit(name: str, data: Annotated, seed: int, network: Network = Network()) -> Reward:
     """One of ``REWARD_MODELS`` fitted to annotated pairs."""
     if name == "lightgbm":
         return fit_trees(data, seed)
-    return fit_network(data, LOSSES[name], network or Network(), seed)
+    return fit_network(data, LOSSES[name], network, seed)
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -243,8 +241,6 @@ def best_of_n(learnt: np.ndarray, golden: np.ndarray, n: int) -> np.ndarray:
     by the answers' order.
     """
     m = golden.shape[1]
-    if not 1 <= n <= m:
-        raise StudyError(f"best of n: n = {n} of {m} answers")
     chances = np.array([comb(k, n - 1) / comb(m, n) for k in range(m)])
     order = np.argsort(learnt, axis=1, kind="stable")
     return np.take_along_axis(golden, order, 1) @ chances - golden.mean(1)
@@ -260,10 +256,10 @@ def rank_correlation(learnt: np.ndarray, golden: np.ndarray) -> np.ndarray:
 # --- the sweep ------------------------------------------------------------------------------------
 
 
-def golden_network(embeddings: np.ndarray, seed: int, hidden: int = 64) -> np.ndarray:
-    """A golden reward with known truth: a random network of one hidden layer on the standardised
-    embeddings, [n, d] → [n]."""
-    rng = np.random.default_rng(seed)
+def golden_network(embeddings: np.ndarray, seed: int) -> np.ndarray:
+    """A golden reward with known truth: a random network of one hidden layer, 64 wide, on the
+    standardised embeddings, [n, d] → [n]."""
+    rng, hidden = np.random.default_rng(seed), 64
     standard = (embeddings - embeddings.mean(0)) / (embeddings.std(0) + 1e-6)
     first = rng.normal(size=(standard.shape[1], hidden))
     return np.tanh(standard @ first / standard.shape[1] ** 0.5 * 2) @ rng.normal(size=hidden)
@@ -370,41 +366,32 @@ def _listed(values: Sequence) -> str:
 
 
 def sweep(
-    bench: Bench,
-    settings: Settings,
-    network: Network | None = None,
-    desc: str = "reward models",
-    kept: ResultCache | None = None,
+    bench: Bench, settings: Settings, kept: ResultCache, network: Network = Network(), desc=""
 ) -> pd.DataFrame:
     """Every reward model on every combination of ``settings``, one row each. ``kept`` lets an
-    interrupted sweep continue.
+    interrupted sweep continue; ``desc`` names the progress bar.
 
     Columns learner, pairs, beta, amount, seed, label_accuracy, mean_gap (mean |Δr| of the annotated
     pairs), distinct (how many of them are distinct) and those of :meth:`Bench.scores`. All reward
     models see the same annotated pairs.
     """
     settings.check(bench.test_golden.shape[1])
-    rows, network = [], network or Network()
+    rows = []
     combinations = product(settings.choices, settings.betas, settings.n_pairs, settings.seeds)
     for how, beta, n, seed in progress(list(combinations), desc=desc, unit="set of pairs"):
         key = content_key(how, beta, n, seed, settings.reward_models, settings.best_of, network)
-        if kept is not None and key in kept:
-            rows += kept[key]["rows"]
-            continue
-        rng = np.random.default_rng([seed, CHOICES.index(how), n])
-        annotated = bench.annotated(how, n, beta, rng)
-        gaps = np.diff(bench.train_golden[annotated.pairs[..., 0], annotated.pairs[..., 1]])
-        setting = {"pairs": how, "beta": beta, "amount": n, "seed": seed}
-        setting |= {"label_accuracy": annotated.correct, "mean_gap": float(np.abs(gaps).mean())}
-        setting["distinct"] = distinct(annotated.pairs)
-        fitted = {name: fit(name, annotated, seed, network) for name in settings.reward_models}
-        of_setting = [
-            {"learner": name} | setting | bench.scores(reward, settings.best_of)
-            for name, reward in fitted.items()
-        ]
-        rows += of_setting
-        if kept is not None:
-            kept.add(key, rows=of_setting)
+        if key not in kept:
+            rng = np.random.default_rng([seed, CHOICES.index(how), n])
+            annotated = bench.annotated(how, n, beta, rng)
+            gaps = np.diff(bench.train_golden[annotated.pairs[..., 0], annotated.pairs[..., 1]])
+            setting = {"pairs": how, "beta": beta, "amount": n, "seed": seed}
+            setting |= {"label_accuracy": annotated.correct, "mean_gap": float(np.abs(gaps).mean())}
+            setting["distinct"], found = distinct(annotated.pairs), []
+            for name in settings.reward_models:
+                scores = bench.scores(fit(name, annotated, seed, network), settings.best_of)
+                found.append({"learner": name} | setting | scores)
+            kept.add(key, rows=found)
+        rows += kept[key]["rows"]
     return pd.DataFrame(rows)
 
 

@@ -24,17 +24,15 @@ from transformers import AutoModelForSequenceClassification
 
 from .. import StudyError, decode
 from ..chat import Chat, EncodedExample
+from ..decode import Generations
 from ..models import device, load_tokenizer, using
 from ..sources import locate, model_directory, read_json
 from ..stats import mean_interval, row_rank_correlations, stratified_interval
 
 STYLES = ("concise", "plain", "markdown")
-FILES = {
-    name: name.split("-")[0]
-    for name in ("chat", "math", "code", "safety-refuse", "safety-response")
-}
-"""File ``rm-bench/<name>_filtered.json`` → domain."""
-DOMAINS = tuple(dict.fromkeys(FILES.values()))
+FILES = ("chat", "math", "code", "safety-refuse", "safety-response")
+"""Names of the files ``rm-bench/<name>_filtered.json``; each begins with its domain."""
+DOMAINS = ("chat", "math", "code", "safety")
 LEVELS = {
     "easy": np.tril_indices(3, -1),
     "normal": np.diag_indices(3),
@@ -65,17 +63,14 @@ def load_rm_bench(source: str) -> list[Item]:
         or has the same answer on both, with file and row.
     """
     items = []
-    for name, domain in FILES.items():
+    for name in FILES:
         path = locate(source, f"rm-bench/{name}_filtered.json", required=False)
-        if path is None:
-            continue
-        rows = read_json(path)
-        if not isinstance(rows, list) or not rows:
+        rows = read_json(path) if path else ()
+        if path and not (isinstance(rows, list) and rows):
             raise StudyError(f"{path}: expected a list of items")
-        items += [
-            Item(f"{name}:{number}", domain, *_texts(row, f"{path}: item {number}"))
-            for number, row in enumerate(rows, start=1)
-        ]
+        for number, row in enumerate(rows, start=1):
+            texts = _texts(row, f"{path}: item {number}")
+            items.append(Item(f"{name}:{number}", name.split("-")[0], *texts))
     if not items:
         raise StudyError(f"data source {source}: has no rm-bench/<domain>_filtered.json")
     return items
@@ -114,12 +109,7 @@ def answer_lengths(items: Sequence[Item], chat: Chat) -> np.ndarray:
 
 
 def adapter_scores(
-    model,
-    adapter: str,
-    items: Sequence[Item],
-    generations: decode.Generations,
-    fingerprint: str,
-    head: torch.Tensor | None = None,
+    model, adapter: str, items: list[Item], generations: Generations, fingerprint: str, head=None
 ) -> np.ndarray:
     """Scores [items, 2, 3] (right and wrong, styles) by an adapter: with a ``head`` [hidden] the
     reward model's, without one log p of the answer, Σ over its tokens. ``fingerprint``, of the
@@ -152,9 +142,8 @@ def classifier_scores(
     directory = model_directory(source)
     # The score is read at the last token that is not padding, so the end token must not pad.
     tokenizer = load_tokenizer(directory)
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        directory, output_loading_info=True
-    )
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, loading = load(directory, output_loading_info=True)
     missing, labels = sorted(loading["missing_keys"]), model.config.num_labels
     for wrong, problem in (
         (labels != 1, f"has {labels} labels; a reward model has one"),
