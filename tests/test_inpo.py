@@ -18,11 +18,11 @@ from rlhf_trust.data.preferences import load_pairs
 from rlhf_trust.decode import Example, Prompt
 from rlhf_trust.losses import INPOLoss, reference_logps
 from scipy.optimize import minimize
+from scipy.special import expit
 from test_ppo import HELD_OUT, PROMPTS, QUICK_LEARNERS, planted, values, write_adapters
 
-PREFERENCE = np.array(
-    [[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]]
-)  # 0 beats 1 beats 2 beats 0
+# 0 beats 1 beats 2 beats 0.
+PREFERENCE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])
 REFERENCE = np.array([0.6, 0.3, 0.1])
 QUICK = inpo.INPOConfig(
     rounds=2,
@@ -38,31 +38,20 @@ QUICK = inpo.INPOConfig(
 
 def run(base, directory, config, reward_fn=None, prompts=PROMPTS, held_out=HELD_OUT, oracle=None):
     sft, reward = write_adapters(base, directory)
-    return inpo.train(
-        base,
-        Chat(base.tokenizer, "chatml"),
-        sft,
-        reward_fn or reward,
-        prompts,
-        held_out,
-        config,
-        directory / "inpo",
-        oracle,
-    )
+    chat, out, reward = Chat(base.tokenizer, "chatml"), directory / "inpo", reward_fn or reward
+    return inpo.train(base, chat, sft, reward, prompts, held_out, config, out, oracle)
 
 
 # --- the game on a table --------------------------------------------------------------------------
 
 
+FIRST_ROUNDS = [(0.7404, 0.1362, 0.1234), (0.7195, 0.0735, 0.2070), (0.6244, 0.0569, 0.3187)]
+
+
 @pytest.mark.parametrize(
     ("tau", "eta", "rounds", "limit"),
     [
-        (
-            0.1,
-            0.3,
-            [(0.7404, 0.1362, 0.1234), (0.7195, 0.0735, 0.2070), (0.6244, 0.0569, 0.3187)],
-            (0.4927, 0.1541, 0.3531),
-        ),
+        (0.1, 0.3, FIRST_ROUNDS, (0.4927, 0.1541, 0.3531)),
         (0.1, 1.0, [(0.6506, 0.2410, 0.1084)], (0.4927, 0.1541, 0.3531)),
         (0.05, 1.0, [], (0.3880, 0.2084, 0.4036)),
     ],
@@ -85,9 +74,8 @@ def test_rounds_and_limit_of_a_game_of_three_answers(tau, eta, rounds, limit):
 def test_rounds_at_a_small_constant_price_circle_round_the_equilibrium(tau, eta):
     """The default's prices, and the published ones."""
     found, policy, far = inpo.equilibrium(REFERENCE, PREFERENCE, tau), REFERENCE, []
-    assert inpo.mirror_step(found, REFERENCE, PREFERENCE, tau, eta) == pytest.approx(
-        found, abs=1e-8
-    )
+    again = inpo.mirror_step(found, REFERENCE, PREFERENCE, tau, eta)
+    assert again == pytest.approx(found, abs=1e-8)
     for _ in range(3000):
         policy = inpo.mirror_step(policy, REFERENCE, PREFERENCE, tau, eta)
         far.append(np.abs(policy - found).sum() / 2)
@@ -115,10 +103,8 @@ def test_the_loss_is_least_at_the_closed_form():
 
     assert loss(np.log(second)) == pytest.approx(2.647064, abs=1e-6)
     found = minimize(loss, np.zeros(3), method="BFGS", options={"gtol": 1e-10}).x
-    third = np.exp(found - np.logaddexp.reduce(found))
-    assert third == pytest.approx(
-        inpo.mirror_step(second, REFERENCE, PREFERENCE, tau, eta), abs=1e-6
-    )
+    third = inpo.mirror_step(second, REFERENCE, PREFERENCE, tau, eta)
+    assert np.exp(found - np.logaddexp.reduce(found)) == pytest.approx(third, abs=1e-6)
 
 
 def test_no_equilibrium_without_a_reference():
@@ -139,12 +125,8 @@ def by_strength(strength, asked=None):
     def oracle(matches):
         if asked is not None:
             asked.append(len(matches))
-        return np.array(
-            [
-                0.5 + 0.5 * np.sign(strength[a.input_ids[2]] - strength[b.input_ids[2]])
-                for _, a, b in matches
-            ]
-        )
+        gaps = [strength[a.input_ids[2]] - strength[b.input_ids[2]] for _, a, b in matches]
+        return 0.5 + 0.5 * np.sign(gaps)
 
     return oracle
 
@@ -159,21 +141,15 @@ def test_a_tournament_finds_best_and_worst_of_a_ranking(k):
         own = strength[10 * i : 10 * i + k]
         assert key == f"p{i}"
         assert (best, worst) == (answer(10 * i + own.argmax()), answer(10 * i + own.argmin()))
-    assert (
-        sum(asked) == 5 * {2: 2, 4: 5, 8: 11}[k] and len(asked) == {2: 2, 4: 4, 8: 6}[k]
-    )  # in step, not one by one
+    # In step, not one by one.
+    assert sum(asked) == 5 * {2: 2, 4: 5, 8: 11}[k] and len(asked) == {2: 2, 4: 4, 8: 6}[k]
 
 
 def test_a_pair_is_dropped_where_the_best_does_not_beat_the_worst():
     field = [("p", [answer(i) for i in range(4)])]
     assert inpo.tournaments(field, by_strength([1, 1, 1, 1])) == []
-    rock = {
-        (0, 1): 1.0,
-        (2, 3): 1.0,
-        (0, 2): 1.0,
-        (1, 3): 1.0,
-        (0, 3): 0.4,
-    }  # 3, the worst, beats 0, the best
+    # 3, the worst, beats 0, the best.
+    rock = {(0, 1): 1.0, (2, 3): 1.0, (0, 2): 1.0, (1, 3): 1.0, (0, 3): 0.4}
 
     def oracle(matches):
         return np.array([rock[a.input_ids[2], b.input_ids[2]] for _, a, b in matches])
@@ -200,10 +176,9 @@ def test_the_reward_oracle_scores_every_answer_once():
         return torch.tensor([float(a.input_ids[2]) for a in answers])
 
     oracle = inpo.reward_oracle(reward_fn)
-    assert oracle([("p", answer(3), answer(1)), ("p", answer(1), answer(3))]) == pytest.approx(
-        [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))]
-    )
-    assert oracle([("p", answer(3), answer(4))]) == pytest.approx([1 / (1 + np.exp(1))])
+    found = oracle([("p", answer(3), answer(1)), ("p", answer(1), answer(3))])
+    assert found == pytest.approx(expit([2, -2]))
+    assert oracle([("p", answer(3), answer(4))]) == pytest.approx(expit([-1]))
     assert scored == [answer(3), answer(1), answer(4)]
 
 
@@ -218,17 +193,11 @@ def test_the_reward_oracle_scores_every_answer_once():
 def test_a_preference_model_is_asked_in_both_orders(tiny, chat, template):
     tiny.tokenizer.chat_template = template
     prompts = [Prompt("one", ("why?",)), Prompt("two", ("who?", "you", "why so?"))]
-    answers = {
-        p.id: [
-            chat.sequence(p.turns, text) for text in ("because", "no", "the question is not wrong")
-        ]
-        for p in prompts
-    }
-    matches = [
-        (key, of_prompt[i], of_prompt[j])
-        for key, of_prompt in answers.items()
-        for i, j in ((0, 1), (1, 0), (1, 2))
-    ]
+    matches = []
+    for p in prompts:
+        texts = "because", "no", "the question is not wrong"
+        a, b, c = (chat.sequence(p.turns, text) for text in texts)
+        matches += [(p.id, a, b), (p.id, b, a), (p.id, b, c)]
     oracle = inpo.preference_model_oracle(tiny, chat, prompts)
     found = oracle(matches)
     letter = [tiny.tokenizer(x, add_special_tokens=False).input_ids[0] for x in "AB"]
@@ -240,19 +209,15 @@ def test_a_preference_model_is_asked_in_both_orders(tiny, chat, template):
         text = f"[CONTEXT] {context}\n [RESPONSE A] {a} [RESPONSE B] {b} \n"
         text = text if template is None else f"<|im_start|>{text}<|im_end|><|im_start|>"
         with torch.no_grad():
-            logits = (
-                tiny.model(tiny.tokenizer(text, return_tensors="pt").input_ids)
-                .logits[0, -1]
-                .double()
-            )
+            ids = tiny.tokenizer(text, return_tensors="pt").input_ids
+            logits = tiny.model(ids).logits[0, -1].double()
         return torch.softmax(logits[letter], 0)[0].item()
 
     turns = {p.id: p.turns for p in prompts}
     for (key, *two), chance in zip(matches, found):
         a, b = (chat.decode(s.answer_ids) for s in two)
-        assert chance == pytest.approx(
-            (first_wins(turns[key], a, b) + 1 - first_wins(turns[key], b, a)) / 2, abs=1e-4
-        )
+        wanted = (first_wins(turns[key], a, b) + 1 - first_wins(turns[key], b, a)) / 2
+        assert chance == pytest.approx(wanted, abs=1e-4)
     assert found[0] + found[1] == pytest.approx(1) and len(set(found.round(5))) > 3
     assert (oracle(matches[:1]) == found[:1]).all()
 
@@ -267,18 +232,14 @@ def test_the_loss_by_hand(tiny, chat, tmp_path):
         Example(f"e{i}", "test", tuple(chat.sequence(("why?",), text) for text in two))
         for i, two in enumerate((("because", "no"), ("the answer is not", "question")))
     ]
-    reference, current = (
-        {"e0": (-3.0, -5.0), "e1": (-9.0, -1.0)},
-        {"e0": (-4.0, -4.5), "e1": (-7.0, -2.0)},
-    )
+    reference = {"e0": (-3.0, -5.0), "e1": (-9.0, -1.0)}
+    current = {"e0": (-4.0, -4.5), "e1": (-7.0, -2.0)}
     eta, tau = 0.2, 0.05
     found = INPOLoss(eta, inpo.mixed_reference(reference, current, tau, eta)).loss(model, pairs, 2)
     policy = reference_logps(model, "policy", pairs, 2)
     for pair, value in zip(pairs, found.tolist()):
-        now, sft, last = (
-            winner - loser
-            for winner, loser in (policy[pair.id], reference[pair.id], current[pair.id])
-        )
+        both = [logps[pair.id] for logps in (policy, reference, current)]
+        now, sft, last = (winner - loser for winner, loser in both)
         h = now - tau / eta * sft - (eta - tau) / eta * last
         assert value == pytest.approx((h - 1 / (2 * eta)) ** 2, rel=1e-4)
     assert inpo.mixed_reference(reference, current, 0.0, eta) == current
@@ -289,30 +250,21 @@ def test_the_loss_by_hand(tiny, chat, tmp_path):
 @pytest.mark.parametrize("mode", ["paper", "theory"])
 def test_what_the_oracle_likes_wins(tiny, tmp_path, mode):
     prompts = [Prompt(f"m{i}", (f"what is {'the ' * (i % 4)}question {i}?",)) for i in range(192)]
-    config = dataclasses.replace(
-        QUICK,
-        rounds=4,
-        max_new_tokens=3,
-        learning_rate=2e-2,
-        mode=mode,
-        max_kl=1e3,
-        eta=0.2,
-        tau=0.05,
-        **{
-            "paper": dict(prompts_per_round=64, answers_per_prompt=8, batch_size=16),
-            "theory": dict(prompts_per_round=192, answers_per_prompt=2, batch_size=32),
-        }[mode],
-    )
-    curves, eval_history = run(
-        tiny, tmp_path, config, lambda model: lambda answers: 20 * planted(model)(answers), prompts
-    )
+    sizes = dict(prompts_per_round=192, answers_per_prompt=2, batch_size=32)
+    if mode == "paper":
+        sizes = dict(prompts_per_round=64, answers_per_prompt=8, batch_size=16)
+    sizes |= dict(rounds=4, max_new_tokens=3, learning_rate=2e-2, max_kl=1e3, eta=0.2, tau=0.05)
+    config = dataclasses.replace(QUICK, mode=mode, **sizes)
+
+    def reward_fn(model):
+        return lambda answers: 20 * planted(model)(answers)
+
+    curves, eval_history = run(tiny, tmp_path, config, reward_fn, prompts)
     held_out = before_and_after(eval_history)
     gain = (held_out["reward_after"] - held_out["reward_before"]) / 20
     assert gain.mean() > 0.05 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
-    assert (
-        np.mean(values(curves, "gap")) > 0.5 / (2 * config.eta)
-        and values(curves, "held_out_kl")[0] == 0.0
-    )
+    assert np.mean(values(curves, "gap")) > 0.5 / (2 * config.eta)
+    assert values(curves, "held_out_kl")[0] == 0.0
 
 
 def test_pairs_are_kept_with_what_the_loss_needs(tiny, chat, tmp_path):
@@ -321,39 +273,32 @@ def test_pairs_are_kept_with_what_the_loss_needs(tiny, chat, tmp_path):
     run(tiny, tmp_path, dataclasses.replace(QUICK, rounds=1))
     (tmp_path / "inpo").rename(tmp_path / "second")
     curves, eval_history = run(tiny, tmp_path, QUICK)
-    assert sorted(set(eval_history["step"])) == sorted(
-        set(curves.loc[curves["metric"] == "held_out_kl", "step"])
-    )
+    evaluated = curves.loc[curves["metric"] == "held_out_kl", "step"]
+    assert set(eval_history["step"]) == set(evaluated)
     pairs = load_pairs(tmp_path / "inpo")
     assert {p.round for p in pairs} == {1, 2} and len({p.id for p in pairs}) == len(pairs)
     dropped = curves[curves["metric"] == "dropped"].set_index("step")["value"]
     assert len(pairs) == pytest.approx(QUICK.prompts_per_round * (len(dropped) - dropped.sum()))
-    model = models.load_adapters(
-        tiny, {name: tmp_path / name for name in ("sft", "reward", "inpo", "second")}
-    )
+    adapters = {name: tmp_path / name for name in ("sft", "reward", "inpo", "second")}
+    model = models.load_adapters(tiny, adapters)
     reward_fn = RewardModel(model, models.load_reward_head(tmp_path / "reward"), chat)
     share = QUICK.tau / QUICK.eta
     for number, current in ((2, "second"), (1, "sft")):
         of_round = [p for p in pairs if p.round == number]
         examples = [Example(p.id, "inpo", (p.winner, p.loser)) for p in of_round]
-        logps, before = (
-            reference_logps(model, adapter, examples, 2) for adapter in ("sft", current)
-        )
+        logps = reference_logps(model, "sft", examples, 2)
+        before = reference_logps(model, current, examples, 2)
         for pair in of_round:
             wanted = share * np.array(logps[pair.id]) + (1 - share) * np.array(before[pair.id])
             assert pair.reference == pytest.approx(wanted, abs=1e-4)
             assert float(reward_fn([pair.winner])) > float(reward_fn([pair.loser]))
     for pair in of_round:
-        assert (
-            pair.winner.input_ids[: pair.winner.answer_start]
-            == pair.loser.input_ids[: pair.loser.answer_start]
-        )
+        assert pair.winner.prompt_ids == pair.loser.prompt_ids
     loss = INPOLoss(QUICK.eta, {p.id: p.reference for p in pairs})
     assert loss.content(examples)[:2] == ["inpo", QUICK.eta]
     model.set_adapter("sft")
-    np.testing.assert_allclose(
-        loss.loss(model, examples, 2).detach(), (1 / (2 * QUICK.eta)) ** 2, rtol=1e-3
-    )
+    found = loss.loss(model, examples, 2).detach()
+    np.testing.assert_allclose(found, (1 / (2 * QUICK.eta)) ** 2, rtol=1e-3)
     with pytest.raises(StudyError, match=r"sft/pairs.jsonl: missing; run 05-inpo"):
         load_pairs(tmp_path / "sft")
 
@@ -363,10 +308,8 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_backbone_bare(tiny_dire
         base = models.load_base(f"path:{tiny_directories['llama']}", "float32")
         tables = run(base, tmp_path / name, dataclasses.replace(QUICK, seed=seed))
         assert not any("lora" in n for n, _ in base.model.named_parameters())
-        return *tables, *(
-            (tmp_path / name / "inpo" / f).read_bytes()
-            for f in ("adapter_model.safetensors", "pairs.jsonl")
-        )
+        files = ("adapter_model.safetensors", "pairs.jsonl")
+        return *tables, *((tmp_path / name / "inpo" / file).read_bytes() for file in files)
 
     first, second, other = once("a", 1), once("b", 1), once("c", 2)
     for one, two in zip(first[:2], second[:2]):

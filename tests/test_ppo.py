@@ -43,11 +43,9 @@ def write_adapters(base, directory):
     The MLP is adapted too: in so small a model, attention alone can hardly make a token more
     likely.
     """
-    targets = (
-        ["q_proj", "v_proj", "down_proj"]
-        if "q_proj" in str(base.model)
-        else ["query_key_value", "dense_4h_to_h"]
-    )
+    targets = ["query_key_value", "dense_4h_to_h"]
+    if "q_proj" in str(base.model):
+        targets = ["q_proj", "v_proj", "down_proj"]
     for seed, name in enumerate(("sft", "reward")):
         wrapped = models.new_adapter(base, LoRA(4, 8, targets), seed=seed)
         with torch.no_grad():
@@ -62,25 +60,20 @@ def write_adapters(base, directory):
 
 def run(base, directory, config, held_out=HELD_OUT, prompts=PROMPTS, reward_fn=None):
     sft, reward = write_adapters(base, directory)
-    return ppo.train(
-        base,
-        Chat(base.tokenizer, "chatml"),
-        sft,
-        reward_fn or reward,
-        prompts,
-        held_out,
-        config,
-        directory / "ppo",
-    )
+    chat, reward = Chat(base.tokenizer, "chatml"), reward_fn or reward
+    return ppo.train(base, chat, sft, reward, prompts, held_out, config, directory / "ppo")
 
 
 def drawn(model, chat, prompts):
-    return [
-        a
-        for (a,) in sample_answers(
-            model, "policy", chat, prompts, [p.id for p in prompts], QUICK.decoding
-        )
-    ]
+    keys = [prompt.id for prompt in prompts]
+    answers = sample_answers(model, "policy", chat, prompts, keys, QUICK.decoding)
+    return [answer for (answer,) in answers]
+
+
+def load_roles(base, sft, reward, policy=None):
+    """The backbone with the adapters that training has: the policy is ``sft`` if not given."""
+    adapters = {"policy": policy or sft, "reference": sft, "reward": reward}
+    return models.load_adapters(base, adapters, trainable=None if policy else "policy")
 
 
 def values(curves, metric):
@@ -108,14 +101,11 @@ def test_advantages_are_the_sum_of_discounted_errors(batch, gamma, lam):
     for row, length in enumerate([5, 3, 1, 4]):
         r, v = rewards[row, :length].tolist(), [*estimates[row, :length].tolist(), 0.0]
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
-        for t in range(5):
-            expected = (
-                sum((gamma * lam) ** k * delta[t + k] for k in range(length - t))
-                if t < length
-                else 0.0
-            )
+        for t in range(length):
+            expected = sum((gamma * lam) ** k * delta[t + k] for k in range(length - t))
             assert float(advantages[row, t]) == pytest.approx(expected)
-            assert float(returns[row, t]) == pytest.approx(expected + v[t] if t < length else 0.0)
+            assert float(returns[row, t]) == pytest.approx(expected + v[t])
+        assert not advantages[row, length:].any() and not returns[row, length:].any()
 
 
 def test_without_bootstrap_returns_are_rewards_to_go(batch):
@@ -175,9 +165,8 @@ def test_value_loss_equals_a_loop_and_holds_far_steps(batch):
         v, o, r = (float(x[row, t]) for x in (new, old, returns))
         terms.append(max((v - r) ** 2, (min(max(v, o - 0.2), o + 0.2) - r) ** 2))
     assert float(ppo.value_loss(new, old, returns, mask)) == pytest.approx(np.mean(terms) / 2)
-    value = torch.tensor(
-        [[0.9]], requires_grad=True
-    )  # on its way to 1, but already further than 0.2 from 0
+    # On its way to 1, but already further than 0.2 from 0.
+    value = torch.tensor([[0.9]], requires_grad=True)
     one = torch.ones(1, 1)
     ppo.value_loss(value, 0 * one, one, one).backward()
     assert float(value.grad) == 0.0
@@ -205,10 +194,7 @@ def test_a_wrong_parameter_is_refused(wrong):
 
 def test_ratio_starts_at_one_and_kl_at_zero(tiny, chat, tmp_path):
     """Bit for bit: the pass that trains gives the log-probabilities of the pass that was kept."""
-    sft, reward = write_adapters(tiny, tmp_path)
-    model = models.load_adapters(
-        tiny, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy"
-    )
+    model = load_roles(tiny, *write_adapters(tiny, tmp_path))
     answers = drawn(model, chat, PROMPTS)
     batches = decode.batches_by_length([len(a) for a in answers], 5)
     old, mask, _ = ppo.token_pass(model, "policy", answers, batches, 2)
@@ -229,24 +215,19 @@ def test_ratio_starts_at_one_and_kl_at_zero(tiny, chat, tmp_path):
 def test_score_reads_the_end_token(tiny, chat, tmp_path):
     """A cut-off answer gets one; an answer that has it is read as it is."""
     sft, reward = write_adapters(tiny, tmp_path)
-    head = models.load_reward_head(reward)
-    model = models.load_adapters(
-        tiny, {"policy": sft, "reference": sft, "reward": reward}, trainable="policy"
-    )
+    head, model = models.load_reward_head(reward), load_roles(tiny, sft, reward)
     whole, cut = EncodedExample((5, 6, 7, 8, 2), 2), EncodedExample((5, 6, 7, 8), 2)
     scores = RewardModel(model, head, chat, batch_size=1)([cut, whole])
     assert float(scores[0]) == float(scores[1])
     alone = models.load_adapters(models.load_base(tiny.source, "float32"), {"reward": reward})
-    assert scores[1].item() == pytest.approx(
-        decode.rewards(alone, head, [whole], 2).item(), rel=1e-6
-    )
-    assert scores[1].item() != pytest.approx(decode.rewards(alone, head, [cut], 2).item(), rel=1e-3)
+    by_whole, by_cut = (decode.rewards(alone, head, [some], 2).item() for some in (whole, cut))
+    assert scores[1].item() == pytest.approx(by_whole, rel=1e-6)
+    assert scores[1].item() != pytest.approx(by_cut, rel=1e-3)
 
 
 def test_training_moves_the_policy_and_nothing_else(tiny, tmp_path, monkeypatch):
     untouched = {name: p.clone() for name, p in tiny.model.state_dict().items()}
-    kept = {}
-    save = models.save_adapter
+    kept, save = {}, models.save_adapter
 
     def spy(base, model, *args, **more):
         if more.get("adapter") == "policy":
@@ -266,9 +247,8 @@ def test_training_moves_the_policy_and_nothing_else(tiny, tmp_path, monkeypatch)
         assert not torch.equal(trained[key], weight)
     assert all(torch.equal(p, untouched[name]) for name, p in tiny.model.state_dict().items())
     assert set(tiny.model.state_dict()) == set(untouched)  # no adapter left behind in the backbone
-    policy = models.load_adapters(
-        tiny, {"ppo": tmp_path / "ppo"}
-    )  # what was saved is what a later stage loads
+    # What was saved is what a later stage loads.
+    policy = models.load_adapters(tiny, {"ppo": tmp_path / "ppo"})
     assert sum(".ppo." in name for name, _ in policy.named_parameters()) == len(trained)
 
 
@@ -282,25 +262,14 @@ def test_tables(tiny, tmp_path):
     assert eval_history["step"].tolist() == [0, 2, 3]
     assert values(curves, "held_out_kl")[0] == 0.0
     assert values(curves, "kl")[0] == 0.0 and values(curves, "kl")[-1] != 0.0
-    per_step = set(curves.loc[curves["step"] == 1, "metric"])
-    assert per_step == {
-        "reward",
-        "kl",
-        "kl_coef",
-        "entropy",
-        "answer_length",
-        "ended",
-        "policy_loss",
-        "value_loss",
-        "clip_fraction",
-    }
+    per_step = "reward kl kl_coef entropy answer_length ended policy_loss value_loss clip_fraction"
+    assert set(curves.loc[curves["step"] == 1, "metric"]) == set(per_step.split())
     assert held_out["id"].tolist() == [p.id for p in HELD_OUT]
     assert held_out["reward_before"].mean() == pytest.approx(eval_history["value"].iloc[0])
     assert held_out["reward_after"].mean() == pytest.approx(eval_history["value"].iloc[-1])
     assert (held_out["answer_before"] != held_out["answer_after"]).any()
-    assert answers.groupby("step")["reward"].mean().tolist() == pytest.approx(
-        eval_history["value"].tolist()
-    )
+    means = answers.groupby("step")["reward"].mean()
+    assert means.tolist() == pytest.approx(eval_history["value"].tolist())
     assert answers.loc[answers["step"] == 2, "id"].tolist() == [p.id for p in HELD_OUT]
 
 
@@ -311,9 +280,7 @@ def test_held_out_numbers_can_be_had_from_the_files(tiny, chat, tmp_path):
     _, eval_history = run(tiny, tmp_path, QUICK)
     held_out = before_and_after(eval_history)
     sft, reward = tmp_path / "sft", tmp_path / "reward"
-    model = models.load_adapters(
-        tiny, {"policy": tmp_path / "ppo", "reference": sft, "reward": reward}
-    )
+    model = load_roles(tiny, sft, reward, policy=tmp_path / "ppo")
     answers = drawn(model, chat, HELD_OUT)
     assert held_out["answer_after"].tolist() == [chat.decode(a.answer_ids) for a in answers]
     sums = {}
@@ -322,9 +289,8 @@ def test_held_out_numbers_can_be_had_from_the_files(tiny, chat, tmp_path):
         sums[adapter], _ = decode.answer_logps(model, answers, pad=2)
     np.testing.assert_allclose(held_out["kl_after"], sums["policy"] - sums["reference"], atol=1e-5)
     scores = RewardModel(model, models.load_reward_head(reward), chat, batch_size=7)(answers)
-    np.testing.assert_allclose(
-        held_out["reward_after"], scores.numpy(), rtol=1e-5, atol=1e-4
-    )  # other batches
+    # In other batches.
+    np.testing.assert_allclose(held_out["reward_after"], scores.numpy(), rtol=1e-5, atol=1e-4)
 
 
 def test_first_whitened_surrogate_is_zero(tiny_llama, tmp_path):
@@ -354,9 +320,12 @@ def test_the_same_seed_gives_the_same_run(tiny_directories, tmp_path):
 
 def planted(model):
     """Likes answers made of tokens below 100."""
-    return lambda answers: torch.tensor(
-        [float(np.mean([token < 100 for token in a.answer_ids])) for a in answers]
-    )
+
+    def reward_fn(answers):
+        shares = [np.mean([token < 100 for token in answer.answer_ids]) for answer in answers]
+        return torch.tensor(shares, dtype=torch.float32)
+
+    return reward_fn
 
 
 LEARN = dataclasses.replace(
@@ -377,11 +346,10 @@ QUICK_LEARNERS = ("llama", "gpt_neox")
 @pytest.mark.slow
 @pytest.mark.parametrize("tiny", QUICK_LEARNERS, indirect=True)
 def test_a_planted_reward_rises_and_the_kl_term_holds_it_back(tiny, tmp_path):
-    free, eval_history = run(
-        tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=0.0), reward_fn=planted
-    )
+    loose, strict = (dataclasses.replace(LEARN, kl_coef=kl_coef) for kl_coef in (0.0, 3.0))
+    free, eval_history = run(tiny, tmp_path, loose, reward_fn=planted)
     held_out = before_and_after(eval_history)
-    tied, _ = run(tiny, tmp_path, dataclasses.replace(LEARN, kl_coef=3.0), reward_fn=planted)
+    tied, _ = run(tiny, tmp_path, strict, reward_fn=planted)
     gain = held_out["reward_after"] - held_out["reward_before"]
     assert gain.mean() > 0.1 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
     assert values(tied, "held_out_kl")[-1] < 0.5 * values(free, "held_out_kl")[-1]
@@ -428,17 +396,11 @@ def test_scores_are_in_units_of_the_sft_model_and_truncated_answers_pay(
 
     monkeypatch.setattr(ppo, "kl_shaped_rewards", spy_shape)
     config = dataclasses.replace(
-        QUICK,
-        steps=2,
-        answers_per_step=48,
-        missing_end_penalty=3.0,
-        answers_per_prompt=of_prompt,
+        QUICK, steps=2, answers_per_step=48, missing_end_penalty=3.0, answers_per_prompt=of_prompt
     )
     curves, _ = run(tiny_llama, tmp_path, config, reward_fn=spy_reward)
     assert values(curves, "kl") == pytest.approx(kls) and kls[1] != 0.0
-    before, *training = raw[
-        :-1
-    ]  # held-out answers, then one batch a step, then held-out answers again
+    before, *training, _ = raw  # held-out answers, one batch a step, held-out answers again
     cut = [torch.tensor([a.answer_ids[-1] != 2 for a in answers]) for answers in answered[1:-1]]
     assert len(training) == 2 and any((~c).any() for c in cut) and all(c.any() for c in cut)
     shift, scale = before.mean(), before.std(unbiased=False)
@@ -461,20 +423,10 @@ def test_a_bandit_comes_to_the_known_optimum(tmp_path):
     """
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    wide = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=384,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            eos_token_id=2,
-            bos_token_id=1,
-            pad_token_id=2,
-            tie_word_embeddings=False,
-        )
-    )
+    size = dict(vocab_size=len(tokenizer), hidden_size=384, intermediate_size=32)
+    size |= dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)
+    size |= dict(eos_token_id=2, bos_token_id=1, pad_token_id=2, tie_word_embeddings=False)
+    wide = LlamaForCausalLM(LlamaConfig(**size))
     with torch.no_grad():
         wide.lm_head.weight.normal_(std=0.1)
     wide.save_pretrained(tmp_path / "wide")
@@ -498,9 +450,7 @@ def test_a_bandit_comes_to_the_known_optimum(tmp_path):
         max_kl=1e3,
     )
     held_out = [dataclasses.replace(prompt[0], id=f"h{i}") for i in range(48)]
-    _, eval_history = run(
-        base, tmp_path, config, held_out=held_out, prompts=prompt, reward_fn=reward_fn
-    )
+    _, eval_history = run(base, tmp_path, config, held_out, prompt, reward_fn)
     unit = eval_history.loc[eval_history["step"] == 0, "reward"].std(ddof=0)  # of kl_coef
     model = models.load_adapters(base, {"sft": tmp_path / "sft", "ppo": tmp_path / "ppo"})
     ids = torch.tensor([Chat(base.tokenizer, "chatml").prompt_ids(prompt[0].turns)])
@@ -537,7 +487,7 @@ def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path, trouble)
         def reward_fn(model):
             return broken
 
-        pattern = "^8 of 8 rewards are not finite; look at the reward model's training curve in 02"
+        pattern = "^8 of 8 rewards are not finite; look at the training curve in 02-reward"
     elif trouble == "one held-out score":
 
         def reward_fn(model):
@@ -569,9 +519,8 @@ def test_an_interrupted_run_carries_on_to_the_same_bytes(
 ):
     def once(name, config=QUICK):
         base = models.load_base(f"path:{tiny_directories['llama']}", "float32")
-        return *run(base, tmp_path / name, config), (
-            tmp_path / name / "ppo" / "adapter_model.safetensors"
-        ).read_bytes()
+        tables, saved = run(base, tmp_path / name, config), tmp_path / name / "ppo"
+        return *tables, (saved / "adapter_model.safetensors").read_bytes()
 
     whole, update, made = once("whole"), ppo.PPORun.update, []
 
@@ -600,21 +549,18 @@ def test_what_another_run_or_a_crash_left_is_not_carried_on(tiny_llama, tmp_path
     update, made = ppo.PPORun.update, []
     monkeypatch.setattr(ppo.PPORun, "update", lambda *args: made.append(1) or update(*args))
     unfinished = tmp_path / "ppo.unfinished.pt"
-    for content in (b"half a file", None):
-        if content is None:
-            torch.save({"key": "another run", "step": 2}, unfinished)
-        else:
-            unfinished.write_bytes(content)
-        made.clear()
-        run(tiny_llama, tmp_path, QUICK)
-        assert len(made) == QUICK.steps
+    unfinished.write_bytes(b"half a file")
+    run(tiny_llama, tmp_path, QUICK)
+    torch.save({"key": "another run", "step": 2}, unfinished)
+    run(tiny_llama, tmp_path, QUICK)
+    assert len(made) == 2 * QUICK.steps
 
 
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
         (torch.ones(2, 32), "head.safetensors: has 2 labels; a reward model has one"),
-        (torch.ones(1, 16), "its head reads 16 numbers, this model's states have 32"),
+        (torch.ones(1, 16), "head of 16 numbers for states of 32; run 02-reward again"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused_before_anything_is_sampled(
@@ -622,17 +568,9 @@ def test_a_head_that_does_not_fit_is_refused_before_anything_is_sampled(
 ):
     sft, reward = write_adapters(tiny_llama, tmp_path)
     save_file({"weight": weight}, reward / "head.safetensors")
+    chat, prompts = Chat(tiny_llama.tokenizer, "chatml"), (PROMPTS, HELD_OUT)
     with pytest.raises(StudyError, match=said):
-        ppo.train(
-            tiny_llama,
-            Chat(tiny_llama.tokenizer, "chatml"),
-            sft,
-            reward,
-            PROMPTS,
-            HELD_OUT,
-            QUICK,
-            tmp_path / "ppo",
-        )
+        ppo.train(tiny_llama, chat, sft, reward, *prompts, QUICK, tmp_path / "ppo")
 
 
 def test_no_prompts(tiny_llama, tmp_path):

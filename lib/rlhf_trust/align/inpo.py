@@ -166,11 +166,9 @@ def tournaments(answers: Answers, oracle: Oracle) -> list[Match]:
 
     def chances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """P(first ≻ second) of answers given by index, [prompts, matches]."""
-        matches = [
-            (key, of_prompt[i], of_prompt[j])
-            for (key, of_prompt), *both in zip(answers, first, second)
-            for i, j in zip(*both)
-        ]
+        matches = []
+        for (key, of_prompt), *both in zip(answers, first, second):
+            matches += [(key, of_prompt[i], of_prompt[j]) for i, j in zip(*both)]
         return np.reshape(oracle(matches), first.shape)
 
     def play(field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -262,30 +260,23 @@ def preference_model_oracle(model: models.Base, chat: Chat, prompts: Sequence[Pr
     tokenizer, turns_of = model.tokenizer, {prompt.id: prompt.turns for prompt in prompts}
     letters = tuple(tuple(tokenizer(letter, add_special_tokens=False).input_ids) for letter in "AB")
     if letters[0] == letters[1]:
-        raise StudyError(
-            f"preference_model {model.source}: its tokenizer gives A and B the same tokens"
-        )
+        raise StudyError(f"preference_model {model.source}: A and B have the same tokens")
 
     def question(prompt_id: str, first: EncodedExample, second: EncodedExample) -> tuple[int, ...]:
-        context = "".join(
-            f"\n<turn> {'assistant' if i % 2 else 'user'}\n {turn}"
-            for i, turn in enumerate(turns_of[prompt_id])
-        )
+        speakers = zip(itertools.cycle(("user", "assistant")), turns_of[prompt_id])
+        context = "".join(f"\n<turn> {role}\n {turn}" for role, turn in speakers)
         a, b = (chat.decode(answer.answer_ids) for answer in (first, second))
         text = f"[CONTEXT] {context}\n [RESPONSE A] {a} [RESPONSE B] {b} \n"
         if tokenizer.chat_template:
-            message = {"role": "user", "content": text}
-            text = tokenizer.apply_chat_template(
-                [message], tokenize=False, add_generation_prompt=True
-            )
+            said, how = [{"role": "user", "content": text}], {"add_generation_prompt": True}
+            text = tokenizer.apply_chat_template(said, tokenize=False, **how)
         return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids)
 
     def probabilities(matches: list[Match]) -> np.ndarray:
-        asked = [
-            MultipleChoice("", question(key, *two), letters)
-            for key, first, second in matches
-            for two in ((first, second), (second, first))
-        ]
+        asked = []
+        for key, first, second in matches:
+            for two in ((first, second), (second, first)):
+                asked.append(MultipleChoice("", question(key, *two), letters))
         logps = np.array(option_logps(model.model, asked, tokenizer.pad_token_id))
         (a, b), (swapped_a, swapped_b) = logps.reshape(-1, 2, 2).transpose(1, 2, 0)
         chances = (1 / (1 + np.exp(b - a)) + 1 / (1 + np.exp(swapped_a - swapped_b))) / 2
@@ -346,9 +337,7 @@ def train(
     order = itertools.cycle(rng.permutation(len(prompts)).tolist())
     decoding = Decoding(config.max_new_tokens, 1.0, seed=config.seed)
     sampling = replace(decoding, samples=config.answers_per_prompt)
-    training = TrainConfig(
-        learning_rate=config.learning_rate, batch_size=config.batch_size, epochs=config.epochs
-    )
+    sizes = {"batch_size": config.batch_size, "epochs": config.epochs}
     pairs: list[Pair] = []
     sampled_a_round = config.prompts_per_round * config.answers_per_prompt
     answers_in_all = config.rounds * sampled_a_round + (config.rounds + 1) * len(held_out)
@@ -356,9 +345,8 @@ def train(
         rollout.policy_and_reward(base, chat, sft, reward, config.batch_size) as (model, reward_fn),
         progress(total=answers_in_all, desc="INPO: held-out prompts before", unit="answer") as bar,
     ):
-        run = rollout.Run(
-            model, reward_fn, chat, held_out, decoding, config.batch_size, config.max_kl, bar
-        )
+        limits = config.batch_size, config.max_kl
+        run = rollout.Run(model, reward_fn, chat, held_out, decoding, *limits, bar)
         run.evaluate(0)
         if oracle is None:
             run.check_spread()
@@ -367,9 +355,9 @@ def train(
             bar.set_description(f"INPO: round {number} of {config.rounds}")
             drawn = [prompts[next(order)] for _ in range(config.prompts_per_round)]
             asked = list({prompt.id: prompt for prompt in drawn}.values())  # few prompts recur
-            ids = [prompt.id for prompt in asked]
-            keys = [f"inpo {number} {id}" for id in ids]
-            answers = list(zip(ids, run.sample(asked, keys, sampling)))
+            keys = [f"inpo {number} {prompt.id}" for prompt in asked]
+            sampled = run.sample(asked, keys, sampling)
+            answers = [(prompt.id, some) for prompt, some in zip(asked, sampled)]
             if config.mode == "paper":
                 matches = tournaments(answers, oracle)
             else:
@@ -377,8 +365,8 @@ def train(
             if not matches:
                 raise StudyError(
                     f"inpo: no pair is left in round {number} of {len(asked)} prompts: no best "
-                    "answer beats the worst, or (theory mode) both answers are the same text; look "
-                    "at what decides the matches, or raise max_new_tokens"
+                    "answer beats the worst, or both answers are the same text; look at what "
+                    "decides the matches, or raise max_new_tokens"
                 )
             of_round = [Pair(number, *match) for match in matches]
             examples = [Example(p.id, "inpo", (p.winner, p.loser)) for p in of_round]
@@ -387,7 +375,8 @@ def train(
             current = reference_logps(model, "policy", examples, pad, kept=kept)
             mixed = mixed_reference(reference, current, config.tau, config.eta)
             loss = INPOLoss(config.eta, mixed)
-            own = replace(training, seed=config.seed + number)
+            seed = config.seed + number
+            own = TrainConfig(learning_rate=config.learning_rate, seed=seed, **sizes)
             losses = fit(model, "policy", examples, loss, pad, own, kept=kept)["loss"]
             run.curve += [(step + i, "loss", float(x)) for i, x in enumerate(losses, start=1)]
             step += len(losses)

@@ -50,7 +50,6 @@ whose log-probabilities enter the ratio and the KL, and both are biased.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -167,9 +166,7 @@ def kl_shaped_rewards(policy_logps, reference_logps, scores, mask, kl_coef: floa
     return rewards
 
 
-def generalized_advantages(
-    rewards, values, mask, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def generalized_advantages(rewards, values, mask, gamma, lam) -> tuple[Tensor, Tensor]:
     """Advantages and returns, both [n, T], 0 on padding (arXiv 1506.02438, eq. 16).
 
     Nothing follows an answer's last token: its next value and next advantage are 0, also for
@@ -231,18 +228,13 @@ def predicted_values(value_head, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_pass(
-    model,
-    adapter: str,
-    answers: Sequence[EncodedExample],
-    batches,
-    pad: int,
-    value_head=None,
-    kept: LowerStates | None = None,
+    model, adapter: str, answers: list[EncodedExample], batches, pad: int, head=None, kept=None
 ) -> Tensor:
     """Log-probabilities, mask and values of all answers, [3, n, longest answer].
 
-    Values are 0 without ``value_head``. ``batches`` are the update's minibatches, as indices: equal
-    shapes round equally, so that the ratio starts at exactly 1 and the KL at exactly 0.
+    Values are 0 without a value ``head``. ``batches`` are the update's minibatches, as indices:
+    equal shapes round equally, so that the ratio starts at exactly 1 and the KL at exactly 0.
+    ``kept``: ``decode.LowerStates`` that several passes share.
     """
     longest = max(len(a.answer_ids) for a in answers)
     whole = torch.zeros(3, len(answers), longest, device=model.device)
@@ -251,8 +243,8 @@ def token_pass(
             some = [answers[i] for i in batch]
             logps, mask, states = token_logps(model, some, pad, hidden=True, kept=kept)
             values = torch.zeros_like(mask)
-            if value_head is not None:
-                values = predicted_values(value_head, states) * mask
+            if head is not None:
+                values = predicted_values(head, states) * mask
             whole[:, batch, : mask.shape[1]] = torch.stack([logps, mask, values])
     return whole
 
@@ -280,31 +272,20 @@ class PPORun(rollout.Run):
         self.policy = list(models.lora_weights(self.model, "policy").values())
         head = list(self.value_head.parameters())
         self.weights = self.policy + head
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": self.policy, "lr": config.learning_rate},
-                {"params": head, "lr": config.value_learning_rate},
-            ],
-            weight_decay=0.0,
-        )
+        groups = [{"params": self.policy}, {"params": head, "lr": config.value_learning_rate}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0)
 
-    def collect(
-        self, step: int, prompts: Sequence[Prompt]
-    ) -> tuple[list[Minibatch], dict[str, float]]:
+    def collect(self, step: int, prompts: list[Prompt]) -> tuple[list[Minibatch], dict]:
         """Sample one answer to each prompt, compute the advantages, and measure the answers."""
         model, config, tokenizer = self.model, self.config, self.chat.tokenizer
         keys = [f"ppo {step} {index} {prompt.id}" for index, prompt in enumerate(prompts)]
         answers = [answer for (answer,) in self.sample(prompts, keys, self.decoding)]
         scores = self.reward_fn(answers)
         batches = batches_by_length([len(a) for a in answers], config.minibatch)
-        pad = tokenizer.pad_token_id
         self.kept = LowerStates(model)  # for all passes over this step's answers
-        reference_logps, _, _ = token_pass(
-            model, "reference", answers, batches, pad, kept=self.kept
-        )
-        old_logps, mask, old_values = token_pass(
-            model, "policy", answers, batches, pad, self.value_head, self.kept
-        )
+        given, head = (answers, batches, tokenizer.pad_token_id), self.value_head
+        reference_logps, _, _ = token_pass(model, "reference", *given, kept=self.kept)
+        old_logps, mask, old_values = token_pass(model, "policy", *given, head, self.kept)
         kl = float((old_logps - reference_logps).sum(1).mean())
         self.check_kl(step, kl)
 
@@ -317,9 +298,8 @@ class PPORun(rollout.Run):
             by_prompt = shaped.view(-1, config.answers_per_prompt)
             shaped = (by_prompt - by_prompt.mean(1, keepdim=True)).flatten()
         rewards = kl_shaped_rewards(old_logps, reference_logps, shaped, mask, config.kl_coef)
-        advantages, returns = generalized_advantages(
-            rewards, old_values, mask, config.gamma, config.lam
-        )
+        discounts = config.gamma, config.lam
+        advantages, returns = generalized_advantages(rewards, old_values, mask, *discounts)
         tensors = (old_logps, old_values, whiten(advantages, mask), returns)
         minibatches = []
         for batch in batches:
@@ -348,12 +328,9 @@ class PPORun(rollout.Run):
 
     def update_once(self, step: int, batch: Minibatch) -> list[float]:
         """One clipped update: policy loss, value loss, share of tokens clipped."""
-        logps, mask, states = token_logps(
-            self.model, batch.answers, self.chat.tokenizer.pad_token_id, True, self.kept
-        )
-        surrogate, clipped = policy_loss(
-            logps, batch.old_logps, batch.advantages, mask, self.config.clip_range
-        )
+        pad, clip_range = self.chat.tokenizer.pad_token_id, self.config.clip_range
+        logps, mask, states = token_logps(self.model, batch.answers, pad, True, self.kept)
+        surrogate, clipped = policy_loss(logps, batch.old_logps, batch.advantages, mask, clip_range)
         values = predicted_values(self.value_head, states)
         value_error = value_loss(values, batch.old_values, batch.returns, mask)
         loss = surrogate + VALUE_WEIGHT * value_error
@@ -467,7 +444,7 @@ def train(
             weights = models.adapter_fingerprint(base, sft), sha256_of(reward)
             key = content_key(config, weights, prompts, held_out, chat.format)
             done = run.resume(unfinished, key)
-        if done == 0:
+        if not done:
             run.evaluate(0)
             run.check_spread()
         for step in range(done, config.steps):

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -73,11 +74,10 @@ class RewardModel:
     """
 
     def __init__(self, model, head: torch.Tensor, chat: Chat, batch_size: int = 8):
-        if head.shape != (model.config.hidden_size,):
-            raise StudyError(
-                f"reward model: its head reads {head.shape[-1]} numbers, this model's states have "
-                f"{model.config.hidden_size}; run 02-reward again on this model"
-            )
+        width = model.config.hidden_size
+        if head.shape != (width,):
+            sizes = f"head of {head.shape[-1]} numbers for states of {width}"
+            raise StudyError(f"reward model: {sizes}; run 02-reward again on this model")
         self.model, self.head, self.batch_size = model, head, batch_size
         self.eos, self.pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
 
@@ -101,22 +101,18 @@ def policy_and_reward(
     """
     adapters = {"policy": sft, "reference": sft}
     if isinstance(reward, Path):
-        adapters["reward"] = reward
+        adapters["reward"], head = reward, models.load_reward_head(reward)
+        reward = partial(RewardModel, head=head, chat=chat, batch_size=batch_size)
     model = models.load_adapters(base, adapters, trainable="policy")
     try:
-        if isinstance(reward, Path):
-            reward_fn = RewardModel(model, models.load_reward_head(reward), chat, batch_size)
-        else:
-            reward_fn = reward(model)
+        reward_fn = reward(model)
 
         def finite_rewards(answers: Sequence[EncodedExample]) -> torch.Tensor:
             rewards = reward_fn(answers).to(model.device)
             broken = int((~torch.isfinite(rewards)).sum())
             if broken:
-                raise StudyError(
-                    f"{broken} of {len(rewards)} rewards are not finite; look at the reward "
-                    "model's training curve in 02-reward"
-                )
+                counts = f"{broken} of {len(rewards)} rewards are not finite"
+                raise StudyError(f"{counts}; look at the training curve in 02-reward")
             return rewards
 
         yield model, finite_rewards
@@ -192,8 +188,7 @@ class Run:
         if rewards.max() - rewards.min() <= 1e-6:
             raise StudyError(
                 f"the rewards of all {len(rewards)} held-out answers are alike "
-                f"({rewards.iloc[0]:.3g}), so there is nothing to learn; "
-                + ("look at the reward model" if len(rewards) > 1 else "use more held-out prompts")
+                f"({rewards.iloc[0]:.3g}): use more held-out prompts, or look at the reward model"
             )
 
     def evaluate(self, step: int) -> None:
@@ -207,15 +202,9 @@ class Run:
         if step:
             pad = self.chat.tokenizer.pad_token_id
             kl = answer_kl(self.model, answers, pad, self.batch_size)
-        rows = pd.DataFrame(
-            {
-                "step": step,
-                "id": keys,
-                "reward": rewards.double().cpu().numpy(),
-                "kl": kl.double().cpu().numpy(),
-                "answer": [self.chat.decode(a.answer_ids) for a in answers],
-            }
-        )
+        numbers = {"reward": rewards.double().cpu().numpy(), "kl": kl.double().cpu().numpy()}
+        texts = [self.chat.decode(answer.answer_ids) for answer in answers]
+        rows = pd.DataFrame({"step": step, "id": keys} | numbers | {"answer": texts})
         self.check_kl(step, rows["kl"].mean())
         self.record(step, {f"held_out_{name}": rows[name].mean() for name in ("reward", "kl")})
         self.eval_history.append(rows)
