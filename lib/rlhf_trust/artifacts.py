@@ -112,10 +112,10 @@ def sha256_of(path: Path | str, length: int = 64) -> str:
     return digest.hexdigest()[:length]
 
 
-def content_key(*parts: object, length: int = 16) -> str:
+def content_key(*parts: object) -> str:
     """A short hash of anything JSON can represent: the key of a cached result."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class ResultCache:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,7 +11,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.patches import Patch
 
-from .artifacts import atomic_write
 from .stats import mean_interval
 
 # Okabe and Ito's palette, safe for colour-blind readers.
@@ -63,12 +61,6 @@ def use_style() -> None:
 
 def colour(model: str) -> str:
     return COLOURS.get(model, "#999933")
-
-
-def save(figure, path: Path) -> None:
-    """Write a figure as PNG, atomically and without a date, which would make equal runs differ."""
-    with atomic_write(path) as aside:
-        figure.savefig(aside, format="png", metadata={"Software": None})
 
 
 # --- what figures share --------------------------------------------------------------------------

@@ -20,8 +20,7 @@ import pypandoc
 from IPython.display import HTML, Image, Markdown
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from . import figures
-from .artifacts import Build, write_text
+from .artifacts import Build, atomic_write, write_text
 
 EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 SAFE_EMAIL = re.compile(r"@example\.(?:com|org|net)$", re.IGNORECASE)
@@ -115,8 +114,12 @@ def _html_table(frame: pd.DataFrame, kind: str, escape: bool = True) -> str:
 
 
 def show(figure, path: Path, alt: str) -> Image:
-    """Save a figure as PNG and put it on the page at its drawn size; ``alt`` says what it shows."""
-    figures.save(figure, path)
+    """Save a figure as PNG and put it on the page at its drawn size; ``alt`` says what it shows.
+
+    Without the name of the software, whose version would make equal runs differ.
+    """
+    with atomic_write(path) as aside:
+        figure.savefig(aside, format="png", metadata={"Software": None})
     width = round(figure.get_size_inches()[0] * 100)
     plt.close(figure)
     return Image(data=path.read_bytes(), format="png", width=width, alt=alt)
