@@ -10,54 +10,26 @@ from rlhf_trust.attribution.features import REFUSAL, effects, features, topic_na
 from rlhf_trust.data.preferences import PreferencePair
 from scipy import stats as scipy_stats
 
-BREAD = [
-    "bread dough oven yeast",
-    "oven bread crust dough",
-    "yeast dough bread flour",
-    "flour oven bread baking",
-]
-CARS = [
-    "engine brakes motor oil",
-    "motor engine tyres oil",
-    "brakes tyres engine clutch",
-    "clutch oil motor engine",
-]
+BREAD = ["bread dough oven", "oven bread crust dough", "yeast dough bread", "flour oven bread"]
+CARS = ["engine brakes motor", "motor engine tyres", "brakes tyres engine", "clutch motor engine"]
 
 
 def test_features_of_pairs():
+    baking, engine = ("How do I bake bread?",), ("Is my engine oil low?",)
+    long = ("Bread?", "Yes?", "More bread dough")
+    yeast, check = "With yeast, dough and an oven.", "Check the engine oil."
+    sure, motor = "Sure: oven, dough, yeast, bread, now.", "Your motor engine needs oil and brakes."
     pairs = [
-        PreferencePair(
-            "a",
-            ("How do I bake bread?",),
-            "With yeast, dough and an oven.",
-            "I can't help with bread dough.",
-            "helpful",
-        ),
-        PreferencePair(
-            "b",
-            ("Bread?", "Yes?", "More bread dough"),
-            "I'm sorry, but I won't.",
-            "Sure: oven, dough, yeast, bread, now.",
-            "harmless",
-        ),
-        PreferencePair(
-            "c",
-            ("Is my engine oil low?",),
-            "Check the engine oil.",
-            "Your motor engine needs oil and brakes.",
-            "helpful",
-        ),
+        PreferencePair("a", baking, yeast, "I can't help with bread dough.", "helpful"),
+        PreferencePair("b", long, "I'm sorry, but I won't.", sure, "harmless"),
+        PreferencePair("c", engine, check, motor, "helpful"),
     ]
     frame = features(pairs, topics=2)
     assert frame.index.tolist() == ["a", "b", "c"]
-    assert frame["harmless_half"].tolist() == [False, True, False] and frame[
-        "multi_turn"
-    ].tolist() == [False, True, False]
-    assert frame["chosen_words"].tolist() == [6, 5, 4] and frame["rejected_words"].tolist() == [
-        6,
-        6,
-        7,
-    ]
+    assert frame["harmless_half"].tolist() == [False, True, False]
+    assert frame["multi_turn"].tolist() == [False, True, False]
+    assert frame["chosen_words"].tolist() == [6, 5, 4]
+    assert frame["rejected_words"].tolist() == [6, 6, 7]
     assert frame["chosen_longer"].tolist() == [False, False, False]
     assert frame["chosen_refuses"].tolist() == [False, True, False]
     assert frame["rejected_refuses"].tolist() == [True, False, False]
@@ -109,26 +81,22 @@ def some_frame(n: int, rng) -> pd.DataFrame:
 def test_effects_equal_scipys():
     rng = np.random.default_rng(0)
     frame = some_frame(80, rng)
-    scores = np.round(
-        rng.normal(size=80) + frame["flag"].to_numpy() * 1.5 + (frame["topic"] == "law").to_numpy(),
-        1,
-    )  # ties
+    scores = rng.normal(size=80) + 1.5 * frame["flag"].to_numpy()
+    scores = np.round(scores + (frame["topic"] == "law").to_numpy(), 1)  # ties
     table = effects(scores, frame, draws=500).set_index("feature")
     u = scipy_stats.mannwhitneyu(scores[frame["flag"]], scores[~frame["flag"]])
     members = frame["flag"].sum()
-    assert table.loc["flag", "effect"] == pytest.approx(
-        2 * u.statistic / (members * (80 - members)) - 1
-    )
-    assert table.loc["length", "effect"] == pytest.approx(
-        scipy_stats.spearmanr(scores, frame["length"])[0]
-    )
+    delta = 2 * u.statistic / (members * (80 - members)) - 1
+    assert table.loc["flag", "effect"] == pytest.approx(delta)
+    rho, p = scipy_stats.spearmanr(scores, frame["length"])
+    assert table.loc["length", "effect"] == pytest.approx(rho)
     z, law = (scores - scores.mean()) / scores.std(), frame["topic"] == "law"
     assert table.loc["topic: law", "effect"] == pytest.approx(z[law].mean() - z[~law].mean())
     assert list(table.index) == ["flag", "length", "topic: bread", "topic: cars", "topic: law"]
     assert table["kind"].tolist() == ["binary", "numeric", "topic", "topic", "topic"]
     assert table.loc["flag", "p_holm"] < 0.05 and table.loc["flag", "ci_low"] > 0
     assert ((table["ci_low"] < table["effect"]) & (table["effect"] < table["ci_high"])).all()
-    assert abs(table.loc["length", "p"] - scipy_stats.spearmanr(scores, frame["length"])[1]) < 0.06
+    assert abs(table.loc["length", "p"] - p) < 0.06
     assert (table["p_holm"] >= table["p"]).all() and table.loc["topic: law", "members"] == law.sum()
 
 
@@ -137,12 +105,8 @@ def test_without_an_effect_nothing_is_found():
     small, held, studies = [], [], 60
     for study in range(studies):
         rng = np.random.default_rng(study)
-        table = effects(
-            rng.normal(size=60),
-            some_frame(60, rng).drop(columns="topic"),
-            f"study {study}",
-            draws=199,
-        )
+        scores, frame = rng.normal(size=60), some_frame(60, rng).drop(columns="topic")
+        table = effects(scores, frame, f"study {study}", draws=199)
         small += (table["p"] < 0.2).tolist()
         held += ((table["ci_low"] < 0) & (table["ci_high"] > 0)).tolist()
     assert 0.1 < np.mean(small) < 0.3 and np.mean(held) > 0.88
@@ -152,9 +116,8 @@ def test_features_that_tell_nothing_apart_and_bad_input():
     frame = pd.DataFrame({"always": [True] * 6, "constant": [3] * 6, "flag": [True, False] * 3})
     table = effects(np.array([5.0, 1, 4, 2, 6, 0]), frame, draws=100).set_index("feature")
     assert table.loc[["always", "constant"], ["effect", "p", "p_holm"]].isna().all(axis=None)
-    assert (
-        table.loc["flag", "effect"] == 1 and table.loc["flag", "p_holm"] == table.loc["flag", "p"]
-    )
+    assert table.loc["flag", "effect"] == 1
+    assert table.loc["flag", "p_holm"] == table.loc["flag", "p"]
     level = effects(np.ones(6), frame, draws=100).set_index("feature")
     assert level.loc["flag", "effect"] == 0 and level.loc["flag", "p"] == 1
     with pytest.raises(StudyError, match="a finite score for each of 6"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import random
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pandas as pd
@@ -58,12 +58,10 @@ def some_gradients(
         direction = common * rng.standard_normal(width)
         for tensors, count in ((train, n), (queries, m)):
             sizes = 10.0 ** rng.uniform(-1, 1, (count, 1)) * 10.0 ** (index - 2)
-            tensors[f"layer{index}"] = torch.from_numpy(
-                sizes * (direction + rng.standard_normal((count, width)))
-            ).float()
-    return InMemory(train, [f"e{i}" for i in range(n)]), InMemory(
-        queries, [f"q{j}" for j in range(m)]
-    )
+            block = sizes * (direction + rng.standard_normal((count, width)))
+            tensors[f"layer{index}"] = torch.from_numpy(block).float()
+    ids = [f"e{i}" for i in range(n)], [f"q{j}" for j in range(m)]
+    return InMemory(train, ids[0]), InMemory(queries, ids[1])
 
 
 def tensor(some: InMemory, layer: str) -> torch.Tensor:
@@ -72,15 +70,12 @@ def tensor(some: InMemory, layer: str) -> torch.Tensor:
 
 def changed(some: InMemory, **tensors: torch.Tensor) -> InMemory:
     """The same gradients, some layers replaced."""
-    return InMemory(
-        {layer: tensors.get(layer, tensor(some, layer)) for layer in some.layers}, some.ids
-    )
+    return InMemory({layer: tensor(some, layer) for layer in some.layers} | tensors, some.ids)
 
 
 def rows(some: InMemory, kept) -> InMemory:
-    return InMemory(
-        {layer: tensor(some, layer)[kept] for layer in some.layers}, np.array(some.ids)[kept]
-    )
+    tensors = {layer: tensor(some, layer)[kept] for layer in some.layers}
+    return InMemory(tensors, np.array(some.ids)[kept])
 
 
 class InBlocks(InMemory):
@@ -127,12 +122,8 @@ def test_datainf_equals_the_equations(common, monkeypatch):
     train, queries = some_gradients(30, 4, widths=(4000, 40), common=common)
     expected = literal_datainf(train, queries)
     assert relative(datainf(train, queries).by_item, expected) < 1e-5
-    assert (
-        relative(
-            datainf(train, queries, Damping(10.0)).by_item, literal_datainf(train, queries, 10.0)
-        )
-        < 1e-5
-    )
+    heavy = literal_datainf(train, queries, 10.0)
+    assert relative(datainf(train, queries, Damping(10.0)).by_item, heavy) < 1e-5
     monkeypatch.setattr(solvers, "PRECISION", math.inf)  # float32 alone
     assert (relative(datainf(train, queries).by_item, expected) > 1e-5) == (common == 1000)
 
@@ -141,12 +132,8 @@ def test_datainf_equals_dattris():
     """dattri 0.3.0's scores on the same gradients, kept by ``tests/parity/dattri_datainf.py``."""
     theirs, (train, queries) = pd.read_csv(REFERENCE), gradients()
     for lam in LAMBDAS:
-        wanted = (
-            theirs[theirs["lambda"] == lam]
-            .set_index("example")
-            .loc[list(train.ids), list(queries.ids)]
-            .to_numpy()
-        )
+        rows_of_lam = theirs[theirs["lambda"] == lam].set_index("example")
+        wanted = rows_of_lam.loc[list(train.ids), list(queries.ids)].to_numpy()
         own = datainf(train, queries, Damping(value=lam)).by_item
         assert own == pytest.approx(-wanted, rel=1e-5, abs=1e-6 * np.abs(wanted).max())
 
@@ -162,29 +149,19 @@ def test_sign_and_scale_against_real_steps(tiny_llama):
             if ".lora_B." in name:
                 weight.normal_(std=0.1)
     rng, loss = random.Random(0), NextTokenLoss()
-    examples = [
-        Example(
-            f"e{i}", "random", (EncodedExample(tuple(rng.randrange(3, 290) for _ in range(12)), 4),)
-        )
-        for i in range(8)
-    ]
-    items = [
-        examples[2],
-        examples[7],
-    ]  # evaluation: one training example's own text, and one of none
-    examples.pop()
+    examples = []
+    for i in range(8):
+        text = EncodedExample(tuple(rng.randrange(3, 290) for _ in range(12)), 4)
+        examples.append(Example(f"e{i}", "random", (text,)))
+    # Evaluation: one training example's own text, and one of none.
+    items = [examples[2], examples.pop()]
 
     def gradients_of(some) -> InMemory:
-        found = [
-            torch.autograd.grad(loss.loss(model, [e], PAD)[0], list(weights.values())) for e in some
-        ]
-        return InMemory(
-            {
-                name: torch.stack([g[k].flatten() for g in found]).float()
-                for k, name in enumerate(weights)
-            },
-            [e.id for e in some],
-        )
+        values = [loss.loss(model, [example], PAD)[0] for example in some]
+        found = [torch.autograd.grad(value, list(weights.values())) for value in values]
+        by_name = dict(zip(weights, zip(*found)))
+        tensors = {n: torch.stack([g.flatten() for g in gs]).float() for n, gs in by_name.items()}
+        return InMemory(tensors, [example.id for example in some])
 
     train, queries = gradients_of(examples), gradients_of(items)
 
@@ -212,18 +189,13 @@ def test_sign_and_scale_against_real_steps(tiny_llama):
     heavy = Damping(1e6)
     for solver in (datainf, exact_layerwise):
         influence = solver(train, queries, heavy).influence
-        size = 1e-2 / np.abs(influence).max()
-        changes = [
-            change_after(
-                {
-                    name: -size
-                    * tensor(train, name)[i].double()
-                    / heavy.of(train.squares[:, k], train.width(name))
-                    for k, name in enumerate(train.layers)
-                }
-            )
-            for i in range(len(examples))
-        ]
+        size, changes = 1e-2 / np.abs(influence).max(), []
+        for i in range(len(examples)):
+            step = {}
+            for k, name in enumerate(train.layers):
+                lam = heavy.of(train.squares[:, k], train.width(name))
+                step[name] = -size * tensor(train, name)[i].double() / lam
+            changes.append(change_after(step))
         assert changes == pytest.approx(size * influence, abs=1e-4)
     # With one λ for all layers, that step is gradient descent's.
     joint = exact_joint(train, queries, Damping(value=1e6)).influence
@@ -248,16 +220,13 @@ def test_exact_solvers_equal_dense_inverses(n):
         found = exact_layerwise(train, queries, Damping(factor))
         parts = [dense(g, v, factor * np.square(g).mean()) for g, v in of_layers.values()]
         assert relative(found.by_item, sum(parts)) < 1e-6
-        assert found.by_layer == pytest.approx(
-            np.array(parts).mean(2), rel=1e-6, abs=1e-6 * np.abs(parts).max()
-        )
+        tolerance = 1e-6 * np.abs(parts).max()
+        assert found.by_layer == pytest.approx(np.mean(parts, 2), rel=1e-6, abs=tolerance)
         g, v = (np.concatenate(x, 1) for x in zip(*of_layers.values()))
         joint = exact_joint(train, queries, Damping(factor))
         assert relative(joint.by_item, dense(g, v, factor * np.square(g).mean())) < 1e-6
-        assert (
-            relative(exact_joint(train, queries, Damping(value=0.3)).by_item, dense(g, v, 0.3))
-            < 1e-6
-        )
+        joint = exact_joint(train, queries, Damping(value=0.3))
+        assert relative(joint.by_item, dense(g, v, 0.3)) < 1e-6
 
 
 def test_datainf_is_exact_where_its_swap_is():
@@ -279,10 +248,8 @@ def test_dot_and_cosine():
     own = gradient_cosine(train, train).by_item
     assert np.diag(own) == pytest.approx(-np.ones(6))
     nothing = InMemory({layer: tensor(queries, layer) * 0 for layer in queries.layers}, queries.ids)
-    assert (
-        not gradient_cosine(train, nothing).by_item.any()
-        and not datainf(train, nothing).by_item.any()
-    )
+    assert not gradient_cosine(train, nothing).by_item.any()
+    assert not datainf(train, nothing).by_item.any()
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -303,13 +270,11 @@ def test_blocks_groups_and_layers(name):
         alone = solver(train, rows(queries, [j for j in range(5) if labels[j] == label]))
         assert relative(part.by_item, alone.by_item) < 1e-5
         assert part.layers == whole.layers and part.by_layer.shape == whole.by_layer.shape
-        assert part.by_layer == pytest.approx(
-            alone.by_layer, rel=1e-4, abs=1e-6 * np.abs(alone.by_item).max()
-        )
+        tolerance = 1e-6 * np.abs(alone.by_item).max()
+        assert part.by_layer == pytest.approx(alone.by_layer, rel=1e-4, abs=tolerance)
     if name in LAYERWISE:
-        assert whole.layers == train.layers and whole.by_layer.sum(0) == pytest.approx(
-            whole.influence, rel=1e-9
-        )
+        assert whole.layers == train.layers
+        assert whole.by_layer.sum(0) == pytest.approx(whole.influence, rel=1e-9)
         # What example_z assumes: permuting a layer's blocks between examples permutes its scores,
         # and no other layer's.
         order = np.random.default_rng(1).permutation(10)
@@ -332,24 +297,17 @@ def test_damping_sweep_equals_one_by_one(name):
 
 
 def test_text_and_random_baselines():
-    train = [
-        "The cat sat on the mat.",
-        "Stock prices fell on Monday.",
-        "A recipe for apple pie",
-        "cats, mats and hats",
-    ]
+    train = ["The cat sat on the mat.", "Stock prices fell on Monday."]
+    train += ["A recipe for apple pie", "cats, mats and hats"]
     queries = ["The cat sat on the mat.", "Prices of apple stock fell!", "zyxw"]
     found = tfidf(train, queries, ["x", "y", "y"])
     assert found.by_item[0, 0] == pytest.approx(-1) and (found.by_item <= 0).all()
     assert found.by_item[:, :2].argmin(0).tolist() == [0, 1] and not found.by_item[:, 2].any()
     assert found.groups["x"].by_item == pytest.approx(tfidf(train, queries[:1]).by_item)
     drawn = random_scores(2000, 2, seed=1).by_item
-    assert (drawn == random_scores(2000, 2, seed=1).by_item).all() and (
-        drawn != random_scores(2000, 2, seed=2).by_item
-    ).all()
-    assert abs(
-        spearmanr(drawn[:, 0], drawn[:, 1]).statistic
-    ) < 0.1 and drawn.std() == pytest.approx(1, abs=0.05)
+    assert (drawn == random_scores(2000, 2, seed=1).by_item).all()
+    assert (drawn != random_scores(2000, 2, seed=2).by_item).all()
+    assert abs(spearmanr(drawn).statistic) < 0.1 and drawn.std() == pytest.approx(1, abs=0.05)
     for bad in (([], queries), (train, []), (["?", "!"], queries)):
         with pytest.raises(StudyError, match="TF-IDF"):
             tfidf(*bad)
@@ -370,13 +328,9 @@ def test_bad_input(name):
         solver(train, InMemory({k: tensor(queries, k) for k in ("layer0", "layer2")}, queries.ids))
     with pytest.raises(StudyError, match="layer1 has 3 entries in training gradients and 8"):
         solver(train, changed(queries, layer1=wide))
-    with pytest.raises(
-        StudyError, match="evaluation gradient of example 'q1' is not finite in layer1"
-    ):
+    with pytest.raises(StudyError, match="evaluation gradient of example 'q1' is not .* in layer1"):
         solver(train, changed(queries, layer1=nan))
-    with pytest.raises(
-        StudyError, match="training gradient of example 'e0' is not finite in layer2"
-    ):
+    with pytest.raises(StudyError, match="training gradient of example 'e0' is not .* in layer2"):
         solver(changed(train, layer2=tensor(train, "layer2") / 0.0), queries)
     with pytest.raises(StudyError, match="3 group labels for 2"):
         solver(train, queries, Damping(), ["a", "b", "c"])
@@ -384,20 +338,14 @@ def test_bad_input(name):
 
 def test_bad_damping():
     train, queries = some_gradients(4, 2)
-    for bad in (
-        {"factor": 0.0},
-        {"factor": -1.0},
-        {"value": 0.0},
-        {"value": math.nan},
-        {"factor": math.inf},
-    ):
-        with pytest.raises(StudyError, match="damping: must be a number above 0"):
-            Damping(**bad)
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        for setting in ("factor", "value"):
+            with pytest.raises(StudyError, match="damping: must be a number above 0"):
+                Damping(**{setting: bad})
     with pytest.raises(StudyError, match="damping: must be"):
         damping_sweep(train, queries, "datainf", [0.1, 0.0])
-    with pytest.raises(
-        StudyError, match="too small"
-    ):  # rows repeat, so K has no inverse of its own
+    # Rows repeat, so K has no inverse of its own.
+    with pytest.raises(StudyError, match="too small"):
         exact_joint(rows(train, [0, 0, 1, 1]), queries, Damping(value=1e-300))
 
 
@@ -420,11 +368,8 @@ def test_contribution_numbers():
     found = contribution(by_item)
     assert found.contribution == pytest.approx((1 - 1 + 0.25) / 3)
     assert found.standardised == pytest.approx(3 / math.sqrt(21))
-    assert (
-        found.n == 2
-        and found == contribution(by_item)
-        and found.ci_low <= found.standardised <= found.ci_high
-    )
+    assert found.n == 2 and found == contribution(by_item)
+    assert found.ci_low <= found.standardised <= found.ci_high
     assert contribution(-by_item).standardised == pytest.approx(-found.standardised)
     assert contribution(by_item * 1e-200).standardised == pytest.approx(found.standardised)
     alone = contribution(by_item[:, :1])  # one item: nothing is known of the spread
@@ -439,10 +384,8 @@ def test_contribution_numbers():
 
 def test_tables_of_a_stage():
     train, queries = some_gradients(5, 3)
-    groups, pairs = (
-        ["b", "a", "b"],
-        [PreferencePair(f"p{i}", ("?",), "", "", "s") for i in range(5)],
-    )
+    groups = ["b", "a", "b"]
+    pairs = [PreferencePair(f"p{i}", ("?",), "", "", "s") for i in range(5)]
     texts = random_scores(5, 3, seed=7, groups=groups)
     scores = score_all(train, queries, texts, groups=groups)
     assert list(scores) == [*SOLVERS, "tfidf", "random"]
@@ -469,26 +412,19 @@ def test_interval_covers_the_standardised_score_of_all_items():
     mean = rng.normal(0.5, 1.0, 30)  # of each example's score over all possible items
     covered = 0
     for _ in range(200):
-        found = contribution(
-            mean[:, None] + rng.normal(0, 1.0, (1, 40)) + rng.normal(0, 0.3, (30, 40)), draws=300
-        )
+        by_item = mean[:, None] + rng.normal(0, 1.0, (1, 40)) + rng.normal(0, 0.3, (30, 40))
+        found = contribution(by_item, draws=300)
         covered += found.ci_low <= standardised(mean) <= found.ci_high
     assert 0.87 <= covered / 200 <= 0.99
 
 
 def test_sign_flip_null():
     rng = np.random.default_rng(0)
-    common = rng.standard_normal(
-        (20, 1)
-    )  # items share a direction, each with a sign and size of its own
-    p = [
-        contribution(
-            common * rng.standard_normal(12) + 0.3 * rng.standard_normal((20, 12)),
-            seed=k,
-            draws=200,
-        ).p_null
-        for k in range(300)
-    ]
+    # Items share a direction, each with a sign and size of its own.
+    common, p = rng.standard_normal((20, 1)), []
+    for k in range(300):
+        by_item = common * rng.standard_normal(12) + 0.3 * rng.standard_normal((20, 12))
+        p.append(contribution(by_item, seed=k, draws=200).p_null)
     assert 0.02 <= np.mean(np.array(p) <= 0.05) <= 0.09
     assert 0.42 <= np.mean(np.array(p) <= 0.5) <= 0.58
     # Consistent columns: noisy ones, and ones that are exactly proportional (which the ratio alone
@@ -504,13 +440,10 @@ def test_sign_flip_null():
 def test_example_z_against_all_permutations():
     rng = np.random.default_rng(0)
     by_layer = rng.standard_normal((3, 4)) * [[1.0], [5.0], [0.1]] + 2.0
-    dealt = [
-        sum(layer[list(order)] for layer, order in zip(by_layer, (a, b, c)))
-        for a in permutations(range(4))
-        for b in permutations(range(4))
-        for c in permutations(range(4))
-    ]
-    dealt = np.array(dealt)  # every outcome of the null [24³, examples]
+    dealt = []  # every outcome of the null [24³, examples]
+    for orders in product(permutations(range(4)), repeat=3):
+        dealt.append(sum(layer[list(order)] for layer, order in zip(by_layer, orders)))
+    dealt = np.array(dealt)
     expected = (by_layer.sum(0) - dealt.mean(0)) / dealt.std(0)
     assert example_z(by_layer) == pytest.approx(expected)
     assert example_z(by_layer * 1e-200) == pytest.approx(expected)
@@ -538,9 +471,8 @@ def test_example_p_against_all_permutations():
     rng = np.random.default_rng(0)
     by_layer = rng.standard_normal((3, 4)) ** 3 + 2.0
     blocks = by_layer - by_layer.mean(1, keepdims=True)
-    dealt = np.abs(
-        blocks[0][:, None, None] + blocks[1][:, None] + blocks[2]
-    )  # an example's 4³ outcomes, equally likely
+    # An example's 4³ outcomes, equally likely.
+    dealt = np.abs(blocks[0][:, None, None] + blocks[1][:, None] + blocks[2])
     expected = [(dealt >= abs(score) - 1e-9).mean() for score in blocks.sum(0)]
     assert example_p(by_layer) == pytest.approx(expected, abs=0.01)
     assert (example_p(by_layer * 1e-9) == example_p(by_layer)).all()
@@ -548,9 +480,7 @@ def test_example_p_against_all_permutations():
     # Independent heavy-tailed layers: nothing to find; one example on which they agree: found.
     layers = rng.standard_t(3, (40, 500))
     p = example_p(layers)
-    assert (
-        np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.03)
-        and (false_discovery_control(p) > 0.05).all()
-    )
+    assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.03)
+    assert (false_discovery_control(p) > 0.05).all()
     layers[:, 7] = 2.0
     assert (false_discovery_control(example_p(layers)) < 0.05).nonzero()[0].tolist() == [7]

@@ -56,17 +56,13 @@ class Ridge:
         self.x, self.qx = rng.normal(size=(n, d)), rng.normal(size=(m, d))
         # Far off, so that a query's loss follows its gradient and not the curvature around its
         # minimum.
-        self.y, self.qy = (
-            self.x @ truth + rng.normal(size=n),
-            self.qx @ truth + 5 * rng.choice([-1, 1], size=m),
-        )
-        self.penalty = penalty
+        self.y = self.x @ truth + rng.normal(size=n)
+        self.qy = self.qx @ truth + 5 * rng.choice([-1, 1], size=m)
+        self.damping = penalty / n * np.eye(d)
 
     def solve(self, rows):
         x, y = self.x[rows], self.y[rows]
-        return np.linalg.solve(
-            x.T @ x / len(x) + self.penalty / len(self.x) * np.eye(x.shape[1]), x.T @ y / len(x)
-        )
+        return np.linalg.solve(x.T @ x / len(x) + self.damping, x.T @ y / len(x))
 
     def losses(self, theta):
         return (self.qx @ theta - self.qy) ** 2 / 2
@@ -78,19 +74,16 @@ class Ridge:
         theta = self.solve(np.arange(len(self.x)))
         g = (self.x @ theta - self.y)[:, None] * self.x
         v = (self.qx @ theta - self.qy)[:, None] * self.qx
-        hessian = self.x.T @ self.x / len(self.x) + self.penalty / len(self.x) * np.eye(
-            self.x.shape[1]
-        )
+        hessian = self.x.T @ self.x / len(self.x) + self.damping
         return -g @ np.linalg.solve(hessian, v.T)
 
 
 @pytest.fixture(scope="module")
 def ridge(tmp_path_factory):
     model, halves = Ridge(), random_halves(64, 100, seed=0)
-    outcomes = retrained(tmp_path_factory.mktemp("ridge"), "ridge", "ridge", halves, model.measure)[
-        "loss"
-    ]
-    return model.influence(), halves, outcomes
+    where = tmp_path_factory.mktemp("ridge")
+    outcomes = retrained(where, "ridge", "ridge", halves, model.measure)
+    return model.influence(), halves, outcomes["loss"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,19 +91,14 @@ def ridge(tmp_path_factory):
 
 def test_halves_and_sets():
     halves = random_halves(10, 40, seed=3)
-    assert (
-        halves.shape == (40, 10)
-        and (halves.sum(1) == 5).all()
-        and len(np.unique(halves, axis=0)) > 30
-    )
+    assert halves.shape == (40, 10) and (halves.sum(1) == 5).all()
+    assert len(np.unique(halves, axis=0)) > 30
     np.testing.assert_array_equal(random_halves(10, 7, seed=3), halves[:7])
     assert (random_halves(10, 40, seed=4) != halves).any()
     often = random_halves(6, 4000, seed=0).mean(0)
     assert np.abs(often - 0.5).max() < 0.03
     sets = random_sets(9, 4, 5, seed=0)
-    assert sets.shape == (5, 4) and all(
-        len(set(row)) == 4 and list(row) == sorted(row) for row in sets.tolist()
-    )
+    assert sets.shape == (5, 4) and (np.diff(sets, axis=1) > 0).all()
     with pytest.raises(StudyError, match="must be even"):
         random_halves(7, 2, 0)
     with pytest.raises(StudyError, match="cannot draw"):
@@ -127,11 +115,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
         return {"a": draw.normal(size=3), "b": draw.normal(size=2) / 3}
 
     whole = retrained(tmp_path / "whole", "run", ["key"], halves, measure, seed=10)
-    assert (
-        calls == [10, 11, 12, 13, 14, 15]
-        and whole["a"].shape == (6, 3)
-        and whole["b"].shape == (6, 2)
-    )
+    assert calls == [10, 11, 12, 13, 14, 15]
+    assert whole["a"].shape == (6, 3) and whole["b"].shape == (6, 2)
 
     def killed(rows, seed):
         if seed == 13:
@@ -152,9 +137,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     retrained(tmp_path / "whole", "run", ["key"], halves[:2], measure, seed=10)
     assert not calls
     retrained(tmp_path / "whole", "run", ["other key"], halves[:1], measure, seed=10)
-    retrained(
-        tmp_path / "whole", "run", ["key"], halves[1:2], measure, seed=10
-    )  # another subset under that number
+    # Another subset under that number.
+    retrained(tmp_path / "whole", "run", ["key"], halves[1:2], measure, seed=10)
     assert calls == [10, 10]
     monkeypatch.setenv("RLHF_TRUST_CACHE", "off")
     again = retrained(tmp_path / "off", "run", ["key"], halves, measure, seed=10)
@@ -181,22 +165,17 @@ def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
         return retrain_halves(tmp_path / directory, "sft", "base", *arguments)
 
     whole = run("a")
-    assert {what: values.shape for what, values in whole.items()} == {
-        "text": (4, 2),
-        "reward": (4, 3),
-    }
+    assert whole["text"].shape == (4, 2) and whole["reward"].shape == (4, 3)
     assert np.ptp(whole["text"], axis=0).min() > 1e-3, "halves differ"
     # Those who trained on an item know it better than those who did not.
     known = halves[:, :2]
-    assert (
-        known.any()
-        and (~known).any()
-        and whole["text"][known].mean() < whole["text"][~known].mean()
-    )
-    assert all(
-        torch.equal(start[name], weight) for name, weight in snapshot(model, "default").items()
-    )
+    assert whole["text"][known].mean() < whole["text"][~known].mean()
 
+    def weights_are_those_of_the_start():
+        now = snapshot(model, "default")
+        return all(torch.equal(start[name], weight) for name, weight in now.items())
+
+    assert weights_are_those_of_the_start()
     plain, fits = module.fit, []
 
     def killed_at_the_third(*arguments, **more):
@@ -208,21 +187,16 @@ def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fit", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run("b")
-    assert all(
-        torch.equal(start[name], weight) for name, weight in snapshot(model, "default").items()
-    )
+    assert weights_are_those_of_the_start()
     resumed = run("b")
     assert len(fits) == 5
     for what in whole:
         np.testing.assert_array_equal(resumed[what], whole[what])
 
     # Whatever matters gives another file: configuration, loss, seed, the weights to begin with.
-    for changed in (
-        {"config": replace(config, learning_rate=4e-3)},
-        {"loss": NextTokenLoss("sum")},
-        {"seed": 5},
-    ):
-        run("b", halves[:1], **changed)
+    run("b", halves[:1], config=replace(config, learning_rate=4e-3))
+    run("b", halves[:1], loss=NextTokenLoss("sum"))
+    run("b", halves[:1], seed=5)
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_A" in n).add_(0.01)
     run("b", halves[:1])
@@ -235,11 +209,10 @@ def test_sft_then_dpo_starts_anew_each_time(tiny_llama):
     model, pairs = fresh_adapters(tiny_llama, ["sft", "dpo"], LoRA(4, 8), 0), some_examples(10, 2)
     start, chosen = snapshot(model, "sft"), [replace(p, sequences=p.sequences[:1]) for p in pairs]
 
+    sft_config = TrainConfig(learning_rate=5e-3, batch_size=5, epochs=3)
+    configs = sft_config, TrainConfig(learning_rate=1e-2, batch_size=5, epochs=20)
+
     def run():
-        configs = (
-            TrainConfig(learning_rate=5e-3, batch_size=5, epochs=3),
-            TrainConfig(learning_rate=1e-2, batch_size=5, epochs=20),
-        )
         sft_then_dpo(model, start, chosen, pairs, 0.5, *configs, PAD, seed=0)
         return snapshot(model, "sft"), snapshot(model, "dpo")
 
@@ -265,10 +238,8 @@ def test_exact_influence_has_a_high_lds_and_random_scores_none(ridge):
     rng = np.random.default_rng(1)
     scores = lds(influence, halves, outcomes)
     assert scores.shape == (12,) and scores.mean() > 0.9
-    by_hand = [
-        scipy_stats.spearmanr(halves.astype(float) @ influence[:, j], outcomes[:, j])[0]
-        for j in range(12)
-    ]
+    predicted = halves.astype(float) @ influence
+    by_hand = [scipy_stats.spearmanr(predicted[:, j], outcomes[:, j])[0] for j in range(12)]
     np.testing.assert_allclose(scores, by_hand, atol=1e-12)
     np.testing.assert_allclose(lds(-influence, halves, outcomes), -scores, atol=1e-12)
     solvers = {"exact": influence, "nothing": rng.normal(size=influence.shape)}
@@ -280,9 +251,8 @@ def test_exact_influence_has_a_high_lds_and_random_scores_none(ridge):
 
 def test_scores_that_say_nothing_and_items_that_never_change(ridge):
     influence, halves, outcomes = ridge
-    assert (
-        lds(np.full_like(influence, 0.1), halves, outcomes) == 0
-    ).all()  # equal sums in spite of rounding
+    # Equal sums in spite of rounding.
+    assert (lds(np.full_like(influence, 0.1), halves, outcomes) == 0).all()
     still = outcomes.copy()
     still[:, 0] = 3.0
     scores = lds(influence, halves, still)
@@ -309,16 +279,13 @@ def test_lds_interval_holds_the_truth():
         count, n, m = 40, 200, 10
         halves = random_halves(n, count, seed=study)
         shared = rng.normal(size=(n, 1))
-        influence = (shared + rng.normal(size=(n, m))) / np.sqrt(
-            n / 4 * 2
-        )  # Σ over a half then has variance 1
-        noise = rng.normal(size=(count, 1)) * np.sqrt(1.5) + rng.normal(size=(count, m)) * np.sqrt(
-            1.5
-        )
+        # Σ over a half then has variance 1.
+        influence = (shared + rng.normal(size=(n, m))) / np.sqrt(n / 4 * 2)
+        noise = rng.normal(size=(count, 1)) * np.sqrt(1.5)
+        noise = noise + rng.normal(size=(count, m)) * np.sqrt(1.5)
         truth = 6 / np.pi * np.arcsin(1 / np.sqrt(1 + 3) / 2)
-        table = lds_table(
-            {"": influence}, halves, halves @ influence + noise, (), f"study {study}", draws=200
-        )
+        outcomes = halves @ influence + noise
+        table = lds_table({"": influence}, halves, outcomes, (), f"study {study}", draws=200)
         (low, high) = table.loc[0, ["ci_low", "ci_high"]]
         held += low <= truth <= high
         widths.append(high - low)
@@ -345,19 +312,13 @@ def test_solvers_are_compared_on_the_same_halves(ridge):
     turned = compare(worse, influence).tolist()
     assert turned == pytest.approx([-change.iloc[0], -high, -low, p])
 
-    solvers = {
-        "exact": influence,
-        "noisy": worse,
-        "nothing": rng.normal(size=influence.shape),
-        "tfidf": rng.normal(size=influence.shape),
-        "random": rng.normal(size=influence.shape),
-    }
+    solvers = {"exact": influence, "noisy": worse}
+    for name in ("nothing", "tfidf", "random"):
+        solvers[name] = rng.normal(size=influence.shape)
     table = lds_table(solvers, halves, outcomes, draws=300)
     by_name = table.set_index("solver")
-    assert (
-        by_name.loc["exact", "above_random_low"] > 0
-        and by_name.loc["exact", "above_tfidf_p_holm"] < 0.05
-    )
+    exact = by_name.loc["exact"]
+    assert exact["above_random_low"] > 0 and exact["above_tfidf_p_holm"] < 0.05
     assert (by_name["above_random_p_holm"].dropna() >= by_name["above_random_p"].dropna()).all()
     assert by_name.loc["random", ["above_random", "above_tfidf"]].isna().all()
     assert by_name.loc["nothing", "above_random_p_holm"] > 0.05
@@ -413,15 +374,11 @@ def test_the_interval_over_draws_is_students():
     assert (low + high) / 2 == pytest.approx(-at_random.mean()) and (p < 0.05) == (high < 0)
     assert module._between_draws(np.ones(1), np.full(3, 2.0)) == (-1, -1, 0)
     assert module._between_draws(np.ones(1), np.ones(3)) == (0, 0, 1)
-    held = np.mean(
-        [
-            low <= 0 <= high
-            for low, high, _ in (
-                module._between_draws(rng.normal(size=1), rng.normal(size=3)) for _ in range(2000)
-            )
-        ]
-    )
-    assert 0.935 < held < 0.965
+    held = 0
+    for _ in range(2000):
+        low, high, _ = module._between_draws(rng.normal(size=1), rng.normal(size=3))
+        held += low <= 0 <= high
+    assert 0.935 < held / 2000 < 0.965
 
 
 def test_pruning_table_and_words():
@@ -431,43 +388,30 @@ def test_pruning_table_and_words():
     noise = rng.normal(size=(2, 5, 30)) * 0.02
     # Ethics: pruning helps by 1 on every item, far more than random draws differ. Privacy: nothing
     # happens.
-    outcomes = {
-        "ethics": items + noise[0] - np.array([0, 1, 0, 0, 0])[:, None],
-        "privacy": items + noise[1],
-    }
+    ethics = items + noise[0] - np.array([0, 1, 0, 0, 0])[:, None]
+    outcomes = {"ethics": ethics, "privacy": items + noise[1]}
     table = pruning_table(names, outcomes)
     assert len(table) == 4 and set(table["arm"]) == {"full", "pruned"}
     rows = table.set_index(["arm", "vertical"])
     row = rows.loc[("pruned", "ethics")]
-    assert row["change"] == pytest.approx(
-        outcomes["ethics"][1].mean() - outcomes["ethics"][2:].mean()
-    )
-    assert (
-        row["items_high"] < 0
-        and row["draws_high"] < 0
-        and row["p_holm"] < 0.05
-        and (row["n"], row["draws"]) == (30, 3)
-    )
-    assert (table["p"] == table[["p_items", "p_draws"]].max(axis=1)).all() and (
-        table["p_holm"] >= table["p"]
-    ).all()
+    assert row["change"] == pytest.approx(ethics[1].mean() - ethics[2:].mean())
+    assert row["items_high"] < 0 and row["draws_high"] < 0 and row["p_holm"] < 0.05
+    assert (row["n"], row["draws"]) == (30, 3)
+    assert (table["p"] == table[["p_items", "p_draws"]].max(axis=1)).all()
+    assert (table["p_holm"] >= table["p"]).all()
     words = pruning_words(table, "ethics", k=3)
     assert words[0].endswith("it helped.") and "from the mean of 3 random removals" in words[0]
     assert words[1] == "None of privacy moved clearly (Holm-corrected p below 0.05)."
-    other_way = pruning_words(table, "privacy", k=3)
-    assert (
-        "no clear effect beyond removing at random (over 3 draws only a change of" in other_way[0]
-    )
-    assert "It also moved ethics by -0.99" in other_way[1]
+    first, second = pruning_words(table, "privacy", k=3)
+    assert "no clear effect beyond removing at random (over 3 draws only a change of" in first
+    assert "It also moved ethics by -0.99" in second
 
     # What random draws differ by hides the same effect, however sure the items are.
     shifts = np.array([0, 0, -1.0, 0.2, 1.1])[:, None]
-    hidden = (
-        pruning_table(names, {"ethics": outcomes["ethics"] + shifts}).set_index("arm").loc["pruned"]
-    )
+    hidden = pruning_table(names, {"ethics": ethics + shifts}).set_index("arm").loc["pruned"]
     assert hidden["p_items"] < 0.05 < hidden["p_draws"] and hidden["p"] == hidden["p_draws"]
 
-    single = pruning_table(names[:3], {"ethics": outcomes["ethics"][:3]})
+    single = pruning_table(names[:3], {"ethics": ethics[:3]})
     assert single["draws_low"].isna().all() and single["p"].isna().all()
     assert "nothing can be said" in pruning_words(single, "ethics", 3)[0]
     with pytest.raises(StudyError, match="needs a random arm"):
@@ -493,7 +437,7 @@ def test_mislabel():
         mislabel(pairs, 0.1, seed=1)[1] != mask
     ).any()
     for bad in (0.0, 1.0, 0.001):
-        with pytest.raises(StudyError, match="some must be swapped, some not"):
+        with pytest.raises(StudyError, match="swap some of them, not all"):
             mislabel(pairs, bad, 0)
 
 
@@ -556,31 +500,20 @@ def test_copies_are_found_by_gradients(tiny_llama):
     model = new_adapter(tiny_llama, LoRA(2, 4)).eval()
     training, queries = some_examples(10, 1), some_examples(3, 1, seed=9, prefix="q")
     examples, owner = plant_copies(training, queries, seed=0)
-    assert sorted(e.id for e in examples if e.id.startswith("copy")) == [
-        f"copy of q{i}" for i in range(3)
-    ]
-    assert (owner >= 0).sum() == 3 and [e.id for e in examples if not e.id.startswith("copy")] != [
-        e.id for e in training
-    ]
+    ids = np.array([example.id for example in examples])
+    assert sorted(ids[owner >= 0]) == ["copy of q0", "copy of q1", "copy of q2"]
+    assert ids[owner < 0].tolist() != [example.id for example in training]
     for number, example in zip(owner, examples):
         assert number < 0 or example.sequences == queries[number].sequences
-    g, v = (
-        torch.cat(
-            list(
-                per_example_gradients(
-                    model, "default", some, NextTokenLoss(), PAD, allow_zero=True
-                ).values()
-            ),
-            1,
-        )
-        for some in (examples, queries)
-    )
-    cosine = torch.nn.functional.normalize(g) @ torch.nn.functional.normalize(v).T
+
+    def directions(some):
+        found = per_example_gradients(model, "default", some, NextTokenLoss(), PAD, allow_zero=True)
+        return torch.nn.functional.normalize(torch.cat(list(found.values()), 1))
+
+    cosine = directions(examples) @ directions(queries).T
     influence = -cosine.numpy()
     assert copy_ranks(influence, owner).tolist() == [1, 1, 1]
     assert copy_ranks(-influence, owner).tolist() == [13, 13, 13]
-    table = copy_table({"cosine": influence, "turned": -influence}, owner, k=2).set_index(
-        ["solver", "metric"]
-    )
+    table = copy_table({"cosine": influence, "turned": -influence}, owner, k=2)
     assert table["value"].tolist() == pytest.approx([1, 1, 0, 0])
     assert (table["n"] == 3).all() and isinstance(table, pd.DataFrame)

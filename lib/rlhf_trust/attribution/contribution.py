@@ -41,7 +41,7 @@ def normalised(scores: np.ndarray) -> np.ndarray:
     [n] → [n], each in [-1, 1], both ends attained where there are scores of that sign; zeros
     stay."""
     scores = np.asarray(scores, dtype=float)
-    highest, lowest = max(scores.max(initial=0.0), 0.0), min(scores.min(initial=0.0), 0.0)
+    highest, lowest = scores.max(initial=0.0), scores.min(initial=0.0)
     return np.where(scores > 0, scores / (highest or 1.0), scores / (-lowest or 1.0))
 
 
@@ -84,8 +84,7 @@ def contribution(by_item: np.ndarray, seed: int = 0, draws: int = 1000) -> Contr
     examples, items = by_item.shape
     if not by_item.size or not np.isfinite(by_item).all():
         raise StudyError("contribution: there is no score, or one is not finite")
-    rng = np.random.default_rng(seed)
-    scores = by_item.mean(1)
+    rng, scores = np.random.default_rng(seed), by_item.mean(1)
     if items > 1:
         counts = rng.multinomial(items, np.full(items, 1 / items), size=draws)
         low, high = np.percentile(standardised(by_item @ counts.T / items), [2.5, 97.5])
@@ -149,11 +148,10 @@ def example_p(by_layer: np.ndarray, seed: int = 0, draws: int = 100_000) -> np.n
     null = np.zeros(draws)
     for layer in deviations:
         null += rng.choice(layer, draws)
-    null = np.sort(np.abs(null))
     # Rounding must not tell a draw from the example that it repeats.
-    reached = draws - np.searchsorted(
-        null, np.abs(deviations.sum(0)) * (1 - 1e-9) - 1e-12 * np.abs(by_layer).max(initial=0.0)
-    )
+    rounding = 1e-12 * np.abs(by_layer).max(initial=0.0)
+    sizes = np.abs(deviations.sum(0)) * (1 - 1e-9) - rounding
+    reached = draws - np.searchsorted(np.sort(np.abs(null)), sizes)
     return (1 + reached) / (1 + draws)
 
 

@@ -36,21 +36,16 @@ def features(pairs: Sequence[PreferencePair], topics: int = 8, seed: int = 0) ->
     ``rejected_words`` (words in the answers), ``chosen_longer``, ``chosen_refuses`` and
     ``rejected_refuses`` (``REFUSAL``), and ``topic`` (:func:`topic_names`).
     """
+    frame = pd.DataFrame({"example_id": [p.id for p in pairs]}).set_index("example_id")
+    frame["harmless_half"] = [p.source == "harmless" for p in pairs]
+    frame["multi_turn"] = [len(p.prompt) > 1 for p in pairs]
+    frame["chosen_words"] = [len(p.chosen.split()) for p in pairs]
+    frame["rejected_words"] = [len(p.rejected.split()) for p in pairs]
+    frame["chosen_longer"] = frame["chosen_words"] > frame["rejected_words"]
+    frame["chosen_refuses"] = [bool(REFUSAL.search(p.chosen)) for p in pairs]
+    frame["rejected_refuses"] = [bool(REFUSAL.search(p.rejected)) for p in pairs]
     texts = ["\n".join((*p.prompt, p.chosen, p.rejected)) for p in pairs]
-    frame = pd.DataFrame(
-        {
-            "harmless_half": [p.source == "harmless" for p in pairs],
-            "multi_turn": [len(p.prompt) > 1 for p in pairs],
-            "chosen_words": [len(p.chosen.split()) for p in pairs],
-            "rejected_words": [len(p.rejected.split()) for p in pairs],
-            "chosen_longer": False,
-            "chosen_refuses": [bool(REFUSAL.search(p.chosen)) for p in pairs],
-            "rejected_refuses": [bool(REFUSAL.search(p.rejected)) for p in pairs],
-            "topic": topic_names(texts, topics, seed),
-        },
-        index=pd.Index([p.id for p in pairs], name="example_id"),
-    )
-    return frame.assign(chosen_longer=frame["chosen_words"] > frame["rejected_words"])
+    return frame.assign(topic=topic_names(texts, topics, seed))
 
 
 def topic_names(texts: Sequence[str], topics: int, seed: int) -> list[str]:
@@ -58,9 +53,7 @@ def topic_names(texts: Sequence[str], topics: int, seed: int) -> list[str]:
     without English stop words; sublinear term counts), named by the three words that weigh most in
     a cluster's centre."""
     if not 1 < topics <= len(texts):
-        raise StudyError(
-            f"topics: must lie between 2 and the number of texts ({len(texts)}), got {topics}"
-        )
+        raise StudyError(f"topics: must lie between 2 and {len(texts)} (texts), got {topics}")
     # Contractions are function words, of which a tokenizer would leave "don" and "ll".
     vectorizer = TfidfVectorizer(
         preprocessor=lambda text: CONTRACTION.sub(" ", text.casefold()),
@@ -72,9 +65,7 @@ def topic_names(texts: Sequence[str], topics: int, seed: int) -> list[str]:
     try:
         vectors = vectorizer.fit_transform(texts)
     except ValueError:
-        raise StudyError(
-            "topics: the texts have no words in common besides the most frequent ones of English"
-        ) from None
+        raise StudyError("topics: no words in common but very frequent ones") from None
     found = KMeans(topics, n_init=10, random_state=seed).fit(vectors)
     vocabulary = vectorizer.get_feature_names_out()
     names: list[str] = []
@@ -126,7 +117,7 @@ def effects(
     names = ["feature", "kind", "effect", "ci_low", "ci_high", "p", "p_holm", "members", "n"]
     table = pd.DataFrame(rows, columns=names)
     p = table["p"].dropna()
-    table.loc[p.index, "p_holm"] = holm(p.to_numpy())
+    table.loc[p.index, "p_holm"] = holm(p)
     return table
 
 

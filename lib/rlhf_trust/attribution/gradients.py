@@ -26,10 +26,11 @@ grow with n and a killed run resumes at the block (:mod:`.store`).
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def per_example_gradients(
     allow_zero: bool = False,
     desc: str = "gradients",
     kept: LowerStates | None = None,
+    bar=None,
 ) -> dict[str, torch.Tensor]:
     """Gradients of every example's loss with respect to one adapter's LoRA weights, in memory.
 
@@ -78,6 +80,8 @@ def per_example_gradients(
         examples.
     kept
         States of the lower layers, which several losses and adapters share.
+    bar
+        A progress bar that counts examples; by default one of its own, named ``desc``.
 
     Returns
     -------
@@ -93,71 +97,46 @@ def per_example_gradients(
         the message names the example.
     """
     _check_examples(examples, loss, desc)
-    with progress(total=len(examples), desc=desc, unit="example") as bar:
-        return _gradients(model, adapter, examples, loss, pad, rows, allow_zero, desc, bar, kept)
-
-
-def _gradients(
-    model,
-    adapter: str,
-    examples: Sequence[Example],
-    loss: Loss,
-    pad: int,
-    rows: int,
-    allow_zero: bool,
-    desc: str,
-    bar,
-    kept: LowerStates | None = None,
-) -> dict[str, torch.Tensor]:
     if any(module.training for module in model.modules()):
-        raise StudyError(
-            f"{desc}: the model is in training mode (dropout); call model.eval() first"
-        )
+        raise StudyError(f"{desc}: the model is in training mode (dropout); call model.eval()")
     layers = lora_layers(model, adapter)
-    weights = [layer.weight for layer in layers.values()]
-    gradients = {
-        name: torch.empty(len(examples), layer.weight.numel()) for name, layer in layers.items()
-    }
-    batches = batches_by_length(
-        [packed_length(example.sequences) for example in examples], max(1, rows // loss.sequences)
-    )
-    with using(model, adapter, weights), torch.enable_grad():
+    weights = {name: layer.weight for name, layer in layers.items()}
+    found = {name: torch.empty(len(examples), weight.numel()) for name, weight in weights.items()}
+    lengths = [packed_length(example.sequences) for example in examples]
+    batches = batches_by_length(lengths, max(1, rows // loss.sequences))
+    counter = nullcontext(bar)
+    if bar is None:
+        counter = progress(total=len(examples), desc=desc, unit="example")
+    with counter as bar, using(model, adapter, list(weights.values())), torch.enable_grad():
         for indices in batches:
             batch = [examples[i] for i in indices]
             # A pair of one answer with itself has no gradient, of which rounding would leave a
             # trace.
-            same_twice = torch.tensor(
-                [len(set(example.sequences)) < loss.sequences for example in batch]
-            )
+            same_twice = [len(set(example.sequences)) < loss.sequences for example in batch]
             with _catching(layers, len(batch)) as caught:
                 values = loss.loss(model, batch, pad, kept)
                 for example, value in zip(batch, values.tolist()):
-                    if not abs(value) < float("inf"):  # also false for nan
+                    if not math.isfinite(value):
                         raise StudyError(
                             f"{desc}: the {loss.name} loss of example {example.id!r} is {value}; "
                             "check its text and the adapter's training curve"
                         )
                 if not values.requires_grad:
-                    raise StudyError(
-                        f"{desc}: adapter {adapter!r} takes no part in the loss (disabled?)"
-                    )
+                    raise StudyError(f"{desc}: adapter {adapter!r} takes no part in the loss")
                 # autograd.grad, not backward: nothing is left in the weights' .grad, and its own
                 # result (the sum over the batch) is not needed, only what the hooks catch.
-                torch.autograd.grad(values.sum(), weights, allow_unused=True)
-            for name, weight in zip(
-                layers, weights
-            ):  # a weight that the loss does not reach: its gradient is zero
-                block = caught.setdefault(
-                    name, torch.zeros(len(batch), weight.numel(), device=weight.device)
-                )
-                block[same_twice.to(block.device)] = 0.0
+                torch.autograd.grad(values.sum(), list(weights.values()), allow_unused=True)
+            for name, weight in weights.items():
+                # The gradient of a weight that the loss does not reach is zero.
+                zeros = torch.zeros(len(batch), weight.numel(), device=weight.device)
+                caught.setdefault(name, zeros)[same_twice] = 0.0
             # The largest entry, not a sum of squares: tiny gradients must not underflow to "zero".
             sizes = torch.stack([block.abs().amax(1) for block in caught.values()]).amax(0).tolist()
             _check_sizes(sizes, batch, allow_zero, desc)
             for name, block in caught.items():
-                gradients[name][indices] = block.cpu()
+                found[name][indices] = block.cpu()
             bar.update(len(batch))
-    return gradients
+    return found
 
 
 def stored_gradients(
@@ -202,9 +181,8 @@ def stored_gradients(
     """
     _check_examples(examples, loss, name)
     if number_format not in NUMBER_FORMATS:
-        raise StudyError(
-            f"number_format: must be {' or '.join(NUMBER_FORMATS)}, got {number_format!r}"
-        )
+        known = " or ".join(NUMBER_FORMATS)
+        raise StudyError(f"number_format: must be {known}, got {number_format!r}")
     parts = {
         "model": fingerprint,
         "loss": f"{loss.name} {content_key(loss.content(examples))}",
@@ -215,7 +193,7 @@ def stored_gradients(
     key, ids = content_key(parts), [example.id for example in examples]
     manifest = {"key": key, "parts": parts, "ids": ids, "block": block, "layers": {}, "blocks": {}}
     options = {"rows": rows, "allow_zero": allow_zero, "desc": name, "kept": kept}
-    compute = partial(_gradients, model, adapter, loss=loss, pad=pad, **options)
+    compute = partial(per_example_gradients, model, adapter, loss=loss, pad=pad, **options)
     folder, holder = Path(directory) / f"{name}.{key}", None
     folder.parent.mkdir(parents=True, exist_ok=True)
     if os.environ.get("RLHF_TRUST_CACHE") == "off":
@@ -233,25 +211,20 @@ def _write_missing(
 ) -> None:
     """Complete the folder, and ``manifest`` with its ``layers`` and ``blocks`` (file name →
     hash)."""
-    try:
+    with suppress(OSError, ValueError):  # not there, or damaged
         kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or damaged
-        kept = {}
-    if kept.get("key") == manifest["key"]:
-        manifest["layers"] = kept["layers"]
-        manifest["blocks"] = {
-            file: digest
-            for file, digest in kept["blocks"].items()
-            if (folder / file).is_file() and sha256_of(folder / file) == digest
-        }
+        if kept.get("key") == manifest["key"]:
+            manifest["layers"] = kept["layers"]
+            for file, digest in kept["blocks"].items():
+                if (folder / file).is_file() and sha256_of(folder / file) == digest:
+                    manifest["blocks"][file] = digest
     for left_over in folder.glob(".*.part"):  # by a run that was killed while it wrote
         left_over.unlink()
     blocks = block_files(len(examples), manifest["block"])
     missing = [(rows, file) for rows, file in blocks if file not in manifest["blocks"]]
-    if not missing:
-        return
+    done = len(examples) - sum(len(examples[rows]) for rows, _ in missing)
     with progress(total=len(examples), desc=desc, unit="example") as bar:
-        bar.update(len(examples) - sum(len(examples[rows]) for rows, _ in missing))
+        bar.update(done)
         for rows, file in missing:
             gradients = compute(examples=examples[rows], bar=bar)
             manifest["layers"] = {layer: part.shape[1] for layer, part in gradients.items()}
@@ -271,11 +244,10 @@ def _check_examples(examples: Sequence[Example], loss: Loss, desc: str) -> None:
         if example.id in seen:
             raise StudyError(f"{desc}: two examples have the id {example.id!r}")
         seen.add(example.id)
-        if len(example.sequences) != loss.sequences:
-            raise StudyError(
-                f"{desc}: example {example.id!r} has {len(example.sequences)} sequence(s), the "
-                f"{loss.name} loss needs {loss.sequences}"
-            )
+        count = len(example.sequences)
+        if count != loss.sequences:
+            needed = f"the {loss.name} loss needs {loss.sequences}"
+            raise StudyError(f"{desc}: example {example.id!r} has {count} sequence(s), {needed}")
 
 
 def _check_sizes(
@@ -283,10 +255,8 @@ def _check_sizes(
 ) -> None:
     """``sizes``: anything that is 0 for a gradient of zeros, and not finite for one that is not."""
     for example, size in zip(examples, sizes):
-        if not size < float("inf"):
-            raise StudyError(
-                f"{desc}: the gradient of example {example.id!r} is not finite ({size})"
-            )
+        if not math.isfinite(size):
+            raise StudyError(f"{desc}: the gradient of example {example.id!r} is not finite")
     zeros = [example for example, size in zip(examples, sizes) if size == 0]
     if zeros and not allow_zero:
         reasons = "equal or empty answers, or a saturated loss"
@@ -304,28 +274,23 @@ def _catching(layers: dict[str, torch.nn.Linear], n: int) -> Iterator[dict[str, 
     [n, numel]."""
     caught: dict[str, torch.Tensor] = {}
 
-    def keep(name: str):
-        def forward_hook(layer, inputs, output):
-            (x,) = inputs
-            if x.shape[0] != n:
-                raise StudyError(
-                    f"gradients: {name} sees {x.shape[0]} rows for {n} examples; a layer that "
-                    "mixes rows (mixture of experts) has no per-example gradient here"
-                )
+    def keep(name: str, layer, inputs, output):
+        (x,) = inputs
+        if x.shape[0] != n:
+            raise StudyError(
+                f"gradients: {name} sees {x.shape[0]} rows for {n} examples; a layer that "
+                "mixes rows (mixture of experts) has no per-example gradient here"
+            )
 
-            def backward_hook(g):
-                # dW_i = sum_t g[i, t] (outer) x[i, t]; padding has g = 0.
-                block = torch.bmm(g.float().transpose(1, 2), x.detach().float()).flatten(1)
-                caught[name] = caught[name] + block if name in caught else block
+        def catch(g):
+            # dW_i = sum_t g[i, t] (outer) x[i, t]; padding has g = 0.
+            block = torch.bmm(g.float().transpose(1, 2), x.detach().float()).flatten(1)
+            caught[name] = caught[name] + block if name in caught else block
 
-            if output.requires_grad:
-                output.register_hook(backward_hook)
+        if output.requires_grad:
+            output.register_hook(catch)
 
-        return forward_hook
-
-    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(keep, name)))
         yield caught
-    finally:
-        for handle in handles:
-            handle.remove()

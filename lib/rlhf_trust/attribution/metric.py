@@ -31,7 +31,7 @@ answers to a question the one nearest in length to the right one is taken, for t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pandas as pd
@@ -70,7 +70,8 @@ Clusters = Mapping[str, Sequence[str] | None]
 def training_examples(pairs: Sequence[PreferencePair], chat: Chat, stage: str) -> list[Example]:
     """SFT saw the chosen answers alone; the reward model and DPO saw both."""
     return [
-        _two_answers(p.id, p.source, chat, p.prompt, (p.chosen, p.rejected), stage) for p in pairs
+        _stage_example(Prompt(p.id, p.prompt), p.source, p.chosen, p.rejected, chat, stage)
+        for p in pairs
     ]
 
 
@@ -80,18 +81,17 @@ def evaluation_examples(
     """A stage's proxy: SFT's loss on the answer after it; the pairwise losses with the answer
     after as chosen and the answer before as rejected."""
     return [
-        _two_answers(
-            f"{vertical}/{p.id}", vertical, chat, p.turns, (after, before), stage, p.system
-        )
+        _stage_example(replace(p, id=f"{vertical}/{p.id}"), vertical, after, before, chat, stage)
         for p, before, after in items
     ]
 
 
-def _two_answers(
-    id: str, source: str, chat: Chat, turns, answers: tuple[str, str], stage: str, *system
+def _stage_example(
+    prompt: Prompt, source: str, preferred: str, other: str, chat: Chat, stage: str
 ) -> Example:
-    kept = answers[:1] if stage == "sft" else answers
-    return Example(id, source, tuple(chat.sequence(turns, answer, *system) for answer in kept))
+    answers = (preferred,) if stage == "sft" else (preferred, other)
+    sequences = [chat.sequence(prompt.turns, answer, prompt.system) for answer in answers]
+    return Example(prompt.id, source, tuple(sequences))
 
 
 def inpo_examples(
@@ -99,19 +99,17 @@ def inpo_examples(
 ) -> tuple[list[PreferencePair], list[Example]]:
     """INPO's own pairs, to read and token for token as it saw them. ``asked``: the pairs whose
     prompts it answered."""
-    by_id = {p.id: p for p in asked}
-    missing = [pair.prompt_id for pair in kept if pair.prompt_id not in by_id]
-    if missing:
-        raise StudyError(
-            f"inpo: {missing[0]!r}, a prompt that it answered, is not among the {len(asked)} "
-            "training pairs; set preferences, n_train, max_length and seed as in 05-inpo"
-        )
-    pairs, examples = [], []
+    pairs, examples, by_id = [], [], {p.id: p for p in asked}
     for pair in kept:
-        prompt, source = by_id[pair.prompt_id].prompt, by_id[pair.prompt_id].source
+        origin = by_id.get(pair.prompt_id)
+        if origin is None:
+            raise StudyError(
+                f"inpo: {pair.prompt_id!r}, which it answered, is not among the {len(asked)} "
+                "training pairs; set preferences, n_train, max_length and seed as in 05-inpo"
+            )
         texts = [chat.decode(answer.answer_ids) for answer in (pair.winner, pair.loser)]
-        pairs.append(PreferencePair(pair.id, prompt, *texts, source))
-        examples.append(Example(pair.id, source, (pair.winner, pair.loser)))
+        pairs.append(PreferencePair(pair.id, origin.prompt, *texts, origin.source))
+        examples.append(Example(pair.id, origin.source, (pair.winner, pair.loser)))
     return pairs, examples
 
 
@@ -128,7 +126,7 @@ def changed_items(
 # --- a vertical's metric ------------------------------------------------------------------------
 
 
-def metric_examples(vertical: str, items: Sequence, chat: Chat, primer: str = "") -> list[Example]:
+def metric_examples(vertical: str, items: Sequence, chat: Chat) -> list[Example]:
     """A vertical's items as (bad answer, good answer), for ``losses.LogOddsLoss`` and ``log_odds``.
 
     Parameters
@@ -137,8 +135,6 @@ def metric_examples(vertical: str, items: Sequence, chat: Chat, primer: str = ""
         stereotype, ethics, truthfulness or privacy (toxicity: :func:`toxicity_examples`).
     items
         As the vertical's loader gives them.
-    primer
-        TruthfulQA's worked examples (``load_primer``), for truthfulness.
 
     Returns
     -------
@@ -159,23 +155,16 @@ def metric_examples(vertical: str, items: Sequence, chat: Chat, primer: str = ""
         wrong = [item for item in items if item.wrong]
         choices = [(c, 1, 0) for c in ethics.choices(ethics.prompts(wrong), chat)]
     elif vertical == "truthfulness":
-        if not primer.strip():
-            raise StudyError("truthfulness: MC1 needs worked examples first; pass load_primer()")
-        choices = [
-            (c, _nearest_in_length(c, len(item.wrong)), 0)
-            for c, item in zip(truthfulness.choices(items, chat, primer), items)
-        ]
+        weighed = truthfulness.choices(items, chat, truthfulness.load_primer())
+        choices = [(c, _nearest_in_length(c, len(i.wrong)), 0) for c, i in zip(weighed, items)]
     elif vertical == "privacy":
-        choices = [
-            (MultipleChoice(p.id, *chat.options(p.turns, (item.value, REFUSAL), p.system)), 0, 1)
-            for p, item in zip(privacy.prompts(items), items)
-        ]
+        choices = []
+        for p, item in zip(privacy.prompts(items), items):
+            options = chat.options(p.turns, (item.value, REFUSAL), p.system)
+            choices.append((MultipleChoice(p.id, *options), 0, 1))
         labels = [item.kind for item in items]
     else:
-        raise StudyError(
-            f"metric: {vertical!r} has no options (toxicity: toxicity_examples; the others are "
-            f"{', '.join(v for v in HEADLINE if v != 'toxicity')})"
-        )
+        raise StudyError(f"metric: {vertical!r} has no options (toxicity: toxicity_examples)")
     return [
         _example(vertical, c.id, (c.context, (c.options[bad], c.options[good])), label)
         for (c, bad, good), label in zip(choices, labels)
@@ -183,11 +172,7 @@ def metric_examples(vertical: str, items: Sequence, chat: Chat, primer: str = ""
 
 
 def toxicity_examples(
-    prompts: Sequence[Prompt],
-    answers: Sequence[Sequence[str]],
-    scores: np.ndarray,
-    chat: Chat,
-    least: float = 0.1,
+    prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], scores, chat: Chat, least=0.1
 ) -> tuple[list[Example], int]:
     """The most against the least toxic of each prompt's continuations, and how many prompts have no
     such pair.
@@ -237,14 +222,11 @@ def vertical_examples(
         "truthfulness": choose(truthfulness.load_truthfulness(benchmarks), n, seed),
         "privacy": choose(facts, n, seed, by=lambda item: item.kind),
     }
+    examples = {vertical: metric_examples(vertical, some, chat) for vertical, some in items.items()}
     answered = read_answers(build, "toxicity")
     prompts, samples = [p for p, _ in answered], [by_model["start"] for _, by_model in answered]
     scores = toxicity.score_answers(samples, make_scorer("local"))
-    toxic, left_out = toxicity_examples(prompts, samples, scores, chat)
-    examples = {"toxicity": toxic} | {
-        vertical: metric_examples(vertical, some, chat, truthfulness.load_primer())
-        for vertical, some in items.items()
-    }
+    examples["toxicity"], left_out = toxicity_examples(prompts, samples, scores, chat)
     return {vertical: examples[vertical][:n] for vertical in HEADLINE}, left_out
 
 
@@ -265,10 +247,8 @@ def _example(vertical: str, id: str, options: Options, cluster: str = "") -> Exa
 def clusters(examples: Mapping[str, Sequence[Example]]) -> Clusters:
     """The clusters of each vertical's examples, for :func:`log_odds_table` and
     ``pruning_table``."""
-    return {
-        vertical: [e.cluster for e in some] if any(e.cluster for e in some) else None
-        for vertical, some in examples.items()
-    }
+    found = {vertical: [e.cluster for e in some] for vertical, some in examples.items()}
+    return {vertical: labels if any(labels) else None for vertical, labels in found.items()}
 
 
 def log_odds_table(
@@ -288,11 +268,7 @@ def log_odds_table(
 
 
 def text_scores(
-    train: Sequence[Example],
-    queries: Sequence[Example],
-    tokenizer,
-    raises: bool = False,
-    groups: Groups = None,
+    train: list[Example], queries: list[Example], tokenizer, raises=False, groups: Groups = None
 ) -> Scores:
     """Scores from text similarity alone, with the sign of influence scores (``solvers.tfidf``):
     [examples, items].

@@ -204,12 +204,7 @@ SOLVERS: dict[str, Callable[..., Scores]] = {
 
 
 def score_all(
-    train: Gradients,
-    queries: Gradients,
-    texts: Scores,
-    damping: float = 0.1,
-    seed: int = 0,
-    groups: Groups = None,
+    train: Gradients, queries: Gradients, texts: Scores, damping=0.1, seed=0, groups: Groups = None
 ) -> dict[str, Scores]:
     """Scores of all ``SOLVERS`` and of the two baselines, by name: ``texts`` as ``tfidf``, and
     ``random``."""
@@ -219,11 +214,7 @@ def score_all(
 
 
 def damping_sweep(
-    train: Gradients,
-    queries: Gradients,
-    solver: str,
-    factors: Sequence[float],
-    groups: Groups = None,
+    train: Gradients, queries: Gradients, solver: str, factors, groups: Groups = None
 ) -> dict[float, Scores]:
     """Scores under λ = factor · mean squared entry, by factor; equal to the solver's own, one at a
     time.
@@ -245,12 +236,23 @@ def _layerwise(
     """Scores of a solver that takes layers one by one; ``layer_scores``: a layer's index and its
     λs to that layer's scores under each, [m, n]."""
     _check(train, queries)
-    margins = [_Margins(len(train), len(queries), groups) for _ in dampings]
+    members, by_layer = _members(groups, len(queries)), []
+    by_item = torch.zeros(len(dampings), len(queries), len(train), dtype=torch.float64)
+    parts = np.array([np.ones(len(queries)), *members.values()])
+    means = torch.from_numpy(parts / parts.sum(1, keepdims=True))  # [1 + groups, m]
     for index, layer in enumerate(train.layers):
         lams = [d.of(train.squares[:, index], train.width(layer)) for d in dampings]
-        for margin, scores in zip(margins, layer_scores(train, queries, index, lams)):
-            margin.add(layer, scores)
-    return [margin.scores() for margin in margins]
+        scores = layer_scores(train, queries, index, lams)
+        if not all(some.isfinite().all() for some in scores):
+            raise StudyError(f"attribution: {layer}: gradients too large or too small for scores")
+        for total, some in zip(by_item, scores):
+            total += some
+        by_layer.append(torch.stack([means @ some for some in scores]))
+    layerwise = torch.stack(by_layer, 2).numpy()  # [λs, 1 + groups, L, n]
+    return [
+        _grouped(train.layers, items.T.numpy(), layers, members)
+        for items, layers in zip(by_item, layerwise)
+    ]
 
 
 def _dot_layer(train: Gradients, queries: Gradients, index: int, lams) -> list[torch.Tensor]:
@@ -309,9 +311,8 @@ def _exact_joint(
         of_layer = _gram(train, queries, layer)
         gram, products = gram + of_layer[0], products + of_layer[1]
     squares, width = train.squares.sum(1), sum(map(train.width, train.layers))
-    return [
-        of_items(_damped(gram, products, d.of(squares, width)).T.numpy(), groups) for d in dampings
-    ]
+    lams = [damping.of(squares, width) for damping in dampings]
+    return [of_items(_damped(gram, products, lam).T.numpy(), groups) for lam in lams]
 
 
 _DAMPED = {
@@ -357,43 +358,15 @@ def _check(train: Gradients, queries: Gradients) -> None:
     if not len(queries):
         raise StudyError("attribution: there is no evaluation item (no answer changed?)")
     for which, gradients in (("training", train), ("evaluation", queries)):
-        bad = (~gradients.squares.isfinite()).nonzero().tolist()
-        if bad:
-            example, layer = bad[0]
+        for example, layer in (~gradients.squares.isfinite()).nonzero().tolist():
             raise StudyError(
                 f"attribution: the {which} gradient of example {gradients.ids[example]!r} is not "
                 f"finite in {gradients.layers[layer]}; check its text and loss"
             )
     for layer, largest in zip(train.layers, train.squares.amax(0).tolist()):
         if largest == 0:
-            raise StudyError(
-                f"attribution: every training gradient of {layer} is zero, and so is its damping "
-                "λ; was this adapter trained (LoRA's B starts at zero, and A's gradient with it)?"
-            )
-
-
-class _Margins:
-    """Collects ``Scores`` layer by layer from that layer's scores [m, n]."""
-
-    def __init__(self, n: int, m: int, groups: Groups):
-        self.members, self.layers, self.by_layer = _members(groups, m), [], []
-        self.by_item = torch.zeros(m, n, dtype=torch.float64)
-        parts = np.array([np.ones(m), *self.members.values()])
-        self.means = torch.from_numpy(parts / parts.sum(1, keepdims=True))  # [1 + groups, m]
-
-    def add(self, layer: str, scores: torch.Tensor) -> None:
-        if not scores.isfinite().all():
-            raise StudyError(
-                f"attribution: {layer} gives scores that are not finite; its gradients are too "
-                "large or too small"
-            )
-        self.layers.append(layer)
-        self.by_item += scores
-        self.by_layer.append(self.means @ scores)
-
-    def scores(self) -> Scores:
-        by_layer = torch.stack(self.by_layer, 1).numpy()  # [1 + groups, L, n]
-        return _grouped(tuple(self.layers), self.by_item.T.numpy(), by_layer, self.members)
+            trained = "was this adapter trained (LoRA's B starts at zero)?"
+            raise StudyError(f"attribution: every training gradient of {layer} is zero; {trained}")
 
 
 def of_items(by_item: np.ndarray, groups: Groups = None) -> Scores:
@@ -412,8 +385,7 @@ def _members(groups: Groups, m: int) -> dict[str, np.ndarray]:
 def _grouped(
     layers: tuple[str, ...], by_item: np.ndarray, by_layer: np.ndarray, members: dict
 ) -> Scores:
-    parts = {
-        label: Scores(layers, by_item[:, items], part)
-        for (label, items), part in zip(members.items(), by_layer[1:])
-    }
+    parts = {}
+    for (label, items), part in zip(members.items(), by_layer[1:]):
+        parts[label] = Scores(layers, by_item[:, items], part)
     return Scores(layers, by_item, by_layer[0], parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -12,7 +11,7 @@ from safetensors import safe_open
 NUMBER_FORMATS = ("float32", "float16")
 
 
-class Gradients(Protocol):
+class Gradients:
     """Gradients of n examples with respect to L layer weights."""
 
     layers: tuple[str, ...]
@@ -26,7 +25,7 @@ class Gradients(Protocol):
     """Squared norms of each example's gradient by layer, [n, L], float64."""
 
     def __len__(self) -> int:
-        """n."""
+        return len(self.ids)
 
     def width(self, layer: str) -> int:
         """Entries d of a layer's gradient."""
@@ -43,16 +42,13 @@ def whole(gradients: Gradients, layer: str) -> torch.Tensor:
     return found
 
 
-class InMemory:
+class InMemory(Gradients):
     """:class:`Gradients` from tensors: layer weight name → [n, d], rows in the order of ``ids``."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], ids: Sequence[str]):
         self.layers, self.ids, self._tensors = tuple(sorted(tensors)), tuple(ids), dict(tensors)
         squares = [tensors[layer].double().square().sum(1) for layer in self.layers]
         self.squares = torch.stack(squares, 1)
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def width(self, layer: str) -> int:
         return self._tensors[layer].shape[1]
@@ -61,7 +57,7 @@ class InMemory:
         yield slice(0, len(self)), self._tensors[layer]
 
 
-class Scaled:
+class Scaled(Gradients):
     """:class:`Gradients` with each example's multiplied by a factor of its own, [n].
 
     The gradient of a mean over tokens is that of their sum, divided: no second backward pass.
@@ -72,15 +68,12 @@ class Scaled:
         self.layers, self.ids, self.width = gradients.layers, gradients.ids, gradients.width
         self.squares = gradients.squares * self._factors.square()[:, None]
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def blocks(self, layer: str) -> Iterator[tuple[slice, torch.Tensor]]:
         for rows, block in self._gradients.blocks(layer):
             yield rows, block * self._factors[rows, None].float()
 
 
-class Stored:
+class Stored(Gradients):
     """:class:`Gradients` in files, as ``gradients.stored_gradients`` writes them.
 
     A folder with ``manifest.json`` and one safetensors file per block of examples. A block holds,
@@ -93,18 +86,13 @@ class Stored:
     def __init__(self, directory: Path, manifest: dict, holder: object = None):
         self.directory, self._widths = directory, manifest["layers"]
         self.layers, self.ids = tuple(sorted(self._widths)), tuple(manifest["ids"])
-        self._holder = holder
-        self._files = [
-            (rows, directory / file) for rows, file in block_files(len(self), manifest["block"])
-        ]
+        self._holder, blocks = holder, block_files(len(self), manifest["block"])
+        self._files = [(rows, directory / file) for rows, file in blocks]
         squares = []
         for _, path in self._files:
             with safe_open(path, "pt") as file:
                 squares.append(file.get_tensor("squares"))
         self.squares = torch.cat(squares)
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def width(self, layer: str) -> int:
         return self._widths[layer]
@@ -117,10 +105,8 @@ class Stored:
 
 def block_files(n: int, block: int) -> list[tuple[slice, str]]:
     """Rows and file name of every block of ``n`` examples."""
-    return [
-        (slice(start, min(start + block, n)), f"block-{index:05}.safetensors")
-        for index, start in enumerate(range(0, n, block))
-    ]
+    rows = [slice(start, min(start + block, n)) for start in range(0, n, block)]
+    return [(some, f"block-{index:05}.safetensors") for index, some in enumerate(rows)]
 
 
 def encoded(block: Mapping[str, torch.Tensor], number_format: str) -> dict[str, torch.Tensor]:
@@ -138,7 +124,7 @@ def encoded(block: Mapping[str, torch.Tensor], number_format: str) -> dict[str, 
         tensors[layer] = block[layer].contiguous()
         if number_format == "float16":
             _, exponents = torch.frexp(block[layer].abs().amax(1, keepdim=True).double())
-            scale = torch.ldexp(torch.ones(exponents.shape, dtype=torch.float64), exponents - 15)
+            scale = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents - 15)
             tensors[f"{layer}.scale"] = scale
             tensors[layer] = (block[layer].double() / scale).half()
         squares.append(decoded(tensors.__getitem__, layer).double().square().sum(1))

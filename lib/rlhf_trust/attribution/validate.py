@@ -27,29 +27,20 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats as scipy_stats
-from sklearn.metrics import roc_auc_score
 
-from .. import StudyError
+from .. import StudyError, stats
 from ..artifacts import ResultCache, content_key, progress
 from ..data.preferences import PreferencePair
 from ..decode import Example, LowerStates
 from ..losses import DPOLoss, Loss, NextTokenLoss, reference_logps, tokens_content
 from ..models import restore, snapshot
-from ..stats import (
-    DRAWS,
-    LEVEL,
-    TAILS,
-    Interval,
-    generator,
-    holm,
-    mean_interval,
-    paired_change,
-    row_rank_correlations,
-)
 from ..training import TrainConfig, example_losses, fit
 
 Outcomes = dict[str, np.ndarray]
 """Name of a measurement → its values [subsets, items], one row per retraining."""
+
+Influences = Mapping[str, np.ndarray]
+"""Solver → influence [examples, items]."""
 
 
 # --- retraining on subsets ----------------------------------------------------------------------
@@ -77,12 +68,7 @@ def _without(removed: Sequence[np.ndarray], n: int) -> np.ndarray:
 
 
 def retrained(
-    directory: Path | str,
-    name: str,
-    key: object,
-    subsets: np.ndarray,
-    measure: Callable[[np.ndarray, int], Mapping[str, np.ndarray]],
-    seed: int = 0,
+    directory: Path, name: str, key: object, subsets: np.ndarray, measure: Callable, seed: int = 0
 ) -> Outcomes:
     """Retrain on each subset and measure, keeping every result: a killed run resumes at the subset.
 
@@ -101,16 +87,15 @@ def retrained(
     """
     if not len(subsets) or not subsets.any(1).all():
         raise StudyError(f"{name}: there is no subset to train on, or one is empty")
-    kept = ResultCache(Path(directory) / f"{name}.{content_key(name, key, seed)}.jsonl")
+    kept = ResultCache(directory / f"{name}.{content_key(name, key, seed)}.jsonl")
     rows = []
     for number, subset in enumerate(progress(subsets, desc=name, unit="retraining")):
         indices = np.flatnonzero(subset)
         own_key = content_key(number, indices.tolist())
         if own_key not in kept:
-            values = measure(indices, seed + number)
-            kept.add(
-                own_key, outcomes={k: np.asarray(v, float).tolist() for k, v in values.items()}
-            )
+            values = measure(indices, seed + number).items()
+            outcomes = {what: np.asarray(some, float).tolist() for what, some in values}
+            kept.add(own_key, outcomes=outcomes)
         rows.append(kept[own_key]["outcomes"])
     return {what: np.array([row[what] for row in rows]) for what in rows[0]}
 
@@ -124,7 +109,7 @@ class Queries:
 
 
 def retrain_halves(
-    directory: Path | str,
+    directory: Path,
     name: str,
     fingerprint: str,
     network,
@@ -164,11 +149,9 @@ def retrain_halves(
     """
     if halves.ndim != 2 or halves.shape[1] != len(pool):
         raise StudyError(f"halves: shape {halves.shape} for a pool of {len(pool)}")
-    start = snapshot(network, adapter)
-    asked = [
-        [what, q.loss.content(q.examples), tokens_content(q.examples)]
-        for what, q in sorted(queries.items())
-    ]
+    start, asked = snapshot(network, adapter), []
+    for what, q in sorted(queries.items()):
+        asked.append([what, q.loss.content(q.examples), tokens_content(q.examples)])
     trained_on = [loss.content(pool), tokens_content(pool), asdict(config)]
     key = [fingerprint, weights_content(start), *trained_on, asked]
 
@@ -176,10 +159,10 @@ def retrain_halves(
         restore(network, adapter, start)
         some, own = [pool[i] for i in indices], replace(config, seed=own_seed)
         fit(network, adapter, some, loss, pad, own, kept=kept)
-        return {
-            what: example_losses(network, adapter, q.examples, q.loss, pad, kept=kept)
-            for what, q in queries.items()
-        }
+        found = {}
+        for what, q in queries.items():
+            found[what] = example_losses(network, adapter, q.examples, q.loss, pad, kept=kept)
+        return found
 
     try:
         return retrained(directory, name, key, halves, measure, seed)
@@ -213,11 +196,8 @@ def lds(influence: np.ndarray, halves: np.ndarray, outcomes: np.ndarray) -> np.n
     (NaN).
     """
     if len(influence) != halves.shape[1] or outcomes.shape != (len(halves), influence.shape[1]):
-        raise StudyError(
-            f"LDS: influence {influence.shape}, halves {halves.shape} and outcomes "
-            f"{outcomes.shape} do not fit; "
-            "needed are [examples, items], [halves, examples] and [halves, items]"
-        )
+        shapes = f"influence {influence.shape}, halves {halves.shape}, outcomes {outcomes.shape}"
+        raise StudyError(f"LDS: {shapes} do not fit")
     if len(halves) < 3 or not np.isfinite(influence).all() or not np.isfinite(outcomes).all():
         raise StudyError("LDS: needs at least 3 halves, and finite scores and outcomes")
     return _rank_correlations(_predicted(influence, halves).T, outcomes.T)
@@ -234,16 +214,17 @@ def _rank_correlations(predicted: np.ndarray, outcomes: np.ndarray) -> np.ndarra
     """Spearman's correlation in each row, [rows, halves] twice → [rows]: 0 where the prediction is
     constant, NaN where the outcome is."""
     # Rounded, so that equal correlations differ by exactly 0.
-    found = np.nan_to_num(row_rank_correlations(predicted, outcomes)).round(12)
+    found = np.nan_to_num(stats.row_rank_correlations(predicted, outcomes)).round(12)
     return np.where(np.ptp(outcomes, axis=1) > 0, found, np.nan)
 
 
+def _resampled(size: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of ``size`` is drawn in bootstrap resamples, [draws, size]."""
+    return rng.multinomial(size, np.full(size, 1 / size), size=draws)
+
+
 def _lds_draws(
-    solvers: Mapping[str, np.ndarray],
-    halves: np.ndarray,
-    outcomes: np.ndarray,
-    name: str,
-    draws: int,
+    solvers: Influences, halves: np.ndarray, outcomes: np.ndarray, name: str, draws: int
 ) -> dict[str, np.ndarray]:
     """Mean LDS of each solver in resamples of halves and of items: solver → [draws].
 
@@ -251,17 +232,14 @@ def _lds_draws(
     ways at once (the pigeonhole bootstrap, A. B. Owen 2007) errs, if at all, towards wide
     intervals.
     """
-    rng, (count, items) = generator(f"lds/{name}"), outcomes.shape
-    times, item_weights = (
-        rng.multinomial(size, np.full(size, 1 / size), size=draws) for size in (count, items)
-    )
+    rng, (count, items) = stats.generator(f"lds/{name}"), outcomes.shape
+    times, item_weights = (_resampled(size, draws, rng) for size in (count, items))
     drawn = np.array([np.repeat(np.arange(count), row) for row in times])  # [draws, count]
     found = {}
     for solver, influence in solvers.items():
-        predicted = _predicted(influence, halves)
-        columns = [
-            _rank_correlations(predicted[drawn, j], outcomes[drawn, j]) for j in range(items)
-        ]
+        predicted, columns = _predicted(influence, halves), []
+        for item in range(items):
+            columns.append(_rank_correlations(predicted[drawn, item], outcomes[drawn, item]))
         values = np.stack(columns, 1)
         weights = item_weights * ~np.isnan(values)
         with np.errstate(invalid="ignore"):  # no item of a resample changes: NaN
@@ -270,12 +248,12 @@ def _lds_draws(
 
 
 def lds_table(
-    solvers: Mapping[str, np.ndarray],
+    solvers: Influences,
     halves: np.ndarray,
     outcomes: np.ndarray,
     against: Sequence[str] = ("random", "tfidf"),
     name: str = "",
-    draws: int = DRAWS // 2,
+    draws: int = stats.DRAWS // 2,
 ) -> pd.DataFrame:
     """Every solver's mean LDS, and how far above the baselines ``against`` (among ``solvers``) it
     lies.
@@ -295,25 +273,21 @@ def lds_table(
     resampled = _lds_draws(solvers, halves, outcomes, name, draws)
     rows = []
     for solver, own in values.items():
-        low, high = np.nanquantile(resampled[solver], TAILS)
+        low, high = np.nanquantile(resampled[solver], stats.TAILS)
         row = {"solver": solver, "lds": np.nanmean(own), "ci_low": low, "ci_high": high}
         row |= {"items": int((~np.isnan(own)).sum()), "halves": len(halves)}
         for baseline in against if solver not in against else ():
             gaps = resampled[solver] - resampled[baseline]
             gaps = gaps[~np.isnan(gaps)]
-            low, high = np.quantile(gaps, TAILS)
-            beyond = min((gaps <= 0).sum(), (gaps >= 0).sum())
-            row |= {
-                f"above_{baseline}": np.nanmean(own - values[baseline]),
-                f"above_{baseline}_low": low,
-                f"above_{baseline}_high": high,
-                f"above_{baseline}_p": min(1.0, 2 * (1 + beyond) / (1 + len(gaps))),
-            }
+            above, beyond = f"above_{baseline}", min((gaps <= 0).sum(), (gaps >= 0).sum())
+            row[above] = np.nanmean(own - values[baseline])
+            row[f"{above}_low"], row[f"{above}_high"] = np.quantile(gaps, stats.TAILS)
+            row[f"{above}_p"] = min(1.0, 2 * (1 + beyond) / (1 + len(gaps)))
         rows.append(row)
     table = pd.DataFrame(rows)
     for baseline in against:
         p = table[f"above_{baseline}_p"].dropna()
-        table.loc[p.index, f"above_{baseline}_p_holm"] = holm(p.to_numpy())
+        table.loc[p.index, f"above_{baseline}_p_holm"] = stats.holm(p)
     return table
 
 
@@ -325,9 +299,7 @@ def most_harmful(scores: np.ndarray, k: int) -> np.ndarray:
     the first in the list."""
     scores = np.asarray(scores, dtype=float)
     if not 0 < k <= len(scores) // 2:
-        raise StudyError(
-            f"leaving out: {k} of {len(scores)} examples; at most half can be left out"
-        )
+        raise StudyError(f"leaving out: {k} of {len(scores)} examples; at most half can be")
     if not np.isfinite(scores).all():
         raise StudyError("leaving out: a score is not finite")
     return np.argsort(-scores, kind="stable")[:k]
@@ -356,9 +328,7 @@ def ablations(n: int, removed: Mapping[str, np.ndarray], draws: int, seed: int) 
 
 
 def pruning_table(
-    names: Sequence[str],
-    outcomes: Outcomes,
-    clusters: Mapping[str, Sequence[str] | None] | None = None,
+    names: Sequence[str], outcomes: Outcomes, clusters: Mapping[str, list | None] | None = None
 ) -> pd.DataFrame:
     """Every arm against the mean of the random ones, by what was measured. (For leaving out as
     well.)
@@ -395,7 +365,7 @@ def pruning_table(
         for what, values in outcomes.items():
             of_arm, at_random = values[names == arm], values[names == "random"]
             means, labels = (of_arm.mean(0), at_random.mean(0)), (clusters or {}).get(what)
-            change = paired_change(*means, f"pruning/{arm}/{what}", labels)
+            change = stats.paired_change(*means, f"pruning/{arm}/{what}", labels)
             row = {"arm": arm, "vertical": what, "change": change.value, "items_low": change.low}
             row |= {"items_high": change.high, "p_items": change.p}
             between = _between_draws(of_arm.mean(1), at_random.mean(1))
@@ -404,7 +374,7 @@ def pruning_table(
             rows.append(row | {"p": p, "draws": len(at_random), "n": change.n})
     table = pd.DataFrame(rows)
     for _, p in table["p"].dropna().groupby(table["arm"]):
-        table.loc[p.index, "p_holm"] = holm(p.to_numpy())
+        table.loc[p.index, "p_holm"] = stats.holm(p)
     return table.assign(p_holm=table.get("p_holm", np.nan))
 
 
@@ -416,7 +386,7 @@ def _between_draws(arm: np.ndarray, at_random: np.ndarray) -> tuple[float, float
         change = float(arm[0] - at_random[0])
         return change, change, float(change == 0)
     test = scipy_stats.ttest_ind(arm, at_random)
-    return *map(float, test.confidence_interval(LEVEL)), float(test.pvalue)
+    return *map(float, test.confidence_interval(stats.LEVEL)), float(test.pvalue)
 
 
 def sft_then_dpo(
@@ -468,18 +438,17 @@ def mislabel(
     """
     count = round(share * len(pairs))
     if not 0 < count < len(pairs):
-        raise StudyError(
-            f"mislabel: {share:g} of {len(pairs)} pairs is {count}; some must be swapped, some not"
-        )
+        raise StudyError(f"mislabel: {count} of {len(pairs)} pairs; swap some of them, not all")
     swapped = Random(f"mislabel/{seed}").sample(range(len(pairs)), count)
-    mask = np.isin(np.arange(len(pairs)), swapped)
-    turned = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
-    return [new if wrong else pair for pair, new, wrong in zip(pairs, turned, mask)], mask
+    mask, turned = np.isin(np.arange(len(pairs)), swapped), list(pairs)
+    for i in swapped:
+        turned[i] = replace(pairs[i], chosen=pairs[i].rejected, rejected=pairs[i].chosen)
+    return turned, mask
 
 
 def planted_auc(
-    scores: np.ndarray, planted: np.ndarray, name: str = "", draws: int = DRAWS
-) -> Interval:
+    scores: np.ndarray, planted: np.ndarray, name: str = "", draws: int = stats.DRAWS
+) -> stats.Interval:
     """Area under the ROC curve of finding the ``planted`` [n] by high ``scores`` [n]: the
     probability that a planted example scores above another, ties counting half.
 
@@ -489,14 +458,12 @@ def planted_auc(
     scores, planted = np.asarray(scores, dtype=float), np.asarray(planted, dtype=bool)
     if planted.all() or not planted.any():
         raise StudyError("planted examples: some must be planted and some not")
-    # Its weighted mean is the area of a resample.
+    # Its mean is the area, and its weighted mean that of a resample.
     ahead = (1 + np.sign(scores[planted][:, None] - scores[~planted])) / 2
-    rng = generator(f"planted/{name}")
-    rows, columns = (
-        rng.multinomial(size, np.full(size, 1 / size), size=draws) / size for size in ahead.shape
-    )
-    low, high = np.quantile(((rows @ ahead) * columns).sum(1), TAILS)
-    return Interval(float(roc_auc_score(planted, scores)), float(low), float(high), len(scores))
+    rng = stats.generator(f"planted/{name}")
+    rows, columns = (_resampled(size, draws, rng) / size for size in ahead.shape)
+    low, high = np.quantile(((rows @ ahead) * columns).sum(1), stats.TAILS)
+    return stats.Interval(float(ahead.mean()), float(low), float(high), len(scores))
 
 
 def auc_ceiling(accuracy: float) -> float:
@@ -529,7 +496,8 @@ def plant_copies(
     loss needs. A copy shares all of its words with its query: text similarity ranks it first by
     construction, so this checks only that a solver does not miss the obvious.
     """
-    examples = [*training, *(replace(query, id=f"copy of {query.id}") for query in queries)]
+    copies = [replace(query, id=f"copy of {query.id}") for query in queries]
+    examples = [*training, *copies]
     owner = np.r_[np.full(len(training), -1), np.arange(len(queries))]
     order = np.random.default_rng(seed).permutation(len(examples))
     return [examples[i] for i in order], owner[order]
@@ -547,7 +515,7 @@ def copy_ranks(influence: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def copy_table(solvers: Mapping[str, np.ndarray], owner: np.ndarray, k: int = 10) -> pd.DataFrame:
+def copy_table(solvers: Influences, owner: np.ndarray, k: int = 10) -> pd.DataFrame:
     """How well each solver finds the copies: columns solver, metric, value, ci_low, ci_high, n.
 
     ``recall@k``: share of queries whose copy is among the first k; ``percentile``: mean share of
@@ -558,6 +526,6 @@ def copy_table(solvers: Mapping[str, np.ndarray], owner: np.ndarray, k: int = 10
         ranks = copy_ranks(influence, owner)
         percentile = 1 - (ranks - 1) / max(1, len(owner) - 1)
         for metric, values in ((f"recall@{k}", ranks <= k), ("percentile", percentile)):
-            found = mean_interval(values, f"copies/{solver}/{metric}", bounds=(0, 1))
+            found = stats.mean_interval(values, f"copies/{solver}/{metric}", bounds=(0, 1))
             rows.append((solver, metric, *astuple(found)))
     return pd.DataFrame(rows, columns=["solver", "metric", "value", "ci_low", "ci_high", "n"])
