@@ -33,6 +33,7 @@ import copy
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import combinations, islice, product
@@ -112,17 +113,15 @@ def last_token_states(
         states = output[0] if isinstance(output, tuple) else output
         found[layer, batch] = states[torch.arange(len(batch)), last].float().cpu().numpy()
 
-    handles = [block.register_forward_hook(partial(keep, i)) for i, block in enumerate(blocks)]
-    try:
-        batches = batches_by_length([len(i) for i in ids], rows)
+    batches = batches_by_length([len(i) for i in ids], rows)
+    with ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+            hooks.enter_context(block.register_forward_hook(partial(keep, i)))
         for batch in progress(batches, desc=desc, unit="batch"):
             chosen = [ids[i] for i in batch]
             padded, mask = pad_right(chosen, tokenizer.pad_token_id or 0, model.device)
             last = mask.sum(1) - 1
             backbone(model)(input_ids=padded, attention_mask=mask)
-    finally:
-        for handle in handles:
-            handle.remove()
     finite = np.isfinite(found).all((1, 2))
     if not finite.all():
         raise StudyError(
