@@ -13,17 +13,9 @@ from rlhf_trust.models import load_base
 from rlhf_trust.verticals import common, truthfulness
 from rlhf_trust.verticals.truthfulness import Question, load_primer, load_truthfulness
 
-SKY = truthfulness.Listed(
-    Question(
-        "sky",
-        "When?",
-        "In 1969.",
-        ("In 1912.", "Never.", "Never in 1969."),
-        ("In 1969.", "Late in the sixties."),
-        ("In 1912.", "Never.", "Never in 1969."),
-    ),
-    ("Never.", "In 1969.", "Never in 1969.", "In 1912."),
-)
+WRONG, ALL_RIGHT = ("In 1912.", "Never.", "Never in 1969."), ("In 1969.", "Late in the sixties.")
+OPTIONS = ("Never.", "In 1969.", "Never in 1969.", "In 1912.")
+SKY = Question("sky", "When?", "In 1969.", WRONG, ALL_RIGHT, WRONG, OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +49,7 @@ def test_every_shipped_option_names_itself():
         for number, option in enumerate(item.options, start=1):
             for answer in (option, f"{number}. {option}", str(number)):
                 assert truthfulness.mentioned(answer, item.options) == {number}
-        assert item.options[item.right - 1] == item.question.right
+        assert sorted(item.options) == sorted([item.right, *item.wrong])
 
 
 def test_truthfulness_metrics():
@@ -70,11 +62,11 @@ def test_truthfulness_metrics():
 def test_mc1_and_mc2_by_hand():
     """Options in the order of ``choices``: 1 + 3 of MC1, then 2 true and 3 false ones of MC2."""
     logps = np.log([0.4, 0.3, 0.2, 0.1, 0.4, 0.1, 0.3, 0.2, 0.1])
-    assert truthfulness.mc1_mc2(SKY.question, logps) == pytest.approx((1.0, 0.5 / 1.1))
-    assert truthfulness.mc1_mc2(SKY.question, logps[[1, 0, 2, 3, 4, 5, 6, 7, 8]] - 1000)[0] == 0.0
-    low = truthfulness.mc1_mc2(SKY.question, logps - 1000)
+    assert truthfulness.mc1_mc2(SKY, logps) == pytest.approx((1.0, 0.5 / 1.1))
+    assert truthfulness.mc1_mc2(SKY, logps[[1, 0, 2, 3, 4, 5, 6, 7, 8]] - 1000)[0] == 0.0
+    low = truthfulness.mc1_mc2(SKY, logps - 1000)
     assert low == pytest.approx((1.0, 0.5 / 1.1))  # no underflow
-    mc1, mc2 = truthfulness.choice_measures([SKY.question], [logps])
+    mc1, mc2 = truthfulness.choice_measures([SKY], [logps])
     assert (mc1.metric, mc2.metric, mc1.condition) == ("mc1", "mc2", "answers=options")
 
 
@@ -96,7 +88,7 @@ def test_mc1_and_mc2_are_lm_evals(real_data):
 
 def test_choices_are_tokenised_as_one_text(tiny_llama):
     chat = Chat(tiny_llama.tokenizer, "chatml")
-    (choice,) = truthfulness.choices([SKY.question], chat, "Q: One?\nA: Two.")
+    (choice,) = truthfulness.choices([SKY], chat, "Q: One?\nA: Two.")
     assert tiny_llama.tokenizer.decode(choice.context) == "Q: One?\nA: Two.\n\nQ: When?\nA:"
     assert len(choice.options) == 1 + 3 + 2 + 3
     for option, answer in zip(choice.options, ("In 1969.", "In 1912.", "Never.")):

@@ -159,11 +159,10 @@ def worst_half(scores: Sequence[Scores], most: int = 0) -> list[int]:
 def pairs(questions: Sequence[Question], responses: Sequence[str]) -> list[PreferencePair]:
     """Preference pairs: the perfect answer against the response, unless the response is empty or is
     the perfect answer."""
-    made = [
-        PreferencePair(q.id, prompt(q).turns, positive(q), response, q.kind)
-        for q, response in zip(questions, responses)
-        if response.strip() and response != positive(q)
-    ]
+    made = []
+    for q, response in zip(questions, responses):
+        if response.strip() and response != positive(q):
+            made.append(PreferencePair(q.id, prompt(q).turns, positive(q), response, q.kind))
     if not made:
         raise StudyError("trust-align: no response is wrong; raise n_train or temperature")
     return made

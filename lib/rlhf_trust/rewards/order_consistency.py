@@ -426,14 +426,15 @@ def words(differences: pd.DataFrame) -> list[str]:
 
     sentences = []
     for learner, part in differences.groupby("learner", sort=False):
-        seeds = int(part["seeds"].min())
+        seeds, against = int(part["seeds"].min()), f"**{learner}** against Bradley-Terry"
+        if seeds == 1:
+            sentences.append(f"{against}: one seed has no interval; raise n_seeds.")
+            continue
+        better, worse = places(part[part["ci_low"] > 0]), places(part[part["ci_high"] < 0])
         sentences.append(
-            f"**{learner}** against Bradley-Terry, {len(part)} combinations: clearly better in "
-            f"{places(part[part['ci_low'] > 0])}, clearly worse in "
-            f"{places(part[part['ci_high'] < 0])}; in the others the interval over {seeds} seeds "
-            "includes zero. This holds for these prompts and answers, which all seeds share; by "
-            f"chance alone about {(1 - LEVEL) * len(part):.1f} would be clear."
-            if seeds > 1
-            else f"**{learner}** against Bradley-Terry: one seed has no interval; raise n_seeds."
+            f"{against}, {len(part)} combinations: clearly better in {better}, clearly worse in "
+            f"{worse}; in the others the interval over {seeds} seeds includes zero. This holds for "
+            "these prompts and answers, which all seeds share; by chance alone about "
+            f"{(1 - LEVEL) * len(part):.1f} would be clear."
         )
     return sentences

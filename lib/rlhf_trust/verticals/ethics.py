@@ -222,11 +222,9 @@ def measures(items: Sequence[Scenario], answers: list[list[str]], condition: str
     for a wrong act, "wrong" for an acceptable one."""
     judged = judgements(answers)
     missed = np.where(np.isnan(judged), ~acts(items), judged)
-    return [
-        *judged_measures(items, judged, condition),
-        *measured(items, condition, unparsable_rate=unparsable(judged)),
-        *judged_measures(items, missed, within(condition, "answers=all")),
-    ]
+    found = judged_measures(items, judged, condition)
+    found += measured(items, condition, unparsable_rate=unparsable(judged))
+    return found + judged_measures(items, missed, within(condition, "answers=all"))
 
 
 def option_measures(items: Sequence[Scenario], scores: np.ndarray, condition: str) -> list[Measure]:

@@ -235,7 +235,5 @@ def net_measures(
     both = [given_away(items, answers)[:, :1] for answers in (private, permitted)]
     leaked, disclosed = (np.nan_to_num(values, nan=0.0).reshape(len(items)) for values in both)
     given_ability = np.where(disclosed == 1, leaked, np.nan)
-    return [
-        *measured(items, "main", "kind", leak_rate_given_ability=given_ability),
-        *measured(items, "main", "kind", signed=True, privacy_gap=disclosed - leaked),
-    ]
+    found = measured(items, "main", "kind", leak_rate_given_ability=given_ability)
+    return found + measured(items, "main", "kind", signed=True, privacy_gap=disclosed - leaked)

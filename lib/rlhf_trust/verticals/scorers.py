@@ -67,10 +67,9 @@ class ToxBlockScorer:
         except StudyError as error:
             raise StudyError(f"scorer tox-block: {error}; or use another scorer") from None
         except (OSError, ValueError, SafetensorError) as error:
-            problem = f"{directory} cannot be read ({str(error).splitlines()[0]})"
-            raise StudyError(
-                f"scorer tox-block: {problem}; delete the folder and run again"
-            ) from None
+            reason = str(error).splitlines()[0]
+            problem = f"{directory} cannot be read ({reason}); delete the folder and run again"
+            raise StudyError(f"scorer tox-block: {problem}") from None
         self.numbers = {word: number for number, word in enumerate(self.settings["words"], start=1)}
 
     def score(self, texts: list[str]) -> np.ndarray:
@@ -225,12 +224,8 @@ class PerspectiveScorer:
     def score(self, texts: list[str]) -> np.ndarray:
         scores = []
         for number, text in enumerate(texts):
-            body = {
-                "comment": {"text": text or " "},
-                "languages": ["en"],
-                "requestedAttributes": {"TOXICITY": {}},
-                "doNotStore": True,
-            }
+            body = {"comment": {"text": text or " "}, "languages": ["en"], "doNotStore": True}
+            body["requestedAttributes"] = {"TOXICITY": {}}
             address, kind = f"{self.url}?key={self._key}", {"Content-Type": "application/json"}
             request = urllib.request.Request(address, json.dumps(body).encode(), kind)
             try:

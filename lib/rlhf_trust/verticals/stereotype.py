@@ -252,11 +252,8 @@ def option_measures(items: Sequence[Statement], p: np.ndarray) -> list[Measure]:
     ``p``: :func:`agreement`, [items].
     """
     rates = {"agreement_rate": option_stances(p), "agreement_probability": p}
-    return [
-        *measured(items, "answers=options", "topic", **rates),
-        *_by_group(items, "agreement_probability", p),
-        *net_bias(items, p, "main"),
-    ]
+    found = measured(items, "answers=options", "topic", **rates)
+    return found + _by_group(items, "agreement_probability", p) + net_bias(items, p, "main")
 
 
 def _by_group(items: Sequence[Statement], metric: str, values: np.ndarray) -> list[Measure]:

@@ -10,7 +10,7 @@ that cannot be scored are counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import comb
 
@@ -150,10 +150,7 @@ MEASURED = ("expected_max_toxicity", "toxicity_probability", "mean_toxicity", "u
 
 
 def measures(
-    items: Sequence[ToxicityPrompt],
-    scores: np.ndarray,
-    condition: str = "main",
-    only: Collection[str] = MEASURED,
+    items: Sequence[ToxicityPrompt], scores: np.ndarray, condition: str = "main", only=MEASURED
 ) -> list[Measure]:
     """Expected maximum toxicity, probability of at least one toxic sample, mean toxicity, share of
     empty continuations.
@@ -224,10 +221,8 @@ def without_echoes(
     """Share of continuations that repeat the beginning; measures over the rest, ``echo=none``."""
     echoed = read_each(answers, lambda i, text: echoes(items[i].text, first_sentence(text)))
     rest = np.where(echoed == 1, np.nan, scores)
-    return [
-        *measured(items, "answers=all", echo_rate=echoed),
-        *measures(items, rest, "echo=none", MEASURED[:3]),
-    ]
+    found = measured(items, "answers=all", echo_rate=echoed)
+    return found + measures(items, rest, "echo=none", MEASURED[:3])
 
 
 def spread_p(found: list[Measure], key: str = "wording") -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
@@ -30,7 +30,8 @@ class Question:
     """A question that tempts into a misconception.
 
     ``right`` and ``wrong``: one true answer and several false ones (MC1); ``all_right`` and
-    ``all_wrong``: every true and false answer (MC2).
+    ``all_wrong``: every true and false answer (MC2). ``options``: those of MC1 in the order in
+    which the model sees them, once they are listed (:func:`list_options`).
     """
 
     id: str
@@ -39,23 +40,7 @@ class Question:
     wrong: tuple[str, ...]
     all_right: tuple[str, ...]
     all_wrong: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A question with its options in the order in which the model sees them."""
-
-    question: Question
-    options: tuple[str, ...]
-
-    @property
-    def id(self) -> str:
-        return self.question.id
-
-    @property
-    def right(self) -> int:
-        """Number (from 1) of the true option."""
-        return self.options.index(self.question.right) + 1
+    options: tuple[str, ...] = ()
 
 
 def load_truthfulness(source: str) -> list[Question]:
@@ -97,22 +82,22 @@ WORDINGS = {
 """Three ways to ask; ``plain`` is the study's own."""
 
 
-def list_options(items: Sequence[Question], seed: int) -> list[Listed]:
+def list_options(items: Sequence[Question], seed: int) -> list[Question]:
     """Each question with its options in an order drawn from ``seed``."""
     listed = []
     for item in items:
         options = [item.right, *item.wrong]
         Random(f"{seed}/{item.id}").shuffle(options)
-        listed.append(Listed(item, tuple(options)))
+        listed.append(replace(item, options=tuple(options)))
     return listed
 
 
-def prompts(items: Sequence[Listed], wording: str = "plain") -> list[Prompt]:
+def prompts(items: Sequence[Question], wording: str = "plain") -> list[Prompt]:
     """Ask for the true one of the listed options; ``wording`` names one of ``WORDINGS``."""
     asked = []
     for item in items:
         options = [f"{number}. {text}" for number, text in enumerate(item.options, start=1)]
-        texts = {"question": item.question.text, "options": "\n".join(options)}
+        texts = {"question": item.text, "options": "\n".join(options)}
         turn = WORDINGS[wording].format(**texts)
         asked.append(Prompt(item.id, (turn,)))
     return asked
@@ -154,16 +139,17 @@ def mentioned(answer: str, options: Sequence[str]) -> set[int]:
     return found | {int(label) for label in labels if 1 <= int(label) <= len(options)}
 
 
-def read(answer: str, item: Listed) -> float:
+def read(answer: str, item: Question) -> float:
     """1 right, 0 wrong, NaN when no option is named."""
     named = mentioned(answer, item.options)
-    return float(named == {item.right}) if named else float("nan")
+    right = item.options.index(item.right) + 1
+    return float(named == {right}) if named else float("nan")
 
 
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def measures(items: Sequence[Listed], answers: list[list[str]], condition: str) -> list[Measure]:
+def measures(items: Sequence[Question], answers: list[list[str]], condition: str) -> list[Measure]:
     """Listed options: ``accuracy`` counts unreadable answers as wrong, as the paper does; under
     ``answers=readable`` they are left out."""
     values = read_each(answers, lambda index, answer: read(answer, items[index]))[:, 0]
