@@ -359,3 +359,36 @@ def test_an_answer_with_a_line_separator_can_be_read_back(
 def test_two_items_of_one_id_are_refused(tiny_llama, generations):
     with pytest.raises(StudyError, match="^x: two items have the same id"):
         generations.answer(tiny_llama.model, "f", "x", [PROMPTS[0], PROMPTS[0]], Decoding(2))
+
+
+def written_out(query, key, value, visible):
+    """Attention by its definition, in the numbers' own format."""
+    key, value = (states.repeat_interleave(2, dim=1) for states in (key, value))
+    scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~visible, -1e30)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
+def test_plain_attention_and_its_first_and_second_derivatives(mask):
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(2, heads, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    visible = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    if mask != "none":
+        visible[1, :, 3:, 1] = False
+    given = {"none": None, "boolean": visible}.get(mask, (~visible).double() * -1e30)
+    found = []
+    for attended in (
+        decode.plain_attention(None, *states, given)[0],
+        written_out(*states, visible),
+    ):
+        first = torch.autograd.grad(attended.square().sum(), states, create_graph=True)
+        second = torch.autograd.grad(sum(part.square().sum() for part in first), states)
+        found.append([attended, *first, *second])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_models_read_through_plain_attention(tiny_llama):
+    assert tiny_llama.model.config._attn_implementation == decode.PLAIN

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import linear
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from . import StudyError
 from .artifacts import ResultCache, content_key, progress
@@ -543,6 +543,51 @@ def option_mask(
     return {"full_attention": additive(visible), "sliding_attention": additive(visible & near)}
 
 
+MOST_SCORES = 2**24
+"""Attention scores of one layer that :func:`plain_attention` keeps: 64 MB in float32."""
+
+
+def plain_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **more
+) -> tuple[torch.Tensor, None]:
+    """softmax(q k^T scaling + mask) v, written out: [rows, heads, width, size] → [rows, width,
+    heads, size]; ``key`` and ``value`` may have fewer heads.
+
+    For gradients of short texts: on a CPU, torch's fused attention is slower there, mostly on the
+    way back, and it cannot be differentiated twice. Anything else is handed to it: no gradients,
+    long texts (whose scores would fill the memory), dropout, a bias on positions.
+    """
+    rows, heads, width, size = query.shape
+    scores_kept = rows * heads * width * key.shape[2] <= MOST_SCORES
+    causal = attention_mask is not None or (is_causal is not False and width == key.shape[2])
+    special = dropout or any(more.get(name) is not None for name in ("position_bias", "softcap"))
+    if not (query.requires_grad and scores_kept and causal) or special:
+        fused = AttentionInterface()["sdpa"]
+        more |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return fused(module, query, key, value, attention_mask, **more)
+    queries, keys, values = (
+        states.reshape(rows * key.shape[1], -1, states.shape[-1]) for states in (query, key, value)
+    )
+    scores = torch.bmm(queries.float() * (scaling or size**-0.5), keys.float().mT)
+    scores = scores.view(rows, key.shape[1], -1, width, key.shape[2])
+    if attention_mask is None:
+        visible = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
+    else:
+        visible = attention_mask[:, :, None]
+    if visible.dtype == torch.bool:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + visible
+    weights = scores.softmax(-1).to(values.dtype).view(len(values), -1, key.shape[2])
+    read = torch.bmm(weights, values).view(rows, heads, width, -1)
+    return read.transpose(1, 2).contiguous(), None
+
+
+PLAIN = "rlhf_trust_plain"
+AttentionInterface.register(PLAIN, plain_attention)
+AttentionMaskInterface.register(PLAIN, AttentionMaskInterface()["sdpa"])
+
+
 class _ChosenLogps(torch.autograd.Function):
     """log softmax(head(state))[target] of every row: [rows, hidden], [V, hidden], [V] or None,
     [rows] → [rows].
@@ -561,11 +606,13 @@ class _ChosenLogps(torch.autograd.Function):
         for start in range(0, len(states), _ChosenLogps.ROWS):
             part = slice(start, start + _ChosenLogps.ROWS)
             logits = linear(states[part], weight, bias).float()
-            norms = logits.logsumexp(-1, keepdim=True)
-            logps[part] = (logits.gather(-1, targets[part, None]) - norms).squeeze(-1)
+            logits.sub_(logits.amax(-1, keepdim=True))
+            chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
+            odds = logits.exp_()
+            total = odds.sum(-1)
+            logps[part] = chosen - total.log()
             if context.needs_input_grad[0]:
-                shares = logits.sub_(norms).exp_()
-                expected = (shares.to(weight.dtype) @ weight).float()
+                expected = (odds.to(weight.dtype) @ weight).float() / total[:, None]
                 derivative[part] = weight[targets[part]].float() - expected
         context.save_for_backward(derivative)
         context.dtype = states.dtype

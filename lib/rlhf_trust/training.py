@@ -361,6 +361,7 @@ def reward_trainer(
         model_directory(base.source),
         num_labels=1,
         dtype=base.model.dtype,
+        attn_implementation=base.model.config._attn_implementation,
         pad_token_id=chat.tokenizer.pad_token_id,
     ).to(base.device)
     # From zero all rewards are equal at first; a random head would begin with a preference.
