@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from torch.nn.functional import linear, pad as pad_to
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from . import StudyError
 from .artifacts import ResultCache, content_key, progress
@@ -146,13 +147,10 @@ def sample_batch(
         ``[prompt][sample]`` → generated token ids, the end token included where one was drawn.
     """
     n, device = decoding.samples, model.device
-    ids, mask = pad_left(rows, pad, device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    logits = _next_logits(model, ids, mask, positions, cache)
+    order, logits, mask, cache = _read_prompts(model, rows, pad, decoding.max_new_tokens)
     if n > 1:  # the prompt was run once; from here every sample has a row of its own
         cache.batch_repeat_interleave(n)
-        logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions))
+        logits, mask = (x.repeat_interleave(n, 0) for x in (logits, mask))
     draws = torch.from_numpy(
         np.stack(
             [
@@ -162,8 +160,8 @@ def sample_batch(
             ]
         )
     )
-    position = positions[:, -1:]
-    rows_alive = torch.arange(len(rows) * n, device=device)
+    position = mask.sum(1, keepdim=True) - 1
+    rows_alive = torch.tensor([i * n + s for i in order for s in range(n)], device=device)
     answers: list[list[int]] = [[] for _ in range(len(rows) * n)]
     for step in range(decoding.max_new_tokens):
         if decoding.temperature == 0:
@@ -177,13 +175,15 @@ def sample_batch(
         going = (tokens != eos).nonzero().squeeze(-1)
         if step + 1 == decoding.max_new_tokens or len(going) == 0:
             break
-        if len(going) < len(tokens):  # finished answers leave the batch
-            cache.batch_select_indices(going)
+        if len(going) < len(tokens):  # finished answers leave, the last rows take their places
+            kept = torch.arange(len(going), device=device)
+            kept[tokens[: len(going)] == eos] = going[going >= len(going)]
+            cache.batch_select_indices(kept)
             rows_alive, tokens, mask, position = (
-                rows_alive[going],
-                tokens[going],
-                mask[going],
-                position[going],
+                rows_alive[kept],
+                tokens[kept],
+                mask[kept],
+                position[kept],
             )
         position = position + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -191,7 +191,84 @@ def sample_batch(
     return [answers[i * n : (i + 1) * n] for i in range(len(rows))]
 
 
-def _next_logits(model, ids, mask, positions, cache: DynamicCache) -> torch.Tensor:
+PROMPT_TOKENS = 512
+"""Tokens of prompts, padding included, that are read at a time: enough for full speed, and short
+prompts are not padded to the length of the longest."""
+
+
+def _read_prompts(
+    model, rows: Sequence[Sequence[int]], pad: int, room: int
+) -> tuple[list[int], torch.Tensor, torch.Tensor, Cache]:
+    """Read every prompt, in batches of like length.
+
+    Returns
+    -------
+    order : list
+        Which prompt each row of what follows belongs to.
+    logits : Tensor [rows, V]
+        Of the token after each prompt.
+    mask : Tensor [rows, width]
+        Attention mask of the prompts, flush right.
+    cache : Cache
+        The prompts' keys and values, with room for ``room`` more tokens.
+    """
+    widths = [padded_width([row]) for row in rows]
+    batches, read, logits = _batches_by_tokens(widths, PROMPT_TOKENS), [], []
+    for batch in batches:
+        ids, mask = pad_left([rows[i] for i in batch], pad, model.device)
+        read.append(DynamicCache(config=model.config))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits.append(_next_logits(model, ids, mask, positions, read[-1]))
+    order = [i for batch in batches for i in batch]
+    _, mask = pad_left([rows[i] for i in order], pad, model.device)
+    layers = [  # a layer that shares another's keys and values (Gemma 3n) keeps none of its own
+        RoomyLayer(parts, mask.shape[1], room) if isinstance(parts[0], DynamicLayer) else parts[0]
+        for parts in zip(*(cache.layers for cache in read))
+    ]
+    return order, torch.cat(logits), mask, Cache(layers)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, [rows, key heads, width + room, size], with room for all tokens
+    to come: each is written into its place, where ``DynamicLayer`` copies everything at every
+    token. A layer that looks back over a window keeps every token too; the mask hides those before
+    it.
+
+    Parameters
+    ----------
+    parts
+        The same layer in caches that hold the rows, in order.
+    width, room
+        Tokens of the prompts (padding included), which end flush, and most tokens to come.
+    """
+
+    def __init__(self, parts: Sequence[DynamicLayer], width: int, room: int):
+        super().__init__()
+        self.length, self.is_initialized = width, True
+        self.keys, self.values = (
+            torch.cat([pad_to(part, (0, 0, width - part.shape[2], room)) for part in states])
+            for states in zip(*((part.keys, part.values) for part in parts))
+        )
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Add keys and values [rows, key heads, tokens, size]; returns views of all so far."""
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``, in that order; copies only those that change places."""
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(-1)
+        for states in (self.keys, self.values):
+            states[moved] = states[indices[moved]]
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
+
+
+def _next_logits(model, ids, mask, positions, cache: Cache) -> torch.Tensor:
     """Logits of the token after each row of ``ids`` [rows, width], which continue ``cache``: [rows,
     V].
 
