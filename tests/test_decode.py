@@ -390,5 +390,16 @@ def test_plain_attention_and_its_first_and_second_derivatives(mask):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_models_read_through_plain_attention(tiny_llama):
-    assert tiny_llama.model.config._attn_implementation == decode.PLAIN
+def test_training_passes_alone_read_plainly(tiny_llama, monkeypatch):
+    seen = []
+    packed_states = decode.packed_states
+
+    def noted(model, *args, **kwargs):
+        seen.append(model.config._attn_implementation)
+        return packed_states(model, *args, **kwargs)
+
+    monkeypatch.setattr(decode, "packed_states", noted)
+    decode.token_logps(tiny_llama.model, SEQUENCES, 0)
+    decode.answer_logps(tiny_llama.model, SEQUENCES, 0)
+    assert seen == [decode.PLAIN, "sdpa"]
+    assert tiny_llama.model.config._attn_implementation == "sdpa"

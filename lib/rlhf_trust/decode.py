@@ -630,15 +630,15 @@ def plain_attention(
     """softmax(q k^T scaling + mask) v, written out: [rows, heads, width, size] → [rows, width,
     heads, size]; ``key`` and ``value`` may have fewer heads.
 
-    For gradients of short texts: on a CPU, torch's fused attention is slower there, mostly on the
-    way back, and it cannot be differentiated twice. Anything else is handed to it: no gradients,
-    long texts (whose scores would fill the memory), dropout, a bias on positions.
+    For short texts: on a CPU, torch's fused attention is slower there, mostly on the way back, and
+    it cannot be differentiated twice. Anything else is handed to it: long texts (whose scores would
+    fill the memory), dropout, a bias on positions.
     """
     rows, heads, width, size = query.shape
-    scores_kept = rows * heads * width * key.shape[2] <= MOST_SCORES
+    short = rows * heads * width * key.shape[2] <= MOST_SCORES
     causal = attention_mask is not None or (is_causal is not False and width == key.shape[2])
     special = dropout or any(more.get(name) is not None for name in ("position_bias", "softcap"))
-    if not (query.requires_grad and scores_kept and causal) or special:
+    if not (short and causal) or special:
         fused = AttentionInterface()["sdpa"]
         more |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return fused(module, query, key, value, attention_mask, **more)
@@ -663,6 +663,24 @@ def plain_attention(
 PLAIN = "rlhf_trust_plain"
 AttentionInterface.register(PLAIN, plain_attention)
 AttentionMaskInterface.register(PLAIN, AttentionMaskInterface()["sdpa"])
+
+
+@contextmanager
+def plainly(model) -> Iterator[None]:
+    """The model's fused attention is written out; any other that it was loaded with stays.
+
+    For whole training steps, passes without gradients among them: then PPO's ratio starts at
+    exactly 1 and its KL at exactly 0. Scoring stays with the fused one, whose numbers do not depend
+    on the batch.
+    """
+    if model.config._attn_implementation != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(PLAIN)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
 
 
 class _ChosenLogps(torch.autograd.Function):
@@ -730,7 +748,9 @@ def answer_token_logps(
     (chosen_0, rejected_0, chosen_1, …), with gradients: [tokens], float32; and whose they are, as
     an index into these texts: [tokens]."""
     packed = pack([example.sequences for example in examples])
-    predicting, targets, owner = _predictions(packed, packed_states(model, packed, pad, kept))
+    with plainly(model):
+        states = packed_states(model, packed, pad, kept)
+    predicting, targets, owner = _predictions(packed, states)
     return chosen_logps(model, predicting, targets), owner
 
 
@@ -748,7 +768,8 @@ def end_token_states(
 ) -> torch.Tensor:
     """Last hidden state at each text's end: [examples, texts an example, hidden], with
     gradients."""
-    found = _end_states(model, [example.sequences for example in examples], pad, kept)
+    with plainly(model):
+        found = _end_states(model, [example.sequences for example in examples], pad, kept)
     return found.view(len(examples), -1, found.shape[-1])
 
 
@@ -777,7 +798,8 @@ def token_logps(
         Hidden states at the positions that predict each answer token, 0 where ``mask`` is 0.
     """
     packed = pack([(sequence,) for sequence in sequences])
-    states = packed_states(model, packed, pad, kept)
+    with plainly(model):
+        states = packed_states(model, packed, pad, kept)
     predicting, targets, owner = _predictions(packed, states)
     lengths = torch.bincount(owner, minlength=len(sequences))
     answered = torch.arange(int(lengths.max()), device=owner.device) < lengths[:, None]

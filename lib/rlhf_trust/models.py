@@ -27,7 +27,6 @@ from transformers.utils import logging as transformers_logging
 
 from . import StudyError
 from .artifacts import atomic_write, content_key, sha256_of
-from .decode import PLAIN
 from .sources import first_line, model_directory
 
 # loading takes a second; its bar would stay in every rendered notebook
@@ -141,8 +140,6 @@ def load_base(source: str, dtype: str = "auto") -> Base:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     model = model.to(device()).requires_grad_(False).eval()
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(PLAIN)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]

@@ -48,6 +48,7 @@ from .decode import (
     answer_logps,
     batches_by_length,
     packed_length,
+    plainly,
     rewards,
 )
 from .losses import LogOddsLoss, Loss, log_odds
@@ -296,7 +297,8 @@ def run_trl(trainer: Trainer, curve: Curve) -> pd.DataFrame:
     """Train with the curve as the only thing that is shown."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(curve)
-    trainer.train()
+    with plainly(trainer.model):
+        trainer.train()
     trainer.model.eval()
     return curve.table()
 
@@ -361,7 +363,6 @@ def reward_trainer(
         model_directory(base.source),
         num_labels=1,
         dtype=base.model.dtype,
-        attn_implementation=base.model.config._attn_implementation,
         pad_token_id=chat.tokenizer.pad_token_id,
     ).to(base.device)
     # From zero all rewards are equal at first; a random head would begin with a preference.
