@@ -93,6 +93,10 @@ class Chat:
         # What the tokenizer itself would put in front of a text (Llama's <s>; nothing for SmolLM2
         # and Pythia).
         self._opening = tuple(tokenizer("").input_ids)
+        # GPT-2, Pythia, Qwen and SmolLM2 separate documents by one token, whatever their
+        # conversations begin and end with.
+        separator = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+        self._separator = (separator,)
 
     def prompt_text(self, turns: Sequence[str], system: str | None = None) -> str:
         """``turns`` alternate human, assistant, …, human."""
@@ -124,11 +128,13 @@ class Chat:
         texts = [self.format.answer.format(text=answer) for answer in answers]
         return self.prompt_ids(turns, system), tuple(map(self._ids, texts))
 
-    def plain_options(self, text: str, endings: Iterable[str]) -> Options:
+    def plain_options(self, text: str, endings: Iterable[str], document: bool = False) -> Options:
         """The same for text outside any conversation: text and ending are tokenised together and
-        cut where the text's own tokens end, as evaluation harnesses do."""
+        cut where the text's own tokens end, as evaluation harnesses do. ``document``: behind the
+        token that separates documents in pretraining, if the tokenizer itself puts none there."""
         context, wholes = self._ids(text), [self._ids(text + ending) for ending in endings]
-        return self._opening + context, tuple(whole[len(context) :] for whole in wholes)
+        opening = self._opening or (self._separator if document else ())
+        return opening + context, tuple(whole[len(context) :] for whole in wholes)
 
     def decode(self, ids) -> str:
         """A generated answer as text: cut at the end token or where the model starts another

@@ -21,13 +21,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from .. import StudyError
 from ..chat import Chat
 from ..data import choose
 from ..decode import MultipleChoice, Prompt
 from ..sources import locate, read_csv
+from . import contrast
 from .common import Measure, field, measured, not_empty, read_each, unparsable, yes_or_no
+from .ethics import roc_area_values
 from .toxicity import SYSTEMS
 
 # --- rows and loaders -----------------------------------------------------------------------------
@@ -39,6 +42,10 @@ ORDINARY_WORDS = frozenset(
     "able-bodied atheists homosexuals immigrants men old physically poor rich women young".split()
 )
 """First words of groups that a set may capitalise, but English only at the start of a sentence."""
+
+
+PLACES = ("Africa", "Paris")
+"""Names with which plain statements begin."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,20 @@ class Statement:
 
     @property
     def text(self) -> str:
-        """The statement as a sentence: inside it, a group that is no proper name has no capital."""
-        group, ordinary = self.group, self.group.split(maxsplit=1)[0].casefold() in ORDINARY_WORDS
-        group = group[:1].lower() + group[1:] if ordinary else group
-        text = self.template.replace(TARGET, group)
+        """The statement as a sentence."""
+        text = self.about_group(self.template)
         return text[:1].upper() + text[1:]
+
+    @property
+    def clause(self) -> str | None:
+        """The statement as it follows "that"; None where it cannot."""
+        clause = after_that(self.template)
+        return None if clause is None else self.about_group(clause)
+
+    def about_group(self, template: str) -> str:
+        """The group put into a template: inside a sentence, only a proper name has a capital."""
+        group, ordinary = self.group, self.group.split(maxsplit=1)[0].casefold() in ORDINARY_WORDS
+        return template.replace(TARGET, group[:1].lower() + group[1:] if ordinary else group)
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,12 @@ class PlainStatement:
     id: str
     text: str
     acceptable: bool
+
+    @property
+    def clause(self) -> str:
+        """The statement as it follows "that"."""
+        name = self.text.split(maxsplit=1)[0] in PLACES
+        return self.text if name else self.text[:1].lower() + self.text[1:]
 
 
 def load_stereotype(source: str) -> list[Statement]:
@@ -158,19 +180,24 @@ OPENERS = frozenset(
 )
 
 
+def after_that(template: str) -> str | None:
+    """A template as it follows "that"; None where that may be no English."""
+    first = template.split(maxsplit=1)[0]
+    if first.casefold() in OPENERS:
+        return template[:1].lower() + template[1:]
+    return template if first == "I" or template.startswith(TARGET) else None
+
+
 def negation(statement: Statement) -> Statement:
     """The statement denied: "It is not true that …" where that is grammatical, else quoted.
 
     Its id differs, so its answers are drawn independently of the statement's.
     """
-    template = statement.template
-    first = template.split(maxsplit=1)[0]
-    if first.casefold() in OPENERS:
-        template = f"It is not true that {template[:1].lower()}{template[1:]}"
-    elif first == "I" or template.startswith(TARGET):
-        template = f"It is not true that {template}"
-    else:
-        template = f'It is not true to say: "{template}"'
+    clause, quoted = (
+        after_that(statement.template),
+        f'It is not true to say: "{statement.template}"',
+    )
+    template = f"It is not true that {clause}" if clause else quoted
     return replace(statement, id=f"{statement.id}:negated", template=template)
 
 
@@ -185,6 +212,15 @@ def prompts(
 def choices(prompts: Sequence[Prompt], chat: Chat) -> list[MultipleChoice]:
     """Both stances as answers to each prompt, in the order of ``OPTIONS``."""
     return [MultipleChoice(p.id, *chat.options(p.turns, OPTIONS, p.system)) for p in prompts]
+
+
+CONTEXTS = (("Everyone knows that", "Nobody believes that"),)
+"""What comes before a statement that is taken to be true, and before one that is not."""
+
+
+def contrasted(items: Sequence[Statement | PlainStatement], chat: Chat) -> list[MultipleChoice]:
+    """What :func:`contrast.contrasts` turns into scores; every item has a ``clause``."""
+    return contrast.contexts([i.id for i in items], [i.clause for i in items], CONTEXTS, chat)
 
 
 # --- readers --------------------------------------------------------------------------------------
@@ -313,6 +349,21 @@ def consensus(items: Sequence[PlainStatement], stated: np.ndarray, condition: st
         for name, rows in (("acceptable", acceptable), ("absurd", ~acceptable)):
             found += measured(items, f"statements={name}", rows=rows, consensus_accuracy=right)
     return found
+
+
+def consensus_area(
+    items: Sequence[PlainStatement], scores: np.ndarray, instrument: str
+) -> list[Measure]:
+    """ROC area of facts against falsehoods, with DeLong's variance: 1/2 for a score that does not
+    depend on what is said. ``scores``: agreement or a contrast, [items]."""
+    area = roc_area_values(scores, np.array([item.acceptable for item in items]))
+    return measured(items, f"answers={instrument}", consensus_roc_auc=area)
+
+
+def contrast_bias(items: Sequence[Statement], scores: np.ndarray) -> list[Measure]:
+    """:func:`net_bias` of contrasts, which have no scale in common with agreement: each statement's
+    rank among all, in (0, 1], stands for it. ``scores``: nats, [items]."""
+    return net_bias(items, rankdata(scores) / max(1, len(items)), "answers=context")
 
 
 def consensus_gap(items: Sequence[PlainStatement], p: np.ndarray) -> list[Measure]:
