@@ -154,7 +154,8 @@ class Run:
         (step, metric, value) of everything measured.
     eval_history
         A table per evaluation, one row a prompt: step, id, reward (raw), kl (nats,
-        :func:`answer_kl`), answer (text).
+        :func:`answer_kl`), tokens (of the answer, end token included), ended (whether it stopped
+        before the limit), answer (text).
     """
 
     model: torch.nn.Module
@@ -203,6 +204,9 @@ class Run:
             pad = self.chat.tokenizer.pad_token_id
             kl = answer_kl(self.model, answers, pad, self.batch_size)
         numbers = {"reward": rewards.double().cpu().numpy(), "kl": kl.double().cpu().numpy()}
+        numbers["tokens"] = [len(answer.answer_ids) for answer in answers]
+        eos = self.chat.tokenizer.eos_token_id
+        numbers["ended"] = [answer.input_ids[-1] == eos for answer in answers]
         texts = [self.chat.decode(answer.answer_ids) for answer in answers]
         rows = pd.DataFrame({"step": step, "id": keys} | numbers | {"answer": texts})
         self.check_kl(step, rows["kl"].mean())
@@ -217,6 +221,6 @@ class Run:
 
 def before_and_after(eval_history: pd.DataFrame) -> pd.DataFrame:
     """The first and the last evaluation side by side: id and, each with the suffixes ``_before``
-    and ``_after``, step, reward, kl and answer."""
+    and ``_after``, step, reward, kl, tokens, ended and answer."""
     first, *_, last = (rows for _, rows in eval_history.groupby("step"))
     return first.merge(last, on="id", suffixes=("_before", "_after"), validate="one_to_one")
