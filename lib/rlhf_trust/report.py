@@ -31,7 +31,16 @@ from scipy import stats as scipy_stats
 from . import ROOT, StudyError, build_root
 from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
 from .rewards import rm_bench
-from .stats import LEVEL, Interval, holm, interval_words, mean_interval, paired_change, verdict
+from .stats import (
+    LEVEL,
+    Change,
+    Interval,
+    holm,
+    interval_words,
+    mean_interval,
+    paired_change,
+    verdict,
+)
 from .verticals import HEADLINE
 
 HALF = 0.5
@@ -271,9 +280,14 @@ def sft_check(before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
     return _check("sft", "held-out loss falls", holds, change, sentence)
 
 
-def reward_check(rewards: np.ndarray) -> pd.DataFrame:
-    """Held-out accuracy from rewards of (chosen, rejected), [pairs, 2]: it should exceed 1/2."""
-    accuracy = mean_interval((rewards[:, 0] > rewards[:, 1]).astype(float))
+def reward_check(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Held-out accuracy from ``baselines.accuracies``: it should exceed 1/2.
+
+    The sentence says whether it also exceeds what the words of the answers achieve.
+    """
+    found = {row.measure: Interval.of_row(row) for row in accuracies.itertuples()}
+    accuracy, words, length = map(found.get, ("reward model", "bag of words", "length rule"))
+    gap, controlled = found["reward model less words"], found["reward model, length-controlled"]
     holds = accuracy.low > 0.5
     said = "better than chance."
     if not holds:
@@ -281,10 +295,22 @@ def reward_check(rewards: np.ndarray) -> pd.DataFrame:
             "not clearly better than chance, so PPO may raise a reward that says little about "
             "people's preferences."
         )
+    against = verdict(gap.low, gap.high, worse=-1)
+    against = "not clearly better" if against == "no clear change" else against
+    points = Interval(*(100 * x for x in (gap.value, gap.low, gap.high)), gap.n)
     sentence = (
         f"On {accuracy.n} held-out pairs the reward model prefers the chosen answer in "
-        f"{interval_words(accuracy, '.1%')}: {said}"
+        f"{interval_words(accuracy, '.1%')}: {said} A bag of words prefers it in "
+        f"{interval_words(words, '.1%', label='')}, a rule of length alone in "
+        f"{interval_words(length, '.1%', label='')}. The reward model is {against} than the bag of "
+        f"words: the difference is {points.value:+.1f} points (95 % interval {points.low:+.1f} to "
+        f"{points.high:+.1f})."
     )
+    if controlled.n:
+        sentence += (
+            " Stratified by subset and by which answer is longer, its accuracy is "
+            f"{interval_words(controlled, '.1%', 'pairs', '')}."
+        )
     return _check("reward", "held-out accuracy above chance", holds, accuracy, sentence)
 
 
@@ -313,30 +339,72 @@ def dpo_check(margins: np.ndarray) -> pd.DataFrame:
 def reward_rise_check(stage: str, held_out: pd.DataFrame, max_kl: float = 10.0) -> pd.DataFrame:
     """PPO's and INPO's held-out reward, paired by prompt: it should rise at a KL of ``max_kl``.
 
-    ``max_kl`` in nats an answer, or less.
+    ``held_out``: of ``rollout.before_and_after``. ``max_kl`` in nats an answer, or less. Where the
+    answers' length or the share that ended changes clearly, the reward should also rise at equal
+    length (:func:`rise_at_equal_length`).
     """
-    after, before = held_out["reward_after"], held_out["reward_before"]
-    change = paired_change(after, before, f"{stage}/held-out reward")
-    kl = held_out["kl_after"].mean()
-    holds = change.n > 1 and change.low > 0 and kl <= max_kl
-    if holds:
-        said = f"The reward rises within {max_kl:g} nats of SFT."
-    elif not kl <= max_kl:
+
+    def change_in(name: str) -> Change:
+        after, before = (held_out[f"{name}_{when}"].astype(float) for when in ("after", "before"))
+        return paired_change(after, before, f"{stage}/held-out {name}")
+
+    change, tokens, ended = map(change_in, ("reward", "tokens", "ended"))
+    kl, left = held_out["kl_after"].mean(), rise_at_equal_length(held_out)
+    length_changed = any(not x.low <= 0 <= x.high for x in (tokens, ended))
+    near, rises = kl <= max_kl, change.n > 1 and change.low > 0
+    by_length = length_changed and not left.low > 0
+    holds = near and rises and not by_length
+    at_equal = (
+        f"at equal length and ending it is {interval_words(left, unit='prompts')}"
+        if left.n
+        else "no rise at equal length can be estimated"
+    )
+    if not near:
         said = f"The KL is not within {max_kl:g} nats."
+    elif rises and by_length:
+        said = f"Length can explain the rise: {at_equal}."
+    elif rises:
+        said = f"The reward rises within {max_kl:g} nats of SFT"
+        said += f", and not by length alone: {at_equal}." if length_changed else "."
     elif change.high < 0:
         said = "The reward falls. Find the step where the curve turns, and lower the learning rate."
     else:
         said = (
-            f"No clear rise: with {change.n} prompts we could detect {change.min_detectable:.3f} "
-            "(80 % power). Try more or larger steps, a weaker KL penalty, or a reward model that "
-            "separates answers more clearly."
+            f"No clear rise: the interval ends at {change.high:+.3f}. Try more or larger steps, a "
+            "weaker KL penalty, or a reward model that separates answers more clearly."
         )
+    per_token = held_out["kl_after"].sum(skipna=False) / held_out["tokens_after"].sum()
     sentence = (
         f"{stage.upper()} changes the held-out reward by {interval_words(change, unit='prompts')}; "
-        f"KL to SFT is {kl:.2f} nats an answer. {said}"
+        f"KL to SFT is {kl:.2f} nats an answer, {per_token:.3f} a token. The answers' length "
+        f"changes from {held_out['tokens_before'].mean():.1f} tokens by "
+        f"{interval_words(tokens, '+.1f', label='')}, the share that ended from "
+        f"{held_out['ended_before'].mean():.0%} to {held_out['ended_after'].mean():.0%}. {said}"
     )
-    check = f"held-out reward rises within {max_kl:g} nats"
+    check = f"held-out reward rises within {max_kl:g} nats, not by length alone"
     return _check(stage, check, holds, change, sentence)
+
+
+def rise_at_equal_length(held_out: pd.DataFrame) -> Interval:
+    """What is left of the rise in reward for answers as long as before that end as before.
+
+    The intercept of the least-squares fit of each prompt's change in reward on its changes in
+    tokens and in having ended, with Student's interval: the regression at zero difference in length
+    of length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475). NaN with n = 0 where it
+    cannot be estimated, as when every answer changes its length by the same amount.
+    """
+    rise, *changes = (
+        (held_out[f"{name}_after"].astype(float) - held_out[f"{name}_before"]).to_numpy()
+        for name in ("reward", "tokens", "ended")
+    )
+    design = np.stack([np.ones(len(rise)), *changes], axis=1)
+    inverse, freedom = np.linalg.pinv(design), len(rise) - np.linalg.matrix_rank(design)
+    if freedom < 1 or not np.allclose((inverse @ design)[0], [1, 0, 0]):
+        return Interval(np.nan, np.nan, np.nan, 0)
+    coefficients = inverse @ rise
+    variance = ((rise - design @ coefficients) ** 2).sum() / freedom
+    half = scipy_stats.t.ppf((1 + LEVEL) / 2, freedom) * sqrt(variance * (inverse[0] ** 2).sum())
+    return Interval(coefficients[0], coefficients[0] - half, coefficients[0] + half, len(rise))
 
 
 def _check(stage: str, check: str, holds: bool, found: Interval, sentence: str) -> pd.DataFrame:
