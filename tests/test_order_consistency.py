@@ -142,6 +142,34 @@ def test_a_linear_truth_without_noise_is_learnt(name, spearman, kept):
     assert found.loc[0, "pair_accuracy"] > 0.75 and found.loc[0, "gain_4"] > 0.7
 
 
+def test_networks_start_as_torchs_default_does_from_their_own_seed():
+    """A larger output layer starts with rewards that are large, random and hard to unlearn."""
+    first, again = (oc.perceptron([50, 256, 1], torch.Generator().manual_seed(3)) for _ in "ab")
+    by_torch = torch.nn.Sequential(torch.nn.Linear(50, 256), torch.nn.Linear(256, 1))
+    for own, same, default in zip(first[::2], again[::2], by_torch):
+        torch.testing.assert_close(own.weight, same.weight, rtol=0, atol=0)
+        assert float(own.weight.detach().std()) == pytest.approx(
+            float(default.weight.detach().std()), rel=0.2
+        )
+        assert 0 < float(own.bias.detach().abs().max()) <= own.in_features**-0.5
+    assert first(torch.randn(4, 7, 50)).shape == (4, 7)
+
+
+@pytest.mark.parametrize("loss", oc.LOSSES.values())
+def test_shrunk_rewards_are_not_worse_than_a_constant(loss):
+    rewards = torch.linspace(-20, 20, 41)
+
+    def shrunk(chosen, rejected):
+        factor = oc.shrink_factor(loss, chosen, rejected)
+        return factor, float(loss(factor * chosen, factor * rejected))
+
+    assert shrunk(-rewards, rewards) == (0.5**10, pytest.approx(np.log(2), abs=0.01))
+    often_right = rewards + torch.tensor([3.0, -2.0]).repeat(21)[:41]
+    factor, least = shrunk(often_right, rewards)
+    assert least < np.log(2) < loss(often_right, rewards) and factor < 1
+    assert shrunk(torch.full((9,), 2.0), torch.full((9,), -2.0))[0] == 1
+
+
 def test_a_prompts_own_level_moves_the_classifier_alone():
     rng = np.random.default_rng(0)
     chosen, rejected, level = (torch.tensor(rng.normal(size=50)) for _ in range(3))

@@ -137,6 +137,34 @@ def classification(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor
     return binary_cross_entropy_with_logits(torch.cat([chosen, rejected]), labels)
 
 
+SHRINK = 0.5 ** torch.arange(11)
+"""Factors on rewards, 1 to 1/1024."""
+
+
+def shrink_factor(loss: Callable, chosen: torch.Tensor, rejected: torch.Tensor) -> float:
+    """The factor of ``SHRINK`` by which these rewards [n] have the least loss.
+
+    Noisy labels make a network overconfident: its loss can be above log 2, a constant's, although
+    it orders pairs better than chance. Shrinking leaves the order as it is, and with the least
+    factor rewards are almost constant, so that shrunk rewards are not worse than a constant (up to
+    the loss of 1/1024 of them).
+    """
+    losses = torch.stack([loss(factor * chosen, factor * rejected) for factor in SHRINK])
+    return float(SHRINK[losses.argmin()])
+
+
+def perceptron(widths: Sequence[int], generator: torch.Generator) -> torch.nn.Module:
+    """[…, widths[0]] → […] by ReLU layers of these ``widths`` (the last one 1), which start as
+    ``torch.nn.Linear`` does, uniform within ±1/√(inputs), but from this ``generator`` alone."""
+    layers = []
+    for width, narrower in pairwise(widths):
+        layer = torch.nn.Linear(width, narrower)
+        for weights in layer.parameters():
+            torch.nn.init.uniform_(weights, -(width**-0.5), width**-0.5, generator=generator)
+        layers += [layer, torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1], torch.nn.Flatten(-2))
+
+
 def held_out_by_prompt(prompts: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Which pairs are held out, bool [n]; ``prompts`` [n, 2] of each pair, ``order`` [prompts]
     ranks the prompts.
@@ -150,7 +178,7 @@ def held_out_by_prompt(prompts: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def fit_network(data: Annotated, loss: Callable, network: Network, seed: int) -> Reward:
-    """A perceptron fitted to annotated pairs."""
+    """A perceptron fitted to annotated pairs, its rewards shrunk by :func:`shrink_factor`."""
     generator = torch.Generator().manual_seed(seed)
     mean, spread = data.chosen.mean(0), data.chosen.std(0) + 1e-6
 
@@ -163,13 +191,7 @@ def fit_network(data: Annotated, loss: Callable, network: Network, seed: int) ->
     held_out, train = (torch.tensor(np.flatnonzero(part)) for part in (apart, ~apart))
     if not len(train):
         raise StudyError(f"reward network: {len(prompts)} pairs are too few; raise n_prompts")
-    layers = []
-    for width, narrower in pairwise([both.shape[2], *network.hidden, 1]):
-        layer = torch.nn.Linear(width, narrower)  # initialised by this seed alone
-        torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-        torch.nn.init.zeros_(layer.bias)
-        layers += [layer, torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers[:-1], torch.nn.Flatten(-2))
+    model = perceptron([both.shape[2], *network.hidden, 1], generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=network.learning_rate)
     best, weights, since = float("inf"), {}, 0
     for _ in range(network.epochs):
@@ -189,7 +211,8 @@ def fit_network(data: Annotated, loss: Callable, network: Network, seed: int) ->
             break
     model.load_state_dict(weights)
     model.requires_grad_(False)
-    return lambda embeddings: model(standardised(embeddings)).double().numpy()
+    scale = shrink_factor(loss, *model(both[:, held_out]))
+    return lambda embeddings: scale * model(standardised(embeddings)).double().numpy()
 
 
 def fit_trees(data: Annotated, seed: int) -> Reward:
