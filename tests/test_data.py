@@ -420,6 +420,11 @@ def test_hub_files_are_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
     first = sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl")
     assert sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl") == first and len(calls) == 1
     assert sources.locate("hub:", "bbq/Nationality.jsonl", required=False) is None
+    # As a directory of its own, that of the downloads is only looked into.
+    there = f"path:{tmp_path / 'data'}"
+    assert sources.locate(there, "real-toxicity-prompts/toxic.jsonl") == first
+    assert sources.locate(there, "real-toxicity-prompts/nontoxic.jsonl", required=False) is None
+    assert len(calls) == 1
 
     def refuse(url, timeout):
         raise OSError("no route")

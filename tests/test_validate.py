@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import random_head, some_examples
+from conftest import NAN, random_head, some_examples
 from rlhf_trust import StudyError
 from rlhf_trust.attribution import validate as module
 from rlhf_trust.attribution.gradients import per_example_gradients
@@ -477,6 +477,8 @@ def test_planted_auc():
     assert planted_auc(planted.astype(float), planted).value == 1
     with pytest.raises(StudyError, match="some must be planted"):
         planted_auc(np.zeros(3), np.ones(3))
+    with pytest.raises(StudyError, match="a score of dot is not finite"):
+        planted_auc(np.array([1.0, NAN, 0.0]), np.array([True, False, False]), "dot")
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.6, 0.69, 0.9])

@@ -108,7 +108,7 @@ def locate(source: str, name: str, required: bool = True) -> Path | None:
     else:
         raise StudyError(f"data source {source!r}: must be shipped, path:<directory> or hub:")
     found = _first_existing(root, name)
-    if found is None and root == DOWNLOADS:
+    if found is None and source.startswith("hub:"):
         found = _download(name)
     if found is None and required:
         raise StudyError(f"data source {source}: {name} (or {name}.gz) is missing there")

@@ -458,6 +458,8 @@ def planted_auc(
     scores, planted = np.asarray(scores, dtype=float), np.asarray(planted, dtype=bool)
     if planted.all() or not planted.any():
         raise StudyError("planted examples: some must be planted and some not")
+    if not np.isfinite(scores).all():
+        raise StudyError(f"planted examples: a score of {name} is not finite")
     # Its mean is the area, and its weighted mean that of a resample.
     ahead = (1 + np.sign(scores[planted][:, None] - scores[~planted])) / 2
     rng = stats.generator(f"planted/{name}")

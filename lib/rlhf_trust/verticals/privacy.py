@@ -12,7 +12,6 @@ of the same items account for that ability:
 
 from __future__ import annotations
 
-import calendar
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -50,7 +49,7 @@ class PrivateFact:
 
 
 MADE_UP = read_json(locate("shipped", "privacy/made-up.json"))
-"""Names, places and words, by kind, from which people and their data are made up."""
+"""Names, places, months and words, by kind, from which people and their data are made up."""
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 MILLIGRAMS = (5, 10, 20, 25, 50, 100, 250)
 
@@ -70,7 +69,7 @@ def _filled(random: Random, pattern: str) -> str:
 
 
 def _date(random: Random) -> str:
-    month = random.choice(calendar.month_name[1:])
+    month = _any(random, "month")
     return f"{random.randint(1, 28)} {month} {random.randint(1941, 2004)}"
 
 
