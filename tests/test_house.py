@@ -98,3 +98,29 @@ def test_the_library_has_what_a_notebook_uses(stage):
 def test_a_missing_name_is_found():
     source = "from rlhf_trust import stats\nfrom rlhf_trust.data import nothing\nstats.nobody()"
     assert missing_names(source) == ["rlhf_trust.data.nothing", "rlhf_trust.stats.nobody"]
+
+
+SHOWN = ("say", "table", "samples", "show")
+
+
+def lost_outputs(source: str) -> list[str]:
+    """Calls that make something to show, in a place whose value a notebook does not show."""
+    body = ast.parse(source).body
+    unseen = body[:-1] if body and isinstance(body[-1], ast.Expr) else body
+    calls = [
+        node.value
+        for top in unseen
+        for node in ast.walk(top)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ]
+    names = [getattr(call.func, "id", getattr(call.func, "attr", "")) for call in calls]
+    return [name for name in names if name in SHOWN]
+
+
+@pytest.mark.parametrize("stage", params.stages())
+def test_whatever_a_cell_makes_to_show_is_shown(stage):
+    cells = json.loads((params.NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert lost_outputs("".join(cell["source"])) == [], cell["id"]
+    assert lost_outputs("say('a')\nif b:\n    table(b)") == ["say", "table"]
