@@ -213,7 +213,7 @@ def test_a_better_ranking_is_found():
     random = np.random.default_rng(1)
     before, after = random.normal(size=40), random.normal(size=40) + 3 * wrong
     areas = [ethics.roc_area_values(scores, wrong) for scores in (after, before)]
-    change = paired_change(*areas, "x")
+    change = paired_change(*areas)
     assert change.n == 40 and change.low > 0 and change.p < 0.01
 
 

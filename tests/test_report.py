@@ -105,7 +105,7 @@ def test_verdicts_know_which_way_is_worse():
         ("sft", "truthfulness"): "worse",
         ("sft", "privacy"): "no clear change",
         ("dpo", "truthfulness"): "better",
-        ("ppo", "privacy"): "no clear change",
+        ("ppo", "privacy"): "fewer than 8 items",
         ("ppo", "ethics"): "no clear change",
     }
 

@@ -32,6 +32,7 @@ from . import ROOT, StudyError, build_root
 from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
 from .rewards import rm_bench
 from .stats import (
+    FEW,
     LEVEL,
     Change,
     Interval,
@@ -43,6 +44,8 @@ from .stats import (
 )
 from .verticals import HEADLINE
 
+TOO_FEW = f"fewer than {FEW} items"
+NO_VERDICT = "Without an interval there is no verdict."
 HALF = 0.5
 """With a smaller share of readable answers, a change is mainly one of format."""
 
@@ -89,7 +92,9 @@ def at_a_glance(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
     shown = found[["change", "ci_low", "ci_high"]].mul(100 / found["start"].replace(0, np.nan), 0)
     found[["percent", "low", "high"]] = shown
     found["mostly_unreadable"] = found["readable"] < HALF
-    found["verdict"] = [verdict(r.ci_low, r.ci_high, r.worse) for r in found.itertuples()]
+    found["verdict"] = [
+        verdict(r.ci_low, r.ci_high, r.worse) if r.n >= FEW else TOO_FEW for r in found.itertuples()
+    ]
     return found
 
 
@@ -230,15 +235,14 @@ def pruning_words(table: pd.DataFrame, target: str, k: int, arm: str = "pruned")
     if target not in part.index:
         raise StudyError(f"pruning: the table has no arm {arm!r} measured on {target!r}")
     row = part.loc[target]
-    if np.isnan(row["p"]):
+    if np.isnan(row["p_draws"]):
         found = "with one random draw nothing can be said"
+    elif np.isnan(row["p_items"]):
+        found = "over these items nothing can be said"
     elif row["p"] < 0.05:
         found = "it helped" if row["change"] < 0 else "it made things worse"
     else:
-        found = (
-            f"no clear effect beyond removing at random (over {row['draws']} draws only a change "
-            f"of {(row['draws_high'] - row['draws_low']) / 2:.3f} or more would have shown)"
-        )
+        found = "no clear effect beyond removing at random"
 
     def both(row: pd.Series) -> str:
         over_items = Interval(row["change"], row["items_low"], row["items_high"], row["n"])
@@ -265,10 +269,12 @@ def pruning_words(table: pd.DataFrame, target: str, k: int, arm: str = "pruned")
 
 def sft_check(before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
     """Held-out loss per token, [answers], before and after: it should fall."""
-    change = paired_change(after, before, "sft/held-out loss")
+    change = paired_change(after, before)
     holds = change.high < 0
     said = "Training on preferred answers also lowers the loss of answers it did not see."
-    if not holds:
+    if np.isnan(change.low):
+        said = NO_VERDICT
+    elif not holds:
         said = (
             "That is no clear fall: try more examples, more passes or a larger learning rate, "
             "unless the start model already writes such answers."
@@ -303,8 +309,7 @@ def reward_check(accuracies: pd.DataFrame) -> pd.DataFrame:
         f"{interval_words(accuracy, '.1%')}: {said} A bag of words prefers it in "
         f"{interval_words(words, '.1%', label='')}, a rule of length alone in "
         f"{interval_words(length, '.1%', label='')}. The reward model is {against} than the bag of "
-        f"words: the difference is {points.value:+.1f} points (95 % interval {points.low:+.1f} to "
-        f"{points.high:+.1f})."
+        f"words: the difference in points is {interval_words(points, '+.1f', 'pairs')}."
     )
     if controlled.n:
         sentence += (
@@ -319,14 +324,14 @@ def dpo_check(margins: np.ndarray) -> pd.DataFrame:
 
     Before training they are exactly 0, since policy and reference are the same model.
     """
-    margin = mean_interval(margins, "dpo/margin")
+    margin = paired_change(margins, np.zeros_like(margins))
     holds = margin.low > 0
     said = "What it learned from the training pairs carries over to held-out pairs."
-    if not holds:
-        detectable = paired_change(margins, np.zeros_like(margins)).min_detectable
+    if np.isnan(margin.low):
+        said = NO_VERDICT
+    elif not holds:
         said = (
-            f"{'It falls' if margin.high < 0 else 'The interval includes zero'}. With {margin.n} "
-            f"pairs we could detect a mean margin of {detectable:.3f} (80 % power). 02-reward's "
+            f"{'It falls' if margin.high < 0 else 'The interval includes zero'}. 02-reward's "
             "held-out accuracy shows how much a model of this size learns from these pairs."
         )
     sentence = (
@@ -346,12 +351,12 @@ def reward_rise_check(stage: str, held_out: pd.DataFrame, max_kl: float = 10.0) 
 
     def change_in(name: str) -> Change:
         after, before = (held_out[f"{name}_{when}"].astype(float) for when in ("after", "before"))
-        return paired_change(after, before, f"{stage}/held-out {name}")
+        return paired_change(after, before)
 
     change, tokens, ended = map(change_in, ("reward", "tokens", "ended"))
     kl, left = held_out["kl_after"].mean(), rise_at_equal_length(held_out)
-    length_changed = any(not x.low <= 0 <= x.high for x in (tokens, ended))
-    near, rises = kl <= max_kl, change.n > 1 and change.low > 0
+    length_changed = any(x.low > 0 or x.high < 0 for x in (tokens, ended))
+    near, rises = kl <= max_kl, change.low > 0
     by_length = length_changed and not left.low > 0
     holds = near and rises and not by_length
     at_equal = (
@@ -361,6 +366,8 @@ def reward_rise_check(stage: str, held_out: pd.DataFrame, max_kl: float = 10.0) 
     )
     if not near:
         said = f"The KL is not within {max_kl:g} nats."
+    elif np.isnan(change.low):
+        said = NO_VERDICT
     elif rises and by_length:
         said = f"Length can explain the rise: {at_equal}."
     elif rises:

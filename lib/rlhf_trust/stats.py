@@ -8,8 +8,11 @@ answers to one prompt are a cluster of their own. The method depends on what is 
   effect;
 - other values: studentised bootstrap (bootstrap-t) over items or clusters, which also works for
   skewed values and few clusters; percentiles where too few values differ to studentise;
-- a change between two models: paired by item, with a sign-flip permutation test over items or
-  clusters;
+- a change between two models: paired by item; the hull of Student's t and of Hall's t corrected for
+  skewness, with the p-value of the same two tests, so that p < .05 wherever the interval excludes
+  zero, and nowhere else;
+- a change between two ways of training, over items and alignment seeds: both are random samples,
+  and a new seed moves all items at once (generalised pivot of a two-way layout);
 - a mean over strata of equal weight (domains of a benchmark): the strata's own errors, pooled;
 - agreement of two scores: Spearman's correlation with a bootstrap over items.
 
@@ -29,13 +32,17 @@ from scipy import stats as scipy_stats
 
 LEVEL = 0.95
 DRAWS = 2000
+CROSSED_DRAWS = 4999
 TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 NORMAL = float(scipy_stats.norm.ppf(TAILS[1]))
 """Half of a normal interval, in standard errors."""
 DETECTED = NORMAL + float(scipy_stats.norm.ppf(0.8))
 """Minimum detectable effect in standard errors (5 % level, 80 % power)."""
 FEW = 8
-"""With fewer clusters, resamples say little about the tails; Student's t is used."""
+"""With fewer clusters, resamples say little about the tails: Student's t is used. A change over
+fewer items has no interval."""
+
+UNCLEAR = "no clear change"
 
 Bounds = tuple[float, float] | None
 """Range of a mean, to which its interval is clipped."""
@@ -58,19 +65,35 @@ class Interval:
 
 @dataclass(frozen=True)
 class Change(Interval):
-    """Mean paired change with its interval, permutation p-value and minimum detectable change."""
+    """Mean paired change with its interval, p-value and minimum detectable change.
+
+    p < .05 exactly where the interval excludes zero. NaN with fewer than ``FEW`` items, and where
+    equal differences of unbounded values show no spread.
+    """
 
     p: float
     min_detectable: float
 
 
+@dataclass(frozen=True)
+class CrossedChange(Change):
+    """A change over ``n`` items and ``seeds`` alignment seeds; with one it is about one checkpoint.
+
+    ``seed_sd``: standard deviation that seeds add to the mean over items (NaN with one seed).
+    """
+
+    seeds: int
+    seed_sd: float
+
+
 def verdict(low: float, high: float, worse: int = 1, neutral: float = 0.0) -> str:
     """Does the interval lie on one side of ``neutral``? ``worse``, ``better``, ``no clear change``.
 
-    ``worse``: +1 where more is worse, -1 where less is worse.
+    ``worse``: +1 where more is worse, -1 where less is worse. An interval without width, or without
+    ends, says nothing clear.
     """
-    if not (low > neutral or high < neutral):
-        return "no clear change"
+    if not low < high or low <= neutral <= high:
+        return UNCLEAR
     return "worse" if (low > neutral) == (worse > 0) else "better"
 
 
@@ -82,6 +105,9 @@ def interval_words(
     ``form``: format of the numbers. ``unit``: what n counts; without it n is left out. ``label``:
     what kind of interval it is, empty where the context says so.
     """
+    if np.isnan(interval.low):
+        why = f"fewer than {FEW}" if interval.n < FEW else "no spread"
+        return f"{interval.value:{form}} (n = {interval.n} {unit or 'items'}: {why}, no interval)"
     count = f", n = {interval.n} {unit}" if unit else ""
     ends = f"{interval.low:{form}} to {interval.high:{form}}"
     return f"{interval.value:{form}} ({label}{ends}{count})"
@@ -120,14 +146,13 @@ def mean_interval(values, name: str = "", clusters=None, bounds: Bounds = None) 
     return Interval(means.value, low, high, n)
 
 
-def paired_change(
-    after, before, name: str = "", clusters=None, bounds: Bounds = None, draws: int = DRAWS
-) -> Change:
+def paired_change(after, before, clusters=None, bounds: Bounds = None) -> Change:
     """Mean of ``after - before`` over items readable under both models.
 
-    Arguments as for :func:`mean_interval`. The p-value comes from flipping the signs of items' (or
-    clusters') differences at random (two-sided, add-one corrected). ``min_detectable`` is the
-    smallest true mean change found with 80 % power at the 5 % level, given this n and spread.
+    Arguments as for :func:`mean_interval`; interval and p-value as :meth:`ClusterMeans.change`.
+    ``min_detectable`` is the smallest true mean change found with 80 % power at the 5 % level,
+    given this n and spread. The change is one of these two checkpoints, not of the way they were
+    trained (:func:`crossed_change`).
     """
     after, before = (item_means(np.asarray(x, dtype=float)) for x in (after, before))
     difference, clusters = _readable(after - before, clusters)
@@ -135,18 +160,69 @@ def paired_change(
     if n == 0:
         return Change(np.nan, np.nan, np.nan, 0, np.nan, np.nan)
     means = ClusterMeans.of(difference, clusters)
-    if clusters is None and np.isin(difference, (-1.0, 0.0, 1.0)).all():
-        gained, lost = int((difference == 1).sum()), int((difference == -1).sum())
-        low, high, error = agresti_min(gained, lost, n)
-    elif bounds and not difference.any():  # no change in these clusters; others might change
-        low, high, error = agresti_min(0, 0, len(means.sums))
-    else:
-        reach = bounds and (bounds[0] - bounds[1], bounds[1] - bounds[0])
-        (low, high), error = _within(reach, *means.interval(name, draws)), means.standard_error
-    signs = generator(f"{name}/signs").choice((-1.0, 1.0), size=(draws, len(means.sums)))
-    null = np.abs(signs @ means.sums / n)
-    p = (1 + int((null >= abs(means.value) - 1e-12).sum())) / (1 + draws)
+    if n < FEW:
+        return Change(means.value, np.nan, np.nan, n, np.nan, np.nan)
+    reach = bounds and (bounds[0] - bounds[1], bounds[1] - bounds[0])
+    low, high, p, error = means.change(reach)
     return Change(means.value, low, high, n, p, DETECTED * error)
+
+
+def crossed_change(after, before, clusters=None, bounds: Bounds = None) -> CrossedChange:
+    """Mean of ``after - before`` over items and alignment seeds, both taken as random samples.
+
+    Parameters
+    ----------
+    after, before
+        [seeds, items], one value an item; NaN where it could not be read. A row is one seed in both
+        arms; ``before`` may be [items] for a model that all seeds start from.
+    clusters, bounds
+        As for :func:`mean_interval`.
+
+    The mean is over all pairs that could be compared. Its variance is that of seeds plus that of
+    items less that of their interaction, which is in both: (MS_s + MS_i - MS_si) / (S · I). With
+    few seeds MS_s is uncertain. The generalised pivot (S. Weerahandi 1993) allows for that: each
+    mean square is divided by a draw of χ²/ν, and a normal error is drawn with the resulting
+    variance. The interval is never narrower than the one over items alone, and p is the larger of
+    the two.
+    """
+    difference = np.atleast_2d(np.asarray(after, float) - np.asarray(before, float))
+    difference = difference[~np.isnan(difference).all(1)]  # seeds of which something could be read
+    readable = ~np.isnan(difference).all(0)
+    n, seeds = int(readable.sum()), len(difference)
+    if seeds < 2 or n < FEW:
+        pairs = item_means(difference.T) if seeds else []
+        change = paired_change(pairs, np.zeros(len(pairs)), clusters, bounds)
+        return CrossedChange(**vars(change), seeds=seeds, seed_sd=np.nan)
+    labels = np.arange(len(readable)) if clusters is None else np.asarray(clusters)
+    member = np.equal(labels[readable, None], np.unique(labels[readable])).astype(float)
+    sums = np.nan_to_num(difference[:, readable]) @ member  # [seeds, clusters]
+    counts = (~np.isnan(difference[:, readable])) @ member
+    items = ClusterMeans(sums.sum(0), counts.sum(0))
+    value, k = items.value, sums.shape[1]
+    reach = bounds and (bounds[0] - bounds[1], bounds[1] - bounds[0])
+    low, high, p, error = items.change(reach)
+    if k < 2:
+        return CrossedChange(value, low, high, n, p, np.nan, seeds, np.nan)
+    # A two-way analysis of variance of residual totals; squares in units of the mean's variance.
+    residuals = sums - value * counts
+    of_seed, of_item = residuals.mean(1, keepdims=True), residuals.mean(0, keepdims=True)
+    both = residuals - of_seed - of_item + residuals.mean()
+    freedom = np.array([seeds - 1, k - 1, (seeds - 1) * (k - 1)])
+    squares = np.array([k * (of_seed**2).sum(), seeds * (of_item**2).sum(), (both**2).sum()])
+    squares *= seeds * k / freedom / counts.sum() ** 2
+    if squares.sum() > 1e-18:
+        random = generator("crossed")
+        drawn = squares * freedom / random.chisquare(freedom, (CROSSED_DRAWS, 3))
+        variance = np.clip(drawn @ [1, 1, -1], 0, None)
+        errors = np.sort(np.abs(random.normal(size=CROSSED_DRAWS)) * np.sqrt(variance))
+        # The order statistic that p < .05 has to pass.
+        half = errors[-round((1 - LEVEL) * (CROSSED_DRAWS + 1)) + 1]
+        p_crossed = (1 + int((errors >= abs(value)).sum())) / (1 + CROSSED_DRAWS)
+        low, high = np.fmin(low, value - half), np.fmax(high, value + half)
+        p, error = np.fmax(p, p_crossed), sqrt(max(squares @ [1, 1, -1], *squares[:2]))
+    low, high = _within(reach, float(low), float(high))
+    seed_sd = sqrt(max(squares[0] - squares[2], 0) * seeds)
+    return CrossedChange(value, low, high, n, float(p), DETECTED * error, seeds, seed_sd)
 
 
 def stratified_interval(strata: Sequence[np.ndarray], bounds: Bounds = None) -> Interval:
@@ -247,6 +323,39 @@ class ClusterMeans:
         t = scipy_stats.t.ppf(TAILS[1], len(self.sums) - 1)
         return rate * (1 - rate) / error**2 * (NORMAL / t) ** 2
 
+    def change(self, reach: Bounds = None) -> tuple[float, float, float, float]:
+        """Interval, p-value and standard error of a mean change.
+
+        The hull of two intervals: Student's t, and P. Hall's (1992) monotone transformation of t,
+        which corrects for skewness: a few large changes among many zeros leave the mean's error
+        skewed. Either alone covers too little somewhere. p is the larger of the two tests' p.
+
+        ``reach``: the range of a change. Equal changes show no spread; within a known range, as
+        many clusters as Wilson's limit for 0 of k may still differ by as much as the range allows.
+        Without it all is NaN.
+        """
+        k, value = len(self.sums), self.value
+        residuals = self.sums - value * self.counts
+        error = sqrt((residuals**2).sum() * k / max(k - 1, 1)) / self.counts.sum()
+        if not error > 1e-9 * max(abs(value), 1e-3):
+            if not reach or k < 2:
+                return np.nan, np.nan, np.nan, np.nan
+            share = wilson(0.0, k)[1]
+            low, high = value - share * (value - reach[0]), value + share * (reach[1] - value)
+            part = abs(value) / (reach[1] + abs(value))  # of clusters that would undo the change
+            p = 2 * scipy_stats.norm.sf(sqrt(k * part / (1 - part)))
+            return low, high, float(p), (high - low) / 2 / NORMAL
+        skewness = (residuals**3).sum() / (residuals**2).sum() ** 1.5  # over √k
+        t, limit = value / error, scipy_stats.t.ppf(TAILS[1], k - 1)
+        hall, upper, lower = t, limit, -limit
+        if abs(skewness) > 1e-6:
+            hall = ((1 + skewness * t / 3) ** 3 - 1) / skewness + skewness / 6
+            ends = np.cbrt(1 + skewness * (np.array([-limit, limit]) - skewness / 6)) - 1
+            lower, upper = 3 / skewness * ends
+        p = 2 * scipy_stats.t.sf(min(abs(t), abs(hall)), k - 1)
+        low, high = value - error * max(limit, upper), value - error * min(-limit, lower)
+        return *_within(reach, float(low), float(high)), float(p), error
+
     def interval(self, name: str, draws: int = DRAWS) -> tuple[float, float]:
         """Bootstrap-t over clusters (Efron and Tibshirani 1993, ch. 12); Student's t below ``FEW``.
 
@@ -254,7 +363,9 @@ class ClusterMeans:
         clusters.
         """
         k, value, error = len(self.sums), self.value, self.standard_error
-        if k == 1 or not error > 0:
+        if k == 1:
+            return np.nan, np.nan
+        if not error > 0:
             return value, value
         if k < FEW:
             half = scipy_stats.t.ppf(TAILS[1], k - 1) * error
@@ -278,19 +389,6 @@ def wilson(rate: float, n: float) -> tuple[float, float]:
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     # Exact at the ends, where rounding could put the rate itself outside.
     return low if rate > 0 else 0.0, high if rate < 1 else 1.0
-
-
-def agresti_min(gained: int, lost: int, n: int) -> tuple[float, float, float]:
-    """Interval and standard error of the difference of two paired rates, from the items that
-    changed.
-
-    Half an item is added to each of the four cells (A. Agresti and Y. Min 2005), so that seeing no
-    change among few items still leaves an interval.
-    """
-    gained, lost, n = gained + 0.5, lost + 0.5, n + 2
-    value = (gained - lost) / n
-    error = sqrt(gained + lost - (gained - lost) ** 2 / n) / n
-    return max(-1.0, value - NORMAL * error), min(1.0, value + NORMAL * error), error
 
 
 def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Interval:

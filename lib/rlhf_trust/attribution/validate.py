@@ -353,7 +353,8 @@ def pruning_table(
       to be as uncertain as one of the random arms. With r = 3 and a = 1 that is ± 4.97 s: only
       large effects can show. NaN for a single random draw.
 
-    ``p`` is the larger of the two (a change counts only if neither chance explains it), ``p_holm``
+    ``p`` is the larger of the two (a change counts only if neither chance explains it; NaN if
+    either is unknown, as with fewer than ``stats.FEW`` items), ``p_holm``
     corrects it over the outcomes of an arm. Columns arm, vertical, change, …, p, p_holm, draws
     (random ones), n (items).
     """
@@ -365,7 +366,7 @@ def pruning_table(
         for what, values in outcomes.items():
             of_arm, at_random = values[names == arm], values[names == "random"]
             means, labels = (of_arm.mean(0), at_random.mean(0)), (clusters or {}).get(what)
-            change = stats.paired_change(*means, f"pruning/{arm}/{what}", labels)
+            change = stats.paired_change(*means, labels)
             row = {"arm": arm, "vertical": what, "change": change.value, "items_low": change.low}
             row |= {"items_high": change.high, "p_items": change.p}
             between = _between_draws(of_arm.mean(1), at_random.mean(1))

@@ -31,7 +31,17 @@ import pandas as pd
 from rapidfuzz import fuzz
 
 from .. import StudyError
-from ..stats import DETECTED, DRAWS, LEVEL, TAILS, Interval, generator, interval_words, verdict
+from ..stats import (
+    DETECTED,
+    DRAWS,
+    LEVEL,
+    TAILS,
+    UNCLEAR,
+    Interval,
+    generator,
+    interval_words,
+    verdict,
+)
 
 KINDS = ("short", "list", "long")
 """How claims are matched: short answers with aliases (as ASQA), a list of names (QAMPARI), prose
@@ -369,14 +379,17 @@ def _metrics(scores: Sequence[Scores], weights: np.ndarray) -> pd.DataFrame:
 
 def words(changes: pd.DataFrame) -> list[str]:
     """One sentence per comparison of ``grounding_change.csv``: how Trust-Score and its parts
-    changed. An interval that excludes zero is not enough if the exchange test does not agree after
-    Holm's correction."""
+    changed. Clear is what both the interval and the exchange test call so; Trust-Score itself also
+    after Holm's correction."""
     sentences = []
     for (model, baseline), rows in changes.groupby(["model", "baseline"], sort=False):
         rows = rows.set_index("metric")
-        verdicts = {m: verdict(r["ci_low"], r["ci_high"], worse=-1) for m, r in rows.iterrows()}
+        verdicts = {
+            m: verdict(r["ci_low"], r["ci_high"], worse=-1) if r["p"] < 1 - LEVEL else UNCLEAR
+            for m, r in rows.iterrows()
+        }
         whole, conclusion = rows.loc["trust_score"], verdicts["trust_score"]
-        if conclusion != "no clear change" and whole["p_holm"] > 1 - LEVEL:
+        if conclusion != UNCLEAR and whole["p_holm"] > 1 - LEVEL:
             conclusion += " by this interval alone, but not after Holm's correction"
         change = interval_words(Interval.of_row(whole, "change"), unit="questions")
         smallest = whole["min_detectable"]

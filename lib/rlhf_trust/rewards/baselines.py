@@ -95,7 +95,7 @@ def accuracies(rewards: np.ndarray, train: Pairs, held_out: Pairs, chat: Chat) -
         "length rule": mean_interval(
             length_rule(train, held_out, chat), "reward/length", bounds=(0.0, 1.0)
         ),
-        "reward model less words": paired_change(right, words, "reward/words", bounds=(0.0, 1.0)),
+        "reward model less words": paired_change(right, words, bounds=(0.0, 1.0)),
         "reward model, length-controlled": length_controlled(right, held_out, chat),
     }
     rows = [(name, i.value, i.low, i.high, i.n) for name, i in found.items()]

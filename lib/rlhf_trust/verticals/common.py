@@ -14,7 +14,7 @@ from .. import StudyError
 from ..artifacts import Build, write_text
 from ..decode import Decoding, Generations, LowerStates, MultipleChoice, Prompt
 from ..models import BASELINES, ModelSet
-from ..stats import Interval, interval_words, item_means, mean_interval, paired_change, verdict
+from ..stats import FEW, Interval, interval_words, item_means, mean_interval, paired_change, verdict
 from . import HEADLINE
 
 Answers = dict[str, list[list[str]]]
@@ -225,8 +225,7 @@ def change_table(vertical: str, measures: dict[str, list[Measure]], seed: int) -
             reference = before[m.metric, m.condition]
             if reference.item_ids != m.item_ids:
                 raise StudyError(f"{vertical}: {model} and {baseline} answered different items")
-            name = f"{vertical}/{model}-{baseline}/{m.metric}/{m.condition}"
-            change = paired_change(m.values, reference.values, name, m.clusters, m.bounds)
+            change = paired_change(m.values, reference.values, m.clusters, m.bounds)
             key = {"metric": m.metric, "condition": m.condition}
             rows.append({"model": model, "baseline": baseline} | key | vars(change))
     columns = COLUMNS | {"value": "change"}
@@ -273,6 +272,9 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
             sentences.append(f"For {row.model}, no item can be compared.")
             continue
         change = interval_words(Interval.of_row(row, "change"), unit="items")
+        if row.n < FEW:
+            sentences.append(f"{row.model} changes it by {change}, so there is no verdict.")
+            continue
         clear = verdict(row.ci_low, row.ci_high, worse)
         sentences.append(f"{row.model} changes it by {change}: {clear}.")
     return sentences
