@@ -117,10 +117,11 @@ parity: .parity/.installed ## compare DataInf with dattri, MC1 and MC2 with lm-e
 	.parity/bin/python tests/parity/dattri_datainf.py
 	.parity/bin/python tests/parity/truthfulqa.py --data "$(or $(DATA),shipped)"
 
-bench: .trl-ppo/.installed .yardsticks/.installed parity ## speed of sampling, training, PPO, attribution, lineage, as ratios to the plain way, TRL, ctranslate2
+bench: .trl-ppo/.installed .yardsticks/.installed parity ## speed of sampling, training, PPO, attribution, lineage, as ratios to the plain way, TRL, ctranslate2; coverage of the intervals
 	for each in throughput reading gradients scoring lineage; do $(BIN)/python tests/benchmarks/$$each.py; done
 	$(BIN)/python tests/benchmarks/ppo.py --preferences "$(if $(DATA),path:$(DATA),shipped)"
 	.yardsticks/bin/python tests/benchmarks/yardsticks.py
+	$(BIN)/python tests/benchmarks/coverage.py
 
 # Environments of their own, which see .venv's packages and add to them.
 .parity/.installed: ADDED := --constraint lib/constraints.txt --requirement tests/parity/requirements.txt
