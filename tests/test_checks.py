@@ -50,10 +50,10 @@ def test_reward_holds_above_chance(accuracy, holds):
     [
         (
             (0.02, -0.05, 0.09),
-            "is not clearly better than the bag of words: the difference is +2.0",
+            "is not clearly better than the bag of words: the difference in points is +2.0",
         ),
-        ((0.1, 0.05, 0.15), "is better than the bag of words: the difference is +10.0"),
-        ((-0.1, -0.15, -0.05), "is worse than the bag of words: the difference is -10.0"),
+        ((0.1, 0.05, 0.15), "is better than the bag of words: the difference in points is +10.0"),
+        ((-0.1, -0.15, -0.05), "is worse than the bag of words: the difference in points is -10.0"),
     ],
 )
 def test_reward_is_held_against_words(gap, said):
@@ -69,8 +69,7 @@ def test_dpo_holds_above_zero(margin, holds):
 
 
 def test_few_answers_get_no_verdict():
-    few, table = NOISE[:5] + 9, {"reward_before": NOISE[:5], "reward_after": NOISE[:5] + 9}
-    rise = reward_rise_check("ppo", pd.DataFrame(table).assign(kl_after=1.0))
+    few, rise = NOISE[:5] + 9, reward_rise_check("ppo", evaluations(9).head(5))
     for check in (dpo_check(few), sft_check(few, few - 9), rise):
         (row,) = check.itertuples()
         assert row.holds is False and "fewer than 8, no interval" in row.sentence

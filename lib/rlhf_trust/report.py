@@ -31,17 +31,7 @@ from scipy import stats as scipy_stats
 from . import ROOT, StudyError, build_root
 from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
 from .rewards import rm_bench
-from .stats import (
-    FEW,
-    LEVEL,
-    Change,
-    Interval,
-    holm,
-    interval_words,
-    mean_interval,
-    paired_change,
-    verdict,
-)
+from .stats import FEW, LEVEL, Change, Interval, holm, interval_words, paired_change, verdict
 from .verticals import HEADLINE
 
 TOO_FEW = f"fewer than {FEW} items"
