@@ -3,7 +3,10 @@ say?"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 from rlhf_trust.stats import (
     Interval,
@@ -339,6 +342,20 @@ def test_two_placebos_differ_clearly_in_about_one_study_in_twenty():
             arms = [level + crossed_study(random, 3, 36, 0.0, of_seeds) for _ in range(2)]
             clear.append(crossed_change(*arms).p < 0.05)
     assert 0.03 <= np.mean(clear) <= 0.07
+
+
+def test_reference_coverage():
+    """What tests/benchmarks/coverage.py found when it was last run with --save."""
+    table = pd.read_csv(Path(__file__).parent / "reference" / "coverage.csv")
+    crossed = table[(table["what"] == "crossed") & (table["seeds"] >= 3)]
+    by_size = crossed.groupby(["seeds", "items"])["covered"].agg(["mean", "min"])
+    noise = 3 * np.sqrt(0.93 * 0.07 / table["studies"].min())  # of the lowest of many cells
+    assert len(by_size) == 6 and (by_size["mean"] >= 0.95).all()
+    assert (by_size["min"] >= 0.93 - noise).all()
+    paired = table[(table["what"] == "paired") & (table["items"] >= 24)]
+    assert (paired["covered"] >= 0.93 - noise).all()
+    placebos = table[table["what"] == "placebos"]
+    assert placebos.groupby("seeds")["clear"].mean().between(0.03, 0.07).all()
 
 
 def test_crossed_change_by_hand():

@@ -414,10 +414,12 @@ def test_pruning_table_and_words():
     single = pruning_table(names[:3], {"ethics": ethics[:3]})
     assert single["draws_low"].isna().all() and single["p"].isna().all()
     assert "nothing can be said" in pruning_words(single, "ethics", 3)[0]
-    few = pruning_table(names, {"ethics": ethics[:, :7]})
-    assert few["p"].isna().all() and few["draws_low"].notna().all()
-    (sentence,) = pruning_words(few, "ethics", 3)
+    few = pruning_table(names, {"ethics": ethics[:, :7], "privacy": items + noise[1]})
+    assert few.loc[few["vertical"] == "ethics", "p"].isna().all()
+    sentence, others = pruning_words(few, "ethics", 3)
     assert "fewer than 8" in sentence and sentence.endswith("over these items nothing can be said.")
+    assert others.startswith("None of privacy moved")
+    assert pruning_words(few, "privacy", 3)[-1] == "Nothing can be said about ethics."
     with pytest.raises(StudyError, match="needs a random arm"):
         pruning_table(("full", "pruned"), outcomes)
     with pytest.raises(StudyError, match="no arm 'similar'"):

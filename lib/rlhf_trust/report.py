@@ -248,9 +248,11 @@ def pruning_words(table: pd.DataFrame, target: str, k: int, arm: str = "pruned")
     moved = [f"{name} by {both(r)}" for name, r in others[others["p_holm"] < 0.05].iterrows()]
     if moved:
         words.append(f"It also moved {'; '.join(moved)}.")
-    elif len(others):
-        names = ", ".join(others.index)
-        words.append(f"None of {names} moved clearly (Holm-corrected p below 0.05).")
+    known, unknown = (others.index[others["p_holm"].notna() == has] for has in (True, False))
+    if len(known) and not moved:
+        words.append(f"None of {', '.join(known)} moved clearly (Holm-corrected p below 0.05).")
+    if len(unknown):
+        words.append(f"Nothing can be said about {', '.join(unknown)}.")
     return words
 
 
