@@ -34,6 +34,7 @@ from .. import StudyError
 from ..stats import (
     DETECTED,
     DRAWS,
+    FEW,
     LEVEL,
     TAILS,
     UNCLEAR,
@@ -384,6 +385,11 @@ def words(changes: pd.DataFrame) -> list[str]:
     sentences = []
     for (model, baseline), rows in changes.groupby(["model", "baseline"], sort=False):
         rows = rows.set_index("metric")
+        found = Interval.of_row(rows.loc["trust_score"], "change")
+        if found.n < FEW:
+            said = interval_words(Interval(found.value, np.nan, np.nan, found.n), unit="questions")
+            sentences.append(f"**{model}** against {baseline}: Trust-Score {said}, so no verdict.")
+            continue
         verdicts = {
             m: verdict(r["ci_low"], r["ci_high"], worse=-1) if r["p"] < 1 - LEVEL else UNCLEAR
             for m, r in rows.iterrows()
@@ -391,7 +397,7 @@ def words(changes: pd.DataFrame) -> list[str]:
         whole, conclusion = rows.loc["trust_score"], verdicts["trust_score"]
         if conclusion != UNCLEAR and whole["p_holm"] > 1 - LEVEL:
             conclusion += " by this interval alone, but not after Holm's correction"
-        change = interval_words(Interval.of_row(whole, "change"), unit="questions")
+        change = interval_words(found, unit="questions")
         smallest = whole["min_detectable"]
         power = f"minimum detectable change {smallest:.3f}, " if smallest > 0 else ""
         parts = [f"{NAMES[m]} {rows.loc[m, 'change']:+.3f} ({verdicts[m]})" for m in PARTS]
