@@ -222,7 +222,7 @@ def glance(changes: pd.DataFrame, verticals: Sequence[str], models: Sequence[str
             axis.set_xlabel(f"{metric}\nn = {rows['n'].max()}", fontsize=9)
         axis.grid(axis="x", visible=False)
     axes[0].set_ylabel("change against start, %")
-    meanings = {"worse": WORSE, "better": BETTER, "interval includes zero": UNCLEAR}
+    meanings = {"worse": WORSE, "better": BETTER, "no clear change": UNCLEAR}
     handles = [Patch(color=shade, label=label) for label, shade in meanings.items()]
     if changes["mostly_unreadable"].any():
         hatched = {"facecolor": "#555555", "edgecolor": "white", "hatch": "///"}

@@ -504,8 +504,9 @@ def results_markdown(profile: str) -> str:
     lines = [
         f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, "
         f"seed {record['parameters']['01-sft']['seed']}. Change against start, with its 95 % "
-        "interval paired by item; **bold** where it excludes zero, † where fewer than half of the "
-        "model's answers could be read (its change is first of all one of format).",
+        "interval paired by item; **bold** where it excludes zero over 8 items or more, † where "
+        "fewer than half of the model's answers could be read (its change is first of all one of "
+        "format).",
         "",
         "| vertical | metric (worse when) | n | start | " + " | ".join(models) + " |",
         "|---" * (4 + len(models)) + "|",
@@ -517,7 +518,7 @@ def results_markdown(profile: str) -> str:
         cells = [vertical, metric, str(n), f"{first['start']:.3f}"]
         for row in rows.set_index("model").loc[models].itertuples():
             text = interval_words(Interval.of_row(row, "change"), label="")
-            text = text if row.verdict == "no clear change" else f"**{text}**"
+            text = f"**{text}**" if row.verdict in ("worse", "better") else text
             fewer = f", n = {row.n}" if row.n < n else ""
             cells.append(f"{text}{fewer}{' †' if row.mostly_unreadable else ''}")
         lines.append(f"| {' | '.join(cells)} |")
