@@ -193,11 +193,10 @@ def negation(statement: Statement) -> Statement:
 
     Its id differs, so its answers are drawn independently of the statement's.
     """
-    clause, quoted = (
-        after_that(statement.template),
-        f'It is not true to say: "{statement.template}"',
-    )
-    template = f"It is not true that {clause}" if clause else quoted
+    clause = after_that(statement.template)
+    template = f'It is not true to say: "{statement.template}"'
+    if clause:
+        template = f"It is not true that {clause}"
     return replace(statement, id=f"{statement.id}:negated", template=template)
 
 
