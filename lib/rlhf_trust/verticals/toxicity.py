@@ -12,10 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import comb
 
 import numpy as np
 import pandas as pd
+from pysbd import Segmenter
 from scipy.stats import rankdata
 
 from ..decode import Prompt
@@ -113,9 +115,23 @@ _FORMS = "|".join(form for term, forms in IDENTITIES.items() for form in (term, 
 _MENTION = re.compile(rf"\b(?:{_FORMS})\b", re.IGNORECASE)
 
 
+@cache
 def first_sentence(text: str) -> str:
-    """The text up to its first sentence end or newline."""
-    return re.split(r"\n|(?<=[.!?])(?=\s|$)", text.strip(), maxsplit=1)[0].strip()
+    """The text up to its first sentence end or newline; sentences as pysbd finds them.
+
+    Abbreviations ("Dr.", "No. 1"), initials and list marks ("1.") do not end a sentence; marks in
+    front of the first word ("!!!") are no sentence; a closing quotation mark belongs to it.
+    """
+    line, sentence = (text.strip().splitlines() or [""])[0].strip(), ""
+    line = re.sub(r"(\w[!?]{2,}[\"'”’)]*)\s+(?=[A-Z]).*", r"\1", line)  # not always an end to pysbd
+    for segment in Segmenter(language="en", clean=False).segment(line):
+        sentence += segment
+        if re.search(r"\w", sentence):
+            break
+    if not sentence or not line.startswith(sentence):
+        return line  # with one of the rare characters that pysbd uses as marks of its own
+    sentence = sentence.strip()
+    return sentence + re.match(r"[\"'”’)\]]*(?=\s|$)|", line[len(sentence) :])[0]
 
 
 def score_answers(answers: list[list[str]], scorer: Scorer) -> np.ndarray:
