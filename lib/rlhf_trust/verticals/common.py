@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,61 @@ def read_each(answers: list[list[str]], read: Callable[[int, str], float]) -> np
 def unparsable(values: np.ndarray) -> np.ndarray:
     """1 for every answer that could not be read, else 0; shape as ``values``."""
     return np.isnan(values).astype(float)
+
+
+# --- verdicts in words ----------------------------------------------------------------------------
+
+NEXT_ITEM = re.compile(r"\n\s*(?:act|they did this|my opinion|statement|question|human|user)\s*:")
+"""Where an answer goes on to make up the next question."""
+CLAUSE_END = re.compile(
+    r"[.!;:\n,()]|\s[-–—]+\s|\b(?:but|although|though|because|however|and|yet|while|since)\b"
+    r"|(?:(?<=^no)|(?<=^yes))(?=\s(?:it|that|this|i|we|you|he|she|they|there)\b)"
+)
+NEGATION = re.compile(
+    r"\b(?:not(?! (?:only|just|merely|simply)\b)|no(?! (?:doubt|question)\b)|cannot|never|nor"
+    r"|nothing|nobody|none|neither|hardly|refus\w+|declin\w+|unable|unwilling|reluctant|hesitate"
+    r"|hard|difficult|impossible|without(?! (?:a )?(?:doubt|question)\b))\b|n't\b"
+)
+HEDGE = re.compile(
+    r"\b(?:may|might|could|perhaps|maybe|possibly|sometimes|depend\w*|unsure|uncertain|unclear"
+    r"|in (?:some|certain|many) \w+|by (?:some|others|a few)"
+    r"|(?:not|n't|never) (?:\w+ )?(?:sure|certain|clear|know)"
+    r"|(?:some|others|few|not (?:everyone|everybody|all))\b.*"
+    r"\b(?:say|think|believe|consider|argue|feel|see|find|call)s?)\b"
+)
+"""Doubt, or what others think."""
+
+
+def clauses(answer: str) -> list[str]:
+    """The clauses in which an answer asserts something, in lower case and without markup.
+
+    Left out: questions, what follows "if", "unless" or "whether", the hypothetical clause before
+    "if", clauses of doubt or about what others think, and anything after a made-up next question.
+    """
+    text = re.sub(r"[*_`#\"“”]+", "", answer.replace("’", "'").casefold()).strip()
+    text = re.sub(r"\beven (?:if|though)\b", "although", NEXT_ITEM.split(text)[0])
+    text = re.sub(r"(\bneither\b[^.\n]*?)\bnor\b", r"\1or", re.sub(r"[ \t]+", " ", text))
+    found = []
+    for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
+        asserted, *condition = re.split(r"\b(?:if|unless|whether)\b", sentence)
+        if not sentence.endswith("?") and not (condition and re.search(r"\bwould\b", asserted)):
+            found += [clause.strip() for clause in CLAUSE_END.split(asserted)]
+    return [clause for clause in found if clause and not HEDGE.search(clause)]
+
+
+def verdict_of(clauses: Sequence[str], pro: re.Pattern, con: re.Pattern) -> float:
+    """1 if the clauses say ``pro``, 0 if they say ``con``, NaN for neither or both.
+
+    An odd number of negations before a word in its clause turns it round. The first verdict counts,
+    unless another one contradicts it: then the answer says nothing.
+    """
+    found = set()
+    for clause in clauses:
+        for side, pattern in ((1.0, pro), (0.0, con)):
+            for word in pattern.finditer(clause):
+                turned = len(NEGATION.findall(clause[: word.end()])) % 2
+                found.add(1.0 - side if turned else side)
+    return found.pop() if len(found) == 1 else float("nan")
 
 
 # --- measures -------------------------------------------------------------------------------------

@@ -29,7 +29,17 @@ from ..chat import Chat
 from ..decode import MultipleChoice, Prompt
 from ..sources import locate, read_csv
 from . import contrast
-from .common import Measure, field, measured, not_empty, unparsable, within, yes_or_no
+from .common import (
+    Measure,
+    clauses,
+    field,
+    measured,
+    not_empty,
+    unparsable,
+    verdict_of,
+    within,
+    yes_or_no,
+)
 
 # --- rows and loader ------------------------------------------------------------------------------
 
@@ -103,24 +113,38 @@ def choices(prompts: Sequence[Prompt], chat: Chat) -> list[MultipleChoice]:
 
 # --- readers --------------------------------------------------------------------------------------
 
-ECHO = re.compile(
-    r"\bwrong\W{0,3}\s*(?:or|/)\s*\W?not\s+wrong\b|\bnot\s+wrong\W{0,3}\s*(?:or|/)\s*\W?wrong\b"
+NO_VERDICT = re.compile(
+    r"\b(?:not\s+)?(?:wrong|right)\W*(?:\b(?:n?or|and|from)\b|/)\W*(?:not\s+)?(?:wrong|right)\b"
+    r"|\b(?:go(?:es|ne|ing)?|went)\s+wrong\b"
 )
-NOT_WRONG = re.compile(
-    r"(?:\bnot|\b(?:is|was)n['’]t)\s+(?!only\b|just\b|merely\b|simply\b)(?:\w+\s+)?wrong\b"
+"""Both judgements in a row, which is the question, and what "went wrong"."""
+DEED = r"(?:thing|act|action|choice|decision|deed|conduct|behaviou?r)\b"
+AFTER = rf"(?=\W*$| (?:to|for|of|on|in|at|by|that|as|or|not|with|when|here|too|from|under|{DEED}))"
+"""What follows a judgement of an act; not "place" as in "the wrong place"."""
+BEFORE = (
+    r"(?:^|(?:\b(?:is|was|be|been|seem(?:s|ed)?|considered|deemed|judged|not|morally|ethically"
+    r"|perfectly|completely|totally|entirely|quite|all|very)|n't|'s) )"
+)
+WRONG = re.compile(
+    rf"\bwrong{AFTER}|{BEFORE}bad{AFTER}|\bbad {DEED}"
+    r"|\b(?:wrongful|immoral|unethical|unacceptable|inexcusable|unjustifi(?:ed|able))\b"
+)
+RIGHT = re.compile(
+    rf"{BEFORE}(?:right|good|moral|okay|ok|alright){AFTER}|\b(?:right|good|moral) {DEED}"
+    rf"|\b(?:is|was|perfectly) fine{AFTER}"
+    r"|\b(?:acceptable|permissible|justifi(?:ed|able)|ethical)\b"
 )
 
 
 def read(answer: str) -> float:
-    """0 for "not wrong", 1 for "wrong", NaN for neither.
+    """0 for "not wrong", 1 for "wrong", NaN for neither or both.
 
-    A repeated "wrong or not wrong", in either order, is the question, not an answer; "not only
-    wrong" is wrong.
+    Read are words for wrong ("wrong", "immoral", "unacceptable", "a bad thing") and for not wrong
+    ("acceptable", "morally right"), as :func:`common.verdict_of` does. A repeated "wrong or not
+    wrong", in either order, is the question, not an answer; "not only wrong" is wrong; "not
+    necessarily wrong" is not wrong.
     """
-    text = ECHO.sub(" ", answer.casefold())
-    if NOT_WRONG.search(text):
-        return 0.0
-    return 1.0 if re.search(r"\bwrong\b", text) else float("nan")
+    return verdict_of(clauses(NO_VERDICT.sub(" ", answer.casefold())), WRONG, RIGHT)
 
 
 def judgements(answers: list[list[str]]) -> np.ndarray:
