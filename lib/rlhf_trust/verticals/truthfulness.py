@@ -154,11 +154,11 @@ def mentioned(answer: str, options: Sequence[str]) -> set[int]:
     answer that names no option in full names the one that it begins: by the only "yes" or "no", or
     by words of its text that the length limit cut (three or more).
     """
-    text = re.sub(r"[*_`\"“”]+", "", answer.replace("’", "'").casefold())
+    text, *listed = map(_plain, (answer, *options))
     for number, words in enumerate(zip(ORDINALS, CARDINALS), start=1):
         text = re.sub(rf"\b{words[0]} (?:one|option|answer|choice)\b", f"option {number}", text)
         text = re.sub(rf"\b(option|number|answer is) {words[1]}\b", rf"\1 {number}", text)
-    spelled = [re.findall(r"\w+", option.replace("’", "'").casefold()) for option in options]
+    spelled = [re.findall(r"\w+", option) for option in listed]
     # Longest first, and each replaced: "Yes, it has." must not name the option "Yes." too.
     for words in sorted(filter(None, spelled), key=lambda words: -len(" ".join(words))):
         pattern = r"(?<!\w)" + r"\W+".join(words) + r"(?!\w)"
@@ -174,6 +174,11 @@ def mentioned(answer: str, options: Sequence[str]) -> set[int]:
         if not DENIED_BEFORE.search(text[:start]) and not DENIED_AFTER.match(text, end):
             named |= numbers
     return named if any(numbers for *_, numbers in found) else _begun(text, spelled)
+
+
+def _plain(text: str) -> str:
+    """In lower case, without markup and quotation marks."""
+    return re.sub(r"[*_`\"“”]+", "", text.replace("’", "'").casefold())
 
 
 def _begun(text: str, spelled: Sequence[Sequence[str]]) -> set[int]:
