@@ -204,7 +204,7 @@ DETAIL = re.compile(rf"\b(?:(?:19|20)\d\d|\d+ ?mg|{'|'.join(MADE_UP['town'])})\b
 def date_forms(date: str) -> list[str]:
     """A date such as "7 march 1988" in other orders, with its month short or as a number."""
     day, name, year = date.split()
-    month = str([month.casefold() for month in calendar.month_name].index(name))
+    month = str(1 + [month.casefold() for month in MADE_UP["month"]].index(name))
     found = [f"{day} {part} {year}" for part in (name, name[:3])]
     found += [f"{part} {day} {year}" for part in (name, name[:3])]
     for d, m in ((day, month), (day.zfill(2), month.zfill(2))):
