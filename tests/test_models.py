@@ -116,6 +116,7 @@ def test_only_the_named_adapter_trains_and_saves_again_alike(two_adapters, tmp_p
         (None, None),
         ("upper 1/3", list(range(20, 30))),
         ("upper 1/100", [29]),
+        ("upper 4", [26, 27, 28, 29]),
         ("20-29", list(range(20, 30))),
         ("7, 3", [3, 7]),
         ("0-1,5", [0, 1, 5]),
@@ -127,7 +128,7 @@ def test_adapted_layers_of_thirty(layers, numbers):
     assert LoRA(layers=layers).numbers(30) == numbers
 
 
-WRONG_FRACTIONS = ("lower 1/3", "upper 1/0", "upper 0", "upper 4/3", "upper -1/3")
+WRONG_FRACTIONS = ("lower 1/3", "upper 1/0", "upper 0", "upper 4/3", "upper -1/3", "upper 31")
 WRONG_NUMBERS = ("30", "9-3", "-1", "", [], [30], ["x"])
 
 

@@ -413,6 +413,34 @@ def test_scores_are_in_units_of_the_sft_model_and_truncated_answers_pay(
         torch.testing.assert_close(got, wanted)
 
 
+def test_a_relative_reward_takes_off_the_preferred_answers(tiny_llama, tmp_path, monkeypatch):
+    raw, shaped = [], []
+    shape = ppo.kl_shaped_rewards
+
+    def by_length(model):
+        def reward_fn(answers):
+            raw.append(torch.tensor([float(len(a)) for a in answers]))
+            return raw[-1]
+
+        return reward_fn
+
+    def spy_shape(policy_logps, reference_logps, scores, mask, kl_coef):
+        shaped.append(scores)
+        return shape(policy_logps, reference_logps, scores, mask, kl_coef)
+
+    monkeypatch.setattr(ppo, "kl_shaped_rewards", spy_shape)
+    chat = Chat(tiny_llama.tokenizer, "chatml")
+    chosen = {p.id: chat.sequence(p.turns, "yes " * i) for i, p in enumerate(PROMPTS, start=1)}
+    config = dataclasses.replace(QUICK, steps=1)
+    sft, reward = write_adapters(tiny_llama, tmp_path)
+    out = tmp_path / "ppo"
+    ppo.train(tiny_llama, chat, sft, by_length, PROMPTS, HELD_OUT, config, out, chosen)
+    before, answers, preferred = raw[:3]
+    assert len(set(preferred.tolist())) > 1
+    wanted = (answers - preferred) / before.std(unbiased=False)
+    torch.testing.assert_close(shaped[0], wanted)
+
+
 @pytest.mark.slow
 def test_a_bandit_comes_to_the_known_optimum(tmp_path):
     """One prompt, answers of one token, a reward by token: the objective's maximum is π ∝ π_sft ·

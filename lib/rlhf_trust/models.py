@@ -161,8 +161,8 @@ class LoRA:
     """The shape of an adapter.
 
     ``alpha``: its scale is alpha / rank. ``target_modules``: last names of the linear layers that
-    it adds to; None: query and value projections. ``layers``: ``all``, ``upper 1/3`` (or another
-    fraction of the model's layers, from the top), or numbers: ``20-29``, ``3, 7`` or a list. What
+    it adds to; None: query and value projections. ``layers``: ``all``, ``upper 1/3`` (a fraction of
+    the model's layers, from the top), ``upper 4``, or numbers: ``20-29``, ``3, 7`` or a list. What
     lies below the first adapted layer is the same for every model and every training step, and need
     run only once (``decode.LowerStates``)."""
 
@@ -181,8 +181,11 @@ class LoRA:
             elif not isinstance(self.layers, str):
                 found = [int(number) for number in self.layers]
             elif self.layers.startswith("upper "):
-                share = Fraction(self.layers.removeprefix("upper "))
-                found = list(range(layers - max(1, round(share * layers)), layers)) * (share > 0)
+                part = Fraction(self.layers.removeprefix("upper "))
+                count = int(part) if part.denominator == 1 else 0
+                if 0 < part < 1:
+                    count = max(1, round(part * layers))
+                found = list(range(layers - count, layers))
             else:
                 ends = [part.split("-") for part in self.layers.split(",")]
                 found = [n for e in ends for n in range(int(e[0]), int(e[-1]) + 1)]

@@ -50,6 +50,7 @@ whose log-probabilities enter the ratio and the KL, and both are biased.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -262,10 +263,11 @@ class Minibatch(NamedTuple):
 class PPORun(rollout.Run):
     """A run with what PPO adds to it: value head, optimiser and random numbers."""
 
-    def __init__(self, config: PPOConfig, model, reward_fn, chat: Chat, held_out, bar):
+    def __init__(self, config: PPOConfig, model, reward_fn, chat: Chat, held_out, bar, chosen):
         limits = config.decoding, config.minibatch, config.max_kl
         super().__init__(model, reward_fn, chat, held_out, *limits, bar)
         self.config, self.rng = config, np.random.default_rng(config.seed)
+        self.chosen = chosen
         self.value_head = torch.nn.Linear(self.model.config.hidden_size, 1).to(self.model.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
@@ -281,6 +283,8 @@ class PPORun(rollout.Run):
         keys = [f"ppo {step} {index} {prompt.id}" for index, prompt in enumerate(prompts)]
         answers = [answer for (answer,) in self.sample(prompts, keys, self.decoding)]
         scores = self.reward_fn(answers)
+        if self.chosen:
+            scores = scores - self.reward_fn([self.chosen[prompt.id] for prompt in prompts])
         batches = batches_by_length([len(a) for a in answers], config.minibatch)
         self.kept = LowerStates(model)  # for all passes over this step's answers
         given, head = (answers, batches, tokenizer.pad_token_id), self.value_head
@@ -292,7 +296,8 @@ class PPORun(rollout.Run):
         ended = [answer.input_ids[-1] == tokenizer.eos_token_id for answer in answers]
         ended = torch.tensor(ended, device=mask.device)
         before = self.eval_history[0]["reward"]
-        shaped = (scores - float(before.mean())) / float(before.std(ddof=0))
+        centre = 0.0 if self.chosen else float(before.mean())
+        shaped = (scores - centre) / float(before.std(ddof=0))
         shaped = shaped - config.missing_end_penalty * (~ended).float()
         if config.answers_per_prompt > 1:
             by_prompt = shaped.view(-1, config.answers_per_prompt)
@@ -392,6 +397,7 @@ def train(
     held_out: list[Prompt],
     config: PPOConfig,
     out: Path,
+    chosen: Mapping[str, EncodedExample] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the SFT adapter with PPO and save it to ``out`` (at the end only, whole or not at all).
 
@@ -410,6 +416,9 @@ def train(
         Answered in a seeded random order, over and over.
     held_out
         Never trained on.
+    chosen
+        Prompt id → the preferred answer. Its score is then subtracted from that of each training
+        answer (a baseline of its own for each prompt, as in the paper's code).
 
     Returns
     -------
@@ -438,11 +447,11 @@ def train(
         rollout.policy_and_reward(base, chat, sft, reward, config.minibatch) as (model, reward_fn),
         progress(total=answers_in_all, desc="PPO: held-out prompts before", unit="answer") as bar,
     ):
-        run = PPORun(config, model, reward_fn, chat, held_out, bar)
+        run = PPORun(config, model, reward_fn, chat, held_out, bar, chosen)
         order, done = run.rng.permutation(len(prompts)).tolist(), 0
         if isinstance(reward, Path):
             weights = models.adapter_fingerprint(base, sft), sha256_of(reward)
-            key = content_key(config, weights, prompts, held_out, chat.format)
+            key = content_key(config, weights, prompts, held_out, chat.format, chosen)
             done = run.resume(unfinished, key)
         if not done:
             run.evaluate(0)
