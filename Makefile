@@ -33,7 +33,7 @@ OPTIONS := --profile $(PROFILE) --data "$(DATA)" --seed "$(SEED)"
 PYTEST := $(BIN)/python -m pytest -q --strict-markers --numprocesses $(JOBS) --dist worksteal
 RUFF := $(BIN)/ruff --config lib/pyproject.toml
 
-.PHONY: help setup reproduce flagship report params appendix lab lint format unit test compare parity bench clean resolve
+.PHONY: help setup reproduce flagship quick report params appendix lab lint format unit test compare parity bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,6 +52,9 @@ reproduce: report appendix ## run the whole study, then its report
 flagship: report appendix ## the same without the companion chapters (30 on)
 reproduce flagship:
 	@echo "report: $(BUILD)/report.html"
+
+quick: ## a first answer: SFT, DPO and its placebo, five verticals without written answers, report
+	$(MAKE) report PROFILE=quick STAGES="01-sft 04-dpo 16-headline 90-report"
 
 report: $(BUILD)/report.html ## render the report as one HTML file
 appendix: $(BUILD)/appendix/index.html ## render all executed notebooks as linked HTML pages

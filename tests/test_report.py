@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from rlhf_trust.artifacts import Build
+from rlhf_trust import StudyError
+from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.report import (
-    at_a_glance,
+    as_published,
     attribution_words,
     contributions_of,
     over_runs,
@@ -16,7 +17,7 @@ from rlhf_trust.report import (
     trade_offs,
     validation_words,
 )
-from rlhf_trust.verticals import HEADLINE
+from rlhf_trust.verticals import HEADLINE, PUBLISHED
 
 NAN = float("nan")
 START = {"toxicity": 0.5, "stereotype": 0.2, "ethics": 0.25, "truthfulness": 0.4, "privacy": 0.0}
@@ -24,7 +25,7 @@ START = {"toxicity": 0.5, "stereotype": 0.2, "ethics": 0.25, "truthfulness": 0.4
 
 def trust(unparsable=0.25):
     rows = []
-    for vertical, (metric, _) in HEADLINE.items():
+    for vertical, (metric, *_) in PUBLISHED.items():
         rows.append(("sft", vertical, metric, "main", 9.0))
         rows.append(("start", vertical, metric, "other", 9.0))
         rows.append(("start", vertical, metric, "main", START[vertical]))
@@ -35,7 +36,7 @@ def trust(unparsable=0.25):
     return pd.DataFrame(rows, columns=columns).assign(n=60)
 
 
-def changes(rows):
+def changes(rows, measures=PUBLISHED):
     """``rows``: (model, vertical, change, low, high, p_holm), against start, between rows that must
     not be read."""
     found = []
@@ -44,8 +45,8 @@ def changes(rows):
             "model": model,
             "baseline": "start",
             "vertical": vertical,
-            "metric": HEADLINE[vertical][0],
-            "condition": "main",
+            "metric": measures[vertical][0],
+            "condition": measures[vertical][1],
             "change": change,
             "ci_low": low,
             "ci_high": high,
@@ -65,27 +66,20 @@ def changes(rows):
     return pd.DataFrame(found)
 
 
-def test_at_a_glance():
-    rows = [("sft", v, 0.1, -0.05, 0.2, 1.0) for v in HEADLINE]
+def test_what_was_published_stands_beside_what_could_be_read():
+    rows = [("sft", v, 0.1, -0.05, 0.2, 1.0) for v in PUBLISHED]
     rows.append(("dpo", "ethics", -0.25, -0.25, -0.1, 0.01))
-    glance = at_a_glance(trust(), changes(rows)).set_index(["vertical", "model"])
-    assert len(glance) == 6
-    percent = {
-        ("toxicity", "sft"): 20,
-        ("stereotype", "sft"): 50,
-        ("ethics", "sft"): 40,
-        ("ethics", "dpo"): -100,
-        ("truthfulness", "sft"): 25,
-        # Of nothing, no percentage.
-        ("privacy", "sft"): NAN,
-    }
-    assert glance["percent"].round(9).to_dict() == pytest.approx(percent, nan_ok=True)
-    assert glance.loc[("ethics", "sft"), ["low", "high"]].tolist() == pytest.approx([-20, 80])
-    assert glance.loc[("privacy", "sft"), "change"] == 0.1
-    assert glance["readable"].eq(0.75).all() and not glance["mostly_unreadable"].any()
-    unread = at_a_glance(trust(unparsable=0.9), changes(rows)).set_index(["vertical", "model"])
-    assert unread["mostly_unreadable"].to_dict()["ethics", "sft"]
-    assert unread["mostly_unreadable"].sum() == 1
+    found = as_published(trust(), changes(rows)).set_index(["vertical", "model"])
+    assert len(found) == 6
+    assert found["start"].to_dict() == {key: START[key[0]] for key in found.index}
+    assert found["readable"].eq(0.75).all() and not found["mostly_unreadable"].any()
+    unread = as_published(trust(unparsable=0.9), changes(rows)).set_index(["vertical", "model"])
+    assert unread.index[unread["mostly_unreadable"]].tolist() == [("ethics", "sft")]
+    shares = trust()
+    of_start = shares.eval("model == 'start' and vertical == 'ethics'")
+    shares.loc[of_start & (shares["metric"] == "unparsable_rate"), "value"] = 0.9
+    unread = as_published(shares, changes(rows)).set_index(["vertical", "model"])
+    assert unread["mostly_unreadable"].sum() == 2  # both models' changes from there
 
 
 def test_verdicts_know_which_way_is_worse():
@@ -98,8 +92,8 @@ def test_verdicts_know_which_way_is_worse():
         ("ppo", "privacy", NAN, NAN, NAN, NAN),
         ("ppo", "ethics", 0.0, 0.0, 0.0, 1.0),
     ]
-    glance = at_a_glance(trust(), changes(rows)).set_index(["model", "vertical"])
-    assert glance["verdict"].to_dict() == {
+    found = as_published(trust(), changes(rows)).set_index(["model", "vertical"])
+    assert found["verdict"].to_dict() == {
         ("sft", "toxicity"): "worse",
         ("sft", "ethics"): "better",
         ("sft", "truthfulness"): "worse",
@@ -172,7 +166,7 @@ def test_trade_offs_turn_every_change_so_that_more_is_worse():
         ("sft", "truthfulness", -0.1, -0.2, -0.05, 1.0),
         ("sft", "toxicity", -0.3, -0.4, -0.1, 1.0),
     ]
-    found = trade_offs({"p": changes(rows)}).set_index("vertical")
+    found = trade_offs({"p": changes(rows, HEADLINE)}).set_index("vertical")
     found = found[["value", "ci_low", "ci_high"]]
     assert found.loc["truthfulness"].tolist() == pytest.approx([0.1, 0.05, 0.2])
     assert found.loc["toxicity"].tolist() == [-0.3, -0.4, -0.1]
@@ -180,7 +174,8 @@ def test_trade_offs_turn_every_change_so_that_more_is_worse():
 
 def test_several_seeds_give_an_interval_over_runs():
     def run(change):
-        return changes([("sft", v, change * HEADLINE[v][1], -9, 9, 1.0) for v in HEADLINE])
+        rows = [("sft", v, change * HEADLINE[v].worse, -9, 9, 1.0) for v in HEADLINE]
+        return changes(rows, HEADLINE)
 
     found = over_runs(trade_offs({"p": run(0.1), "p-seed1": run(0.2), "p-seed2": run(0.6)}))
     half = 4.302653 * np.std([0.1, 0.2, 0.6], ddof=1) / np.sqrt(3)
@@ -202,6 +197,10 @@ def test_runs_of_other_seeds_are_found_by_their_tables(tmp_path, monkeypatch):
     ):
         Build(name).path("tables", file).write_text("")
     assert list(runs_of_seeds(Build("p"))) == ["p", "p-seed1", "p-seed2"]
+    for name, seed in (("p", 0), ("p-seed1", 1), ("p-seed2", 1)):
+        Manifest(Build(name), "01-sft", {"seed": seed}).write()
+    with pytest.raises(StudyError, match="p-seed2: has the same seed as p-seed1"):
+        runs_of_seeds(Build("p"))
 
 
 def test_readable_answers():

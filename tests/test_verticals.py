@@ -20,9 +20,9 @@ from rlhf_trust.verticals.common import Measure, change_table, field, measured, 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def scripted(*rows, ids="abcd", metric="m"):
+def scripted(*rows, ids="abcd", metric="m", condition="main"):
     return {
-        model: [Measure(metric, "main", tuple(ids), np.array(v, dtype=float))]
+        model: [Measure(metric, condition, tuple(ids), np.array(v, dtype=float))]
         for model, v in zip(("start", "sft", "dpo"), rows)
     }
 
@@ -47,14 +47,26 @@ def test_a_model_measured_on_other_items_is_refused():
         change_table("ethics", of, 0)
 
 
-def test_headline_words_follow_the_numbers():
-    for vertical, verdict in (("ethics", "worse"), ("truthfulness", "better")):
-        ids, metric = [str(i) for i in range(20)], HEADLINE[vertical][0]
-        of = scripted([0] * 20, [1] * 20, [0] * 20, ids=ids, metric=metric)
-        tables = trust_table(vertical, of, 0), change_table(vertical, of, 0)
-        start, sft, dpo = common.headline_sentence(vertical, *tables)
-        assert start.endswith("is 0.000.")
-        assert sft.endswith(f"n = 20 items): {verdict}.") and dpo.endswith("no clear change.")
+@pytest.mark.parametrize(("vertical", "verdict"), [("stereotype", "worse"), ("ethics", "better")])
+def test_headline_words_follow_the_numbers(vertical, verdict):
+    ids, (metric, condition, _, validity, chance) = [str(i) for i in range(20)], HEADLINE[vertical]
+    of = scripted([0] * 20, [1] * 20, [0] * 20, ids=ids, metric=metric, condition=condition)
+    trust, changes = trust_table(vertical, of, 0), change_table(vertical, of, 0)
+    trust = trust[~((trust["metric"] == validity[0]) & (trust["model"] == "start"))]
+    row = {"model": "start", "metric": validity[0], "condition": validity[1], "value": chance + 0.2}
+
+    def words(low):
+        seen = pd.DataFrame([row | {"ci_low": chance + low, "ci_high": chance + 0.3, "n": 20}])
+        both = trust if vertical == "stereotype" else trust[trust["model"] != "start"]
+        return common.headline_sentence(vertical, pd.concat([both, seen]), changes)
+
+    start, sft, dpo = words(0.1)
+    assert start.startswith("At the start")
+    assert sft.startswith("The one checkpoint of sft")
+    assert sft.endswith(f"n = 20 items): {verdict}.") and dpo.endswith("no clear change.")
+    _, blind, sft, dpo = words(-0.1)
+    assert "not clearly better than chance" in blind
+    assert sft.endswith("n = 20 items).") and dpo.endswith("n = 20 items).")
 
 
 def test_measures_of_some_rows():

@@ -9,9 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.patches import Patch
 
-from .stats import mean_interval
+from .stats import FEW, mean_interval
 
 # Okabe and Ito's palette, safe for colour-blind readers.
 GREY, BLUE, ORANGE, GREEN = "#666666", "#0072B2", "#D55E00", "#009E73"
@@ -25,7 +24,8 @@ COLOURS = {
     "trust-aligned": "#56B4E9",
 }
 WORSE, BETTER, UNCLEAR = "#B2182B", "#2166AC", "#BBBBBB"
-AT_ZERO = {"color": "black", "linewidth": 0.8}
+BLACK = "black"
+AT_ZERO = {"color": BLACK, "linewidth": 0.8}
 SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2"}
 """Abbreviations of metrics as they are written in text."""
 TITLES = {
@@ -144,10 +144,11 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items")
     """Point and 95 % interval of every model (colour) and label (row).
 
     Columns label, model, value, ci_low, ci_high, n. ``over``: what the intervals are over and n
-    counts.
+    counts. Points of fewer than ``FEW`` items are left out.
     """
     trust = trust.assign(label=trust["label"].replace(SPELLED, regex=True))
-    labels, models = list(trust["label"].unique()), list(trust["model"].unique())
+    all_models, trust = list(trust["model"].unique()), trust[trust["n"] >= FEW]
+    labels, models = list(trust["label"].unique()), all_models
     figure, axis = plt.subplots(figsize=(7.2, 0.9 + 0.24 * len(labels) * max(2, len(models))))
     points = trust.drop_duplicates(["label", "model"]).dropna(subset="value")
     for point in points.itertuples():
@@ -159,6 +160,8 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items")
     counts = trust.groupby("label", sort=False)["n"].max()
     _row_labels(axis, [f"{label}\n(n = {counts[label]})" for label in labels])
     axis.set(title=title, xlabel=f"{xlabel}, 95 % interval over {over}")
+    if not labels:
+        axis.set(title=f"{title}: fewer than {FEW} {over}, so nothing is drawn")
     dot = {"marker": "o", "markersize": 6, "linestyle": "none"}
     handles = [plt.Line2D([], [], color=colour(model), **dot) for model in models]
     _legend_right(axis, handles, models)
@@ -195,39 +198,36 @@ def forest(
 # --- the report ----------------------------------------------------------------------------------
 
 
-def glance(changes: pd.DataFrame, verticals: Sequence[str], models: Sequence[str]):
-    """What changed at a glance: one panel per vertical, one bar per model, in percent of start.
+def headline(changes: pd.DataFrame, validity: pd.DataFrame):
+    """Effects on every vertical (row) by stage (colour), signed so that right is worse.
 
-    ``changes``: as of ``report.at_a_glance``. Red: the interval lies on the worse side of zero,
-    blue: on the better side, grey: it includes zero. Hatched: fewer than half of the answers were
-    readable.
+    Filled: true arm minus placebo; hollow: true arm minus start. Grey where the instrument is not
+    valid on start or on the stage's models. Tables as ``headline.csv`` and ``validity.csv``.
     """
-    figure, axes = _panels(len(verticals), len(verticals), (2.35, 3.4))
-    for axis, vertical in zip(axes, verticals):
-        rows = changes[changes["vertical"] == vertical].set_index("model")
-        for place, model in enumerate(models):
-            if model not in rows.index or not np.isfinite(rows.loc[model, "percent"]):
-                axis.text(place, 0, "n/a", ha="center", va="bottom", fontsize=8, color=GREY)
-                continue
-            row = rows.loc[model]
-            hatch = "///" if row["mostly_unreadable"] else None
-            shade = {"worse": WORSE, "better": BETTER}.get(row["verdict"], UNCLEAR)
-            axis.bar(place, row["percent"], color=shade, width=0.7, edgecolor="white", hatch=hatch)
-            axis.plot([place, place], [row["low"], row["high"]], color="black", linewidth=1.2)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(models)), models)
-        axis.set(xlim=(-0.6, len(models) - 0.4), title=TITLES[vertical])
-        if len(rows):
-            metric = rows["metric"].iloc[0].replace("_", " ")
-            axis.set_xlabel(f"{metric}\nn = {rows['n'].max()}", fontsize=9)
-        axis.grid(axis="x", visible=False)
-    axes[0].set_ylabel("change against start, %")
-    meanings = {"worse": WORSE, "better": BETTER, "no clear change": UNCLEAR}
-    handles = [Patch(color=shade, label=label) for label, shade in meanings.items()]
-    if changes["mostly_unreadable"].any():
-        hatched = {"facecolor": "#555555", "edgecolor": "white", "hatch": "///"}
-        handles.append(Patch(label="most answers unreadable", **hatched))
-    figure.legend(handles=handles, loc="outside lower center", ncol=len(handles), frameon=False)
+    verticals = list(changes["vertical"].unique())
+    stages = list(changes["stage"].unique())
+    blind = set(validity.loc[~validity["valid"].astype(bool), ["vertical", "model"]].agg(tuple, 1))
+    figure, axis = plt.subplots(figsize=(7.2, 1.1 + 0.17 * len(verticals) * 2 * len(stages)))
+    for row in changes.dropna(subset="ci_low").itertuples():
+        hollow = row.baseline == "start"
+        place = 2 * stages.index(row.stage) + hollow
+        y = verticals.index(row.vertical) + _offset(place, 2 * len(stages))
+        unseen = {(row.vertical, model) for model in ("start", row.stage)} & blind
+        shade = UNCLEAR if unseen else colour(row.stage)
+        ends = sorted((row.worse * row.ci_low, row.worse * row.ci_high))
+        look = {"markersize": 6, "markerfacecolor": "white" if hollow else shade}
+        _point(axis, y, row.worse * row.change, *ends, shade, **look)
+    axis.axvline(0, **AT_ZERO)
+    n = changes.groupby("vertical")["n"].max()
+    _row_labels(axis, [f"{TITLES[vertical]}\n(n = {n[vertical]})" for vertical in verticals])
+    seeds = changes["seeds"].max()
+    over = f"items and {seeds} seeds" if seeds > 1 else "items (one checkpoint each)"
+    axis.set_xlabel(f"change, signed so that right is worse, 95 % interval over {over}")
+    dot = {"marker": "o", "markersize": 6, "linestyle": "none"}
+    handles = [plt.Line2D([], [], color=colour(stage), **dot) for stage in stages]
+    handles += [plt.Line2D([], [], color=BLACK, markerfacecolor=c, **dot) for c in (BLACK, "white")]
+    handles.append(plt.Line2D([], [], color=UNCLEAR, **dot))
+    _legend_right(axis, handles, [*stages, "minus placebo", "minus start", "not measurable"])
     return figure
 
 

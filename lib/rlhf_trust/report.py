@@ -21,7 +21,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import sqrt
 
 import numpy as np
@@ -32,7 +32,7 @@ from . import ROOT, StudyError, build_root
 from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
 from .rewards import rm_bench
 from .stats import FEW, LEVEL, Change, Interval, holm, interval_words, paired_change, verdict
-from .verticals import HEADLINE
+from .verticals import HEADLINE, PUBLISHED
 
 TOO_FEW = f"fewer than {FEW} items"
 NO_VERDICT = "Without an interval there is no verdict."
@@ -50,38 +50,42 @@ def merge_study_tables(build: Build, needed: Collection[str]) -> dict[str, pd.Da
 
 
 def holm_over_headlines(changes: pd.DataFrame) -> pd.DataFrame:
-    """``trust_change`` with ``p_holm``: Holm's correction over all headline changes."""
-    metric = changes["vertical"].map({name: metric for name, (metric, _) in HEADLINE.items()})
-    headline = changes["condition"].eq("main") & changes["metric"].eq(metric) & changes["p"].notna()
-    corrected = holm(changes.loc[headline, "p"].to_numpy())
-    return changes.assign(p_holm=pd.Series(corrected, changes.index[headline]))
+    """``trust_change`` with ``p_holm``: Holm's correction over all headline changes, and apart from
+    them over those of the protocols as published."""
+    corrected = pd.Series(np.nan, changes.index)
+    for measures in (HEADLINE, PUBLISHED):
+        wanted = pd.MultiIndex.from_tuples((v, *of[:2]) for v, of in measures.items())
+        keys = pd.MultiIndex.from_frame(changes[["vertical", "metric", "condition"]])
+        rows = keys.isin(wanted) & changes["p"].notna()
+        corrected[rows] = holm(changes.loc[rows, "p"].to_numpy())
+    return changes.assign(p_holm=corrected)
 
 
-def headline_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The headline metric's rows of each vertical, with ``worse`` (+1: more is worse).
+def headline_rows(table: pd.DataFrame, measures: Mapping[str, tuple] = HEADLINE) -> pd.DataFrame:
+    """The rows of each vertical's headline measure, with ``worse`` (+1: more is worse).
 
     ``table``: ``trust.csv``, or ``trust_change.csv``, of which only changes against start are
-    taken.
+    taken. ``measures``: ``HEADLINE`` or ``PUBLISHED``.
     """
-    metrics = pd.DataFrame.from_dict(HEADLINE, "index", columns=["metric", "worse"])
-    rows = table[table["condition"] == "main"]
-    rows = rows[rows["baseline"] == "start"] if "baseline" in rows else rows
-    return metrics.rename_axis("vertical").reset_index().merge(rows, on=["vertical", "metric"])
+    names = [(vertical, *of[:3]) for vertical, of in measures.items()]
+    wanted = pd.DataFrame(names, columns=["vertical", "metric", "condition", "worse"])
+    rows = table[table["baseline"] == "start"] if "baseline" in table else table
+    return wanted.merge(rows, on=["vertical", "metric", "condition"])
 
 
-def at_a_glance(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
-    """The headline change of each vertical and model against start.
+def as_published(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
+    """The change of each vertical's published measure for each model against start.
 
-    Adds ``percent``, ``low`` and ``high`` (of start's value; missing where it is 0), ``verdict``,
-    ``readable`` (share of the model's answers) and ``mostly_unreadable`` (below ``HALF``).
+    Adds ``start`` (its value there), ``verdict``, ``readable`` (share of the model's answers) and
+    ``mostly_unreadable`` (below ``HALF`` for the model or for start).
     """
-    start = headline_rows(trust[trust["model"] == "start"]).set_index("vertical")["value"]
-    readable = readable_answers(trust).drop(columns="n").melt("vertical", None, "model", "readable")
-    found = headline_rows(changes).merge(readable, how="left", on=["vertical", "model"])
-    found["start"] = found["vertical"].map(start)
-    shown = found[["change", "ci_low", "ci_high"]].mul(100 / found["start"].replace(0, np.nan), 0)
-    found[["percent", "low", "high"]] = shown
-    found["mostly_unreadable"] = found["readable"] < HALF
+    start = headline_rows(trust[trust["model"] == "start"], PUBLISHED).set_index("vertical")
+    readable = readable_answers(trust).drop(columns="n")
+    shares = readable.melt("vertical", None, "model", "readable")
+    found = headline_rows(changes, PUBLISHED).merge(shares, how="left", on=["vertical", "model"])
+    found["start"] = found["vertical"].map(start["value"])
+    at_start = found["vertical"].map(readable.set_index("vertical")["start"])
+    found["mostly_unreadable"] = np.fmin(found["readable"], at_start) < HALF
     found["verdict"] = [
         verdict(r.ci_low, r.ci_high, r.worse) if r.n >= FEW else TOO_FEW for r in found.itertuples()
     ]
@@ -92,21 +96,31 @@ def readable_answers(trust: pd.DataFrame) -> pd.DataFrame:
     """Share of answers that could be read: one row per vertical, one column per model, and n."""
     rows = trust[(trust["metric"] == "unparsable_rate") & (trust["condition"] == "main")]
     rates = rows.pivot(index="vertical", columns="model", values="value")
-    shares = 1 - rates.loc[list(HEADLINE), list(rows["model"].unique())]
+    shares = 1 - rates.reindex(HEADLINE)[list(rows["model"].unique())]
     return shares.assign(n=rows.groupby("vertical")["n"].max()).reset_index()
 
 
 def runs_of_seeds(build: Build) -> dict[str, Build]:
-    """This run and the profile's finished runs with other seeds, by name."""
+    """This run and the profile's finished runs with other seeds, by name.
+
+    Raises :class:`StudyError` if two of them have the same seed: one counted twice.
+    """
     runs = build_root(build.profile).parent
     others = sorted(runs.glob(f"{build.profile}-seed*/tables/trust_change.csv"))
-    return {name: Build(name) for name in (build.profile, *(p.parents[1].name for p in others))}
+    names = (build.profile, *(p.parents[1].name for p in others))
+    found, seeds = {name: Build(name) for name in names}, {}
+    for name, run in found.items():
+        first = next(iter(read_manifests(run).values()), {"parameters": {"seed": name}})
+        same = seeds.setdefault(first["parameters"]["seed"], name)
+        if same != name:
+            raise StudyError(f"{run.root}: has the same seed as {same}; delete one of the two")
+    return found
 
 
 def trade_offs(changes_of_runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The headline changes against start, signed so that more is worse: per run, vertical, model.
 
-    All headline metrics lie in [0, 1], so their changes share an axis.
+    All headline measures lie in [-1, 1], so their changes share an axis.
     """
     signed = {run: _signed(headline_rows(table)) for run, table in changes_of_runs.items()}
     return pd.concat([rows.assign(run=run) for run, rows in signed.items()], ignore_index=True)
@@ -466,7 +480,7 @@ def compare(profile: str) -> int:
         f"{len(both) - len(differing)} of {len(both)} figures agree with the reference run "
         "within their intervals."
     )
-    return int((differing["condition"] == "main").any())
+    return int(any(len(headline_rows(differing, of)) for of in (HEADLINE, PUBLISHED)))
 
 
 def save(profile: str) -> None:
@@ -496,17 +510,18 @@ def save(profile: str) -> None:
 
 
 def results_markdown(profile: str) -> str:
-    """The reference run's headline figures, training checks and RM-Bench results, in Markdown."""
+    """The reference run's measures as published, its checks and RM-Bench results, in Markdown."""
     trust, changes = (reference_table(profile, name) for name in ("trust", "trust_change"))
-    glance = at_a_glance(trust, changes)
+    glance = as_published(trust, changes)
     record = json.loads((REFERENCE / profile / "run.json").read_text())
     models = list(dict.fromkeys(glance["model"]))
     lines = [
         f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, "
-        f"seed {record['parameters']['01-sft']['seed']}. Change against start, with its 95 % "
-        "interval paired by item; **bold** where it excludes zero over 8 items or more, † where "
-        "fewer than half of the model's answers could be read (its change is first of all one of "
-        "format).",
+        f"seed {record['parameters']['01-sft']['seed']}. The measures as published, by written "
+        "answers: change of one checkpoint each against start, with its 95 % interval paired by "
+        "item. **Bold** where it excludes zero over 8 items or more; † (never bold) where fewer "
+        "than half of the answers of start or of the model could be read: the change is first of "
+        "all one of format.",
         "",
         "| vertical | metric (worse when) | n | start | " + " | ".join(models) + " |",
         "|---" * (4 + len(models)) + "|",
@@ -518,7 +533,8 @@ def results_markdown(profile: str) -> str:
         cells = [vertical, metric, str(n), f"{first['start']:.3f}"]
         for row in rows.set_index("model").loc[models].itertuples():
             text = interval_words(Interval.of_row(row, "change"), label="")
-            text = f"**{text}**" if row.verdict in ("worse", "better") else text
+            clear = row.verdict in ("worse", "better") and not row.mostly_unreadable
+            text = f"**{text}**" if clear else text
             fewer = f", n = {row.n}" if row.n < n else ""
             cells.append(f"{text}{fewer}{' †' if row.mostly_unreadable else ''}")
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,8 +1,7 @@
 """The five kinds of trust, one file each: rows, prompts, readers of answers, metrics per item.
 
-``INSTRUMENTS`` names each vertical's headline metric and how it is known that it measures anything;
-``HEADLINE`` the metric of the published protocol and whether more of it is worse (+1) or better
-(-1).
+``HEADLINE`` names each vertical's main measure and how it is known that it measures anything;
+``PUBLISHED`` the measure of the protocol as published, by written answers.
 """
 
 from typing import NamedTuple
@@ -23,7 +22,7 @@ class Instrument(NamedTuple):
     chance: float
 
 
-INSTRUMENTS = {
+HEADLINE = {
     "toxicity": Instrument(
         "expected_max_toxicity",
         "scorer=both;echo=none",
@@ -61,10 +60,11 @@ INSTRUMENTS = {
     ),
 }
 
-HEADLINE = {
-    "toxicity": ("expected_max_toxicity", +1),
-    "stereotype": ("agreement_rate", +1),
-    "ethics": ("false_negative_rate", +1),
-    "truthfulness": ("accuracy", -1),
-    "privacy": ("leak_rate", +1),
+PUBLISHED = {
+    "toxicity": ("expected_max_toxicity", "main", +1),
+    "stereotype": ("agreement_rate", "main", +1),
+    "ethics": ("false_negative_rate", "main", +1),
+    "truthfulness": ("accuracy", "main", -1),
+    "privacy": ("leak_rate", "main", +1),
 }
+"""Vertical → metric, condition, and whether more of it is worse (+1) or better (-1)."""
