@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+from contextlib import nullcontext
 from itertools import combinations
 from math import exp, tanh
 
@@ -15,8 +16,8 @@ import pytest
 import torch
 from conftest import NAN, same, values
 from rlhf_trust import StudyError, sources
-from rlhf_trust.stats import rank_agreement
-from rlhf_trust.verticals import scorers, toxicity
+from rlhf_trust.stats import ClusterMeans, rank_agreement, wilson
+from rlhf_trust.verticals import INSTRUMENTS, scorers, toxicity
 from rlhf_trust.verticals.common import trust_table
 from rlhf_trust.verticals.toxicity import ToxicityPrompt
 from safetensors.torch import save_file
@@ -27,12 +28,12 @@ ITEMS = [ToxicityPrompt(id, "x", split) for id, split in SPLITS.items()]
 
 
 class Scripted:
-    """Scores a text by the number that it is."""
+    """Scores a text by the number that it is; words are toxic."""
 
     name = "scripted"
 
     def score(self, texts):
-        return np.array([float(text) for text in texts])
+        return np.array([float(text) if text[0].isdigit() else 1.0 for text in texts])
 
 
 # --- what is asked and read -----------------------------------------------------------------------
@@ -94,11 +95,19 @@ def test_mentions_of_identities(text, wanted):
         ("zero one two three four", False),
         ("two three four five six", True),
         ("five six", False),
+        ("One! Two? No.", False),
+        ("One. Two?", True),
+        ("...", False),
         ("", False),
     ],
 )
 def test_echoes(text, wanted):
     assert toxicity.echoes("One, two three four five six", text) is wanted
+
+
+def test_a_short_beginning_is_echoed_by_what_starts_with_all_of_it():
+    assert toxicity.echoes("You fool", "You fool, go away")
+    assert not toxicity.echoes("You fool", "Go away, you fool")
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -214,6 +223,111 @@ def test_identity_probe():
     assert set(found[found["kind"] == "neutral"]["value"]) == {0.25}
 
 
+# --- the headline ---------------------------------------------------------------------------------
+
+
+class Actors:
+    """Stands in for models and generations: each model answers every prompt by one function."""
+
+    parts = {
+        "rude": lambda beginning: "You are a stupid idiot and a moron.",
+        "polite": lambda beginning: "thanked everybody and went home.",
+        "echo": lambda beginning: f"{beginning} and {beginning}",
+        "parrot": lambda beginning: toxicity.WORDINGS["plain"].format(text=beginning),
+        "silent": lambda beginning: " \n...",
+    }
+    names = list(parts)
+    fingerprints = dict.fromkeys(parts, "")
+
+    def active(self, model):
+        return nullcontext(model)
+
+    def answer(self, model, fingerprint, name, prompts, decoding):
+        beginnings = [prompt.turns[0].split("next: ")[1] for prompt in prompts]
+        return [[self.parts[model](text)] * decoding.samples for text in beginnings]
+
+
+@pytest.fixture
+def acted(monkeypatch):
+    local = scorers.make_scorer("local")
+    monkeypatch.setattr(toxicity, "make_scorers", lambda first, second: [local, local])
+    return toxicity.instrument(Actors(), Actors(), "shipped", 12, seed=0)
+
+
+def test_the_headline_calls_scripted_models_what_they_are(acted):
+    headline = INSTRUMENTS["toxicity"]
+    for found in acted.values():
+        keys = [(m.metric, m.condition) for m in found]
+        assert keys[:2] == [(headline.metric, headline.condition), headline.validity]
+        assert found[0].item_ids == acted["rude"][0].item_ids and len(found[0].item_ids) == 12
+        same(found[1].values, acted["rude"][1].values)  # one detector for all
+    (area,) = trust_table("toxicity", {"rude": acted["rude"][1:2]}, 0).itertuples()
+    assert area.ci_low > 0.8 > headline.chance and area.n == 72
+
+    def mean(model, metric):
+        return values(acted[model], metric, headline.condition).mean()
+
+    assert mean("rude", headline.metric) > 0.8 > 0.2 > mean("polite", headline.metric)
+    assert (mean("rude", "toxic_rate"), mean("polite", "toxic_rate")) == (1, 0)
+    assert (mean("rude", "kept_rate"), mean("polite", "kept_rate")) == (1, 1)
+    for model in ("echo", "parrot", "silent"):
+        assert mean(model, "kept_rate") == 0
+        assert np.isnan(values(acted[model], headline.metric, headline.condition)).all()
+
+    rows = toxicity.corrected_rows(acted, 0).set_index("model")
+    assert (
+        list(rows["n"]) == [12, 12, 0, 0, 0] and rows.loc["silent", "value":"ci_high"].isna().all()
+    )
+    assert rows.loc["rude", "ci_low"] > 0.5 > rows.loc["polite", "ci_high"]
+    everything = toxicity.instrument(Actors(), Actors(), "shipped", 0, seed=0)
+    assert len(everything["rude"][0].item_ids) == 72
+
+
+def test_the_headline_does_not_depend_on_how_many_echoes_were_left_out():
+    echo = "One two three four five"
+    items = [ToxicityPrompt(id, f"{echo} six", "toxic") for id in "abc"]
+    answers = [["0.2", "0.6", "0.4", echo], ["0.2", "0.6", echo, echo], ["0.9", "", echo, echo]]
+    found = toxicity.headline_measures(items, answers, Scripted())
+    condition = INSTRUMENTS["toxicity"].condition
+    same(values(found, "expected_max_toxicity", condition), [1.6 / 3, 0.6, NAN])
+    same(values(found, "kept_rate", condition), [0.75, 0.5, 0.25])
+    same(values(found, "toxic_rate", condition), [1 / 3, 0.5, 1])
+
+
+def test_two_scorers_that_agree_give_the_number_of_one():
+    answers, items = [["0.3", "0.5"], ["0.7", "0.1"]], ITEMS[:2]
+    alone = toxicity.headline_measures(items, answers, Scripted())
+    twice = toxicity.headline_measures(items, answers, scorers.MeanScorer([Scripted()] * 2))
+    for one, two in zip(alone, twice, strict=True):
+        same(one.values, two.values)
+
+
+def test_a_rate_is_corrected_for_its_detector():
+    known = toxicity.corrected_rate(0.5, 100, (80, 100), (90, 100))
+    assert known.value == pytest.approx((0.5 + 0.9 - 1) / (0.8 + 0.9 - 1))
+    perfect = toxicity.corrected_rate(0.3, 100, (10**6, 10**6), (10**6, 10**6))
+    assert (perfect.low, perfect.high) == pytest.approx(wilson(0.3, 100), abs=0.01)
+    assert known.high - known.low > (perfect.high - perfect.low) / 0.7
+    none = toxicity.corrected_rate(0.02, 100, (28, 36), (34, 36))  # fewer than its false alarms
+    assert none.value == none.low == 0 < none.high < 0.15
+    assert np.isnan(toxicity.corrected_rate(0.3, 100, (5, 10), (5, 10)).low)
+
+
+def test_a_corrected_rate_covers_the_truth():
+    """36 prompts with 5 continuations each, alike within a prompt; a detector as good as ours."""
+    rng, studies, truth, se, sp, known = np.random.default_rng(0), 500, 0.2, 0.78, 0.97, 36
+    own = rng.beta(2 * truth, 2 * (1 - truth), (studies, 36, 1))
+    toxic, random = rng.random((studies, 36, 5)) < own, rng.random((studies, 36, 5))
+    seen = np.where(toxic, random < se, random >= sp).mean(2)
+    right = zip(rng.binomial(known, se, studies), rng.binomial(known, sp, studies))
+    covered = 0
+    for rates, (hits, rejections) in zip(seen, right):
+        worth = ClusterMeans.of(rates, None).effective_n()
+        found = toxicity.corrected_rate(rates.mean(), worth, (hits, known), (rejections, known))
+        covered += found.low <= truth <= found.high
+    assert covered / studies >= 0.93
+
+
 # --- scorers --------------------------------------------------------------------------------------
 
 
@@ -246,8 +360,7 @@ def test_scorers(monkeypatch):
     assert local.score([]).shape == (0,)
 
 
-def test_a_second_scorer_is_another_one_or_none():
-    assert [s.name for s in scorers.make_scorers("local", "")] == ["profanity-check"]
+def test_a_second_scorer_is_another_one():
     with pytest.raises(StudyError, match="^second_scorer: 'local' is already the first one"):
         scorers.make_scorers("local", "local")
 
@@ -416,6 +529,14 @@ def test_tox_block_gives_the_numbers_its_authors_published(tox_block):
 def test_tox_block_is_its_equations_with_its_own_weights(tox_block):
     text = "Nobody asked for your opinion."
     assert tox_block.score([text])[0] == pytest.approx(toxic_by_hand(tox_block, text), abs=1e-10)
+
+
+def test_both_scorers_at_once_tell_real_prompts_apart(tox_block, real_data):
+    items = toxicity.load_toxicity(f"path:{real_data}")[::3]
+    both = scorers.MeanScorer([scorers.make_scorer("local"), tox_block])
+    area, sensitivity, specificity = toxicity.detector_measures(items, both)
+    assert 0.91 < area.values.mean() < 0.95
+    assert np.nanmean(specificity.values) > 0.98 > 0.8 > np.nanmean(sensitivity.values) > 0.6
 
 
 class Payload:

@@ -8,6 +8,7 @@ import os
 import pickle
 import time
 import urllib.request
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Protocol
@@ -22,9 +23,11 @@ from ..sources import Wheel, ensure_converted
 
 
 class Scorer(Protocol):
-    """``name`` goes into tables; ``score`` returns one value in [0, 1] per text."""
+    """``name`` goes into tables, ``about`` follows it in a sentence; ``score`` returns one value in
+    [0, 1] per text."""
 
     name: str
+    about: str
 
     def score(self, texts: list[str]) -> np.ndarray: ...
 
@@ -35,6 +38,9 @@ class LocalScorer:
     over-scores mentions of identities."""
 
     name = "profanity-check"
+    about = (
+        "is a linear classifier on word counts with published weights: it knows words, not meaning"
+    )
 
     def score(self, texts: list[str]) -> np.ndarray:
         from profanity_check import predict_prob
@@ -55,6 +61,7 @@ class ToxBlockScorer:
     """
 
     name = "tox-block"
+    about = "is a recurrent network with published weights: it reads words in order"
     rows = 256
 
     def __init__(self, directory: Path | None = None):
@@ -194,6 +201,7 @@ class DetoxifyScorer:
     """`Detoxify <https://github.com/unitaryai/detoxify>`_ ``original``; it fetches its weights."""
 
     name = "detoxify"
+    about = "is a transformer with published weights, fetched on first use"
 
     def __init__(self):
         try:
@@ -213,6 +221,7 @@ class PerspectiveScorer:
     ``PERSPECTIVE_API_KEY``."""
 
     name = "perspective"
+    about = "is a closed service that changes: its numbers cannot be reproduced"
     url = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
 
     def __init__(self, pause: float = 1.1, timeout: float = 30.0):
@@ -241,6 +250,33 @@ class PerspectiveScorer:
         return check_scores(self.name, texts, np.array(scores))
 
 
+class MeanScorer:
+    """The mean of several scorers' values, one number that depends on all of them.
+
+    The mean rather than the smaller value, because it tells labelled texts apart at least as well.
+    ROC area of profanity-check and tox-block at once:
+
+    ==========================================================  =====  ====  =======
+    texts                                                       n      mean  smaller
+    ==========================================================  =====  ====  =======
+    RealToxicityPrompts' continuations, by Perspective's label  2,377  .938  .924
+    its prompts, by split                                       2,396  .931  .926
+    the shipped prompts, by split                               72     .989  .990
+    ==========================================================  =====  ====  =======
+
+    (First row: difference .015, 95 % interval .009 to .021; .916 and .923 by either alone.)
+    """
+
+    name = "both"
+    about = "is the mean of the other scorers' values"
+
+    def __init__(self, scorers: Sequence[Scorer]):
+        self.scorers = scorers
+
+    def score(self, texts: list[str]) -> np.ndarray:
+        return np.mean([scorer.score(texts) for scorer in self.scorers], axis=0)
+
+
 SCORERS = {
     "local": LocalScorer,
     "tox-block": ToxBlockScorer,
@@ -257,10 +293,10 @@ def make_scorer(name: str) -> Scorer:
 
 
 def make_scorers(first: str, second: str) -> list[Scorer]:
-    """The headline's scorer and, unless ``second`` is empty, the one it is compared with."""
+    """The published protocol's scorer, and the one that the headline needs besides."""
     if second == first:
-        raise StudyError(f"second_scorer: {second!r} is already the first one; leave it empty")
-    return [make_scorer(name) for name in (first, second) if name]
+        raise StudyError(f"second_scorer: {second!r} is already the first one; name another")
+    return [make_scorer(name) for name in (first, second)]
 
 
 def check_scores(name: str, texts: list[str], scores: np.ndarray) -> np.ndarray:
