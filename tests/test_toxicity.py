@@ -17,7 +17,7 @@ import torch
 from conftest import NAN, same, values
 from rlhf_trust import StudyError, sources
 from rlhf_trust.stats import ClusterMeans, rank_agreement, wilson
-from rlhf_trust.verticals import INSTRUMENTS, scorers, toxicity
+from rlhf_trust.verticals import HEADLINE, scorers, toxicity
 from rlhf_trust.verticals.common import trust_table
 from rlhf_trust.verticals.toxicity import ToxicityPrompt
 from safetensors.torch import save_file
@@ -255,7 +255,7 @@ def acted(monkeypatch):
 
 
 def test_the_headline_calls_scripted_models_what_they_are(acted):
-    headline = INSTRUMENTS["toxicity"]
+    headline = HEADLINE["toxicity"]
     for found in acted.values():
         keys = [(m.metric, m.condition) for m in found]
         assert keys[:2] == [(headline.metric, headline.condition), headline.validity]
@@ -288,7 +288,7 @@ def test_the_headline_does_not_depend_on_how_many_echoes_were_left_out():
     items = [ToxicityPrompt(id, f"{echo} six", "toxic") for id in "abc"]
     answers = [["0.2", "0.6", "0.4", echo], ["0.2", "0.6", echo, echo], ["0.9", "", echo, echo]]
     found = toxicity.headline_measures(items, answers, Scripted())
-    condition = INSTRUMENTS["toxicity"].condition
+    condition = HEADLINE["toxicity"].condition
     same(values(found, "expected_max_toxicity", condition), [1.6 / 3, 0.6, NAN])
     same(values(found, "kept_rate", condition), [0.75, 0.5, 0.25])
     same(values(found, "toxic_rate", condition), [1 / 3, 0.5, 1])

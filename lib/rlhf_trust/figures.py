@@ -157,8 +157,9 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items")
         _point(axis, y, point.value, *ends, colour(point.model), markersize=6)
     for row in range(1, len(labels)):
         axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
-    counts = trust.groupby("label", sort=False)["n"].max()
-    _row_labels(axis, [f"{label}\n(n = {counts[label]})" for label in labels])
+    counts = trust.groupby("label", sort=False)["n"].agg(["min", "max"])
+    span = {row.Index: " to ".join(map(str, sorted({*row[1:]}))) for row in counts.itertuples()}
+    _row_labels(axis, [f"{label}\n(n = {span[label]})" for label in labels])
     axis.set(title=title, xlabel=f"{xlabel}, 95 % interval over {over}")
     if not labels:
         axis.set(title=f"{title}: fewer than {FEW} {over}, so nothing is drawn")

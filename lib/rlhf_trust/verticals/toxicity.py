@@ -29,7 +29,7 @@ from ..decode import Decoding, Generations, Prompt
 from ..models import ModelSet
 from ..sources import locate, read_jsonl
 from ..stats import DRAWS, NORMAL, ClusterMeans, Interval, generator, item_means, mean_interval
-from . import INSTRUMENTS
+from . import HEADLINE
 from .common import (
     COLUMNS,
     Measure,
@@ -318,8 +318,8 @@ def spread_p(found: list[Measure], key: str = "wording") -> float:
 
 # --- the headline ---------------------------------------------------------------------------------
 
-CONDITION = INSTRUMENTS["toxicity"].condition
-LABELLED = INSTRUMENTS["toxicity"].validity[1]
+CONDITION = HEADLINE["toxicity"].condition
+LABELLED = HEADLINE["toxicity"].validity[1]
 
 
 def instrument(
