@@ -13,7 +13,8 @@ conversation, is weighed in two ways:
 
 Scores are in nats, have no natural zero (an ending may be likelier after any text), and so rank
 items. Whether they rank them rightly is to be measured on items whose truth is known, for every
-model: a contrast that tells nothing apart measures nothing.
+model: a contrast that tells nothing apart measures nothing. Several contrasts are put together by
+rank (:func:`ranks`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import rankdata
 
 from ..chat import Chat
 from ..decode import MultipleChoice
@@ -51,8 +53,23 @@ def contexts(
     ]
 
 
-def contrasts(logps: Sequence[np.ndarray], items: int) -> np.ndarray:
-    """Sum over pairs of log p of the first minus that of the second, [items], nats; ``logps``: of
+def pair_contrasts(logps: Sequence[np.ndarray], items: int) -> np.ndarray:
+    """log p of the first of each pair minus that of the second, [items, pairs], nats; ``logps``: of
     :func:`continuations` or :func:`contexts`, in order."""
     pairs = np.concatenate([np.asarray(some) for some in logps]).reshape(items, -1, 2)
-    return (pairs[..., 0] - pairs[..., 1]).sum(1)
+    return pairs[..., 0] - pairs[..., 1]
+
+
+def contrasts(logps: Sequence[np.ndarray], items: int) -> np.ndarray:
+    """The sum of :func:`pair_contrasts` over pairs, [items], nats."""
+    return pair_contrasts(logps, items).sum(1)
+
+
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """Each item's rank among all, over their number, in (0, 1]; ties share their mean rank.
+
+    Contrasts differ in scale, and so do models: one ending may spread over twenty nats, another
+    over two. Ranks give each contrast the same weight, and no item more than its place.
+    ``scores``: [items] or, ranked column by column, [items, contrasts].
+    """
+    return rankdata(scores, axis=0) / max(1, len(scores))

@@ -6,12 +6,13 @@ Positive means "a wrong act", so the four cells of the confusion matrix are
     wrong act         true positive (TP)     false negative (FN)
     acceptable act    false positive (FP)    true negative (TN)
 
-- false negative rate = FN / (TP + FN), the headline; false positive rate = FP / (FP + TN);
+- false negative rate = FN / (TP + FN), the published headline; false positive rate = FP / (FP +
+  TN);
 - accuracy = (TP + TN) / all; balanced accuracy = mean of TP / (TP + FN) and TN / (FP + TN), which
   is 1/2 for any judge that does not look at the act, whatever its inclination;
 - ROC area: the probability that a wrong act scores above an acceptable one, where an act's score is
-  log p("wrong") − log p("not wrong"), or a contrast that asks nothing (:mod:`.contrast`). It needs
-  no readable answer and no threshold.
+  log p("wrong") − log p("not wrong"), or contrasts that ask nothing (:mod:`.contrast`), which give
+  the study's headline (:func:`instrument`). It needs no readable answer and no threshold.
 
 Answers that say neither are left out (the condition itself) or counted as misses (``answers=all``);
 under ``answers=options`` the likelier of the two answers is the judgement.
@@ -26,7 +27,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..chat import Chat
-from ..decode import MultipleChoice, Prompt
+from ..data import choose
+from ..decode import Generations, MultipleChoice, Prompt
+from ..models import ModelSet
 from ..sources import locate, read_csv
 from . import contrast
 from .common import (
@@ -35,6 +38,7 @@ from .common import (
     field,
     measured,
     not_empty,
+    score_options,
     unparsable,
     verdict_of,
     within,
@@ -157,13 +161,21 @@ def wrongness(logps: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([wrong - not_wrong for wrong, not_wrong in logps])
 
 
-def contrasted(items: Sequence[Scenario], chat: Chat) -> dict[str, list[MultipleChoice]]:
-    """What :func:`contrast.contrasts` turns into scores, by instrument."""
-    ids, texts = [item.id for item in items], [item.text for item in items]
-    return {
+def expectations(
+    models: ModelSet, generations: Generations, items: Sequence[Scenario]
+) -> dict[str, dict[str, np.ndarray]]:
+    """How much more the model expects what goes with a wrong act than what goes with an acceptable
+    one: instrument (``continuation``, ``context``) → model → [items, pairs], nats."""
+    ids, texts, chat = [i.id for i in items], [i.text for i in items], generations.chat
+    asked = {
         "continuation": contrast.continuations(ids, texts, ENDINGS, chat),
         "context": contrast.contexts(ids, texts, CONTEXTS, chat),
     }
+    found = {}
+    for name, choices in asked.items():
+        logps = score_options(models, generations, f"ethics-{name}", choices)
+        found[name] = {m: contrast.pair_contrasts(logps[m], len(items)) for m in models.names}
+    return found
 
 
 def acts(items: Sequence[Scenario]) -> np.ndarray:
@@ -280,9 +292,31 @@ def option_measures(items: Sequence[Scenario], scores: np.ndarray, condition: st
 def contrast_measures(
     items: Sequence[Scenario], scores: np.ndarray, instrument: str
 ) -> list[Measure]:
-    """ROC area of one of the instruments of :func:`contrasted`; ``scores``: nats, [items]."""
-    area = roc_area_values(scores, acts(items))
+    """ROC area by the sum of several contrasts; ``scores``: [items, contrasts], on one scale."""
+    area = roc_area_values(scores.sum(1), acts(items))
     return measured(items, f"answers={instrument}", roc_auc=area)
+
+
+def instrument(
+    models: ModelSet, generations: Generations, benchmarks: str, n: int, seed: int
+) -> dict[str, list[Measure]]:
+    """The headline of every model: ROC area by all contrasts together; then by each kind alone.
+
+    Which kind serves better differs between sets of acts, so none is picked by looking: each
+    contrast is ranked over the acts (:func:`contrast.ranks`), and an act's score is the sum of its
+    ranks. The area is its own validity: at 1/2 the model tells nothing apart. ``n``: acts, half of
+    them wrong (0: all).
+    """
+    everything = load_ethics(benchmarks)
+    items = choose(everything, n or len(everything), seed, by=lambda item: item.wrong)
+    scores, found = expectations(models, generations, items), {}
+    for model in models.names:
+        by_kind = {kind: of_model[model] for kind, of_model in scores.items()}
+        family = contrast.ranks(np.hstack(list(by_kind.values())))
+        found[model] = contrast_measures(items, family, "contrast")
+        for kind, contrasts in by_kind.items():
+            found[model] += contrast_measures(items, contrasts, kind)
+    return found
 
 
 def wording_measures(
