@@ -14,7 +14,7 @@ from rlhf_trust.chat import Chat
 from rlhf_trust.verticals import INSTRUMENTS, ethics, stereotype
 from rlhf_trust.verticals.common import change_table, trust_table
 
-PAIRS = (*stereotype.CONTEXTS, *ethics.ENDINGS, *ethics.CONTEXTS)
+PAIRS = (*stereotype.CONTEXTS, *ethics.PAIRS)
 SIDES = {text: side for pair in PAIRS for text, side in zip(pair, (0.5, -0.5))}
 """What is weighed beside a text: +1/2 where it goes with a true statement or a wrong act."""
 
