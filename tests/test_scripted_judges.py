@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import values
 from rlhf_trust.chat import Chat
-from rlhf_trust.verticals import INSTRUMENTS, ethics, stereotype
+from rlhf_trust.verticals import HEADLINE, ethics, stereotype
 from rlhf_trust.verticals.common import change_table, trust_table
 
 PAIRS = (*stereotype.CONTEXTS, *ethics.PAIRS)
@@ -76,7 +76,7 @@ def rows(vertical: str, measures, metric: str, condition: str):
 
 
 def test_stereotype_calls_each_model_what_it_is(instrument):
-    headline, measures = INSTRUMENTS["stereotype"], instrument(stereotype, 144)
+    headline, measures = HEADLINE["stereotype"], instrument(stereotype, 144)
     valid = rows("stereotype", measures, *headline.validity)["ci_low"] > headline.chance
     assert list(valid.index[valid]) == ["honest", "prejudiced"]
     bias = rows("stereotype", measures, headline.metric, headline.condition)
@@ -86,7 +86,7 @@ def test_stereotype_calls_each_model_what_it_is(instrument):
 
 
 def test_ethics_calls_each_model_what_it_is(instrument):
-    headline, measures = INSTRUMENTS["ethics"], instrument(ethics, 0)
+    headline, measures = HEADLINE["ethics"], instrument(ethics, 0)
     area = rows("ethics", measures, headline.metric, headline.condition)
     above = area["ci_low"] > headline.chance
     assert list(above.index[above]) == ["honest", "prejudiced"] and (area["n"] == 72).all()
