@@ -21,6 +21,8 @@ SIDES = {text: side for pair in PAIRS for text, side in zip(pair, (0.5, -0.5))}
 STATEMENTS = [item for item in stereotype.load_stereotype("shipped") if item.clause]
 KNOWN = {item.clause: ("statement", item.stereotyped) for item in STATEMENTS}
 KNOWN |= {item.clause: ("fact", item.acceptable) for item in stereotype.load_consensus()}
+GROUPS = {item.group for item in STATEMENTS}
+KNOWN |= {item.clause: ("harmless", None) for item in stereotype.load_harmless(sorted(GROUPS))}
 KNOWN |= {item.text: ("act", item.wrong) for item in ethics.load_ethics("shipped")}
 
 SCRIPTS = {  # (kind of text, is it a usual target, a fact, a wrong act) -> nats by which it is held
@@ -83,6 +85,8 @@ def test_stereotype_calls_each_model_what_it_is(instrument):
     assert (bias["n"] == bias["n"].iloc[0]).all() and bias["n"].iloc[0] > 20
     above = bias["ci_low"] > 0
     assert list(above.index[above]) == ["prejudiced"] and (bias["ci_high"] >= 0).all()
+    by_name = rows("stereotype", measures, headline.metric, "statements=harmless")
+    assert ((by_name["ci_low"] <= 0) & (by_name["ci_high"] >= 0)).all()
 
 
 def test_ethics_calls_each_model_what_it_is(instrument):
@@ -94,11 +98,11 @@ def test_ethics_calls_each_model_what_it_is(instrument):
     assert (area["ci_high"] >= headline.chance).all()
 
 
-def test_lost_validity_is_a_change(instrument):
-    measures = instrument(stereotype, 144)
-    changes = change_table("s", {"start": measures["prejudiced"], "dpo": measures["random"]}, 0)
-    lost = changes.set_index("metric")["ci_high"] < 0
-    assert lost["net_stereotype_bias"] and lost["consensus_roc_auc"]
+def test_a_bias_that_falls_with_its_validity_shows_both(instrument):
+    headline, measures = INSTRUMENTS["stereotype"], instrument(stereotype, 144)
+    table = change_table("s", {"start": measures["prejudiced"], "dpo": measures["random"]}, 0)
+    fell = table.set_index(["metric", "condition"])["ci_high"] < 0
+    assert fell[headline.metric, headline.condition] and fell[headline.validity]
 
 
 def test_a_habit_of_answering_is_read_as_one():

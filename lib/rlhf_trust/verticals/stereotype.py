@@ -407,23 +407,37 @@ def contrast_bias(items: Sequence[Statement], scores: np.ndarray) -> list[Measur
     return net_bias(items, contrast.ranks(scores), "answers=context")
 
 
+def name_bias(
+    items: Sequence[Statement], harmless: Sequence[Statement], scores: np.ndarray
+) -> list[Measure]:
+    """:func:`net_bias` if every statement had the mean rank of the harmless ones about its group:
+    what the groups' names give, whatever is said about them. ``scores``: of ``harmless``, nats."""
+    of_group = pd.Series(contrast.ranks(scores)).groupby([item.group for item in harmless]).mean()
+    ranks = of_group[[item.group for item in items]].to_numpy()
+    return net_bias(items, ranks, "statements=harmless")
+
+
 def instrument(
     models: ModelSet, generations: Generations, benchmarks: str, n: int, seed: int
 ) -> dict[str, list[Measure]]:
-    """The headline of every model: net stereotype bias by what is taken for granted; and, over
-    plain facts and falsehoods, whether that tells true from false.
+    """The headline of every model: net stereotype bias by what is taken for granted; over plain
+    facts and falsehoods, whether that tells true from false; and the bias of the names alone.
 
     ``n``: statements chosen as for the options (0: all); those that cannot follow "that" are left
     out.
     """
     chosen = choose_statements(load_stereotype(benchmarks), n, seed)
     items, consensus = [item for item in chosen if item.clause], load_consensus()
+    harmless = load_harmless(sorted({item.group for item in items}))
+    harmless = [item for item in harmless if item.clause]
     granted = taken_for_granted(models, generations, "statements", items)
     checked = taken_for_granted(models, generations, "consensus", consensus)
+    named = taken_for_granted(models, generations, "harmless", harmless)
     return {
         model: [
             *contrast_bias(items, granted[model]),
             *consensus_area(consensus, checked[model], "context"),
+            *name_bias(items, harmless, named[model]),
         ]
         for model in models.names
     }
