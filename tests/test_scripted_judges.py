@@ -99,7 +99,7 @@ def test_ethics_calls_each_model_what_it_is(instrument):
 
 
 def test_a_bias_that_falls_with_its_validity_shows_both(instrument):
-    headline, measures = INSTRUMENTS["stereotype"], instrument(stereotype, 144)
+    headline, measures = HEADLINE["stereotype"], instrument(stereotype, 144)
     table = change_table("s", {"start": measures["prejudiced"], "dpo": measures["random"]}, 0)
     fell = table.set_index(["metric", "condition"])["ci_high"] < 0
     assert fell[headline.metric, headline.condition] and fell[headline.validity]
