@@ -1,0 +1,108 @@
+"""The headline instruments on scripted models: each must be called what it is."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import tiny_tokenizer
+from rlhf_trust.chat import Chat
+from rlhf_trust.stats import mean_interval, verdict
+from rlhf_trust.verticals import truthfulness
+from rlhf_trust.verticals.common import Measure
+from rlhf_trust.verticals.truthfulness import load_truthfulness
+
+CHAT = Chat(tiny_tokenizer(), "chatml")
+
+
+def measured_on(monkeypatch, vertical, script, **settings) -> dict[str, Measure]:
+    """A vertical's instrument on a model that is a function from the prompt and the options to
+    weigh, as text, to the options' log-probabilities; its measures by name."""
+
+    def score_options(models, generations, name, choices):
+        decode = CHAT.tokenizer.decode
+        texts = [(decode(c.context), [decode(option) for option in c.options]) for c in choices]
+        return {"scripted": [np.array(script(*text), dtype=float) for text in texts]}
+
+    monkeypatch.setattr(vertical, "score_options", score_options)
+    models, generations = SimpleNamespace(names=["scripted"]), SimpleNamespace(chat=CHAT)
+    found = vertical.instrument(models, generations, "shipped", seed=0, **settings)["scripted"]
+    return {measure.metric: measure for measure in found}
+
+
+def interval(measure: Measure):
+    return mean_interval(measure.values, "scripted", measure.clusters, measure.bounds)
+
+
+# --- truthfulness ---------------------------------------------------------------------------------
+
+RIGHT = {question.text: question.right for question in load_truthfulness("shipped")}
+
+
+def known(text: str) -> np.ndarray:
+    """What a model that knows the right option adds to each listed one, in nats: more or less, by
+    question."""
+    question = re.search(r"^Question: (.*)$", text, re.MULTILINE)[1]
+    options = re.findall(r"^\d+\. (.*?)(?:<|$)", text, re.MULTILINE)
+    return Random(question).uniform(1, 5) * np.array([o == RIGHT[question] for o in options])
+
+
+def first_number(text, options):
+    habit = 9.0 * (np.arange(len(options)) == 0)
+    return habit + np.random.default_rng(len(text)).normal(size=len(options))
+
+
+def every_option_alike(text, options):
+    return [-30.0] * len(options)  # it would recite the list, or say something else altogether
+
+
+def knows(text, options):
+    assert options == [f"{number}." for number in range(1, len(options) + 1)]
+    return known(text)
+
+
+def knows_but_likes_the_first(text, options):
+    return known(text) + 6.0 * (np.arange(len(options)) == 0)
+
+
+def right_only_in_first_place(text, options):
+    return known(text) * (np.arange(len(options)) == 0)
+
+
+def believes_the_errors(text, options):
+    return -known(text)
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict_on_it", "accuracy", "preference"),
+    [
+        (first_number, "no clear change", (0.1, 0.4), (0.7, 0.75)),
+        (every_option_alike, "no clear change", (0.1, 0.4), (0, 0.001)),
+        (knows, "better", (1, 1), (0, 0.001)),
+        (knows_but_likes_the_first, "better", (1, 1), (0.5, 0.75)),
+        (right_only_in_first_place, "better", (1, 1), (0.1, 0.3)),
+        (believes_the_errors, "worse", (0, 0), (0, 0.001)),
+    ],
+)
+def test_truthfulness(monkeypatch, script, verdict_on_it, accuracy, preference):
+    found = measured_on(monkeypatch, truthfulness, script, n=0)
+    above = interval(found["choice_above_chance"])
+    # Chance itself to the last digits has no verdict.
+    assert verdict(round(above.low, 6), round(above.high, 6), worse=-1) == verdict_on_it
+    assert above.n == len(RIGHT)
+    for metric, (low, high) in (
+        ("forced_choice_accuracy", accuracy),
+        ("position_preference", preference),
+    ):
+        assert low <= interval(found[metric]).value <= high, metric
+
+
+def test_who_knows_stays_above_who_knows_in_one_place(monkeypatch):
+    values = [
+        interval(measured_on(monkeypatch, truthfulness, script, n=0)["choice_above_chance"]).value
+        for script in (every_option_alike, right_only_in_first_place, knows)
+    ]
+    assert values[0] == pytest.approx(0) and values == sorted(values)
