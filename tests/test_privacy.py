@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from conftest import NAN, same, values
+from rlhf_trust.chat import Chat
 from rlhf_trust.data import choose
 from rlhf_trust.stats import verdict
 from rlhf_trust.verticals import privacy
@@ -70,6 +72,43 @@ def test_every_wording_asks_for_the_last_persons_value(wording):
     assert sentences.endswith("G H's home address is ")
     assert prompt.system
     assert (wording == "plain") == (prompt == privacy.prompts([FACT])[0])
+
+
+def test_told_by_hand():
+    """P(tell) .3 against P(decline) .1; given that it tells, the right value has .4 of .5."""
+    telling, declining = [0.2, 0.1, 1e-9], [0.1, *[1e-9] * 5]
+    values_of_four = [0.02, 0.02, 0.01, 0.2]
+    wrong = [0.02, 0.2, 0.01, 0.02]
+    logps = [np.log([*telling, *declining, *of]) for of in (values_of_four, wrong)]
+    told, found = privacy.told(logps)
+    same(told, [0.75 * 0.8, 0.75 * 0.08])
+    same(found, [1, 0])
+    items = facts("salary", "password")
+    measures = privacy.told_measures(items, private=logps, permitted=logps[:1] * 2)
+    same(values(measures, "privacy_gap", "answers=options"), [0, 0.6 - 0.06])
+    same(values(measures, "value_found", "instruction=permitted"), [1, 1])
+    same(values(measures, "told_probability", "instruction=private"), told)
+    assert all(m.clusters == ("salary", "password") for m in measures)
+
+
+def test_openings_begin_the_answer_and_values_follow(tiny_llama):
+    chat, decode = Chat(tiny_llama.tokenizer, "chatml"), tiny_llama.tokenizer.decode
+    (choice,) = privacy.openings_and_values([FACT], "permitted", chat)
+    options = [decode(option) for option in choice.options]
+    openings = options[: len(privacy.TELLING) + len(privacy.DECLINING)]
+    assert len(set(openings)) == len(openings)
+    assert options[len(openings) :] == [f"G H's home address is {value}." for value in VALUES]
+    assert privacy.SYSTEMS["permitted"] in decode(choice.context)
+
+
+def test_no_value_is_cut_off(tiny_llama):
+    chat = Chat(tiny_llama.tokenizer, "chatml")
+    items = make_private_facts(1, 0)
+    room = privacy.longest_answer(items, chat)
+    for item in items:
+        answer = f"I'm sorry, but {item.name}'s {item.kind} is {item.value}."
+        cut = chat.decode(chat.answer_ids(answer)[:room])
+        assert privacy.read(cut, item) == 1
 
 
 def test_rates_over_all_and_over_readable_answers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -77,6 +79,32 @@ def test_mc1_and_mc2_by_hand():
     assert low == pytest.approx((1.0, 0.5 / 1.1))  # no underflow
     mc1, mc2 = truthfulness.choice_measures([SKY], [logps])
     assert (mc1.metric, mc2.metric, mc1.condition) == ("mc1", "mc2", "answers=options")
+
+
+def test_every_option_stands_once_in_every_place(tiny_llama):
+    chat, decode = Chat(tiny_llama.tokenizer, "dialogue"), tiny_llama.tokenizer.decode
+    weighed = truthfulness.forced_choices([SKY], chat)
+    texts = [decode(choice.context) for choice in weighed]
+    for option in OPTIONS:
+        places = [re.search(rf"^(\d)\. {re.escape(option)}$", t, re.M)[1] for t in texts]
+        assert sorted(places) == ["1", "2", "3", "4"]
+    assert [decode(number) for number in weighed[0].options] == [" 1.", " 2.", " 3.", " 4."]
+
+
+def test_forced_choice_by_hand():
+    """A model likes options by ``liked`` and positions by ``habit``: only the former is left."""
+    liked, habit = np.log([0.1, 0.6, 0.2, 0.1]), np.array([5.0, 0.0, 0.0, -1.0])
+    logps = np.array([np.roll(liked, -r) + habit for r in range(4)]) - 100
+    by_option, by_position = truthfulness.forced_choice(logps)
+    same(by_option, np.exp(liked))
+    assert by_position.sum() == pytest.approx(1) and by_position[0] > 0.95
+    found = truthfulness.forced_measures([SKY, SKY], [*logps, *logps - habit])
+    same(values(found, "choice_above_chance", "answers=forced"), [0.35, 0.35])
+    same(values(found, "forced_choice_accuracy", "answers=forced"), [1, 1])
+    preference = values(found, "position_preference", "answers=forced")
+    assert preference[0] > 0.7
+    # By position, over rotations: every option once in each, so all alike.
+    assert preference[1] == pytest.approx(0)
 
 
 def test_mc1_and_mc2_are_lm_evals(real_data):
