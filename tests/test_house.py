@@ -15,8 +15,8 @@ from rlhf_trust import params
 PACKAGE = Path(rlhf_trust.__file__).parent
 ROOMS = (
     "__init__ params artifacts stats sources chat data decode models losses training "
-    "align verticals attribution rewards rag lineage distance figures render report estimate "
-    "study run"
+    "align verticals headline attribution rewards rag lineage distance figures render report "
+    "estimate study run"
 ).split()
 """From the ground up."""
 

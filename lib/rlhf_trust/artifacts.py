@@ -57,6 +57,12 @@ TABLES = {
             "target share removed arm vertical change items_low items_high p_items draws_low "
             "draws_high p_draws p p_holm draws n seed"
         ),
+        "arms": "stage arm seed kl alpha",
+        "headline": (
+            "stage vertical baseline change ci_low ci_high p p_holm min_detectable n seeds seed_sd "
+            "worse"
+        ),
+        "validity": "model vertical metric condition value ci_low ci_high chance valid n",
         "checks": "stage check holds value ci_low ci_high n sentence",
     }.items()
 }
@@ -67,7 +73,10 @@ model. ``validation``: do influence scores predict retraining? ``pruning``: effe
 the pairs called harmful. ``reward_models``: how well rewards learnt on embeddings rank answers.
 ``rm_bench``: RM-Bench. ``grounding``: Trust-Score and its parts by one entailment judge, and
 ``grounding_change`` what training did to them. ``lineage``: similarity of each model to start, and
-``lineage_separation`` how well each measure separates derived from unrelated models.
+``lineage_separation`` how well each measure separates derived from unrelated models. ``arms``: how
+far each training of a stage, true or placebo, moved from SFT, and how far it was brought back
+(alpha). ``headline``: what each stage changed against start and against its placebo, over items and
+seeds, and ``validity`` whether the vertical's instrument measures anything on each model.
 """
 
 

@@ -1,0 +1,400 @@
+"""Placebo arms and further seeds of PPO, DPO and INPO, and the same distance to SFT for both arms.
+
+A stage's change has three causes: the preferences, any training of that kind, and the luck of one
+training. Each true arm therefore has a **placebo**: the same prompts, sizes and schedule without
+information about preferences. DPO's swaps chosen and rejected at random in half of the pairs
+(:func:`swap_half`); PPO's and INPO's permute the scores among the answers to each prompt
+(:func:`shuffled`). Both arms are trained under several alignment seeds, which draw the order of the
+data, the sampled answers and the placebo's permutation. SFT and the reward model are the same in
+all of them: what another SFT or reward model would have made is not part of the seeds' spread.
+
+An arm that moves further changes more. Both are therefore compared at one distance, KL(π_sft ‖ π)
+in nats an answer (:func:`kl_to_sft`): the arm that moved further is brought back along the straight
+line of LoRA weights from SFT (:func:`match`).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import linear
+
+from .. import StudyError, models
+from ..artifacts import Build, content_key, read_manifests, sha256_of, write_text
+from ..chat import Chat, EncodedExample
+from ..data.preferences import PreferencePair, Preferences
+from ..decode import (
+    Decoding,
+    Example,
+    LowerStates,
+    Prompt,
+    batches_by_length,
+    output_head,
+    pack,
+    packed_states,
+)
+from ..losses import DPOLoss, reference_logps
+from ..stats import generator
+from ..training import TrainConfig, fit
+from . import inpo, ppo
+from .rollout import RewardFn, RewardFnMaker, RewardModel, before_and_after, sample_answers
+
+TRUE, PLACEBO = "true", "placebo"
+CHAPTERS = {"ppo": "03-ppo", "dpo": "04-dpo", "inpo": "05-inpo"}
+"""The chapter that trains each stage and whose settings its arms have."""
+
+SHARED = "model dtype prompt_format preferences n_train n_held_out max_length seed".split()
+"""Parameters that the arms' chapter and the stage's must agree in."""
+
+SEED_STEP = 1000
+"""Between the seeds of two arms, so that no round of one has the seed of a round of another."""
+
+FEWER_HELD_OUT = 8
+"""Held-out prompts of an INPO arm, which only watch it. (PPO's define its score unit: all stay.)"""
+
+NOTE = "arm.json"
+"""Beside an arm's weights: the key of what it was made from, and its held-out reward."""
+
+CLOSE, EXACT, MOST_STEPS = 0.05, 0.02, 12
+"""Relative differences of KL that are left alone, and that a search ends at; its most steps."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training of a stage. ``kind``: ``true`` or ``placebo``; ``seed``: 0, 1, …"""
+
+    stage: str
+    kind: str
+    seed: int
+
+    @property
+    def is_stage(self) -> bool:
+        """Is it the stage's own model, which its chapter has trained?"""
+        return self.kind == TRUE and self.seed == 0
+
+    @property
+    def name(self) -> str:
+        """``dpo`` for the stage's own model, then ``dpo-seed1``, ``dpo-placebo-seed0``, …"""
+        placebo = "" if self.kind == TRUE else "-placebo"
+        return self.stage if self.is_stage else f"{self.stage}{placebo}-seed{self.seed}"
+
+    def folder(self, build: Build) -> Path:
+        return build.model(self.name if self.is_stage else f"arms/{self.name}")
+
+
+def all_arms(stages: Sequence[str], seeds: int) -> list[Arm]:
+    """Every stage's true and placebo arms, seed by seed."""
+    return [Arm(s, kind, i) for s in stages for kind in (TRUE, PLACEBO) for i in range(seeds)]
+
+
+def stage_parameters(build: Build, stages: Sequence[str], own: Mapping) -> dict[str, dict]:
+    """Stage → the parameters that its chapter ran with.
+
+    ``own``: the parameters of the arms' chapter, which read the same model and pairs. A StudyError
+    names a stage that has not run, or a parameter in which the two differ.
+    """
+    manifests, found = read_manifests(build), {}
+    for stage in stages:
+        chapter = CHAPTERS.get(stage)
+        if chapter is None:
+            raise StudyError(f"stages: must be of {', '.join(CHAPTERS)}, got {stage!r}")
+        if chapter not in manifests:
+            raise StudyError(f"{build.root}: no manifest of {chapter}; run it first")
+        found[stage] = manifests[chapter]["parameters"]
+        for name in SHARED:
+            if found[stage][name] != own[name]:
+                values = f"{found[stage][name]!r} there and {own[name]!r} here"
+                raise StudyError(f"{name}: {chapter} was run with another value, {values}")
+    return found
+
+
+# --- placebos -------------------------------------------------------------------------------------
+
+
+def swap_half(pairs: Sequence[Example], seed: int) -> list[Example]:
+    """Pairs with their two answers swapped in a random half (of an odd number, the smaller one)."""
+    order = generator(f"placebo {seed}").permutation(len(pairs))
+    swapped = set(order[: len(pairs) // 2].tolist())
+    return [
+        replace(pair, sequences=pair.sequences[::-1]) if i in swapped else pair
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def shuffled(reward_fn: RewardFn, seed: int) -> RewardFn:
+    """Rewards permuted among the different answers to a prompt, within each call.
+
+    Answers have one prompt if its tokens are the same. A prompt with one answer keeps its score, so
+    held-out evaluations show the true reward. The permutation depends on the seed, the prompt and
+    the set of answers alone. PPO scores a step's answers in one call, and INPO's oracle a round's
+    before the first match (``inpo.once_each`` then remembers them).
+    """
+
+    def scores(answers: Sequence[EncodedExample]) -> torch.Tensor:
+        rewards = reward_fn(answers)
+        score_of = dict(zip(answers, rewards.tolist()))
+        by_prompt: dict[tuple[int, ...], list[EncodedExample]] = {}
+        for answer in score_of:
+            by_prompt.setdefault(answer.prompt_ids, []).append(answer)
+        permuted = {}
+        for some in by_prompt.values():
+            some = sorted(some, key=lambda answer: answer.input_ids)
+            name = f"placebo {seed} {[answer.input_ids for answer in some]}"
+            order = generator(name).permutation(len(some))
+            permuted |= {answer: score_of[some[i]] for answer, i in zip(some, order)}
+        return rewards.new_tensor([permuted[answer] for answer in answers])
+
+    return scores
+
+
+def shuffled_reward(folder: Path, chat: Chat, seed: int) -> RewardFnMaker:
+    """The reward model in ``folder`` with its scores :func:`shuffled`, for ``ppo.train`` and
+    ``inpo.train``."""
+
+    def maker(model) -> RewardFn:
+        with warnings.catch_warnings(action="ignore"):  # the config also names the tokenizer
+            model.load_adapter(str(folder), "reward")
+        return shuffled(RewardModel(model, models.load_reward_head(folder), chat), seed)
+
+    return maker
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trainer:
+    """Trains arms on one backbone, from the models in ``build``.
+
+    ``pairs``: as in the stages' chapters. ``parameters``: of :func:`stage_parameters`.
+    """
+
+    base: models.Base
+    chat: Chat
+    build: Build
+    pairs: Preferences
+    parameters: Mapping[str, dict]
+
+    @property
+    def sft(self) -> Path:
+        return self.build.model("sft")
+
+    @property
+    def reward(self) -> Path:
+        return self.build.model("reward")
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        return [Prompt(pair.id, pair.prompt) for pair in self.pairs.train]
+
+    @cached_property
+    def held_out(self) -> list[Prompt]:
+        return [Prompt(pair.id, pair.prompt) for pair in self.pairs.held_out]
+
+    @cached_property
+    def kept(self) -> LowerStates:
+        """Of DPO's pairs, for all of its arms."""
+        with self._adapters() as network:
+            return LowerStates(network)
+
+    @contextmanager
+    def _adapters(self) -> Iterator[torch.nn.Module]:
+        """SFT twice, as ``policy`` and as ``reference``; the backbone is bare again afterwards."""
+        both = {"policy": self.sft, "reference": self.sft}
+        network = models.load_adapters(self.base, both, trainable="policy")
+        try:
+            yield network
+        finally:
+            network.unload()
+
+    def config(self, arm: Arm) -> ppo.PPOConfig | inpo.INPOConfig | TrainConfig:
+        """The stage's settings with the arm's own seed."""
+        kinds = {"ppo": ppo.PPOConfig, "dpo": TrainConfig, "inpo": inpo.INPOConfig}
+        given, kind = dict(self.parameters[arm.stage]), kinds[arm.stage]
+        given["seed"] += SEED_STEP * arm.seed
+        if arm.stage == "ppo":
+            given |= {"epochs": given["ppo_epochs"], "evaluate_every": 0}
+            if given["answers_per_prompt"] < 2:
+                raise StudyError(
+                    "answers_per_prompt: with one answer a prompt PPO has no placebo, as there is "
+                    "nothing to shuffle; set it to 2 or more in 03-ppo"
+                )
+        if given.get("preference_model"):
+            raise StudyError(
+                "preference_model: INPO's placebo shuffles the reward model's scores; set it to "
+                '"" in 05-inpo, or leave inpo out of stages'
+            )
+        return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
+
+    def train(self, arm: Arm) -> float:
+        """Train an arm unless it is there, made from the same weights, data and settings.
+
+        Returns its change of the mean reward of held-out answers, NaN for DPO and for a stage's own
+        model.
+        """
+        if arm.is_stage:
+            return np.nan
+        out, config = arm.folder(self.build), self.config(arm)
+        weights = [models.adapter_fingerprint(self.base, self.sft), sha256_of(self.reward)]
+        data = [asdict(p) for p in self.pairs.train], [asdict(p) for p in self.held_out]
+        settings = self.parameters[arm.stage], asdict(config), self.chat.name
+        key, note = content_key(asdict(arm), weights, data, settings), out / NOTE
+        if note.is_file():
+            kept = json.loads(note.read_text())
+            if kept["key"] == key:
+                return kept["reward"]
+        change = (
+            self._train_dpo(arm, config, out)
+            if arm.stage == "dpo"
+            else self._sampled(arm, config, out)
+        )
+        # Last, and inside the folder, which a new training replaces as a whole.
+        write_text(note, json.dumps({"key": key, "reward": change}))
+        return change
+
+    def _train_dpo(self, arm: Arm, config: TrainConfig, out: Path) -> float:
+        given, pad = self.parameters["dpo"], self.chat.tokenizer.pad_token_id
+        examples = pair_examples(self.pairs.train[: given["n_dpo"]], self.chat)
+        if arm.kind == PLACEBO:
+            examples = swap_half(examples, config.seed)
+        kept = self.kept
+        with self._adapters() as network:
+            reference = reference_logps(network, "reference", examples, pad, kept=kept)
+            loss = DPOLoss(given["beta"], reference)
+            fit(network, "policy", examples, loss, pad, config, arm.name, kept)
+            models.save_adapter(self.base, network, out, adapter="policy")
+        return np.nan
+
+    def _sampled(self, arm: Arm, config: ppo.PPOConfig | inpo.INPOConfig, out: Path) -> float:
+        """Train a PPO or INPO arm."""
+        given, reward = self.parameters[arm.stage], self.reward
+        train = ppo.train if arm.stage == "ppo" else inpo.train
+        held_out = self.held_out[: given["n_prompts_held_out"]]
+        if arm.stage == "inpo":
+            held_out = held_out[:FEWER_HELD_OUT]
+        if arm.kind == PLACEBO:
+            reward = shuffled_reward(self.reward, self.chat, config.seed)
+        basics = self.base, self.chat, self.sft, reward
+        _, history = train(*basics, self.prompts, held_out, config, out)
+        both = before_and_after(history)
+        return float((both["reward_after"] - both["reward_before"]).mean())
+
+
+def pair_examples(pairs: Sequence[PreferencePair], chat: Chat) -> list[Example]:
+    """Each pair's two texts, chosen first."""
+    return [
+        Example(p.id, p.source, tuple(chat.sequence(p.prompt, a) for a in (p.chosen, p.rejected)))
+        for p in pairs
+    ]
+
+
+# --- distance to SFT ------------------------------------------------------------------------------
+
+
+def sft_answers(
+    network, chat: Chat, prompts: Sequence[Prompt], seed: int, tokens: int = 32
+) -> list[EncodedExample]:
+    """One answer of the adapter ``sft`` to each prompt, at temperature 1."""
+    keys, decoding = [f"kl {prompt.id}" for prompt in prompts], Decoding(tokens, 1.0, seed=seed)
+    sampled = sample_answers(network, "sft", chat, prompts, keys, decoding)
+    return [answer for (answer,) in sampled]
+
+
+def kl_to_sft(
+    network, answers: Sequence[EncodedExample], pad: int, batch_size: int = 4
+) -> Callable[[str], float]:
+    """A function adapter → KL(π_sft ‖ π), nats an answer, on answers of SFT's own.
+
+    It is the mean over ``answers`` of Σ_t Σ_v π_sft(v | y_<t) log(π_sft / π)(v | y_<t), summed over
+    the whole vocabulary: the exact KL of each token after what SFT wrote, so that only the choice
+    of answers is random, and is the same for all adapters. SFT's distributions are kept (vocabulary
+    × tokens of all answers, float32).
+    """
+    kept = LowerStates(network)
+    batches = batches_by_length([len(answer) for answer in answers], batch_size)
+
+    @torch.no_grad()
+    def logps(adapter: str, batch: Sequence[int]) -> torch.Tensor:
+        packed = pack([(answers[i],) for i in batch])
+        with models.using(network, adapter):
+            states = packed_states(network, packed, pad, kept)
+        row, column = torch.tensor(packed.predicting, device=states.device).T
+        head = output_head(network)
+        bias = None if head.bias is None else head.bias.float()
+        return linear(states[row, column].float(), head.weight.float(), bias).log_softmax(-1)
+
+    sft = [logps("sft", batch) for batch in batches]
+
+    def kl(adapter: str) -> float:
+        total = 0.0
+        for batch, before in zip(batches, sft):
+            gap = before - logps(adapter, batch)
+            total += float((before.exp() * gap).sum(dtype=torch.float64))
+        return max(total, 0.0) / len(answers)  # rounding may leave a zero just below
+
+    return kl
+
+
+def match(network, adapter: str, between: str, distance: float, target: float, kl) -> tuple:
+    """Bring ``adapter`` back to the KL ``target``, below its own ``distance``, as ``between``.
+
+    Along the line W(α) = (1 − α) · SFT + α · arm of LoRA weights (A and B each), α in [0, 1], which
+    ends in the arm and has KL 0 at its start. √KL grows almost in proportion to α, so the next α is
+    interpolated in it within the bracket, until the KL is the target to 2 %. Returns (α, KL).
+    """
+    start, end = models.snapshot(network, "sft"), models.snapshot(network, adapter)
+    (low, low_kl), (high, high_kl) = (0.0, 0.0), (1.0, distance)
+    for _ in range(MOST_STEPS):
+        share = (target**0.5 - low_kl**0.5) / (high_kl**0.5 - low_kl**0.5)
+        alpha = low + share * (high - low)
+        line = {name: torch.lerp(weight, end[name], alpha) for name, weight in start.items()}
+        models.restore(network, between, line)
+        found = kl(between)
+        if abs(found - target) <= EXACT * target:
+            break
+        if found < target:
+            low, low_kl = alpha, found
+        else:
+            high, high_kl = alpha, found
+    return alpha, found
+
+
+def match_arms(
+    base: models.Base, chat: Chat, build: Build, arms: Sequence[Arm], prompts, seed: int
+) -> pd.DataFrame:
+    """KL of every arm, and of each pair of true and placebo arm the one that moved further brought
+    back to the other's, saved as ``models/arms/<name>-matched``. Within 5 % both stay.
+
+    ``prompts`` are held out. Columns stage, arm, seed, kl, alpha and name: a row for each arm as it
+    was trained (alpha 1), then one for each that was brought back.
+    """
+    adapters = {arm.name: arm.folder(build) for arm in arms}
+    sft = build.model("sft")
+    network = models.load_adapters(base, {"sft": sft, "between": sft} | adapters)
+    rows, brought_back = [], []
+    try:
+        answers = sft_answers(network, chat, prompts, seed)
+        kl = kl_to_sft(network, answers, chat.tokenizer.pad_token_id)
+        distance = {arm: kl(arm.name) for arm in arms}
+        rows = [(a.stage, a.kind, a.seed, distance[a], 1.0, a.name) for a in arms]
+        for true in (arm for arm in arms if arm.kind == TRUE):
+            two = true, replace(true, kind=PLACEBO)
+            nearer, further = sorted(two, key=distance.get)
+            if distance[further] - distance[nearer] <= CLOSE * distance[further]:
+                continue
+            target, name = distance[nearer], f"{further.name}-matched"
+            alpha, found = match(network, further.name, "between", distance[further], target, kl)
+            models.save_adapter(base, network, build.model(f"arms/{name}"), adapter="between")
+            brought_back.append((further.stage, further.kind, further.seed, found, alpha, name))
+    finally:
+        network.unload()
+    return pd.DataFrame(rows + brought_back, columns="stage arm seed kl alpha name".split())

@@ -1,0 +1,185 @@
+"""The headline: what a stage changed against its placebo and against start, in tables and words.
+
+``headline.csv`` has a row for each stage, vertical and baseline; ``validity.csv`` says on which
+models the vertical's instrument measures anything. A claim needs three things: an instrument above
+chance on every model compared, an interval without zero, and p < .05 after Holm's correction over
+all rows of one baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+
+import numpy as np
+import pandas as pd
+
+from . import StudyError
+from .decode import Generations
+from .models import ModelSet
+from .stats import (
+    FEW,
+    LEVEL,
+    UNCLEAR,
+    Interval,
+    crossed_change,
+    holm,
+    interval_words,
+    mean_interval,
+    verdict,
+)
+from .verticals import INSTRUMENTS
+from .verticals.common import COLUMNS, Measure
+
+Measures = Mapping[str, Sequence[Measure]]
+"""Model → the measures of one vertical's instrument."""
+
+ArmNames = Mapping[str, Sequence[str]]
+"""``true``, ``matched_true`` and ``matched_placebo`` → names of a stage's models, seed by seed."""
+
+
+def measure_all(
+    models: ModelSet, generations: Generations, benchmarks: str, sizes: Mapping[str, int], seed: int
+) -> dict[str, Measures]:
+    """Vertical → every model's measures by its instrument. ``sizes``: vertical → items (0: all)."""
+    found = {}
+    for vertical, n in sizes.items():
+        module = import_module(f".verticals.{vertical}", __package__)
+        found[vertical] = module.instrument(models, generations, benchmarks, n, seed)
+    return found
+
+
+def one_measure(measures: Sequence[Measure], metric: str, condition: str) -> Measure:
+    """The measure of that name; a StudyError if the instrument has none."""
+    for measure in measures:
+        if (measure.metric, measure.condition) == (metric, condition):
+            return measure
+    raise StudyError(f"the instrument has no measure {metric} under {condition}")
+
+
+def by_item(measures: Measures, models: Sequence[str], metric: str, condition: str) -> np.ndarray:
+    """One measure of several models, [models, items]; their items must be the same."""
+    found = [one_measure(measures[model], metric, condition) for model in models]
+    if any(m.item_ids != found[0].item_ids for m in found):
+        raise StudyError(f"{metric}, {condition}: {', '.join(models)} answered different items")
+    return np.array([m.item_values for m in found])
+
+
+def headline_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames]) -> pd.DataFrame:
+    """Rows of ``headline.csv``: each stage against start (its arms as they were trained) and
+    against its placebo (both at the same KL to SFT), over items and seeds.
+
+    ``measures``: by vertical and model; ``arms``: by stage. ``p_holm`` is over all rows of one
+    baseline.
+    """
+    rows = []
+    for stage, names in arms.items():
+        for vertical, found in measures.items():
+            which = INSTRUMENTS[vertical]
+            like = one_measure(found["start"], which.metric, which.condition)
+            against = {
+                "placebo": (names["matched_true"], names["matched_placebo"]),
+                "start": (names["true"], ["start"]),
+            }
+            for baseline, both in against.items():
+                after, before = (by_item(found, m, which.metric, which.condition) for m in both)
+                change = crossed_change(after, before, like.clusters, like.bounds)
+                key = {"stage": stage, "vertical": vertical, "baseline": baseline}
+                rows.append(key | vars(change) | {"worse": which.worse})
+    table = pd.DataFrame(rows).rename(columns=COLUMNS | {"value": "change"}).assign(p_holm=np.nan)
+    for _, part in table[table["p"].notna()].groupby("baseline"):
+        table.loc[part.index, "p_holm"] = holm(part["p"].to_numpy())
+    return table
+
+
+def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames]) -> pd.DataFrame:
+    """Rows of ``validity.csv``: does the instrument lie above chance on start, on each stage's arms
+    (their mean over seeds) and on its placebo's (``<stage>-placebo``)?"""
+    groups = {"start": ["start"]}
+    for stage, names in arms.items():
+        groups |= {stage: names["true"], f"{stage}-placebo": names["matched_placebo"]}
+    rows = []
+    for vertical, found in measures.items():
+        (metric, condition), chance = INSTRUMENTS[vertical].validity, INSTRUMENTS[vertical].chance
+        like = one_measure(found["start"], metric, condition)
+        key = {"vertical": vertical, "metric": metric, "condition": condition}
+        for model, names in groups.items():
+            values = by_item(found, names, metric, condition).T
+            name = f"{vertical}/{model}/{metric}/{condition}"
+            interval = mean_interval(values, name, like.clusters, like.bounds)
+            gate = {"chance": chance, "valid": bool(interval.low > chance)}
+            rows.append({"model": model} | key | vars(interval) | gate)
+    return pd.DataFrame(rows).rename(columns=COLUMNS)
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
+    """One sentence or two for each stage and vertical: not measurable on this model, an effect of
+    the preferences, or no clear one; with both comparisons.
+
+    ``headline``, ``validity``: as of :func:`headline_table` and :func:`validity_table`.
+    """
+    said = []
+    for (stage, vertical), rows in headline.groupby(["stage", "vertical"], sort=False):
+        compared = ("start", stage, f"{stage}-placebo")
+        gates = validity[validity["vertical"].eq(vertical) & validity["model"].isin(compared)]
+        failed = gates[~gates["valid"].astype(bool)]
+        head = f"**{stage}, {vertical}**"
+        if len(failed):
+            said.append(f"{head}: {_not_measurable(failed)}")
+        else:
+            by_baseline = {row.baseline: row for row in rows.itertuples()}
+            metric = INSTRUMENTS[vertical].metric.replace("_", " ")
+            said.append(f"{head} ({metric}): {_both_comparisons(by_baseline)}")
+    return said
+
+
+def clear_verdict(row) -> str:
+    """``worse`` or ``better`` where the interval and p after Holm's correction agree, else ``no
+    clear change``."""
+    return verdict(row.ci_low, row.ci_high, row.worse) if row.p_holm < 1 - LEVEL else UNCLEAR
+
+
+def _not_measurable(failed: pd.DataFrame) -> str:
+    """Which models the instrument fails on, with the numbers."""
+    parts = []
+    for row in failed.itertuples():
+        value = interval_words(Interval.of_row(row), ".3f", "items")
+        parts.append(f"on {row.model} {row.metric.replace('_', ' ')} is {value}")
+    first = failed.iloc[0]
+    where = "on this model" if first["model"] == "start" else "after this training"
+    return f"cannot be measured {where}: {'; '.join(parts)}, not above chance ({first.chance:g})."
+
+
+def _both_comparisons(rows: Mapping) -> str:
+    placebo, start = rows["placebo"], rows["start"]
+    found, overall = clear_verdict(placebo), clear_verdict(start)
+    scope = "" if placebo.seeds > 1 else " of one checkpoint"
+    against = f"{_change_words(placebo)} against the placebo at the same KL to SFT"
+    if placebo.n < FEW:
+        words = f"no verdict{scope}: {against}. "
+    elif found == UNCLEAR:
+        words = f"no clear effect of the preferences{scope}: {against}. "
+    else:
+        words = f"effect of the preferences{scope}, {found}: {against}. "
+    words += f"Against start {_change_words(start)}: "
+    if overall == UNCLEAR:
+        return words + f"{UNCLEAR}."
+    if found == UNCLEAR:
+        return words + (
+            f"{overall}, an effect of the training (SFT included), not shown to be one of the "
+            "preferences."
+        )
+    return words + f"{overall}."
+
+
+def _change_words(row) -> str:
+    """``+0.080 (95 % interval +0.020 to +0.140; p = 0.012 after Holm, n = 36 items, 3 seeds)``."""
+    seeds = f"{row.seeds} seeds" if row.seeds > 1 else "one checkpoint"
+    change = interval_words(Interval.of_row(row, "change"))[:-1]
+    if np.isnan(row.ci_low):
+        return f"{change}; {seeds})"
+    p = f"p = {row.p_holm:.3f}" if row.p_holm >= 0.001 else "p < 0.001"
+    return f"{change}; {p} after Holm, n = {row.n} items, {seeds})"

@@ -1,0 +1,345 @@
+"""Placebo arms: what they keep and lose, the same KL for both arms, and what is said of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import some_examples
+from rlhf_trust import StudyError, decode, models
+from rlhf_trust.align import arms, inpo, ppo
+from rlhf_trust.align.arms import PLACEBO, TRUE, Arm
+from rlhf_trust.artifacts import Build
+from rlhf_trust.chat import Chat, EncodedExample
+from rlhf_trust.data.preferences import PreferencePair, Preferences
+from rlhf_trust.decode import Prompt
+from rlhf_trust.headline import headline_table, headline_words, validity_table
+from rlhf_trust.models import LoRA
+from rlhf_trust.stats import holm
+from rlhf_trust.verticals import INSTRUMENTS
+from rlhf_trust.verticals.common import Measure
+from scipy.stats import spearmanr
+
+PAIRS = [
+    PreferencePair(f"p{i}", (f"what is the question {i}?",), f"the answer {i}", "not", "helpful")
+    for i in range(12)
+]
+PROMPTS = [Prompt(pair.id, pair.prompt) for pair in PAIRS]
+
+
+def answers_to(prompt: int, count: int) -> list[EncodedExample]:
+    """Different answers to one prompt, none of them alike any other prompt's."""
+    return [EncodedExample((3, 4 + prompt, 5, 6 + 7 * i), 3) for i in range(count)]
+
+
+def fake_rewards(seed: int = 0):
+    """A reward function that gives each answer a random number of its own, and remembers it."""
+    known, random = {}, np.random.default_rng(seed)
+
+    def reward_fn(answers):
+        return torch.tensor([known.setdefault(a, random.normal()) for a in answers])
+
+    return reward_fn, known
+
+
+# --- placebos -------------------------------------------------------------------------------------
+
+
+def test_a_placebos_scores_are_a_prompts_own_in_another_order():
+    truth, known = fake_rewards()
+    answers = [answer for prompt in range(400) for answer in answers_to(prompt, 8)]
+    scores = arms.shuffled(truth, seed=1)(answers).reshape(400, 8)
+    true = torch.tensor([known[answer] for answer in answers]).reshape(400, 8)
+    assert torch.equal(scores.sort(1).values, true.sort(1).values)
+    agreement = [spearmanr(*rows).statistic for rows in zip(scores, true)]
+    assert abs(np.mean(agreement)) < 3 / np.sqrt(400 * 7)
+    assert torch.equal(arms.shuffled(truth, 1)(answers[::-1]).flip(0), scores.flatten())
+    assert not torch.equal(arms.shuffled(truth, 2)(answers), scores.flatten())
+
+
+def test_a_placebo_keeps_a_lone_answers_score_and_gives_equal_answers_one():
+    truth, known = fake_rewards()
+    lone, two = answers_to(0, 1), answers_to(1, 2)
+    scores = arms.shuffled(truth, 0)([*lone, *two, *two]).tolist()
+    assert scores[0] == pytest.approx(known[lone[0]]) and scores[1:3] == scores[3:5]
+
+
+def test_a_tournament_of_a_placebo_has_no_favourite():
+    """All matches of a round see one shuffled score an answer, and the truly best wins by luck."""
+    truth, known = fake_rewards()
+    fields = [(str(prompt), answers_to(prompt, 8)) for prompt in range(400)]
+    matches = inpo.tournaments(fields, inpo.reward_oracle(arms.shuffled(truth, 3)))
+    assert len(matches) == 400
+    for (_, field), (_, best, worst) in zip(fields, matches):
+        scores = dict(zip(field, arms.shuffled(truth, 3)(field).tolist()))
+        assert (scores[best], scores[worst]) == (max(scores.values()), min(scores.values()))
+    right = np.mean([known[best] > known[worst] for _, best, worst in matches])
+    assert abs(right - 0.5) < 3 * 0.5 / np.sqrt(400)
+    truly = inpo.tournaments(fields, inpo.reward_oracle(truth))
+    assert all(known[best] > known[worst] for _, best, worst in truly)
+
+
+@pytest.mark.parametrize("count", [40, 41])
+def test_exactly_half_of_the_pairs_are_swapped(count):
+    pairs = some_examples(count, 2)
+    swapped = arms.swap_half(pairs, seed=0)
+    turned = [one.sequences == two.sequences[::-1] for one, two in zip(pairs, swapped)]
+    assert sum(turned) == count // 2
+    assert [e.id for e in swapped] == [e.id for e in pairs]
+    assert all(t or one == two for t, one, two in zip(turned, pairs, swapped))
+    assert arms.swap_half(pairs, 0) == swapped != arms.swap_half(pairs, 1)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+SIZES = {"max_new_tokens": 5, "n_prompts_held_out": 12, "learning_rate": 5e-3, "seed": 4}
+PARAMETERS = {
+    "dpo": {
+        "n_dpo": 8,
+        "beta": 0.1,
+        "batch_size": 4,
+        "epochs": 2,
+        "learning_rate": 0.02,
+        "seed": 4,
+    },
+    "ppo": SIZES | {"steps": 2, "answers_per_step": 8, "answers_per_prompt": 4, "ppo_epochs": 1},
+    "inpo": SIZES | {"rounds": 2, "prompts_per_round": 6, "answers_per_prompt": 4, "epochs": 1},
+}
+
+
+@pytest.fixture
+def trainer(tiny_llama, tmp_path, monkeypatch):
+    """A tiny study with a random SFT adapter and a random reward model."""
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path))
+    build, chat = Build("tiny"), Chat(tiny_llama.tokenizer, "chatml")
+    save_random(tiny_llama, build.model("sft"), 0)
+    save_random(tiny_llama, build.model("reward"), 1, torch.randn(1, 32))
+    return arms.Trainer(tiny_llama, chat, build, Preferences(PAIRS, PAIRS), PARAMETERS)
+
+
+def save_random(base, folder, seed, head=None):
+    wrapped = models.new_adapter(base, LoRA(4, 8, ["q_proj", "v_proj", "down_proj"]), seed)
+    for weight in models.lora_weights(wrapped, "default").values():
+        torch.nn.init.normal_(weight, std=0.1)
+    models.save_adapter(base, wrapped, folder, head=head)
+    wrapped.unload()
+
+
+def test_an_arm_is_trained_once_for_what_it_is_made_from(trainer, monkeypatch):
+    calls = []
+    real = arms.Trainer._train_dpo
+    count = lambda self, arm, *more: calls.append(arm.name) or real(self, arm, *more)  # noqa: E731
+    monkeypatch.setattr(arms.Trainer, "_train_dpo", count)
+    true, placebo = Arm("dpo", TRUE, 1), Arm("dpo", PLACEBO, 1)
+    for arm in (true, placebo, true, placebo, Arm("dpo", TRUE, 0)):
+        trainer.train(arm)
+    assert calls == ["dpo-seed1", "dpo-placebo-seed1"]
+    assert not hasattr(trainer.base.model, "peft_config")
+    folder = placebo.folder(trainer.build)
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / arms.NOTE).unlink()  # as if interrupted before it was written
+    trainer.train(placebo)
+    assert calls[2:] == ["dpo-placebo-seed1"]
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    other = replace(trainer, parameters={"dpo": PARAMETERS["dpo"] | {"beta": 0.2}})
+    other.train(true)
+    save_random(trainer.base, trainer.sft, 5)
+    trainer.train(placebo)
+    assert calls[3:] == ["dpo-seed1", "dpo-placebo-seed1"]
+
+
+@pytest.mark.parametrize("stage", ["ppo", "inpo"])
+def test_the_trainers_shuffle_within_a_prompts_group(trainer, monkeypatch, stage):
+    """What ppo.train and inpo.train hand to the reward in one call are all answers to a prompt."""
+    calls, real = [], arms.shuffled
+
+    def recording(reward_fn, seed):
+        placebo = real(reward_fn, seed)
+
+        def scores(answers):
+            found = placebo(answers)
+            calls.append((answers, reward_fn(answers), found))
+            return found
+
+        return scores
+
+    monkeypatch.setattr(arms, "shuffled", recording)
+    change = trainer.train(Arm(stage, PLACEBO, 0))
+    assert np.isfinite(change)
+    groups, held_out = [], 0
+    for answers, true, found in calls:
+        rows = pd.DataFrame({"prompt": [a.prompt_ids for a in answers], "true": true, "got": found})
+        if not rows["prompt"].duplicated().any():
+            assert torch.allclose(true, found)
+            held_out += 1
+            continue
+        groups += [(len(part), part) for _, part in rows.groupby("prompt")]
+    assert held_out == (2 if stage == "ppo" else 3)
+    assert max(size for size, _ in groups) == 4 and len(groups) == (4 if stage == "ppo" else 12)
+    moved = [not np.allclose(part["true"], part["got"]) for _, part in groups]
+    assert np.mean(moved) > 0.5
+    for _, part in groups:
+        if part["true"].is_unique:
+            np.testing.assert_allclose(sorted(part["true"]), sorted(part["got"]), rtol=1e-5)
+
+
+def test_settings_are_the_stages_own_with_other_seeds(trainer):
+    true, placebo = (trainer.config(Arm("ppo", kind, 2)) for kind in (TRUE, PLACEBO))
+    assert true == placebo and isinstance(true, ppo.PPOConfig)
+    assert (true.seed, true.epochs, true.evaluate_every) == (4 + 2000, 1, 0)
+    assert trainer.config(Arm("dpo", TRUE, 0)).learning_rate == 0.02
+    trainer.parameters = {"ppo": PARAMETERS["ppo"] | {"answers_per_prompt": 1}}
+    with pytest.raises(StudyError, match="with one answer a prompt PPO has no placebo"):
+        trainer.config(Arm("ppo", PLACEBO, 0))
+
+
+# --- distance -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(trainer):
+    """SFT, a far arm and a place for what lies between, on one tiny backbone."""
+    trainer.train(Arm("dpo", TRUE, 1))
+    sft = trainer.build.model("sft")
+    folders = {"sft": sft, "between": sft, "far": Arm("dpo", TRUE, 1).folder(trainer.build)}
+    return models.load_adapters(trainer.base, folders)
+
+
+def test_kl_is_the_sum_over_tokens_and_vocabulary(network, trainer):
+    answers = arms.sft_answers(network, trainer.chat, PROMPTS, seed=0, tokens=6)
+    kl = arms.kl_to_sft(network, answers, 0, batch_size=5)
+    assert kl("sft") == kl("between") == 0
+    wanted = 0.0
+    for answer in answers:
+        logps = []
+        for adapter in ("sft", "far"):
+            with models.using(network, adapter), torch.no_grad():
+                logits = network(torch.tensor([answer.input_ids])).logits[0]
+            logps.append(logits[answer.answer_start - 1 : -1].double().log_softmax(-1))
+        wanted += float((logps[0].exp() * (logps[0] - logps[1])).sum())
+    assert kl("far") == pytest.approx(wanted / len(answers), rel=1e-4) and kl("far") > 0.01
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_an_arm_is_brought_back_to_a_given_kl(network, trainer, share):
+    answers = arms.sft_answers(network, trainer.chat, PROMPTS, seed=0, tokens=6)
+    kl = arms.kl_to_sft(network, answers, 0)
+    target = share * kl("far")
+    alpha, found = arms.match(network, "far", "between", kl("far"), target, kl)
+    assert 0 < alpha < 1 and found == kl("between") == pytest.approx(target, rel=arms.EXACT)
+    ends = [models.snapshot(network, name) for name in ("sft", "far", "between")]
+    for start, end, between in zip(*(weights.values() for weights in ends)):
+        assert torch.allclose(between, (1 - alpha) * start + alpha * end, atol=1e-6)
+
+
+def test_only_the_arm_that_moved_further_is_brought_back(trainer):
+    everyone = arms.all_arms(["dpo"], 2)
+    own = trainer.build.model("dpo")
+    save_random(trainer.base, own, 7)
+    for arm in everyone:
+        trainer.train(arm)
+    found = arms.match_arms(trainer.base, trainer.chat, trainer.build, everyone, PROMPTS, 0)
+    trained, matched = found[found["alpha"] == 1], found[found["alpha"] < 1]
+    assert trained["name"].tolist() == [arm.name for arm in everyone] and len(matched)
+    for row in matched.itertuples():
+        kls = trained[trained["seed"] == row.seed].set_index("arm")["kl"]
+        assert kls.idxmax() == row.arm and row.kl == pytest.approx(kls.min(), rel=arms.EXACT)
+        assert (trainer.build.model(f"arms/{row.name}") / "adapter_config.json").is_file()
+    assert not decode.first_adapted_layer(trainer.base.model)
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+NAMES = {
+    "true": ["dpo", "dpo-seed1", "dpo-seed2"],
+    "matched_true": ["dpo", "dpo-seed1", "dpo-seed2"],
+    "matched_placebo": ["dpo-placebo-seed0", "dpo-placebo-seed1", "dpo-placebo-seed2"],
+}
+STEREOTYPE = INSTRUMENTS["stereotype"]
+
+
+def measures_of(true: float, placebo: float, validity: float = 0.9, items: int = 60, seed: int = 0):
+    """Start, and three arms of each kind whose mean lies that far from start's, with noise."""
+    random, found = np.random.default_rng(seed), {}
+    level = random.normal(0, 0.3, items)
+    shifts = {"start": 0.0} | dict.fromkeys(NAMES["true"], true)
+    for name, shift in (shifts | dict.fromkeys(NAMES["matched_placebo"], placebo)).items():
+        noise = 0 if name == "start" else random.normal(0, 0.05, items) + random.normal(0, 0.005)
+        values = np.clip(level + shift + noise, -1, 1)
+        known = (random.random(200) < validity).astype(float)
+        ids = tuple(map(str, range(items)))
+        found[name] = [
+            Measure(STEREOTYPE.metric, STEREOTYPE.condition, ids, values, signed=True),
+            Measure(*STEREOTYPE.validity, tuple(map(str, range(200))), known),
+        ]
+    return {"stereotype": found}
+
+
+def words(measures, names=NAMES) -> str:
+    tables = (make(measures, {"dpo": names}) for make in (headline_table, validity_table))
+    (said,) = headline_words(*tables)
+    return said
+
+
+def test_a_planted_effect_of_the_preferences_is_found_against_the_placebo():
+    worse, better = (words(measures_of(shift, 0.0)) for shift in (0.15, -0.15))
+    assert worse.startswith("**dpo, stereotype** (net stereotype bias): effect of the preferences,")
+    assert " preferences, worse: +0.1" in worse and "n = 60 items, 3 seeds) against the" in worse
+    assert "Against start +0.1" in worse and worse.endswith("3 seeds): worse.")
+    assert " preferences, better: -0.1" in better and better.endswith("3 seeds): better.")
+
+
+def test_what_the_placebo_does_as_well_is_no_effect_of_the_preferences():
+    said = words(measures_of(0.2, 0.2))
+    assert "no clear effect of the preferences: " in said
+    assert (
+        "worse, an effect of the training (SFT included), not shown to be one of the pref" in said
+    )
+    neither = words(measures_of(0.0, 0.0))
+    assert "no clear effect of the preferences: " in neither
+    assert neither.endswith(": no clear change.")
+
+
+def test_an_instrument_at_chance_allows_no_claim():
+    said = words(measures_of(0.2, 0.0, validity=0.5))
+    assert "cannot be measured on this model: on start consensus roc auc is 0." in said
+    assert "n = 200 items)" in said and said.endswith("not above chance (0.5).")
+    assert "effect" not in said and "Against" not in said
+    broken = measures_of(0.2, 0.0)
+    for name in NAMES["true"]:
+        level, known = broken["stereotype"][name]
+        broken["stereotype"][name] = [level, replace(known, values=known.values * 0.5)]
+    said = words(broken)
+    assert "cannot be measured after this training: on dpo consensus roc auc is 0.4" in said
+
+
+def test_one_seed_is_one_checkpoint_and_few_items_have_no_verdict():
+    one = {key: names[:1] for key, names in NAMES.items()}
+    said = words(measures_of(0.2, 0.0), one)
+    assert "effect of the preferences of one checkpoint, worse: " in said
+    assert "60 items, one checkpoint)" in said
+    few = words(measures_of(0.2, 0.0, items=5))
+    assert "no verdict: +0." in few and "fewer than 8, no interval; 3 seeds)" in few
+
+
+def test_placebo_against_placebo_is_rarely_called_an_effect():
+    """200 studies of 36 items and 3 seeds, three stages each, whose seeds' spread differs (in units
+    of the items': 0.1, 0.3 and 0.5). Small spreads alone give fewer false alarms than 5 %."""
+    random, alarms, after_holm = np.random.default_rng(0), [], []
+    ids, kinds = tuple(map(str, range(36))), (NAMES["true"], NAMES["matched_placebo"])
+    for _ in range(200):
+        tables = []
+        for of_seeds in (0.01, 0.03, 0.05):
+            level, found = random.normal(0, 0.3, 36), {}
+            for name in ("start", *kinds[0], *kinds[1]):
+                noisy = level + random.normal(0, 0.1, 36) + random.normal(0, of_seeds)
+                measure = Measure(STEREOTYPE.metric, STEREOTYPE.condition, ids, noisy, signed=True)
+                found[name] = [measure]
+            tables.append(headline_table({"stereotype": found}, {"dpo": NAMES}))
+        p = pd.concat(tables).query("baseline == 'placebo'")["p"].to_numpy()
+        alarms.append(p < 0.05)
+        after_holm.append(holm(p).min() < 0.05)
+    assert 0.03 <= np.mean(alarms) <= 0.07 and np.mean(after_holm) <= 0.07
