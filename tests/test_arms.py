@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import some_examples
-from rlhf_trust import StudyError, decode, models
+from rlhf_trust import StudyError, models
 from rlhf_trust.align import arms, inpo, ppo
 from rlhf_trust.align.arms import PLACEBO, TRUE, Arm
-from rlhf_trust.artifacts import Build
+from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import PreferencePair, Preferences
 from rlhf_trust.decode import Prompt
-from rlhf_trust.headline import headline_table, headline_words, validity_table
+from rlhf_trust.headline import arm_names, headline_table, headline_words, validity_table
 from rlhf_trust.models import LoRA
 from rlhf_trust.stats import holm
 from rlhf_trust.verticals import INSTRUMENTS
@@ -196,6 +196,18 @@ def test_settings_are_the_stages_own_with_other_seeds(trainer):
         trainer.config(Arm("ppo", PLACEBO, 0))
 
 
+def test_settings_come_from_the_stages_manifests(trainer):
+    own = dict.fromkeys(arms.SHARED, 1)
+    with pytest.raises(StudyError, match="no manifest of 04-dpo; run it first"):
+        arms.stage_parameters(trainer.build, ["dpo"], own)
+    Manifest(trainer.build, "04-dpo", own | {"beta": 0.3}).write()
+    assert arms.stage_parameters(trainer.build, ["dpo"], own)["dpo"]["beta"] == 0.3
+    with pytest.raises(StudyError, match="n_train: 04-dpo was run with another value, 1 there and"):
+        arms.stage_parameters(trainer.build, ["dpo"], own | {"n_train": 2})
+    with pytest.raises(StudyError, match="stages: must be of ppo, dpo, inpo, got 'sft'"):
+        arms.stage_parameters(trainer.build, ["sft"], own)
+
+
 # --- distance -------------------------------------------------------------------------------------
 
 
@@ -241,14 +253,18 @@ def test_only_the_arm_that_moved_further_is_brought_back(trainer):
     save_random(trainer.base, own, 7)
     for arm in everyone:
         trainer.train(arm)
-    found = arms.match_arms(trainer.base, trainer.chat, trainer.build, everyone, PROMPTS, 0)
+    found = arms.match_arms(trainer.base, trainer.chat, trainer.build, everyone, PAIRS, 0)
     trained, matched = found[found["alpha"] == 1], found[found["alpha"] < 1]
     assert trained["name"].tolist() == [arm.name for arm in everyone] and len(matched)
     for row in matched.itertuples():
         kls = trained[trained["seed"] == row.seed].set_index("arm")["kl"]
         assert kls.idxmax() == row.arm and row.kl == pytest.approx(kls.min(), rel=arms.EXACT)
         assert (trainer.build.model(f"arms/{row.name}") / "adapter_config.json").is_file()
-    assert not decode.first_adapted_layer(trainer.base.model)
+    assert not hasattr(trainer.base.model, "peft_config")
+    names = arm_names(found)["dpo"]
+    assert names["true"] == ["dpo", "dpo-seed1"]
+    both = names["matched_true"] + names["matched_placebo"]
+    assert len(both) == 4 and set(matched["name"]) <= set(both)
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -286,10 +302,10 @@ def words(measures, names=NAMES) -> str:
 
 def test_a_planted_effect_of_the_preferences_is_found_against_the_placebo():
     worse, better = (words(measures_of(shift, 0.0)) for shift in (0.15, -0.15))
-    assert worse.startswith("**dpo, stereotype** (net stereotype bias): effect of the preferences,")
-    assert " preferences, worse: +0.1" in worse and "n = 60 items, 3 seeds) against the" in worse
+    assert worse.startswith("dpo, stereotype (net stereotype bias): **effect of the preferences, ")
+    assert " preferences, worse**: +0.1" in worse and "n = 60 items, 3 seeds) against the" in worse
     assert "Against start +0.1" in worse and worse.endswith("3 seeds): worse.")
-    assert " preferences, better: -0.1" in better and better.endswith("3 seeds): better.")
+    assert " preferences, better**: -0.1" in better and better.endswith("3 seeds): better.")
 
 
 def test_what_the_placebo_does_as_well_is_no_effect_of_the_preferences():
@@ -319,10 +335,10 @@ def test_an_instrument_at_chance_allows_no_claim():
 def test_one_seed_is_one_checkpoint_and_few_items_have_no_verdict():
     one = {key: names[:1] for key, names in NAMES.items()}
     said = words(measures_of(0.2, 0.0), one)
-    assert "effect of the preferences of one checkpoint, worse: " in said
+    assert "**effect of the preferences of one checkpoint, worse**: " in said
     assert "60 items, one checkpoint)" in said
     few = words(measures_of(0.2, 0.0, items=5))
-    assert "no verdict: +0." in few and "fewer than 8, no interval; 3 seeds)" in few
+    assert "no verdict: +0." in few and few.endswith("3 seeds): no verdict.")
 
 
 def test_placebo_against_placebo_is_rarely_called_an_effect():

@@ -37,6 +37,7 @@ SIZES = {
     "13-truthfulness": "n_options trained",
     "14-privacy": "n_per_kind max_new_tokens trained",
     "15-distance": "n_texts trained",
+    "16-headline": "n_train stages seeds",
     "20-attribution": "n_examples max_length",
     "21-attribution-validation": "n_pool n_halves epochs max_length",
     "22-pruning": "n_pairs n_random max_length",

@@ -65,6 +65,22 @@ def by_item(measures: Measures, models: Sequence[str], metric: str, condition: s
     return np.array([m.item_values for m in found])
 
 
+def arm_names(distances: pd.DataFrame) -> dict[str, ArmNames]:
+    """The models that each stage is compared by, from the table of ``arms.match_arms``."""
+    found = {}
+    for stage, rows in distances.groupby("stage", sort=False):
+        trained = rows[rows["alpha"] == 1].sort_values("seed").groupby("arm")["name"].agg(list)
+        matched = rows.loc[rows["alpha"] < 1, "name"]
+        back = {name.removesuffix("-matched"): name for name in matched}
+        at_one_kl = {arm: [back.get(name, name) for name in trained[arm]] for arm in trained.index}
+        found[stage] = {
+            "true": trained["true"],
+            "matched_true": at_one_kl["true"],
+            "matched_placebo": at_one_kl["placebo"],
+        }
+    return found
+
+
 def headline_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames]) -> pd.DataFrame:
     """Rows of ``headline.csv``: each stage against start (its arms as they were trained) and
     against its placebo (both at the same KL to SFT), over items and seeds.
@@ -123,10 +139,8 @@ def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
     """
     said = []
     for (stage, vertical), rows in headline.groupby(["stage", "vertical"], sort=False):
-        compared = ("start", stage, f"{stage}-placebo")
-        gates = validity[validity["vertical"].eq(vertical) & validity["model"].isin(compared)]
-        failed = gates[~gates["valid"].astype(bool)]
-        head = f"**{stage}, {vertical}**"
+        failed = not_valid(validity, stage, vertical)
+        head = f"{stage}, {vertical}"
         if len(failed):
             said.append(f"{head}: {_not_measurable(failed)}")
         else:
@@ -136,6 +150,14 @@ def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
     return said
 
 
+def not_valid(validity: pd.DataFrame, stage: str, vertical: str) -> pd.DataFrame:
+    """Of the models that a stage is compared by, the rows of those on which the vertical's
+    instrument does not lie above chance."""
+    compared = ("start", stage, f"{stage}-placebo")
+    gates = validity[validity["vertical"].eq(vertical) & validity["model"].isin(compared)]
+    return gates[~gates["valid"].astype(bool)]
+
+
 def clear_verdict(row) -> str:
     """``worse`` or ``better`` where the interval and p after Holm's correction agree, else ``no
     clear change``."""
@@ -143,36 +165,35 @@ def clear_verdict(row) -> str:
 
 
 def _not_measurable(failed: pd.DataFrame) -> str:
-    """Which models the instrument fails on, with the numbers."""
+    """Which models the instrument fails on, with the numbers; start alone if on start."""
+    on_start = failed[failed["model"] == "start"]
     parts = []
-    for row in failed.itertuples():
+    for row in (on_start if len(on_start) else failed).itertuples():
         value = interval_words(Interval.of_row(row), ".3f", "items")
         parts.append(f"on {row.model} {row.metric.replace('_', ' ')} is {value}")
-    first = failed.iloc[0]
-    where = "on this model" if first["model"] == "start" else "after this training"
-    return f"cannot be measured {where}: {'; '.join(parts)}, not above chance ({first.chance:g})."
+    where = "on this model" if len(on_start) else "after this training"
+    chance = f"not above chance ({failed['chance'].iloc[0]:g})"
+    return f"cannot be measured {where}: {'; '.join(parts)}, {chance}."
 
 
 def _both_comparisons(rows: Mapping) -> str:
     placebo, start = rows["placebo"], rows["start"]
     found, overall = clear_verdict(placebo), clear_verdict(start)
     scope = "" if placebo.seeds > 1 else " of one checkpoint"
-    against = f"{_change_words(placebo)} against the placebo at the same KL to SFT"
     if placebo.n < FEW:
-        words = f"no verdict{scope}: {against}. "
+        said = f"no verdict{scope}"
     elif found == UNCLEAR:
-        words = f"no clear effect of the preferences{scope}: {against}. "
+        said = f"no clear effect of the preferences{scope}"
     else:
-        words = f"effect of the preferences{scope}, {found}: {against}. "
-    words += f"Against start {_change_words(start)}: "
-    if overall == UNCLEAR:
-        return words + f"{UNCLEAR}."
-    if found == UNCLEAR:
-        return words + (
+        said = f"**effect of the preferences{scope}, {found}**"
+    after = f"{overall}." if start.n >= FEW else "no verdict."
+    if found == UNCLEAR != overall:
+        after = (
             f"{overall}, an effect of the training (SFT included), not shown to be one of the "
             "preferences."
         )
-    return words + f"{overall}."
+    against = f"{_change_words(placebo)} against the placebo at the same KL to SFT"
+    return f"{said}: {against}. Against start {_change_words(start)}: {after}"
 
 
 def _change_words(row) -> str:

@@ -369,32 +369,51 @@ def match(network, adapter: str, between: str, distance: float, target: float, k
 
 
 def match_arms(
-    base: models.Base, chat: Chat, build: Build, arms: Sequence[Arm], prompts, seed: int
+    base: models.Base, chat: Chat, build: Build, arms: Sequence[Arm], pairs, seed: int
 ) -> pd.DataFrame:
-    """KL of every arm, and of each pair of true and placebo arm the one that moved further brought
-    back to the other's, saved as ``models/arms/<name>-matched``. Within 5 % both stay.
+    """How far every arm moved; and of each true arm and its placebo the one that moved further,
+    brought back to the KL of the other and saved as ``models/arms/<name>-matched``. Within 5 % both
+    stay.
 
-    ``prompts`` are held out. Columns stage, arm, seed, kl, alpha and name: a row for each arm as it
-    was trained (alpha 1), then one for each that was brought back.
+    Parameters
+    ----------
+    pairs
+        Held-out preference pairs, to whose prompts SFT answers.
+
+    Returns
+    -------
+    DataFrame
+        A row for each arm as it was trained (alpha 1), then one for each that was brought back:
+        stage, arm, seed, kl, alpha, log_ratio_gap (nats: how much more it prefers the chosen to the
+        rejected answers than SFT does, mean over the pairs) and name.
     """
-    adapters = {arm.name: arm.folder(build) for arm in arms}
-    sft = build.model("sft")
-    network = models.load_adapters(base, {"sft": sft, "between": sft} | adapters)
-    rows, brought_back = [], []
+    sft, pad, rows = build.model("sft"), chat.tokenizer.pad_token_id, []
+    adapters = {"sft": sft, "between": sft} | {arm.name: arm.folder(build) for arm in arms}
+    examples, prompts = pair_examples(pairs, chat), [Prompt(p.id, p.prompt) for p in pairs]
+    network = models.load_adapters(base, adapters)
     try:
-        answers = sft_answers(network, chat, prompts, seed)
-        kl = kl_to_sft(network, answers, chat.tokenizer.pad_token_id)
-        distance = {arm: kl(arm.name) for arm in arms}
-        rows = [(a.stage, a.kind, a.seed, distance[a], 1.0, a.name) for a in arms]
+        kept = LowerStates(network)
+        kl = kl_to_sft(network, sft_answers(network, chat, prompts, seed), pad)
+
+        def gap(adapter: str) -> float:
+            logps = reference_logps(network, adapter, examples, pad, kept=kept)
+            return float(np.mean([chosen - rejected for chosen, rejected in logps.values()]))
+
+        def add(arm: Arm, adapter: str, distance: float, alpha: float, name: str) -> None:
+            preferred = gap(adapter) - before
+            rows.append((arm.stage, arm.kind, arm.seed, distance, alpha, preferred, name))
+
+        before, distance = gap("sft"), {arm: kl(arm.name) for arm in arms}
+        for arm in arms:
+            add(arm, arm.name, distance[arm], 1.0, arm.name)
         for true in (arm for arm in arms if arm.kind == TRUE):
-            two = true, replace(true, kind=PLACEBO)
-            nearer, further = sorted(two, key=distance.get)
-            if distance[further] - distance[nearer] <= CLOSE * distance[further]:
-                continue
-            target, name = distance[nearer], f"{further.name}-matched"
-            alpha, found = match(network, further.name, "between", distance[further], target, kl)
-            models.save_adapter(base, network, build.model(f"arms/{name}"), adapter="between")
-            brought_back.append((further.stage, further.kind, further.seed, found, alpha, name))
+            nearer, further = sorted((true, replace(true, kind=PLACEBO)), key=distance.get)
+            near, far = distance[nearer], distance[further]
+            if far - near > CLOSE * far:
+                name = f"{further.name}-matched"
+                alpha, found = match(network, further.name, "between", far, near, kl)
+                models.save_adapter(base, network, build.model(f"arms/{name}"), adapter="between")
+                add(further, "between", found, alpha, name)
     finally:
         network.unload()
-    return pd.DataFrame(rows + brought_back, columns="stage arm seed kl alpha name".split())
+    return pd.DataFrame(rows, columns="stage arm seed kl alpha log_ratio_gap name".split())
