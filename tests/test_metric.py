@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import NAN
 from rlhf_trust import StudyError
+from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.attribution.gradients import per_example_gradients
 from rlhf_trust.attribution.metric import (
     REFUSAL,
@@ -20,6 +21,7 @@ from rlhf_trust.attribution.metric import (
     text_scores,
     toxicity_examples,
     training_examples,
+    vertical_settings,
 )
 from rlhf_trust.attribution.solvers import tfidf
 from rlhf_trust.attribution.store import InMemory, Scaled
@@ -182,6 +184,31 @@ def test_each_stage_sees_its_part_of_a_pair(tiny_llama):
         assert ([prompt.id for prompt, _, _ in items], same) == (kept, 1)
     (example,) = evaluation_examples(items, chat, "dpo", "ethics")
     assert [chat.decode(s.answer_ids) for s in example.sequences] == ["z", "x"]  # after wins
+
+
+def test_an_end_token_only_where_one_was_drawn(tiny_llama):
+    chat, eos = Chat(tiny_llama.tokenizer, "chatml"), tiny_llama.tokenizer.eos_token_id
+    long, short = "the user is not wrong in the system", "no"
+    items, limit = [(Prompt("a", ("Hi",)), short, long)], len(chat.answer_ids(long)) - 1
+
+    def ends(stage, limit):
+        (example,) = evaluation_examples(items, chat, stage, "ethics", limit)
+        return [s.answer_ids[-1] == eos for s in example.sequences]
+
+    for near in (limit, limit + 2):
+        assert ends("dpo", near) == [False, True] and ends("sft", near) == [False]
+    assert ends("inpo", limit + 3) == ends("dpo", None) == [True, True]
+    assert ends("ppo", limit) == [True, True]  # the reward model reads at the end token
+    whole, cut = (evaluation_examples(items, chat, "sft", "ethics", n)[0] for n in (None, limit))
+    assert whole.sequences[0].input_ids == (*cut.sequences[0].input_ids, eos)
+
+
+def test_a_verticals_settings_are_those_it_ran_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path))
+    Manifest(Build("x"), "10-toxicity", {"scorer": "tox-block"}).write()
+    assert vertical_settings(Build("x"), "toxicity")["scorer"] == "tox-block"
+    with pytest.raises(StudyError, match="no manifest of privacy; run its notebook"):
+        vertical_settings(Build("x"), "privacy")
 
 
 def test_inpo_is_attributed_to_its_own_answers(tiny_llama):

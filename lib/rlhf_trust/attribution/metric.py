@@ -37,7 +37,7 @@ import numpy as np
 import pandas as pd
 
 from .. import StudyError
-from ..artifacts import Build
+from ..artifacts import Build, read_manifests
 from ..chat import Chat, EncodedExample, Options
 from ..data import choose
 from ..data.preferences import Pair, PreferencePair
@@ -53,6 +53,10 @@ LOSSES = {"sft": "next-token", "ppo": "reward", "dpo": "dpo", "inpo": "inpo"}
 
 BEFORE = {"sft": "start", "ppo": "sft", "dpo": "sft", "inpo": "sft"}
 """The model that a stage started from."""
+
+RECOUNTED = 2
+"""Tokens by which an answer's count may fall short of what was drawn (:func:`was_cut`): of 185 cut
+answers of SmolLM2-135M-Instruct (limits 12 to 28) 6 counted one token less and one two less."""
 
 REFUSAL = "I can't share that."
 """The good answer where privacy's bad one is the private value."""
@@ -76,22 +80,59 @@ def training_examples(pairs: Sequence[PreferencePair], chat: Chat, stage: str) -
 
 
 def evaluation_examples(
-    items: Sequence[Changed], chat: Chat, stage: str, vertical: str
+    items: Sequence[Changed], chat: Chat, stage: str, vertical: str, limit: int | None = None
 ) -> list[Example]:
     """A stage's proxy: SFT's loss on the answer after it; the pairwise losses with the answer
-    after as chosen and the answer before as rejected."""
+    after as chosen and the answer before as rejected.
+
+    ``limit``: tokens after which sampling stopped (None: it never did). An answer that reached it
+    was cut (:func:`was_cut`) and has no end token here: the model never drew one. Only the reward
+    model is given one all the same, as in PPO: it reads every answer there.
+    """
+    limit = None if stage == "ppo" else limit
     return [
-        _stage_example(replace(p, id=f"{vertical}/{p.id}"), vertical, after, before, chat, stage)
+        _stage_example(
+            replace(p, id=f"{vertical}/{p.id}"), vertical, after, before, chat, stage, limit
+        )
         for p, before, after in items
     ]
 
 
 def _stage_example(
-    prompt: Prompt, source: str, preferred: str, other: str, chat: Chat, stage: str
+    prompt: Prompt,
+    source: str,
+    preferred: str,
+    other: str,
+    chat: Chat,
+    stage: str,
+    limit: int | None = None,
 ) -> Example:
     answers = (preferred,) if stage == "sft" else (preferred, other)
     sequences = [chat.sequence(prompt.turns, answer, prompt.system) for answer in answers]
+    sequences = [
+        replace(s, input_ids=s.input_ids[:-1]) if was_cut(s, limit) else s for s in sequences
+    ]
     return Example(prompt.id, source, tuple(sequences))
+
+
+def was_cut(sequence: EncodedExample, limit: int | None) -> bool:
+    """Did the length limit end this answer (with an end token in ``sequence``), or the model?
+
+    Answers are kept as text, so its tokens are counted anew. A cut answer was ``limit`` tokens
+    long; the count can fall a little short of that (white space at the end is not kept, and a text
+    can have shorter tokens than those drawn), and then we rather leave out an end token that was
+    drawn than put one where none was: within ``RECOUNTED`` tokens of the limit an answer is taken
+    to be cut.
+    """
+    return limit is not None and len(sequence.answer_ids) - 1 >= limit - RECOUNTED
+
+
+def vertical_settings(build: Build, vertical: str) -> dict:
+    """The parameters of the vertical's own notebook, as it ran in this build."""
+    for stage, manifest in read_manifests(build).items():
+        if stage.partition("-")[2] == vertical:
+            return manifest["parameters"]
+    raise StudyError(f"{build.root}: no manifest of {vertical}; run its notebook first")
 
 
 def inpo_examples(
