@@ -3,6 +3,8 @@ token what the verticals weigh, bad answer first; what the likeness of texts alo
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from rlhf_trust.attribution.metric import (
     inpo_examples,
     log_odds_table,
     metric_examples,
+    split_items,
     text_scores,
     toxicity_examples,
     training_examples,
@@ -130,6 +133,19 @@ def test_toxicity_takes_both_ends_of_the_samples(tiny_llama):
     assert toxicity_examples(prompts, answers, scores, chat, least=0.01)[1] == 1
     with pytest.raises(ValueError, match="shorter"):
         toxicity_examples(prompts, answers[:3], scores, chat)
+
+
+def test_split_items_share_no_cluster():
+    topics = ["a", "a", "b", "b", "c", "c", "a", "d"]
+    some = [Example(f"s{i}", "stereotype", (), topic) for i, topic in enumerate(topics)]
+    first, second = split_items(some, 9, 2)
+    assert [e.id for e in first] == ["s0", "s1", "s4", "s5", "s6"]
+    assert [e.id for e in second] == ["s2", "s3"]
+    single = [replace(e, cluster="") for e in some]
+    assert split_items(single, 3, 9) == (single[::2][:3], single[1::2])
+    templates = {}  # no template belongs to two topics
+    for item in load_stereotype("shipped"):
+        assert templates.setdefault(item.template, item.topic) == item.topic
 
 
 def test_bad_input(tiny_llama):

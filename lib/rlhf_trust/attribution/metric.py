@@ -285,6 +285,21 @@ def _example(vertical: str, id: str, options: Options, cluster: str = "") -> Exa
     return Example(f"{vertical}/{id}", vertical, sequences, cluster)
 
 
+def split_items(
+    examples: Sequence[Example], n_first: int, n_second: int
+) -> tuple[list[Example], list[Example]]:
+    """Two sets of a vertical's items, at most ``n_first`` and ``n_second``, with no cluster in
+    common.
+
+    Clusters (stereotype's topics, each with templates of its own; privacy's kinds of data) go to
+    the first and to the second set in turn; an item without a cluster is one of its own.
+    """
+    labels = [example.cluster or example.id for example in examples]
+    second = set(list(dict.fromkeys(labels))[1::2])
+    parts = [[e for e, label in zip(examples, labels) if (label in second) == s] for s in (0, 1)]
+    return parts[0][:n_first], parts[1][:n_second]
+
+
 def clusters(examples: Mapping[str, Sequence[Example]]) -> Clusters:
     """The clusters of each vertical's examples, for :func:`log_odds_table` and
     ``pruning_table``."""
