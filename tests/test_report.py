@@ -146,6 +146,7 @@ def test_validation_words():
         ("lds", "answers", "datainf", 0.3, 0.1, 0.5, NAN),
         ("lds", "answers", "gradient_dot", 0.4, 0.2, 0.6, NAN),
         ("lds", "answers", "random", 0.0, -0.1, 0.1, NAN),
+        ("lds", "answers", "noise ceiling", 0.7, 0.5, 0.8, NAN),
         ("above_random", "answers", "datainf", 0.3, 0.1, 0.5, 0.01),
         ("above_tfidf", "answers", "datainf", 0.1, -0.1, 0.3, 0.2),
         ("mislabelled_auc", "pairs", "datainf", 0.8, 0.7, 0.9, NAN),
@@ -153,12 +154,16 @@ def test_validation_words():
     ]
     columns = ["test", "target", "solver", "value", "ci_low", "ci_high", "p"]
     table = pd.DataFrame(rows, columns=columns).assign(n=10)
-    lds, areas = validation_words(table)
+    tested, lds, areas = validation_words(table)
+    assert "supervised fine-tuning; it does not test scores through other losses" in tested
     assert "retraining is 0.30 (0.10 to 0.50), above random scores" in lds
-    assert "not clearly above text similarity; best is gradient dot with 0.40" in lds
+    assert "not clearly above text similarity; best is gradient dot with 0.40; perfect" in lds
+    assert lds.endswith("reach 0.70 (0.50 to 0.80), given the noise of retraining.\n\n")
     assert "curve of 0.80 (0.70 to 0.90)" in areas and "ceiling of 0.90" in areas
     table.loc[(table["test"] == "above_tfidf"), ["value", "p"]] = -0.1, 0.01
-    assert "below text similarity" in validation_words(table)[0]
+    assert "below text similarity" in validation_words(table)[1]
+    table = table[table["solver"] != "noise ceiling"]
+    assert validation_words(table)[1].endswith("with 0.40.\n\n")
 
 
 def test_trade_offs_turn_every_change_so_that_more_is_worse():

@@ -321,11 +321,48 @@ def test_solvers_are_compared_on_the_same_halves(ridge):
     assert exact["above_random_low"] > 0 and exact["above_tfidf_p_holm"] < 0.05
     assert (by_name["above_random_p_holm"].dropna() >= by_name["above_random_p"].dropna()).all()
     assert by_name.loc["random", ["above_random", "above_tfidf"]].isna().all()
+    assert by_name.loc["tfidf", "above_random_p_holm"] > 0.05
+    assert np.isnan(by_name.loc["tfidf", "above_tfidf"])
     assert by_name.loc["nothing", "above_random_p_holm"] > 0.05
     below = lds_table(solvers | {"exact": -influence}, halves, outcomes, draws=300)
     assert below.loc[0, "above_random_high"] < 0 and below.loc[0, "above_random_p_holm"] < 0.05
     with pytest.raises(StudyError, match="no baseline 'tfidf'"):
         lds_table({"random": influence}, halves, outcomes)
+
+
+def test_random_is_a_mean_and_a_constant_says_nothing(ridge):
+    influence, halves, outcomes = ridge
+    rng = np.random.default_rng(3)
+    many = rng.normal(size=(100, *influence.shape))
+    one = max(many, key=lambda draw: abs(lds(draw, halves, outcomes).mean()))
+    solvers = {"exact": influence, "random": one, "tfidf": np.full_like(influence, 0.1)}
+    single = lds_table(solvers, halves, outcomes, draws=200).set_index("solver")
+    table = lds_table(solvers | {"random": many}, halves, outcomes, draws=200).set_index("solver")
+    mean = np.mean([lds(draw, halves, outcomes).mean() for draw in many])
+    assert table.loc["random", "lds"] == pytest.approx(mean) and abs(mean) < 0.02
+    assert abs(single.loc["random", "lds"]) > 0.05
+    assert table.loc["tfidf", ["lds", "ci_low", "ci_high"]].tolist() == [0, 0, 0]
+    assert table.loc["tfidf", "above_random"] == pytest.approx(-mean)
+
+
+def test_noise_ceiling():
+    """Outcomes of a half: what it is, plus what the seed adds. Perfect scores reach the ceiling."""
+    rng, n = np.random.default_rng(0), 40
+    halves = random_halves(n, 1000, seed=0)
+    influence = rng.normal(size=(n, 30)) / np.sqrt(n / 4)
+    truth = halves @ influence
+    for noise, least in ((0.7, 0.5), (2.0, 0.1)):
+        by_seed = truth + noise * rng.normal(size=(2, *truth.shape))
+        agreement, ceiling = module.noise_ceiling(by_seed, draws=100)
+        assert agreement.low < agreement.value < agreement.high and agreement.value > least
+        found = lds(influence, halves, by_seed.mean(0)).mean()
+        assert found == pytest.approx(ceiling.value, abs=0.03)
+        assert ceiling.low <= ceiling.value <= ceiling.high
+    nothing = module.noise_ceiling(rng.normal(size=(2, 200, 30)), draws=100)
+    assert nothing[0].low < 0 < nothing[0].high and nothing[1].value < 0.25
+    assert module.noise_ceiling(np.stack([truth] * 3), draws=20)[1].value == pytest.approx(1)
+    with pytest.raises(StudyError, match="at least 2 seeds"):
+        module.noise_ceiling(truth[None])
 
 
 # ------------------------------------------------------------------------------------------------

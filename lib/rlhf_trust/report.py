@@ -200,27 +200,36 @@ def attribution_words(
 
 
 def validation_words(validation: pd.DataFrame) -> list[str]:
-    """Do influence scores predict retraining? DataInf first, then others and baselines."""
+    """Do influence scores predict retraining? DataInf first, then others, baselines and the ceiling
+    that the noise of retraining sets."""
     table = validation.set_index(["test", "target", "solver"])
 
-    def short(test: str, target: str) -> str:
-        row = table.loc[test, target, "datainf"]
+    def short(test: str, target: str, solver: str = "datainf") -> str:
+        row = table.loc[test, target, solver]
         return interval_words(Interval.of_row(row), ".2f", label="")
 
-    words = []
+    words = [
+        "The retraining is supervised fine-tuning; it does not test scores through other losses."
+        "\n\n"
+    ]
     for target, scored in table.loc["lds"].groupby("target", sort=False):
         against = []
         for baseline, name in (("random", "random scores"), ("tfidf", "text similarity")):
             gap = table.loc[f"above_{baseline}", target, "datainf"]
             where = "above" if gap["value"] > 0 else "below"
             against.append(f"{where if gap['p'] < 0.05 else 'not clearly above'} {name}")
-        best = scored["value"].sort_values().index[-1][-1]
-        also = f"; best is {best.replace('_', ' ')} with {scored['value'].max():.2f}"
+        solvers = scored["value"].drop((target, "noise ceiling"), errors="ignore")
+        best = solvers.sort_values().index[-1][-1]
+        also = f"; best is {best.replace('_', ' ')} with {solvers.max():.2f}"
         words.append(
             f"**{target}**: the rank correlation between DataInf's scores and retraining is "
             f"{short('lds', target)}, {' and '.join(against)}"
-            f"{'' if best == 'datainf' else also}.\n\n"
+            f"{'' if best == 'datainf' else also}"
         )
+        if len(solvers) < len(scored):
+            within = short("lds", target, "noise ceiling")
+            words[-1] += f"; perfect scores would reach {within}, given the noise of retraining"
+        words[-1] += ".\n\n"
     ceiling = table.loc["mislabelled_auc", "pairs", "ceiling"]["value"]
     words.append(
         f"Mislabelled pairs are found with an area under the ROC curve of "

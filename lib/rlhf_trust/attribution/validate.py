@@ -223,28 +223,53 @@ def _resampled(size: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     return rng.multinomial(size, np.full(size, 1 / size), size=draws)
 
 
-def _lds_draws(
-    solvers: Influences, halves: np.ndarray, outcomes: np.ndarray, name: str, draws: int
-) -> dict[str, np.ndarray]:
-    """Mean LDS of each solver in resamples of halves and of items: solver → [draws].
+def noise_ceiling(
+    by_seed: np.ndarray, name: str = "", draws: int = stats.DRAWS // 2
+) -> tuple[stats.Interval, stats.Interval]:
+    """How far two retrainings on the same halves agree, and the LDS that this leaves in reach.
 
-    All solvers see the same resamples, so that they can be compared draw by draw. Resampling both
-    ways at once (the pigeonhole bootstrap, A. B. Owen 2007) errs, if at all, towards wide
-    intervals.
+    ``by_seed``: outcomes [seeds, halves, items], the same halves trained again under other seeds
+    (order of examples). The agreement r is Spearman's correlation over halves between two seeds,
+    averaged over items and pairs of seeds. The mean over S seeds has the reliability
+    S r / (1 + (S − 1) r) (Spearman and Brown, 1910), and scores that predict the expected outcome
+    of every half without error correlate with that mean by its square root. Both formulas are for
+    linear correlations and hold about so for ranks; a negative r leaves a ceiling of 0.
+
+    Returns the agreement and the ceiling, each with a 95 % interval over halves and items.
+    """
+    seeds, count, items = by_seed.shape
+    if seeds < 2:
+        raise StudyError("noise ceiling: needs the same halves under at least 2 seeds")
+    pairs = [(first, second) for second in range(seeds) for first in range(second)]
+    of_pairs, drawn = [], []
+    for first, second in pairs:
+        values = _rank_correlations(by_seed[first].T, by_seed[second].T)
+        of_pairs.append(np.nanmean(values))
+        drawn.append(_resampled_lds(by_seed[first], by_seed[second], name, draws))
+    ends = np.nanquantile(np.mean(drawn, axis=0), stats.TAILS)
+    agreement = np.array([np.mean(of_pairs), *ends])
+    r = np.clip(agreement, 0, 1)
+    ceiling = np.sqrt(seeds * r / (1 + (seeds - 1) * r))
+    return tuple(stats.Interval(*map(float, three), items) for three in (agreement, ceiling))
+
+
+def _resampled_lds(
+    predicted: np.ndarray, outcomes: np.ndarray, name: str, draws: int
+) -> np.ndarray:
+    """Mean over items of the rank correlation over halves, in resamples of both: [draws].
+
+    ``predicted``, ``outcomes``: [halves, items]. Equal names give equal resamples, so that solvers
+    can be compared draw by draw. Resampling both ways at once (the pigeonhole bootstrap, A. B. Owen
+    2007) errs, if at all, towards wide intervals.
     """
     rng, (count, items) = stats.generator(f"lds/{name}"), outcomes.shape
     times, item_weights = (_resampled(size, draws, rng) for size in (count, items))
     drawn = np.array([np.repeat(np.arange(count), row) for row in times])  # [draws, count]
-    found = {}
-    for solver, influence in solvers.items():
-        predicted, columns = _predicted(influence, halves), []
-        for item in range(items):
-            columns.append(_rank_correlations(predicted[drawn, item], outcomes[drawn, item]))
-        values = np.stack(columns, 1)
-        weights = item_weights * ~np.isnan(values)
-        with np.errstate(invalid="ignore"):  # no item of a resample changes: NaN
-            found[solver] = (weights * np.nan_to_num(values)).sum(1) / weights.sum(1)
-    return found
+    columns = [_rank_correlations(predicted[drawn, i], outcomes[drawn, i]) for i in range(items)]
+    values = np.stack(columns, 1)
+    weights = item_weights * ~np.isnan(values)
+    with np.errstate(invalid="ignore"):  # no item of a resample changes: NaN
+        return (weights * np.nan_to_num(values)).sum(1) / weights.sum(1)
 
 
 def lds_table(
@@ -258,25 +283,37 @@ def lds_table(
     """Every solver's mean LDS, and how far above the baselines ``against`` (among ``solvers``) it
     lies.
 
+    A solver's influence is [n, items], or [repeats, n, items] for one that is drawn at random: its
+    LDS is the mean over repeats, since a single draw can lie far from 0 by luck and would move
+    every comparison with it.
+
     Columns solver, lds, ci_low, ci_high, items, halves; for each baseline b above_b, above_b_low,
     above_b_high, above_b_p (two-sided: twice the share of resamples on the other side of 0,
     add-one corrected), above_b_p_holm (corrected over the solvers). All come from the same
-    resamples. A solver's own interval also says whether it beats chance, since random scores have
-    an LDS of 0 on average.
+    resamples. A baseline is compared with those named before it.
+
+    Scores that are the same for every example say nothing: they predict the same for every half
+    (halves are of one size), and their LDS is 0, which is what ties broken at random would give.
     """
     missing = [baseline for baseline in against if baseline not in solvers]
     if missing:
         raise StudyError(f"LDS: no baseline {missing[0]!r} among the solvers {', '.join(solvers)}")
-    values = {solver: lds(influence, halves, outcomes) for solver, influence in solvers.items()}
+    values, resampled = {}, {}
+    for solver, influence in solvers.items():
+        repeats = influence[None] if influence.ndim == 2 else influence
+        values[solver] = np.mean([lds(one, halves, outcomes) for one in repeats], axis=0)
+        predicted = [_predicted(one, halves) for one in repeats]
+        found = [_resampled_lds(some, outcomes, name, draws) for some in predicted]
+        resampled[solver] = np.mean(found, axis=0)
     if np.isnan([*values.values()]).all():
         raise StudyError("LDS: no loss changes between retrainings; train longer or faster")
-    resampled = _lds_draws(solvers, halves, outcomes, name, draws)
     rows = []
     for solver, own in values.items():
         low, high = np.nanquantile(resampled[solver], stats.TAILS)
         row = {"solver": solver, "lds": np.nanmean(own), "ci_low": low, "ci_high": high}
         row |= {"items": int((~np.isnan(own)).sum()), "halves": len(halves)}
-        for baseline in against if solver not in against else ():
+        before = against[: against.index(solver)] if solver in against else against
+        for baseline in before:
             gaps = resampled[solver] - resampled[baseline]
             gaps = gaps[~np.isnan(gaps)]
             above, beyond = f"above_{baseline}", min((gaps <= 0).sum(), (gaps >= 0).sum())
