@@ -104,41 +104,55 @@ def test_verdicts_know_which_way_is_worse():
     }
 
 
+SUMMARY = "stage vertical solver loss contribution standardised ci_low ci_high p_null n".split()
+
+
+def test_sums_and_contrasts_of_datainf_by_proxy_or_metric():
+    rows = [
+        ("dpo", "ethics", s, loss, 0.1, x, -1, 1, 0.3, 8)
+        for s, x in (("datainf", 2.0), ("exact_layerwise", -2.0), ("tfidf", 7.0))
+        for loss in ("next-token", "next-token, token mean", "metric")
+    ]
+    for solver, sign in (("datainf", 1), ("exact_layerwise", -1)):
+        for loss in ("metric", "next-token"):
+            for group, p in (("harmless_half", 0.2), ("topic: tea, cup", 0.01)):
+                part = ("dpo", "ethics", solver, f"{loss}: {group}", 0.4 * sign, NAN)
+                rows.append((*part, 0.1, 0.7, p, 90))
+    summary = pd.DataFrame(rows, columns=SUMMARY)
+    for metric, loss in ((False, "next-token"), (True, "metric")):
+        (row,) = contributions_of(summary, metric).itertuples()
+        assert (row.solver, row.loss, row.standardised, row.exact) == ("datainf", loss, 2, -2)
+        assert (row.group, row.effect, row.exact_effect) == ("topic: tea, cup", 0.4, -0.4)
+        assert (row.n, row.p_null, row.effect_p, row.examples) == (8, 0.3, 0.01, 90)
+    old = contributions_of(summary[~summary["loss"].str.contains(": ")])  # without contrasts
+    assert old["exact"].tolist() == [-2] and old[["group", "effect_p"]].isna().all(axis=None)
+    assert len(attribution_words(old)) == 2
+
+
 def test_attribution_words():
-    columns = ["stage", "vertical", "standardised", "ci_low", "ci_high", "p_null", "n"]
+    columns = "stage vertical standardised p_null n exact group effect effect_low effect_high"
+    columns = [*columns.split(), "effect_p", "examples", "exact_effect"]
 
     def words(*rows, **verbs):
         return attribution_words(pd.DataFrame(rows, columns=columns), **verbs)
 
-    nothing = ("sft", "ethics", NAN, NAN, NAN, NAN, 0)
-    dull = ("dpo", "ethics", 5.0, -9.0, 9.0, 0.3, 20)
-    driving = ("sft", "privacy", -3.0, -4.0, -2.0, 0.01, 20)
-    opposing = ("sft", "ethics", 3.0, 2.0, 4.0, 0.01, 20)
+    nothing = ("sft", "ethics", NAN, NAN, 0, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN)
+    dull = ("dpo", "ethics", 5.0, 0.3, 20, 4.0, "topic: a", 0.1, -0.2, 0.4, 0.5, 90, 0.1)
+    driving = ("sft", "privacy", -3.0, 0.01, 20, 1.0, "harmless_half", -0.4, -0.6, -0.2, 0.01, 90)
     assert words(nothing) == [
         "No answer changed between stages, so there was nothing to attribute."
     ]
-    assert words(nothing, driving, dull) == [
-        "Of 2 combinations of stage and vertical, 1 have p < 0.05; 0.1 would be expected by "
-        "chance.",
-        "The largest of these is sft on privacy, -3.00 (95 % interval -4.00 to -2.00, n = 20 "
-        "items): its pairs drive the change.",
-    ]
-    assert words(opposing)[1].endswith("its pairs oppose the change.")
-    assert words(opposing, verbs=("help", "harm"))[1].endswith("its pairs harm.")
-    assert len(words(dull)) == 1
-
-
-def test_contributions_are_datainfs_by_proxy_or_metric():
-    rows = [
-        {"solver": s, "loss": loss}
-        for s in ("datainf", "tfidf")
-        for loss in ("next-token", "next-token, token mean", "dpo", "metric")
-    ]
-    summary = pd.DataFrame(rows)
-    assert contributions_of(summary)["loss"].tolist() == ["next-token", "dpo"]
-    assert contributions_of(summary, metric=True)[["solver", "loss"]].values.tolist() == [
-        ["datainf", "metric"]
-    ]
+    sums, signs, contrasts, first = words(nothing, (*driving, -0.3), dull)
+    assert "1 of 2 combinations" in sums and "at least 0.1 would be expected by chance" in sums
+    assert "disagree about that sign in 1 of 2" in signs
+    assert contrasts.startswith("In 1 of 2 some group")
+    assert first == (
+        "sft on privacy, harmless half: such pairs drive the change more than others, Cliff's "
+        "delta -0.40 (95 % interval -0.60 to -0.20, n = 90 examples)."
+    )
+    apart = words((*driving, 0.3), verbs=("help", "harm"))[-1]
+    assert "such pairs help more" in apart and "but the exact solver says the opposite" in apart
+    assert words(dull)[-1].endswith("p < 0.05).")
 
 
 def test_validation_words():

@@ -168,33 +168,74 @@ def over_runs(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def contributions_of(summary: pd.DataFrame, metric: bool = False) -> pd.DataFrame:
-    """DataInf's rows of ``attribution_summary.csv``: for changed answers, or for the own metric."""
-    loss = summary["loss"]
+    """DataInf's sums in ``attribution_summary.csv``: for changed answers, or for the own metric.
+
+    Beside each: ``exact``, the standardised sum by the exact solver; ``group``, the group of
+    examples whose contrast with the others is clearest, its ``effect`` with ``effect_low``,
+    ``effect_high``, ``effect_p`` and ``examples``; and ``exact_effect``, by the exact solver.
+    """
+    split = summary["loss"].str.partition(": ")
+    loss, group, cell = split[0], split[2], ["stage", "vertical"]
     wanted = loss.eq("metric") if metric else ~loss.str.contains("^metric$|token mean")
-    return summary[summary["solver"].eq("datainf") & wanted]
+    rows = summary.assign(group=group, size=summary["contribution"].abs())[wanted]
+    sums, contrasts = rows["group"] == "", rows["group"] != ""
+    datainf, exact = (rows["solver"] == name for name in ("datainf", "exact_layerwise"))
+    names = {"contribution": "effect", "ci_low": "effect_low", "ci_high": "effect_high"}
+    names |= {"p_null": "effect_p", "n": "examples"}
+    clearest = rows[datainf & contrasts].sort_values(["p_null", "size"], ascending=[True, False])
+    clearest = clearest.drop_duplicates(cell).rename(columns=names)
+    by_exact = rows.rename(columns={"standardised": "exact", "contribution": "exact_effect"})
+    found = rows.loc[datainf & sums, summary.columns]
+    found = found.merge(clearest[[*cell, "group", *names.values()]], "left", cell)
+    found = found.merge(by_exact.loc[exact & sums, [*cell, "exact"]], "left", cell)
+    by_group = by_exact.loc[exact & contrasts, [*cell, "group", "exact_effect"]]
+    return found.merge(by_group, "left", [*cell, "group"])
 
 
 def attribution_words(
-    summary: pd.DataFrame, verbs: tuple[str, str] = ("drive the change", "oppose the change")
+    cells: pd.DataFrame, verbs: tuple[str, str] = ("drive the change", "oppose the change")
 ) -> list[str]:
-    """How many contributions are clear, and which is largest.
+    """What can be said of the sums over all examples, and which groups of examples stand out.
 
-    ``verbs``: what negative and positive ones do.
+    ``cells``: from :func:`contributions_of`. ``verbs``: what examples with negative and with
+    positive scores do.
     """
-    measured = summary[summary["n"] > 0]
+    measured = cells[cells["n"] > 0]
     if measured.empty:
         return ["No answer changed between stages, so there was nothing to attribute."]
-    clear = measured[measured["p_null"] < 0.05]
+    tested = measured[measured["p_null"].notna()]
     words = [
-        f"Of {len(measured)} combinations of stage and vertical, {len(clear)} have p < 0.05; "
-        f"{0.05 * len(measured):.1f} would be expected by chance."
+        f"Summed over all examples (the paper's number), {(tested['p_null'] < 0.05).sum()} of "
+        f"{len(tested)} combinations of stage and vertical differ with p < 0.05 from pairs whose "
+        "labels are swapped at random (SFT: from answers that it was not trained on); "
+        f"at least {0.05 * len(tested):.1f} would be expected by chance. The sign of a sum says what more "
+        "training would do, and not what the stage did."
     ]
-    if len(clear):
-        top = clear.loc[clear["standardised"].abs().idxmax()]
-        said = interval_words(Interval.of_row(top, "standardised"), "+.2f", "items")
+    compared = measured[measured["exact"].notna()]
+    apart = np.sign(compared["standardised"]) != np.sign(compared["exact"])
+    if len(compared):
         words.append(
-            f"The largest of these is {top['stage']} on {top['vertical']}, {said}: its pairs "
-            f"{verbs[int(top['standardised'] > 0)]}."
+            f"DataInf and the exact solver that it approximates disagree about that sign in "
+            f"{apart.sum()} of {len(compared)}."
+        )
+    contrasted = measured[measured["effect_p"].notna()]
+    clear = contrasted[contrasted["effect_p"] < 0.05]
+    if len(contrasted):
+        words.append(
+            f"In {len(clear) or 'none'} of {len(contrasted)} some group of examples scores clearly "
+            "above or below the others (Holm-corrected over the groups of a combination, p < 0.05)"
+            f"{'.' if clear.empty else ':'}"
+        )
+    listed = clear.sort_values("effect_p", kind="stable").head(3)
+    for row in listed.itertuples():
+        found = Interval(row.effect, row.effect_low, row.effect_high, int(row.examples))
+        unit = "SD" if row.group.startswith("topic") else "Cliff's delta"
+        doubt = np.sign(row.effect) != np.sign(row.exact_effect)
+        words.append(
+            f"{row.stage} on {row.vertical}, {row.group.replace('_', ' ')}: such pairs "
+            f"{verbs[int(row.effect > 0)]} more than others, {unit} "
+            f"{interval_words(found, '+.2f', 'examples')}"
+            f"{', but the exact solver says the opposite' if doubt else ''}."
         )
     return words
 

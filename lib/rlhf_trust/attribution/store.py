@@ -73,6 +73,22 @@ class Scaled(Gradients):
             yield rows, block * self._factors[rows, None].float()
 
 
+class Joined(Gradients):
+    """Several sets of examples as one, in order."""
+
+    def __init__(self, *parts: Gradients):
+        self._parts, self.layers, self.width = parts, parts[0].layers, parts[0].width
+        self.ids = tuple(id for part in parts for id in part.ids)
+        self.squares = torch.cat([part.squares for part in parts])
+
+    def blocks(self, layer: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        start = 0
+        for part in self._parts:
+            for rows, block in part.blocks(layer):
+                yield slice(start + rows.start, start + rows.stop), block
+            start += len(part)
+
+
 class Stored(Gradients):
     """:class:`Gradients` in files, as ``gradients.stored_gradients`` writes them.
 
