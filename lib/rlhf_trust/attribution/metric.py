@@ -250,7 +250,8 @@ def vertical_examples(
     Parameters
     ----------
     build
-        Its ``generations/toxicity.main.jsonl`` gives toxicity's prompts and answers.
+        Its ``generations/toxicity.main.jsonl`` gives toxicity's prompts and answers, which are
+        scored by the scorer that toxicity's notebook used for its headline.
     benchmarks
         Where the items come from: shipped, hub: or path:<directory>.
     """
@@ -266,7 +267,8 @@ def vertical_examples(
     examples = {vertical: metric_examples(vertical, some, chat) for vertical, some in items.items()}
     answered = read_answers(build, "toxicity")
     prompts, samples = [p for p, _ in answered], [by_model["start"] for _, by_model in answered]
-    scores = toxicity.score_answers(samples, make_scorer("local"))
+    scorer = make_scorer(vertical_settings(build, "toxicity")["scorer"])
+    scores = toxicity.score_answers(samples, scorer)
     examples["toxicity"], left_out = toxicity_examples(prompts, samples, scores, chat)
     return {vertical: examples[vertical][:n] for vertical in HEADLINE}, left_out
 
