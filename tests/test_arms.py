@@ -19,7 +19,7 @@ from rlhf_trust.decode import Prompt
 from rlhf_trust.headline import arm_names, headline_table, headline_words, validity_table
 from rlhf_trust.models import LoRA
 from rlhf_trust.stats import holm
-from rlhf_trust.verticals import INSTRUMENTS
+from rlhf_trust.verticals import HEADLINE
 from rlhf_trust.verticals.common import Measure
 from scipy.stats import spearmanr
 
@@ -274,7 +274,7 @@ NAMES = {
     "matched_true": ["dpo", "dpo-seed1", "dpo-seed2"],
     "matched_placebo": ["dpo-placebo-seed0", "dpo-placebo-seed1", "dpo-placebo-seed2"],
 }
-STEREOTYPE = INSTRUMENTS["stereotype"]
+STEREOTYPE = HEADLINE["stereotype"]
 
 
 def measures_of(true: float, placebo: float, validity: float = 0.9, items: int = 60, seed: int = 0):

@@ -24,8 +24,7 @@ COLOURS = {
     "trust-aligned": "#56B4E9",
 }
 WORSE, BETTER, UNCLEAR = "#B2182B", "#2166AC", "#BBBBBB"
-BLACK = "black"
-AT_ZERO = {"color": BLACK, "linewidth": 0.8}
+AT_ZERO = {"color": "black", "linewidth": 0.8}
 SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2"}
 """Abbreviations of metrics as they are written in text."""
 TITLES = {
@@ -199,36 +198,39 @@ def forest(
 # --- the report ----------------------------------------------------------------------------------
 
 
-def headline(changes: pd.DataFrame, validity: pd.DataFrame):
-    """Effects on every vertical (row) by stage (colour), signed so that right is worse.
+def headline(changes: pd.DataFrame):
+    """Every stage's change (colour) of every vertical (row), signed so that right is worse.
 
-    Filled: true arm minus placebo; hollow: true arm minus start. Grey where the instrument is not
-    valid on start or on the stage's models. Tables as ``headline.csv`` and ``validity.csv``.
+    Filled: true arm minus placebo; hollow: true arm minus start. ``changes``: of
+    ``headline.gated``; what is not measurable, or rests on fewer than ``FEW`` items, is not drawn.
     """
-    verticals = list(changes["vertical"].unique())
-    stages = list(changes["stage"].unique())
-    blind = set(validity.loc[~validity["valid"].astype(bool), ["vertical", "model"]].agg(tuple, 1))
-    figure, axis = plt.subplots(figsize=(7.2, 1.1 + 0.17 * len(verticals) * 2 * len(stages)))
-    for row in changes.dropna(subset="ci_low").itertuples():
-        hollow = row.baseline == "start"
-        place = 2 * stages.index(row.stage) + hollow
-        y = verticals.index(row.vertical) + _offset(place, 2 * len(stages))
-        unseen = {(row.vertical, model) for model in ("start", row.stage)} & blind
-        shade = UNCLEAR if unseen else colour(row.stage)
-        ends = sorted((row.worse * row.ci_low, row.worse * row.ci_high))
+    verticals, stages = list(changes["vertical"].unique()), list(changes["stage"].unique())
+    figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.32 * len(verticals) * len(stages)))
+    for point in changes[changes["measurable"] & (changes["n"] >= FEW)].itertuples():
+        hollow, shade = point.baseline == "start", colour(point.stage)
+        y = verticals.index(point.vertical) + _offset(stages.index(point.stage), len(stages))
+        y += 0.05 if hollow else -0.05
+        ends = point.worse * point.ci_low, point.worse * point.ci_high
         look = {"markersize": 6, "markerfacecolor": "white" if hollow else shade}
-        _point(axis, y, row.worse * row.change, *ends, shade, **look)
+        _point(
+            axis, y + (0.05 if hollow else -0.05), point.worse * point.change, *ends, shade, **look
+        )
+    labels = []
+    for vertical, rows in changes.groupby("vertical", sort=False):
+        absent = rows.loc[~rows["measurable"], "stage"].unique()
+        label = f"{TITLES[vertical]}\n(n = {rows['n'].max()}, seeds = {rows['seeds'].max()})"
+        labels.append(label + (f"\nnot measurable: {', '.join(absent)}" if len(absent) else ""))
+    for row in range(1, len(labels)):
+        axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
     axis.axvline(0, **AT_ZERO)
-    n = changes.groupby("vertical")["n"].max()
-    _row_labels(axis, [f"{TITLES[vertical]}\n(n = {n[vertical]})" for vertical in verticals])
-    seeds = changes["seeds"].max()
-    over = f"items and {seeds} seeds" if seeds > 1 else "items (one checkpoint each)"
-    axis.set_xlabel(f"change, signed so that right is worse, 95 % interval over {over}")
-    dot = {"marker": "o", "markersize": 6, "linestyle": "none"}
-    handles = [plt.Line2D([], [], color=colour(stage), **dot) for stage in stages]
-    handles += [plt.Line2D([], [], color=BLACK, markerfacecolor=c, **dot) for c in (BLACK, "white")]
-    handles.append(plt.Line2D([], [], color=UNCLEAR, **dot))
-    _legend_right(axis, handles, [*stages, "minus placebo", "minus start", "not measurable"])
+    _row_labels(axis, labels)
+    xlabel = "change, signed so that right is worse; 95 % interval over items and seeds"
+    axis.set(title="What each stage changed", xlabel=xlabel)
+    dot = {"marker": "o", "markersize": 6, "linestyle": "none", "color": GREY}
+    looks = {"minus placebo": {}, "minus start": {"markerfacecolor": "white"}}
+    looks |= {stage: {"color": colour(stage)} for stage in stages}
+    handles = [plt.Line2D([], [], **dot | look) for look in looks.values()]
+    _legend_right(axis, handles, list(looks))
     return figure
 
 

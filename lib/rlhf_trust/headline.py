@@ -28,7 +28,7 @@ from .stats import (
     mean_interval,
     verdict,
 )
-from .verticals import INSTRUMENTS
+from .verticals import HEADLINE
 from .verticals.common import COLUMNS, Measure
 
 Measures = Mapping[str, Sequence[Measure]]
@@ -91,7 +91,7 @@ def headline_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames
     rows = []
     for stage, names in arms.items():
         for vertical, found in measures.items():
-            which = INSTRUMENTS[vertical]
+            which = HEADLINE[vertical]
             like = one_measure(found["start"], which.metric, which.condition)
             against = {
                 "placebo": (names["matched_true"], names["matched_placebo"]),
@@ -116,7 +116,7 @@ def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames
         groups |= {stage: names["true"], f"{stage}-placebo": names["matched_placebo"]}
     rows = []
     for vertical, found in measures.items():
-        (metric, condition), chance = INSTRUMENTS[vertical].validity, INSTRUMENTS[vertical].chance
+        (metric, condition), chance = HEADLINE[vertical].validity, HEADLINE[vertical].chance
         like = one_measure(found["start"], metric, condition)
         key = {"vertical": vertical, "metric": metric, "condition": condition}
         for model, names in groups.items():
@@ -145,7 +145,7 @@ def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
             said.append(f"{head}: {_not_measurable(failed)}")
         else:
             by_baseline = {row.baseline: row for row in rows.itertuples()}
-            metric = INSTRUMENTS[vertical].metric.replace("_", " ")
+            metric = HEADLINE[vertical].metric.replace("_", " ")
             said.append(f"{head} ({metric}): {_both_comparisons(by_baseline)}")
     return said
 
@@ -156,6 +156,12 @@ def not_valid(validity: pd.DataFrame, stage: str, vertical: str) -> pd.DataFrame
     compared = ("start", stage, f"{stage}-placebo")
     gates = validity[validity["vertical"].eq(vertical) & validity["model"].isin(compared)]
     return gates[~gates["valid"].astype(bool)]
+
+
+def gated(headline: pd.DataFrame, validity: pd.DataFrame) -> pd.DataFrame:
+    """``headline`` with ``measurable``: was the instrument above chance on all models compared?"""
+    failed = [len(not_valid(validity, row.stage, row.vertical)) for row in headline.itertuples()]
+    return headline.assign(measurable=np.equal(failed, 0))
 
 
 def clear_verdict(row) -> str:

@@ -208,8 +208,8 @@ def attribution_words(
         f"Summed over all examples (the paper's number), {(tested['p_null'] < 0.05).sum()} of "
         f"{len(tested)} combinations of stage and vertical differ with p < 0.05 from pairs whose "
         "labels are swapped at random (SFT: from answers that it was not trained on); "
-        f"at least {0.05 * len(tested):.1f} would be expected by chance. The sign of a sum says what more "
-        "training would do, and not what the stage did."
+        f"at least {0.05 * len(tested):.1f} would be expected by chance. The sign of a sum says "
+        "what more training would do, and not what the stage did."
     ]
     compared = measured[measured["exact"].notna()]
     apart = np.sign(compared["standardised"]) != np.sign(compared["exact"])
