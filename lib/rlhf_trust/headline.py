@@ -3,7 +3,7 @@
 ``headline.csv`` has a row for each stage, vertical and baseline; ``validity.csv`` says on which
 models the vertical's instrument measures anything. A claim needs three things: an instrument above
 chance on every model compared, an interval without zero, and p < .05 after Holm's correction over
-all rows of one baseline.
+all rows of one baseline that can be measured.
 """
 
 from __future__ import annotations
@@ -81,12 +81,15 @@ def arm_names(distances: pd.DataFrame) -> dict[str, ArmNames]:
     return found
 
 
-def headline_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames]) -> pd.DataFrame:
+def headline_table(
+    measures: Mapping[str, Measures], arms: Mapping[str, ArmNames], validity: pd.DataFrame
+) -> pd.DataFrame:
     """Rows of ``headline.csv``: each stage against start (its arms as they were trained) and
     against its placebo (both at the same KL to SFT), over items and seeds.
 
-    ``measures``: by vertical and model; ``arms``: by stage. ``p_holm`` is over all rows of one
-    baseline.
+    ``measures``: by vertical and model; ``arms``: by stage; ``validity``: of
+    :func:`validity_table`. ``p_holm`` is over all rows of one baseline that can be measured, which
+    is decided without a look at any change.
     """
     rows = []
     for stage, names in arms.items():
@@ -103,7 +106,8 @@ def headline_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames
                 key = {"stage": stage, "vertical": vertical, "baseline": baseline}
                 rows.append(key | vars(change) | {"worse": which.worse})
     table = pd.DataFrame(rows).rename(columns=COLUMNS | {"value": "change"}).assign(p_holm=np.nan)
-    for _, part in table[table["p"].notna()].groupby("baseline"):
+    tested = gated(table, validity)["measurable"] & table["p"].notna()
+    for _, part in table[tested].groupby("baseline"):
         table.loc[part.index, "p_holm"] = holm(part["p"].to_numpy())
     return table
 
