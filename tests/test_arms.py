@@ -322,7 +322,7 @@ def test_what_the_placebo_does_as_well_is_no_effect_of_the_preferences():
 
 def test_an_instrument_at_chance_allows_no_claim():
     said = words(measures_of(0.2, 0.0, validity=0.5))
-    assert "cannot be measured on this model: on start consensus roc auc is 0." in said
+    assert "cannot be measured on this model: on start consensus ROC area is 0." in said
     assert "n = 200 items)" in said and said.endswith("not above chance (0.5).")
     assert "effect" not in said and "Against" not in said
     broken = measures_of(0.2, 0.0)
@@ -330,7 +330,7 @@ def test_an_instrument_at_chance_allows_no_claim():
         level, known = broken["stereotype"][name]
         broken["stereotype"][name] = [level, replace(known, values=known.values * 0.5)]
     said = words(broken)
-    assert "cannot be measured after this training: on dpo consensus roc auc is 0.4" in said
+    assert "cannot be measured after this training: on dpo consensus ROC area is 0.4" in said
 
 
 def test_one_seed_is_one_checkpoint_and_few_items_have_no_verdict():

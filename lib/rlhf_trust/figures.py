@@ -25,8 +25,6 @@ COLOURS = {
 }
 WORSE, BETTER, UNCLEAR = "#B2182B", "#2166AC", "#BBBBBB"
 AT_ZERO = {"color": "black", "linewidth": 0.8}
-SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2"}
-"""Abbreviations of metrics as they are written in text."""
 TITLES = {
     "toxicity": "Toxicity",
     "stereotype": "Stereotypical bias",
@@ -139,15 +137,14 @@ def curves(
     return figure
 
 
-def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items"):
+def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items", least: int = FEW):
     """Point and 95 % interval of every model (colour) and label (row).
 
     Columns label, model, value, ci_low, ci_high, n. ``over``: what the intervals are over and n
-    counts. Points of fewer than ``FEW`` items are left out.
+    counts. Points of fewer than ``least`` items are left out.
     """
-    trust = trust.assign(label=trust["label"].replace(SPELLED, regex=True))
-    all_models, trust = list(trust["model"].unique()), trust[trust["n"] >= FEW]
-    labels, models = list(trust["label"].unique()), all_models
+    models, trust = list(trust["model"].unique()), trust[trust["n"] >= least]
+    labels = list(trust["label"].unique()) or [f"fewer than {least} {over}: not drawn"]
     figure, axis = plt.subplots(figsize=(7.2, 0.9 + 0.24 * len(labels) * max(2, len(models))))
     points = trust.drop_duplicates(["label", "model"]).dropna(subset="value")
     for point in points.itertuples():
@@ -157,11 +154,10 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items")
     for row in range(1, len(labels)):
         axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
     counts = trust.groupby("label", sort=False)["n"].agg(["min", "max"])
-    span = {row.Index: " to ".join(map(str, sorted({*row[1:]}))) for row in counts.itertuples()}
-    _row_labels(axis, [f"{label}\n(n = {span[label]})" for label in labels])
+    spans = [" to ".join(map(str, sorted({*row}))) for row in counts.to_numpy().tolist()]
+    named = [f"{label}\n(n = {span})" for label, span in zip(labels, spans)]
+    _row_labels(axis, named or labels)
     axis.set(title=title, xlabel=f"{xlabel}, 95 % interval over {over}")
-    if not labels:
-        axis.set(title=f"{title}: fewer than {FEW} {over}, so nothing is drawn")
     dot = {"marker": "o", "markersize": 6, "linestyle": "none"}
     handles = [plt.Line2D([], [], color=colour(model), **dot) for model in models]
     _legend_right(axis, handles, models)
@@ -241,7 +237,8 @@ def trade_offs(changes: pd.DataFrame, over: str):
     """
     labelled = changes.assign(label=changes["vertical"].map(TITLES))
     xlabel = "change, signed so that right is worse"
-    figure = intervals(labelled, "Changes against start", xlabel, over)
+    least = FEW if over == "items" else 1  # else n counts runs
+    figure = intervals(labelled, "Changes against start", xlabel, over, least)
     figure.axes[0].axvline(0, **AT_ZERO)
     return figure
 

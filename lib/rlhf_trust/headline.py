@@ -29,7 +29,7 @@ from .stats import (
     verdict,
 )
 from .verticals import HEADLINE
-from .verticals.common import COLUMNS, Measure
+from .verticals.common import COLUMNS, Measure, spelled
 
 Measures = Mapping[str, Sequence[Measure]]
 """Model → the measures of one vertical's instrument."""
@@ -149,7 +149,7 @@ def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
             said.append(f"{head}: {_not_measurable(failed)}")
         else:
             by_baseline = {row.baseline: row for row in rows.itertuples()}
-            metric = HEADLINE[vertical].metric.replace("_", " ")
+            metric = spelled(HEADLINE[vertical].metric)
             said.append(f"{head} ({metric}): {_both_comparisons(by_baseline)}")
     return said
 
@@ -180,7 +180,7 @@ def _not_measurable(failed: pd.DataFrame) -> str:
     parts = []
     for row in (on_start if len(on_start) else failed).itertuples():
         value = interval_words(Interval.of_row(row), ".3f", "items")
-        parts.append(f"on {row.model} {row.metric.replace('_', ' ')} is {value}")
+        parts.append(f"on {row.model} {spelled(row.metric)} is {value}")
     where = "on this model" if len(on_start) else "after this training"
     chance = f"not above chance ({failed['chance'].iloc[0]:g})"
     return f"cannot be measured {where}: {'; '.join(parts)}, {chance}."

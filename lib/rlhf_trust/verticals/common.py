@@ -288,6 +288,18 @@ def change_table(vertical: str, measures: dict[str, list[Measure]], seed: int) -
     return pd.DataFrame(rows).rename(columns=columns).assign(vertical=vertical, seed=seed)
 
 
+SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2"}
+"""Abbreviations in metrics' names, as they are written in text."""
+
+
+def spelled(metric: str) -> str:
+    """A metric's name in words."""
+    name = metric.replace("_", " ")
+    for short, word in SPELLED.items():
+        name = name.replace(short, word)
+    return name
+
+
 def labelled(trust: pd.DataFrame, rows: Sequence | Mapping[tuple[str, str], str]) -> pd.DataFrame:
     """Rows of ``trust`` for a figure, with a column ``label`` for its axis.
 
@@ -295,7 +307,7 @@ def labelled(trust: pd.DataFrame, rows: Sequence | Mapping[tuple[str, str], str]
     """
     parts = []
     for metric, condition in rows:
-        default = metric.replace("_", " ") + ("" if condition == "main" else f", {condition}")
+        default = spelled(metric) + ("" if condition == "main" else f", {condition}")
         label = rows[metric, condition] if isinstance(rows, Mapping) else default
         chosen = (trust["metric"] == metric) & (trust["condition"] == condition)
         parts.append(trust[chosen].assign(label=label))
@@ -325,14 +337,14 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
     query = "metric == '{}' and condition == '{}' and model == 'start'".format
     start = next(trust.query(query(metric, condition)).itertuples())
     valid = next(trust.query(query(*validity)).itertuples())
-    name = metric.replace("_", " ")
+    name = spelled(metric)
     sentences = [f"At the start, {name} is {start.value:.3f}."]
     sees = bool(valid.ci_low > chance)
     if not sees:
         found = interval_words(Interval.of_row(valid), ".3f", "items")
         sentences.append(
             f"Its instrument is not clearly better than chance on the start model "
-            f"({validity[0].replace('_', ' ')} {found}; chance is {chance:g}), so no change of it "
+            f"({spelled(validity[0])} {found}; chance is {chance:g}), so no change of it "
             "is one of trust."
         )
     rows = changes.query(f"metric == '{metric}' and condition == '{condition}'")
