@@ -127,7 +127,8 @@ def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames
             values = by_item(found, names, metric, condition).T
             name = f"{vertical}/{model}/{metric}/{condition}"
             interval = mean_interval(values, name, like.clusters, like.bounds)
-            gate = {"chance": chance, "valid": bool(interval.low > chance)}
+            valid = bool(interval.low > chance and interval.n >= FEW)
+            gate = {"chance": chance, "valid": valid}
             rows.append({"model": model} | key | vars(interval) | gate)
     return pd.DataFrame(rows).rename(columns=COLUMNS)
 

@@ -339,7 +339,7 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
     valid = next(trust.query(query(*validity)).itertuples())
     name = spelled(metric)
     sentences = [f"At the start, {name} is {start.value:.3f}."]
-    sees = bool(valid.ci_low > chance)
+    sees = bool(valid.ci_low > chance and valid.n >= FEW)
     if not sees:
         found = interval_words(Interval.of_row(valid), ".3f", "items")
         sentences.append(
