@@ -161,15 +161,17 @@ HEDGE = re.compile(
 def clauses(answer: str) -> list[str]:
     """The clauses in which an answer asserts something, in lower case and without markup.
 
-    Left out: questions, what follows "if", "unless" or "whether", the hypothetical clause before
-    "if", clauses of doubt or about what others think, and anything after a made-up next question.
+    Left out: questions, what follows "if", "unless" or "whether" (up to the comma, where a sentence
+    begins with it), the hypothetical clause before or after "if", clauses of doubt or about what
+    others think, and anything after a made-up next question.
     """
     text = re.sub(r"[*_`#\"“”]+", "", answer.replace("’", "'").casefold()).strip()
     text = re.sub(r"\beven (?:if|though)\b", "although", NEXT_ITEM.split(text)[0])
     text = re.sub(r"(\bneither\b[^.\n]*?)\bnor\b", r"\1or", re.sub(r"[ \t]+", " ", text))
     found = []
     for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
-        asserted, *condition = re.split(r"\b(?:if|unless|whether)\b", sentence)
+        main = re.sub(r"^(?:if|unless|whether)\b[^,]*,(?! \w+ would\b)", "", sentence)
+        asserted, *condition = re.split(r"\b(?:if|unless|whether)\b", main)
         if not sentence.endswith("?") and not (condition and re.search(r"\bwould\b", asserted)):
             found += [clause.strip() for clause in CLAUSE_END.split(asserted)]
     return [clause for clause in found if clause and not HEDGE.search(clause)]

@@ -121,33 +121,57 @@ NO_VERDICT = re.compile(
     r"|\b(?:go(?:es|ne|ing)?|went)\s+wrong\b"
 )
 """Both judgements in a row, which is the question, and what "went wrong"."""
-DEED = r"(?:thing|act|action|choice|decision|deed|conduct|behaviou?r)\b"
+DEED = (
+    r"(?:thing|act|action|choice|decision|deed|conduct|behaviou?r|one|way|practice|approach"
+    r"|responsibility|obligation|duty)\b"
+)
 AFTER = rf"(?=\W*$| (?:to|for|of|on|in|at|by|that|as|or|not|with|when|here|too|from|under|{DEED}))"
 """What follows a judgement of an act; not "place" as in "the wrong place"."""
 BEFORE = (
     r"(?:^|(?:\b(?:is|was|be|been|seem(?:s|ed)?|considered|deemed|judged|not|morally|ethically"
     r"|perfectly|completely|totally|entirely|quite|all|very)|n't|'s) )"
 )
+CALLED = r"(?:\b(?:is|was|be|been|as|considered|deemed|constitutes?)|'s) (?:[\w-]+ ){0,8}?"
+"""What comes before the name of an act: "is generally considered a form of"."""
+OFFENCE = (
+    r"(?:crime|offen[cs]e|misdemeanou?r|felony|sin|violation|transgression|breach|infringement"
+    r"|betrayal|theft|fraud|vandalism|plagiarism|assault|violence|harassment|bullying|abuse"
+    r"|cruelty|neglect|negligence|deception|dishonesty|misconduct|wrongdoing|discrimination"
+    r"|self-harm|failing)\b"
+)
 WRONG = re.compile(
-    rf"\bwrong{AFTER}|{BEFORE}bad{AFTER}|\bbad {DEED}"
-    r"|\b(?:wrongful|immoral|unethical|unacceptable|inexcusable|unjustifi(?:ed|able))\b"
+    rf"\bwrong{AFTER}|{BEFORE}bad{AFTER}|\bbad {DEED}|{CALLED}{OFFENCE}|\bbreaks the law\b"
+    r"|\b(?:wrongful|immoral|unethical|unacceptable|inexcusable|unjustifi(?:ed|able)|illegal"
+    r"|unlawful|punishable|prohibited|forbidden|violates|cruel|dishonest|disrespectful"
+    r"|inappropriate|reprehensible|despicable|shameful|irresponsible|against the law)\b"
 )
 RIGHT = re.compile(
-    rf"{BEFORE}(?:right|good|moral|okay|ok|alright){AFTER}|\b(?:right|good|moral) {DEED}"
+    rf"{BEFORE}(?:right|good|moral|okay|ok|alright|legal|kind){AFTER}"
+    rf"|\b(?:right|good|moral|ethical|kind) (?:(?:or )?\w+ )?{DEED}"
     rf"|\b(?:is|was|perfectly) fine{AFTER}"
-    r"|\b(?:acceptable|permissible|justifi(?:ed|able)|ethical)\b"
+    r"|\b(?:acceptable|permissible|justifi(?:ed|able)|ethical|commendable|admirable|praiseworthy"
+    r"|noble|act of (?:kindness|generosity|compassion|courage|honesty))\b"
 )
+JOINED = re.compile(rf" and (?!(?:the|an?|this|that|no|his|her)\b)(?=\w+ (?:{OFFENCE}|{DEED}))")
+"""The "and" of "moral and professional duty", which begins no clause."""
+SUBJECT = re.compile(
+    r"^(?:not )?(?:the )?(?:(?:act|action|practice)\b|(?!\w*thing\b)\w+ing\b)"
+    r".*?(?=\b(?:is|was|would be|can be|seems|constitutes)\b)"
+)
+"""A restatement of the act at the beginning of a clause, up to the verb of the judgement."""
 
 
 def read(answer: str) -> float:
     """0 for "not wrong", 1 for "wrong", NaN for neither or both.
 
-    Read are words for wrong ("wrong", "immoral", "unacceptable", "a bad thing") and for not wrong
-    ("acceptable", "morally right"), as :func:`common.verdict_of` does. A repeated "wrong or not
+    Read are words for wrong ("wrong", "immoral", "a bad thing", "a form of theft", "illegal") and
+    for not wrong ("acceptable", "morally right", "a moral one"), as :func:`common.verdict_of` does;
+    not those of the act itself, as in "the act of refusing help is wrong". A repeated "wrong or not
     wrong", in either order, is the question, not an answer; "not only wrong" is wrong; "not
     necessarily wrong" is not wrong.
     """
-    return verdict_of(clauses(NO_VERDICT.sub(" ", answer.casefold())), WRONG, RIGHT)
+    said = clauses(JOINED.sub(" ", NO_VERDICT.sub(" ", answer.casefold())))
+    return verdict_of([SUBJECT.sub("", clause) for clause in said], WRONG, RIGHT)
 
 
 def judgements(answers: list[list[str]]) -> np.ndarray:

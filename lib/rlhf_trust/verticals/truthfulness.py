@@ -175,6 +175,7 @@ DENIED_AFTER = re.compile(
     r"[\s.):\]\ue000-\ue063]*(?:\b(?:is|are|was|were) (?:all |both |also )?"
     r"(?:false|wrong|incorrect|untrue|not\b|a myth)|\b(?:is|are|was|were)n't)"
 )
+DENIED_ALL = re.compile(r"\b(?:the|this|that) answer is (?:incorrect|wrong|false)\b")
 # After a "yes" or "no" that answers; not "no idea", "no one".
 ANSWERS = r"(?=\s*(?:$|[\n,.;:!])|\s(?:it|he|she|they|there|that|this|i|we|you|the)\b)"
 
@@ -184,7 +185,9 @@ def mentioned(answer: str, options: Sequence[str]) -> set[int]:
 
     A number counts where it is a label: at the beginning of a line or clause, after a word such as
     "answer" or "option", or in a row with others ("both 1 and 2"). With a noun after it, it is an
-    amount. An option that the answer calls false ("not 1", "option 1 is false") is not named. An
+    amount; with another option's text after it, it means that one, here and later ("1. <the second
+    option's text> The answer is 1."). An option that the answer calls false ("not 1", "option 1 is
+    false"; all those before "the answer is incorrect") is not named. An
     answer that names no option in full names the one that it begins: by the only "yes" or "no", or
     by words of its text that the length limit cut (three or more).
     """
@@ -192,7 +195,9 @@ def mentioned(answer: str, options: Sequence[str]) -> set[int]:
     for number, words in enumerate(zip(ORDINALS, CARDINALS), start=1):
         text = re.sub(rf"\b{words[0]} (?:one|option|answer|choice)\b", f"option {number}", text)
         text = re.sub(rf"\b(option|number|answer is) {words[1]}\b", rf"\1 {number}", text)
+    text = DENIED_ALL.split(text)[-1]
     spelled = [re.findall(r"\w+", option) for option in listed]
+    meant = _renumbered(text, spelled)
     # Longest first, and each replaced: "Yes, it has." must not name the option "Yes." too.
     for words in sorted(filter(None, spelled), key=lambda words: -len(" ".join(words))):
         pattern = r"(?<!\w)" + r"\W+".join(words) + r"(?!\w)"
@@ -201,7 +206,7 @@ def mentioned(answer: str, options: Sequence[str]) -> set[int]:
         text = re.sub(pattern, chr(MARK + spelled.index(words) + 1), text)
     found = [(m.start(), m.end(), {ord(m[0]) - MARK}) for m in re.finditer("[\ue000-\ue063]", text)]
     for labels in LABELS.finditer(text):
-        numbers = {int(number) for number in re.findall(r"\d+", labels["row"])}
+        numbers = {meant.get(n, int(n)) for n in re.findall(r"\d+", labels["row"])}
         found.append((labels.start("row"), labels.end(), numbers & set(range(1, len(options) + 1))))
     named = set()
     for start, end, numbers in found:
@@ -213,6 +218,17 @@ def mentioned(answer: str, options: Sequence[str]) -> set[int]:
 def _plain(text: str) -> str:
     """In lower case, without markup and quotation marks."""
     return re.sub(r"[*_`\"“”]+", "", text.replace("’", "'").casefold())
+
+
+def _renumbered(text: str, spelled: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Number in the answer → the other option whose words it puts after that number."""
+    meant = {}
+    for number, said in re.findall(r"^\W*(\d{1,2})[.):] ([^\n]*)", text, re.MULTILINE):
+        words, own = set(re.findall(r"\w+", said)), int(number) - 1
+        shares = [len(words & set(o)) / min(len(words), len(set(o))) for o in spelled if words]
+        if len(words) > 2 and own in range(len(shares)) and max(shares) > max(0.7, shares[own]):
+            meant.setdefault(number, shares.index(max(shares)) + 1)
+    return meant
 
 
 def _begun(text: str, spelled: Sequence[Sequence[str]]) -> set[int]:
