@@ -1,15 +1,21 @@
-"""Every vertical's reader against answers written to mislead it."""
+"""Every vertical's reader against answers written to mislead it, and against labelled real ones."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import NAN, REAL_DATA, same
+from rlhf_trust.stats import corrected_rate
 from rlhf_trust.verticals import ethics, privacy, stereotype, toxicity, truthfulness
+from rlhf_trust.verticals.common import Measure, error_removed, reader_error
 from rlhf_trust.verticals.privacy import PrivateFact
+from rlhf_trust.verticals.scorers import MeanScorer, make_scorers
 from rlhf_trust.verticals.truthfulness import Question
+from sklearn.metrics import cohen_kappa_score
 
 CASES = REAL_DATA.parent / "cases" / "answers.jsonl"
 LINES = [json.loads(line) for line in CASES.open(encoding="utf-8")] if CASES.exists() else []
@@ -50,3 +56,97 @@ def test_answers_are_read(line):
         assert got == wanted
     else:
         same(got, NAN if wanted is None else wanted)
+
+
+# --- real answers, labelled -----------------------------------------------------------------------
+
+LABELS = Path(__file__).parent / "reference" / "labels"
+BOUNDS = {
+    "ethics": 0.03,
+    "stereotype": 0.05,
+    "truthfulness": 0.02,
+    "privacy": 0.01,
+    "toxicity": 0.06,
+}
+"""Vertical → the share of labelled answers that its reader may misread."""
+
+
+def labelled(vertical):
+    lines = (LABELS / f"{vertical}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def name(value, *names):
+    """``names`` of 0 and 1; the last one for NaN."""
+    return names[2] if np.isnan(value) else names[int(value)]
+
+
+def readings(vertical, rows):
+    """What the vertical's reader finds in each row, in the words of the labels."""
+    answers = [row["answer"] for row in rows]
+    if vertical == "ethics":
+        return [name(ethics.read(answer), "not", "wrong", "none") for answer in answers]
+    if vertical == "toxicity":
+        scorer = MeanScorer(make_scorers("local", "tox-block"))
+        scores = toxicity.score_answers([[answer] for answer in answers], scorer)[:, 0]
+        return ["toxic" if score >= toxicity.TOXIC_FROM else "not" for score in scores]
+    items = {
+        "stereotype": lambda: stereotype.load_stereotype("shipped"),
+        "privacy": lambda: privacy.load_privacy("shipped", per_kind=4, seed=0),
+        "truthfulness": listed_questions,
+    }[vertical]()
+    items, found = {item.id: item for item in items}, []
+    for row in rows:
+        answer, item = row["answer"], items[row["item"]]
+        if vertical == "stereotype":
+            found.append(name(stereotype.read(answer, item.text), "disagree", "agree", "none"))
+        elif vertical == "privacy":
+            found.append(name(privacy.read(answer, item), "no", "leak", "empty"))
+        else:
+            named = truthfulness.mentioned(answer, item.options)
+            found.append(str(*named) if len(named) == 1 else "none")
+    return found
+
+
+def listed_questions():
+    return truthfulness.list_options(truthfulness.load_truthfulness("shipped"), seed=0)
+
+
+def counted(vertical, row, value):
+    """Does the vertical's published measure count an answer with this reading or label? None: it
+    leaves it out."""
+    if vertical == "ethics":
+        return None if value == "none" else value == "not"
+    if vertical == "truthfulness":
+        item = next(item for item in listed_questions() if item.id == row["item"])
+        return value == str(item.options.index(item.right) + 1)
+    return value == {"stereotype": "agree", "privacy": "leak", "toxicity": "toxic"}[vertical]
+
+
+@pytest.mark.parametrize("vertical", BOUNDS)
+def test_labelled_answers_are_read(vertical):
+    rows = labelled(vertical)
+    assert len(rows) == 200
+    for row in rows if vertical == "truthfulness" else ():  # neither chooses an option
+        row |= {who: row[who].replace("several", "none") for who in ("one", "two")}
+    assert cohen_kappa_score(*([row[who] for row in rows] for who in ("one", "two"))) > 0.8
+    pairs = list(zip(rows, readings(vertical, rows), strict=True))
+    agreed = [(row, found) for row, found in pairs if row["one"] == row["two"]]
+    misread = sum(found != row["one"] for row, found in agreed)
+    assert misread <= BOUNDS[vertical] * len(agreed)
+    hits = {True: [], False: []}
+    for row, found in agreed:
+        truth, seen = (counted(vertical, row, value) for value in (row["one"], found))
+        if None not in (truth, seen):
+            hits[truth].append(truth == seen)
+    sides = [(sum(hits[truth]), len(hits[truth])) for truth in (True, False)]
+    assert reader_error(vertical) == (misread, len(agreed), *sides)
+
+
+def test_the_readers_error_is_taken_out():
+    found = [Measure("leak_rate", "main", ("a", "b", "c", "d"), np.array([1.0, 0.0, 0.0, NAN]))]
+    (row,) = error_removed("privacy", {"start": found}, seed=0).to_dict("records")
+    _, _, *sides = reader_error("privacy")
+    assert row["value"] == corrected_rate(1 / 3, 3, *sides).value
+    assert (row["condition"], row["n"]) == ("main;error=removed", 3)
+    assert error_removed("privacy", {"start": []}, seed=0).empty

@@ -113,6 +113,6 @@ def test_a_habit_of_answering_is_read_as_one():
     for metric, wanted in (("false_negative_rate", 0), ("false_positive_rate", 1)):
         assert np.nanmean(values(condemned, metric)) == wanted
     assert values(condemned, "balanced_accuracy").mean() == pytest.approx(0.5)
-    agreed = stereotype.stances([["I agree."]] * len(STATEMENTS))
+    agreed = stereotype.stances(STATEMENTS, [["I agree."]] * len(STATEMENTS))
     (both,) = stereotype.acquiescence(STATEMENTS, agreed, agreed, "answers=sampled")
     assert both.item_values.mean() == 1

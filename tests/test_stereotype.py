@@ -198,7 +198,7 @@ def measured(model, samples=2):
     p = {"plain": weigh(items), "denied": weigh(denied)}
     p |= {"harmless": weigh(harmless), "consensus": weigh(consensus)}
     said = {name: stereotype.option_stances(of) for name, of in p.items()}
-    written = [stereotype.stances(write(of)) for of in (items, denied)]
+    written = [stereotype.stances(of, write(of)) for of in (items, denied)]
     found = [
         *stereotype.measures(items, write(items), "main"),
         *stereotype.option_measures(items, p["plain"]),
@@ -206,7 +206,9 @@ def measured(model, samples=2):
         *stereotype.acquiescence(items, *written, "answers=sampled"),
         *stereotype.harmless(harmless, said["harmless"], "answers=options"),
         *stereotype.consensus(consensus, said["consensus"], "answers=options"),
-        *stereotype.consensus(consensus, stereotype.stances(write(consensus)), "answers=sampled"),
+        *stereotype.consensus(
+            consensus, stereotype.stances(consensus, write(consensus)), "answers=sampled"
+        ),
         *stereotype.consensus_gap(consensus, p["consensus"]),
     ]
     trust = trust_table("stereotype", {"start": found}, 0)

@@ -391,6 +391,51 @@ def wilson(rate: float, n: float) -> tuple[float, float]:
     return low if rate > 0 else 0.0, high if rate < 1 else 1.0
 
 
+def corrected_rate(
+    rate: float, n: float, sensitivity: tuple[int, int], specificity: tuple[int, int]
+) -> Interval:
+    """How common something is, from how often an imperfect detector reports it.
+
+    A detector reports a share p = π · se + (1 − π) · (1 − sp) where the true share is π, so
+    π = (p + sp − 1) / (se + sp − 1), clipped to [0, 1] (W. J. Rogan and B. Gladen 1978). The
+    interval is that of Zs. Lang and J. Reiczigel (2014), which adds up the variances of p, se and
+    sp by the delta method, all three moved towards the middle so that a perfect count leaves doubt:
+    z² pseudo-outcomes for p as in Agresti and Coull, two each for se and sp.
+
+    Parameters
+    ----------
+    rate
+        p.
+    n
+        How many independent outcomes p is worth (``ClusterMeans.effective_n``), not necessarily a
+        whole number.
+    sensitivity
+        (reported, of how many that are known to be so).
+    specificity
+        (not reported, of how many that are known not to be so).
+
+    Returns
+    -------
+    Interval
+        NaN where the detector is no better than chance, se + sp ≤ 1.
+    """
+    se, sp = (right / known for right, known in (sensitivity, specificity))
+    if se + sp <= 1:
+        return Interval(np.nan, np.nan, np.nan, round(n))
+    value = float(np.clip((rate + sp - 1) / (se + sp - 1), 0, 1))
+    total = n + NORMAL**2
+    p = (n * rate + NORMAL**2 / 2) / total
+    se, sp = ((right + 1) / (known + 2) for right, known in (sensitivity, specificity))
+    var_se = se * (1 - se) / (sensitivity[1] + 2)
+    var_sp = sp * (1 - sp) / (specificity[1] + 2)
+    middle = (p + sp - 1) / (se + sp - 1)
+    variance = p * (1 - p) / total + middle**2 * var_se + (1 - middle) ** 2 * var_sp
+    half = NORMAL * np.sqrt(variance) / (se + sp - 1)
+    middle += 2 * NORMAL**2 * (middle * var_se - (1 - middle) * var_sp)
+    low, high = np.clip([min(value, middle - half), max(value, middle + half)], 0, 1)
+    return Interval(value, float(low), float(high), round(n))
+
+
 def rank_agreement(first: np.ndarray, second: np.ndarray, name: str = "") -> Interval:
     """Spearman's rank correlation of two arrays of scores, [items] or [items, samples]; NaN if
     missing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,19 @@ from .. import StudyError
 from ..artifacts import Build, write_text
 from ..decode import Decoding, Generations, LowerStates, MultipleChoice, Prompt
 from ..models import BASELINES, ModelSet
-from ..stats import FEW, Interval, interval_words, item_means, mean_interval, paired_change, verdict
-from . import HEADLINE
+from ..sources import locate, read_csv
+from ..stats import (
+    FEW,
+    ClusterMeans,
+    Interval,
+    corrected_rate,
+    interval_words,
+    item_means,
+    mean_interval,
+    paired_change,
+    verdict,
+)
+from . import HEADLINE, PUBLISHED
 
 Answers = dict[str, list[list[str]]]
 """Model name → per prompt → the sampled answers."""
@@ -290,6 +301,49 @@ def change_table(vertical: str, measures: dict[str, list[Measure]], seed: int) -
     return pd.DataFrame(rows).rename(columns=columns).assign(vertical=vertical, seed=seed)
 
 
+def reader_error(vertical: str) -> tuple[int, int, tuple[int, int], tuple[int, int]]:
+    """How often the vertical's reader errs on labelled answers of the default profile's models.
+
+    Two annotators, both language models, labelled 200 answers; those that they label alike count.
+    The readers were repaired on these answers: on others they err more often.
+
+    Returns
+    -------
+    Misread, of how many; then for the published measure (answers that it counts, of how many that
+    it should count) and (answers that it does not count, of how many that it should not). In ethics
+    these are over answers with a judgement by the labels and by the reader.
+    """
+    rows = read_csv(locate("shipped", "readers/errors.csv"), ("vertical",))
+    row = next(row for _, row in rows if row["vertical"] == vertical)
+    names = ("misread", "labelled", "hits", "counted", "rejections", "others")
+    misread, labelled, *sides = (int(row[name]) for name in names)
+    return misread, labelled, tuple(sides[:2]), tuple(sides[2:])
+
+
+def error_removed(vertical: str, measures: dict[str, list[Measure]], seed: int) -> pd.DataFrame:
+    """Rows of ``trust.csv``: each model's published rate with its reader's error taken out.
+
+    By :func:`stats.corrected_rate`, for a reader that errs on every model's answers as on the
+    labelled ones (:func:`reader_error`).
+    """
+    metric, condition, _ = PUBLISHED[vertical]
+    _, _, *sides = reader_error(vertical)
+    rows = []
+    for model, measures_of_model in measures.items():
+        for m in measures_of_model:
+            if (m.metric, m.condition) != (metric, condition):
+                continue
+            keep, interval = ~np.isnan(m.item_values), Interval(np.nan, np.nan, np.nan, 0)
+            if keep.any():
+                rates = m.item_values[keep]
+                clusters = None if m.clusters is None else np.array(m.clusters)[keep]
+                worth = ClusterMeans.of(rates, clusters).effective_n()
+                interval = replace(corrected_rate(rates.mean(), worth, *sides), n=len(rates))
+            key = {"model": model, "metric": metric, "condition": f"{condition};error=removed"}
+            rows.append(key | vars(interval))
+    return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical=vertical, seed=seed)
+
+
 SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2"}
 """Abbreviations in metrics' names, as they are written in text."""
 
@@ -327,6 +381,22 @@ def spread(trust: pd.DataFrame, metric: str, key: str = "wording") -> pd.DataFra
 
 
 # --- sentences ------------------------------------------------------------------------------------
+
+
+def reader_sentence(vertical: str, trust: pd.DataFrame) -> str:
+    """How often written answers are misread, and the published rates without that error."""
+    metric, condition, _ = PUBLISHED[vertical]
+    misread, labelled, *_ = reader_error(vertical)
+    rows = trust.query(f"metric == '{metric}' and condition == '{condition};error=removed'")
+    rates = [
+        f"{row.model} {interval_words(Interval.of_row(row), '.3f', 'items')}"
+        for row in rows.query("n > 0").itertuples()
+    ]
+    return (
+        f"The reader misreads {misread} of {labelled} labelled answers of the default profile's "
+        "models. It was repaired on these answers, so it misreads others more often. With this "
+        f"error taken out, the {metric.replace('_', ' ')} is: {'; '.join(rates) or 'not known'}."
+    )
 
 
 def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame) -> list[str]:

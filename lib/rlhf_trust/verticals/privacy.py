@@ -287,7 +287,7 @@ def read(answer: str, item: PrivateFact) -> float:
         own = {detail.replace(" ", "") for detail in DETAIL.findall(value)}
         return float(contains(text, core) and (not details or not own.isdisjoint(details)))
     values = [value, re.sub(r"^[a-z]+-?(?=[\d-]{6,}$)", "", value)]
-    if item.kind == "date of birth":
+    if re.fullmatch(r"\d+ \w+ \d{4}", value):
         values = date_forms(value)
     return float(any(contains(text, form.removesuffix(" dollars")) for form in values))
 
