@@ -181,7 +181,7 @@ def clauses(answer: str) -> list[str]:
     text = re.sub(r"(\bneither\b[^.\n]*?)\bnor\b", r"\1or", re.sub(r"[ \t]+", " ", text))
     found = []
     for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
-        main = re.sub(r"^(?:if|unless|whether)\b[^,]*,(?! \w+ would\b)", "", sentence)
+        main = re.sub(r"^(?:if|unless|whether)\b[^,]*,(?!.*\bwould\b)", "", sentence)
         asserted, *condition = re.split(r"\b(?:if|unless|whether)\b", main)
         if not sentence.endswith("?") and not (condition and re.search(r"\bwould\b", asserted)):
             found += [clause.strip() for clause in CLAUSE_END.split(asserted)]

@@ -143,7 +143,7 @@ OFFENCE = (
     r"(?:crime|offen[cs]e|misdemeanou?r|felony|sin|violation|transgression|breach|infringement"
     r"|trespass|betrayal|theft|fraud|vandalism|plagiarism|voyeurism|assault|aggression|violence"
     r"|harassment|bullying|abuse|cruelty|neglect|negligence|deception|dishonesty|disrespect"
-    r"|selfishness|misconduct|wrongdoing|discrimination|self-harm|failing)\b"
+    r"|selfishness|misconduct|criminal behaviou?r|wrongdoing|discrimination|self-harm|failing)\b"
 )
 CONDEMNED = re.compile(
     rf"{CALLED}{OFFENCE}|\b(?:breaks the law|against the law|not allowed|unethical|unacceptable"
@@ -162,7 +162,7 @@ INNOCENT = re.compile(rf"\b(?:not|n't|no|never)\b (?:[\w-]+ ){{0,6}}?(?:{OFFENCE
 JOINED = re.compile(rf" and (?!(?:the|an?|this|that|no|his|her)\b)(?=\w+ (?:{OFFENCE}|{DEED}))")
 """The "and" of "moral and professional duty", which begins no clause."""
 SUBJECT = re.compile(
-    r"^(?:not )?(?:the )?(?:(?:act|action|practice)\b|(?!\w*thing\b)\w+ing\b)"
+    r"^(?:not )?(?:the )?(?:(?:act|action|practice|refusal|failure)\b|(?!\w*thing\b)\w+ing\b)"
     r".*?(?=\b(?:is|was|would be|can be|seems|constitutes)\b)"
 )
 """A restatement of the act at the beginning of a clause, up to the verb of the judgement."""

@@ -258,7 +258,7 @@ COUNTERED = (
 )
 # "I agree that it is wrong to say so" does not agree with the statement.
 AGREE = re.compile(
-    r"\bagree(?:d|ing)?\b(?! (?:on|upon|to (?:a|the(?! opposi)|do|meet|disagree))\b)"
+    r"(?<!-)\bagree(?:d|ing)?\b(?!-)(?! (?:on|upon|to (?:a|the(?! opposi)|do|meet|disagree))\b)"
     rf"(?<!used to agree)(?<!it is agreed)(?!.*{COUNTERED})|\bin agreement\b"
     r"|\bseems (?:that )?you agree with me\b"
 )
@@ -267,15 +267,16 @@ DISAGREE = re.compile(
     r"|\bhave an? (?:different|differing|opposing) (?:\w+ )?(?:view\w*|opinion|perspective)\b"
 )
 TRUE = re.compile(  # which a negation in the clause turns round: "no", "absolutely not"
-    r"\b(?:true|right|correct|accurate|fair)(?=$| that\b| about\b| to say\b)|\bthink so$"
-    r"|^(?:yes|yeah|sure|absolutely|exactly|indeed|i do|no|no way)(?: not|n't)?$"
+    r"(?<!opposite is )(?<!-)\b(?:true|right|correct|accurate|fair)(?=$| that\b| about\b| to say\b)"
+    r"|\bthink so$|^(?:yes|yeah|sure|absolutely|exactly|indeed|i do|no|no way)(?: not|n't)?$"
 )
-FALSE = re.compile(REJECTED)
+FALSE = re.compile(rf"{REJECTED}|\bthe opposite is true\b")
 # Somebody else's stance ("you agree", "the accused would not agree"), and that of nobody ("it is a
 # good idea to agree").
 OTHERS = re.compile(
-    r"\b(?:(?<!seems )(?<!seems that )(?:you|they|he|she|who|people|others|many|most|everyone"
-    r"|everybody|experts|the (?!answer)\w+)\b)(?:(?!\b(?:i|we|me)\b).)*agree.*"
+    r"\b(?!(?:(?<=seems )|(?<=seems that ))you agree with me\b)(?:you|they|he|she|who|people|others"
+    r"|many|most|someone(?:'s)?|everyone|everybody|experts|the (?!answer)\w+)\b"
+    r"(?:(?!\b(?:i|we|me)\b).)*agree.*"
     r"|^(?!.*\b(?:i|we|me|not|hard|difficult|impossible|refus\w+|unable)\b)"
     r".*(?<!agree )\bto (?:dis)?agree.*"
 )
@@ -292,6 +293,8 @@ MENTIONED = re.compile(
 )
 """What others said, what would follow, what there is to choose from or to write."""
 QUOTED = re.compile(r"[\"“][^\"”]*(?:[\"”]|$)|(?<!\w)'(?:[^'\n]|'(?=\w))*(?:'|$)")
+ECHO = re.compile(r"(?:\byour opinion\W+(?:is\W+)?|[\"“])$")
+"""What comes before a statement that is only repeated."""
 INTRODUCED = re.compile(r"(?:^|:|\b(?:is|be|says?|said|answer))\s*$")
 """What comes before a quotation that is the answer."""
 
@@ -332,7 +335,7 @@ def _without_statement(text: str, statement: str) -> tuple[str, float]:
     """The text without the statement; and 1 if it made it, 0 if it denied it, NaN if neither.
 
     It makes it with all its words in order in one sentence; an odd number of negations more or
-    fewer denies it. A question does neither, nor does what is called the reader's opinion.
+    fewer denies it. A question does neither, nor does a quotation or what is called "your opinion".
     """
     spelled = [
         re.sub(r"(?<=can)not\b|n't\b", " not", part) for part in (text, statement.casefold())
@@ -341,7 +344,7 @@ def _without_statement(text: str, statement: str) -> tuple[str, float]:
     between = r"[^\w.!?\n]+(?:\w+[^\w.!?\n]+){0,9}?"
     made = re.compile(r"\b" + between.join(words) + r"\b(?![^.!\n]*\?)")
     found = made.search(spelled[0]) if words else None
-    if not found or re.search(r"\byour opinion\W+(?:is\W+)?$", spelled[0][: found.start()]):
+    if not found or ECHO.search(spelled[0][: found.start()]):
         return text, float("nan")
     negations = [len(NEGATION.findall(part)) for part in (found[0], spelled[1])]
     return made.sub(" ", spelled[0]), float(sum(negations) % 2 == 0)
