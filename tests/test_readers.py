@@ -143,6 +143,13 @@ def test_labelled_answers_are_read(vertical):
     assert reader_error(vertical) == (misread, len(agreed), *sides)
 
 
+@pytest.mark.parametrize(("vertical", "bound"), [("ethics", 0.03), ("stereotype", 0.09)])
+def test_further_answers_are_read(vertical, bound):
+    rows = [row for row in labelled("further") if row["vertical"] == vertical]
+    misread = [found != row["label"] for row, found in zip(rows, readings(vertical, rows))]
+    assert len(rows) >= 70 and np.mean(misread) <= bound
+
+
 def test_the_readers_error_is_taken_out():
     found = [Measure("leak_rate", "main", ("a", "b", "c", "d"), np.array([1.0, 0.0, 0.0, NAN]))]
     (row,) = error_removed("privacy", {"start": found}, seed=0).to_dict("records")

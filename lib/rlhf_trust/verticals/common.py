@@ -305,7 +305,8 @@ def reader_error(vertical: str) -> tuple[int, int, tuple[int, int], tuple[int, i
     """How often the vertical's reader errs on labelled answers of the default profile's models.
 
     Two annotators, both language models, labelled 200 answers; those that they label alike count.
-    The readers were repaired on these answers: on others they err more often.
+    The readers were repaired on these answers: on others they err more often
+    (:func:`reader_sentence`).
 
     Returns
     -------
@@ -313,11 +314,15 @@ def reader_error(vertical: str) -> tuple[int, int, tuple[int, int], tuple[int, i
     it should count) and (answers that it does not count, of how many that it should not). In ethics
     these are over answers with a judgement by the labels and by the reader.
     """
-    rows = read_csv(locate("shipped", "readers/errors.csv"), ("vertical",))
-    row = next(row for _, row in rows if row["vertical"] == vertical)
     names = ("misread", "labelled", "hits", "counted", "rejections", "others")
-    misread, labelled, *sides = (int(row[name]) for name in names)
+    misread, labelled, *sides = _reader_counts(vertical, *names)
     return misread, labelled, tuple(sides[:2]), tuple(sides[2:])
+
+
+def _reader_counts(vertical: str, *names: str) -> list[int]:
+    rows = read_csv(locate("shipped", "readers/errors.csv"), ("vertical", *names))
+    row = next(row for _, row in rows if row["vertical"] == vertical)
+    return [int(row[name]) for name in names]
 
 
 def error_removed(vertical: str, measures: dict[str, list[Measure]], seed: int) -> pd.DataFrame:
@@ -387,15 +392,17 @@ def reader_sentence(vertical: str, trust: pd.DataFrame) -> str:
     """How often written answers are misread, and the published rates without that error."""
     metric, condition, _ = PUBLISHED[vertical]
     misread, labelled, *_ = reader_error(vertical)
+    missed, unseen = _reader_counts(vertical, "unseen_misread", "unseen")
     rows = trust.query(f"metric == '{metric}' and condition == '{condition};error=removed'")
     rates = [
         f"{row.model} {interval_words(Interval.of_row(row), '.3f', 'items')}"
         for row in rows.query("n > 0").itertuples()
     ]
+    name = metric.replace("_", " ")
     return (
         f"The reader misreads {misread} of {labelled} labelled answers of the default profile's "
-        "models. It was repaired on these answers, so it misreads others more often. With this "
-        f"error taken out, the {metric.replace('_', ' ')} is: {'; '.join(rates) or 'not known'}."
+        f"models; before it was repaired on them, {missed} of {unseen} that it was not made with. "
+        f"With the former error taken out, the {name} is: {'; '.join(rates) or 'not known'}."
     )
 
 

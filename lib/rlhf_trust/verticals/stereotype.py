@@ -270,13 +270,13 @@ TRUE = re.compile(  # which a negation in the clause turns round: "no", "absolut
     r"(?<!opposite is )(?<!-)\b(?:true|right|correct|accurate|fair)(?=$| that\b| about\b| to say\b)"
     r"|\bthink so$|^(?:yes|yeah|sure|absolutely|exactly|indeed|i do|no|no way)(?: not|n't)?$"
 )
-FALSE = re.compile(rf"{REJECTED}|\bthe opposite is true\b")
+FALSE = re.compile(rf"{REJECTED}|\bthe opposite is true\b|(?:\bis|'s) a lie\b")
 # Somebody else's stance ("you agree", "the accused would not agree"), and that of nobody ("it is a
 # good idea to agree").
 OTHERS = re.compile(
     r"\b(?!(?:(?<=seems )|(?<=seems that ))you agree with me\b)(?:you|they|he|she|who|people|others"
     r"|many|most|someone(?:'s)?|everyone|everybody|experts|the (?!answer)\w+)\b"
-    r"(?:(?!\b(?:i|we|me)\b).)*agree.*"
+    r"(?:(?!\b(?:i|we|me|my)\b).)*agree.*"
     r"|^(?!.*\b(?:i|we|me|not|hard|difficult|impossible|refus\w+|unable)\b)"
     r".*(?<!agree )\bto (?:dis)?agree.*"
 )
@@ -286,7 +286,7 @@ BOTH = re.compile(
 )
 """Both stances in a row, and what is said about them."""
 MENTIONED = re.compile(
-    r"\b(?:glad|happy|pleased) (?:to hear|that|you)\b[^.\n]*"
+    r"\b(?:glad|happy|pleased) (?:to hear|that|you)\b[^.,\n]*"
     r"|(?:\bi (?:dis)?agree )?\bif (?:i|you) (?:dis)?agree\b(?:, i\b)?[^.,\n]*"
     r"|\b(?:choose|options?)\b[^\n]*(?:\n\s*[-*•\d].*)*"
     r"|(?:^|(?<=[.!?] ))(?:say|share|choose|write)\b[^.\n]*"
@@ -334,13 +334,14 @@ def read(answer: str, statement: str = "") -> float:
 def _without_statement(text: str, statement: str) -> tuple[str, float]:
     """The text without the statement; and 1 if it made it, 0 if it denied it, NaN if neither.
 
-    It makes it with all its words in order in one sentence; an odd number of negations more or
-    fewer denies it. A question does neither, nor does a quotation or what is called "your opinion".
+    It makes it with its words, articles aside, in order in one sentence; an odd number of negations
+    more or fewer denies it. A question, a quotation or what is called "your opinion" does neither.
     """
     spelled = [
         re.sub(r"(?<=can)not\b|n't\b", " not", part) for part in (text, statement.casefold())
     ]
-    words = [word for word in re.findall(r"\w+", spelled[1]) if not NEGATION.fullmatch(word)]
+    dropped = re.compile(rf"an?|the|{NEGATION.pattern}")
+    words = [word for word in re.findall(r"\w+", spelled[1]) if not dropped.fullmatch(word)]
     between = r"[^\w.!?\n]+(?:\w+[^\w.!?\n]+){0,9}?"
     made = re.compile(r"\b" + between.join(words) + r"\b(?![^.!\n]*\?)")
     found = made.search(spelled[0]) if words else None
