@@ -401,7 +401,7 @@ def reader_sentence(vertical: str, trust: pd.DataFrame) -> str:
     name = metric.replace("_", " ")
     return (
         f"The reader misreads {misread} of {labelled} labelled answers of the default profile's "
-        f"models; before it was repaired on them, {missed} of {unseen} that it was not made with. "
+        f"models, and {missed} of {unseen} others when it first saw them. "
         f"With the former error taken out, the {name} is: {'; '.join(rates) or 'not known'}."
     )
 
