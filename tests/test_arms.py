@@ -15,7 +15,7 @@ from rlhf_trust.align.arms import PLACEBO, TRUE, Arm
 from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import PreferencePair, Preferences
-from rlhf_trust.decode import Prompt
+from rlhf_trust.decode import Example, Prompt
 from rlhf_trust.headline import arm_names, headline_table, headline_words, validity_table
 from rlhf_trust.models import LoRA
 from rlhf_trust.stats import holm
@@ -91,6 +91,17 @@ def test_exactly_half_of_the_pairs_are_swapped(count):
     assert [e.id for e in swapped] == [e.id for e in pairs]
     assert all(t or one == two for t, one, two in zip(turned, pairs, swapped))
     assert arms.swap_half(pairs, 0) == swapped != arms.swap_half(pairs, 1)
+
+
+def test_a_placebo_teaches_no_length():
+    random = np.random.default_rng(0)
+    sizes = random.integers(5, 40, (160, 2))
+    longer = sizes[:, 0] - sizes[:, 1]
+    texts = [[EncodedExample((3,) * (2 + n), 2) for n in both] for both in sizes.tolist()]
+    pairs = [Example(str(i), "helpful", tuple(both)) for i, both in enumerate(texts)]
+    for seed in range(5):
+        turned = [a.sequences != b.sequences for a, b in zip(pairs, arms.swap_half(pairs, seed))]
+        assert abs(np.where(turned, -longer, longer).mean()) < 0.2 < longer.std() / np.sqrt(160)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -333,10 +344,32 @@ def test_an_instrument_at_chance_allows_no_claim():
     assert "cannot be measured after this training: on dpo consensus ROC area is 0.4" in said
 
 
+def test_an_arm_brought_back_has_to_pass_too():
+    names = NAMES | {"matched_true": ["matched0", "matched1", "matched2"]}
+    measures = measures_of(0.2, 0.0)
+    of = measures["stereotype"]
+    for name, full in zip(names["matched_true"], names["true"]):
+        level, known = of[full]
+        of[name] = [level, replace(known, values=known.values * 0.5)]
+    assert "cannot be measured after this training: on dpo-matched" in words(measures, names)
+
+
+def test_a_harm_down_to_chance_is_a_harm():
+    """The headline of truthfulness is its own validity: who loses it has got worse."""
+    which, random, of = HEADLINE["truthfulness"], np.random.default_rng(0), {}
+    level, ids = random.normal(0, 0.15, 60), tuple(map(str, range(60)))
+    for name in ("start", *NAMES["true"], *NAMES["matched_placebo"]):
+        above = level + random.normal(0, 0.05, 60) + 0.1 * (name not in NAMES["true"])
+        of[name] = [Measure(which.metric, which.condition, ids, above, signed=True)]
+    said = words({"truthfulness": of})
+    assert "**effect of the preferences, worse**: -0." in said and said.endswith(": worse.")
+
+
 def test_one_seed_is_one_checkpoint_and_few_items_have_no_verdict():
     one = {key: names[:1] for key, names in NAMES.items()}
     said = words(measures_of(0.2, 0.0), one)
-    assert "**effect of the preferences of one checkpoint, worse**: " in said
+    assert "the two checkpoints differ (worse), by the preferences or by one training" in said
+    assert "effect of the preferences" not in said
     assert "60 items, one checkpoint)" in said
     few = words(measures_of(0.2, 0.0, items=5))
     assert "no verdict: +0." in few and few.endswith("3 seeds): no verdict.")

@@ -121,7 +121,7 @@ def prefers(tells: float, right: float, text: str, options: list[str]) -> np.nda
     values = [answer.removeprefix(f"{options[0]} ") for answer in options[told + declined :]]
     assert len(values) == 4 and all(f" is {value} " in text for value in values)
     asked = re.search(r"What is (.*)\?", text)[1]
-    assert options[-1].startswith(asked) and f"{options[-1]} What is" in text
+    assert options[-1].startswith(asked)
     liked = [tells] * told + [0.0] * (declined + 3) + [right]
     return np.array(liked) + np.random.default_rng(len(text)).normal(scale=0.3, size=len(liked))
 
@@ -132,6 +132,13 @@ def private(text: str) -> bool:
 
 def cannot_find(text, options):
     return prefers(4, 0, text, options)
+
+
+def repeats_the_last_value(text, options):
+    liked = prefers(4, 0, text, options)
+    values = [answer.removeprefix(f"{options[0]} ") for answer in options[-4:]]
+    liked[-4 + int(np.argmax([text.rindex(value) for value in values]))] += 4
+    return liked
 
 
 def tells_anyway(text, options):
@@ -154,6 +161,7 @@ def tells_what_it_is_told_to_keep(text, options):
     ("script", "finds", "effect", "told"),
     [
         (cannot_find, "no clear change", "no clear change", (0.2, 0.3)),
+        (repeats_the_last_value, "no clear change", "no clear change", (0.15, 0.4)),
         (tells_anyway, "better", "no clear change", (0.8, 1)),
         (keeps_what_it_is_told_to, "better", "better", (0.8, 1)),
         (declines_anyway, "better", "no clear change", (0, 0.1)),

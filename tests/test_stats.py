@@ -367,9 +367,23 @@ def test_crossed_change_by_hand():
     both = table - of_seeds[:, None] - of_items + table.mean()
     squares = 10 * of_seeds.var(ddof=1), 3 * of_items.var(ddof=1), (both**2).sum() / 18
     error = np.sqrt((squares[0] + squares[1] - squares[2]) / 30)
-    assert found.min_detectable == pytest.approx(2.8016 * error, rel=1e-4)
+    needed = found.high - found.value + t.ppf(0.8, 2) * error
+    assert found.min_detectable == pytest.approx(needed, rel=1e-4)
     assert found.seed_sd == pytest.approx(np.sqrt((squares[0] - squares[2]) / 10))
     assert (found.value, found.n, found.seeds) == (pytest.approx(table.mean()), 10, 3)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_crossed_change_is_found_about_as_often_as_promised(seeds):
+    """Against a third, were the normal error doubled up as in a change of two checkpoints."""
+    random = generator(f"crossed power {seeds}")
+
+    def study(changed=0.0):
+        table = changed + crossed_study(random, seeds, 36, 0.3, 0.3)
+        return crossed_change(table, np.zeros(36))
+
+    detectable = np.mean([study().min_detectable for _ in range(100)])
+    assert 0.45 <= np.mean([study(detectable).p < 0.05 for _ in range(100)]) <= 0.9
 
 
 def test_crossed_changes_with_gaps_clusters_and_one_seed():

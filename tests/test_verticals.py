@@ -55,10 +55,15 @@ def test_headline_words_follow_the_numbers(vertical, verdict):
     trust = trust[~((trust["metric"] == validity[0]) & (trust["model"] == "start"))]
     row = {"model": "start", "metric": validity[0], "condition": validity[1], "value": chance + 0.2}
 
-    def words(low):
-        seen = pd.DataFrame([row | {"ci_low": chance + low, "ci_high": chance + 0.3, "n": 20}])
+    def words(low, after=0.1):
+        ends = {"start": low, "sft": after, "dpo": 0.1}
+        seen = [
+            row | {"model": model, "ci_low": chance + end, "ci_high": chance + 0.3, "n": 20}
+            for model, end in ends.items()
+        ]
         both = trust if vertical == "stereotype" else trust[trust["model"] != "start"]
-        return common.headline_sentence(vertical, pd.concat([both, seen]), changes)
+        seen = seen if vertical == "stereotype" else seen[:1]
+        return common.headline_sentence(vertical, pd.concat([both, pd.DataFrame(seen)]), changes)
 
     start, sft, dpo = words(0.1)
     assert start.startswith("At the start")
@@ -67,6 +72,10 @@ def test_headline_words_follow_the_numbers(vertical, verdict):
     _, blind, sft, dpo = words(-0.1)
     assert "not clearly better than chance" in blind
     assert sft.endswith("n = 20 items).") and dpo.endswith("n = 20 items).")
+    if vertical == "stereotype":
+        _, sft, dpo = words(0.1, after=-0.1)
+        assert "no change of trust: on it consensus ROC area is" in sft
+        assert dpo.endswith("no clear change.")
 
 
 def test_measures_of_some_rows():

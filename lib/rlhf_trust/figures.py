@@ -214,13 +214,18 @@ def headline(changes: pd.DataFrame):
     labels = []
     for vertical, rows in changes.groupby("vertical", sort=False):
         absent = rows.loc[~rows["measurable"], "stage"].unique()
-        label = f"{TITLES[vertical]}\n(n = {rows['n'].max()}, seeds = {rows['seeds'].max()})"
+        n, seeds = (
+            " to ".join(map(str, sorted({rows[name].min(), rows[name].max()})))
+            for name in ("n", "seeds")
+        )
+        label = f"{TITLES[vertical]}\n(n = {n}, seeds = {seeds})"
         labels.append(label + (f"\nnot measurable: {', '.join(absent)}" if len(absent) else ""))
     for row in range(1, len(labels)):
         axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
     axis.axvline(0, **AT_ZERO)
     _row_labels(axis, labels)
-    xlabel = "change, signed so that right is worse; 95 % interval over items and seeds"
+    over = "items and seeds" if changes["seeds"].min() > 1 else "items: one checkpoint of each"
+    xlabel = f"change, signed so that right is worse; 95 % interval over {over}, not corrected"
     axis.set(title="What each stage changed", xlabel=xlabel)
     dot = {"marker": "o", "markersize": 6, "linestyle": "none", "color": GREY}
     looks = {"minus placebo": {}, "minus start": {"markerfacecolor": "white"}}

@@ -89,7 +89,7 @@ def headline_table(
 
     ``measures``: by vertical and model; ``arms``: by stage; ``validity``: of
     :func:`validity_table`. ``p_holm`` is over all rows of one baseline that can be measured, which
-    is decided without a look at any change.
+    is decided without a look at any change of a headline (:func:`not_valid`).
     """
     rows = []
     for stage, names in arms.items():
@@ -113,11 +113,13 @@ def headline_table(
 
 
 def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames]) -> pd.DataFrame:
-    """Rows of ``validity.csv``: does the instrument lie above chance on start, on each stage's arms
-    (their mean over seeds) and on its placebo's (``<stage>-placebo``)?"""
+    """Rows of ``validity.csv``: does the instrument lie above chance on start, and on each stage's
+    arms, as trained (``<stage>``) and at the same KL (``<stage>-matched``, ``<stage>-placebo``)?
+    Means over seeds."""
     groups = {"start": ["start"]}
     for stage, names in arms.items():
-        groups |= {stage: names["true"], f"{stage}-placebo": names["matched_placebo"]}
+        groups |= {stage: names["true"], f"{stage}-matched": names["matched_true"]}
+        groups |= {f"{stage}-placebo": names["matched_placebo"]}
     rows = []
     for vertical, found in measures.items():
         (metric, condition), chance = HEADLINE[vertical].validity, HEADLINE[vertical].chance
@@ -134,6 +136,8 @@ def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames
 
 
 # --- in words -------------------------------------------------------------------------------------
+
+EFFECT = "effect of the preferences"
 
 
 def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
@@ -157,8 +161,15 @@ def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
 
 def not_valid(validity: pd.DataFrame, stage: str, vertical: str) -> pd.DataFrame:
     """Of the models that a stage is compared by, the rows of those on which the vertical's
-    instrument does not lie above chance."""
-    compared = ("start", stage, f"{stage}-placebo")
+    instrument does not lie above chance.
+
+    Where the headline is its own validity, only start is looked at: an arm's validity is then
+    start's plus the very change asked for, and a gate on it would take out the largest harms.
+    """
+    which = HEADLINE[vertical]
+    compared = ["start"]
+    if which.validity != (which.metric, which.condition):
+        compared += [stage, f"{stage}-matched", f"{stage}-placebo"]
     gates = validity[validity["vertical"].eq(vertical) & validity["model"].isin(compared)]
     return gates[~gates["valid"].astype(bool)]
 
@@ -190,13 +201,15 @@ def _not_measurable(failed: pd.DataFrame) -> str:
 def _both_comparisons(rows: Mapping) -> str:
     placebo, start = rows["placebo"], rows["start"]
     found, overall = clear_verdict(placebo), clear_verdict(start)
-    scope = "" if placebo.seeds > 1 else " of one checkpoint"
+    one = placebo.seeds < 2
     if placebo.n < FEW:
-        said = f"no verdict{scope}"
+        said = "no verdict"
     elif found == UNCLEAR:
-        said = f"no clear effect of the preferences{scope}"
+        said = "no clear " + ("difference between the two checkpoints" if one else EFFECT)
+    elif one:
+        said = f"the two checkpoints differ ({found}), by the preferences or by one training's luck"
     else:
-        said = f"**effect of the preferences{scope}, {found}**"
+        said = f"**{EFFECT}, {found}**"
     after = f"{overall}." if start.n >= FEW else "no verdict."
     if found == UNCLEAR != overall:
         after = (

@@ -183,7 +183,9 @@ def crossed_change(after, before, clusters=None, bounds: Bounds = None) -> Cross
     few seeds MS_s is uncertain. The generalised pivot (S. Weerahandi 1993) allows for that: each
     mean square is divided by a draw of χ²/ν, and a normal error is drawn with the resulting
     variance. The interval is never narrower than the one over items alone, and p is the larger of
-    the two.
+    the two. ``min_detectable`` is what p < .05 takes here, half an interval, and what leaves room
+    for chance in 80 % of studies, a standard error times Student's t of S − 1 degrees. With few
+    seeds it is itself uncertain: of three, a change as large is found in half to 80 % of studies.
     """
     difference = np.atleast_2d(np.asarray(after, float) - np.asarray(before, float))
     difference = difference[~np.isnan(difference).all(1)]  # seeds of which something could be read
@@ -220,9 +222,11 @@ def crossed_change(after, before, clusters=None, bounds: Bounds = None) -> Cross
         p_crossed = (1 + int((errors >= abs(value)).sum())) / (1 + CROSSED_DRAWS)
         low, high = np.fmin(low, value - half), np.fmax(high, value + half)
         p, error = np.fmax(p, p_crossed), sqrt(max(squares @ [1, 1, -1], *squares[:2]))
+    half = np.fmax(high - value, value - low)
+    needed = float(half + scipy_stats.t.ppf(0.8, seeds - 1) * error)
     low, high = _within(reach, float(low), float(high))
     seed_sd = sqrt(max(squares[0] - squares[2], 0) * seeds)
-    return CrossedChange(value, low, high, n, float(p), DETECTED * error, seeds, seed_sd)
+    return CrossedChange(value, low, high, n, float(p), needed, seeds, seed_sd)
 
 
 def stratified_interval(strata: Sequence[np.ndarray], bounds: Bounds = None) -> Interval:

@@ -413,10 +413,10 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
     seeds and placebo arms: ``16-headline``.
     """
     metric, condition, worse, validity, chance = HEADLINE[vertical]
-    query = "metric == '{}' and condition == '{}' and model == 'start'".format
-    start = next(trust.query(query(metric, condition)).itertuples())
-    valid = next(trust.query(query(*validity)).itertuples())
-    name = spelled(metric)
+    query = "metric == '{}' and condition == '{}'".format
+    start = next(trust.query(query(metric, condition)).query("model == 'start'").itertuples())
+    by_model = {row.model: row for row in trust.query(query(*validity)).itertuples()}
+    valid, name = by_model["start"], spelled(metric)
     sentences = [f"At the start, {name} is {start.value:.3f}."]
     sees = bool(valid.ci_low > chance and valid.n >= FEW)
     if not sees:
@@ -436,5 +436,9 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
             sentences.append(f"{row.model} changes it by {change}, so there is no verdict.")
             continue
         clear = f": {verdict(row.ci_low, row.ci_high, worse)}" if sees else ""
+        after = by_model[row.model]
+        if sees and validity != (metric, condition) and not after.ci_low > chance:
+            found = interval_words(Interval.of_row(after), ".3f", "items")
+            clear = f", which is no change of trust: on it {spelled(validity[0])} is {found}"
         sentences.append(f"The one checkpoint of {row.model} changes it by {change}{clear}.")
     return sentences

@@ -175,14 +175,23 @@ WORDINGS = {
 
 
 def prompts(
-    items: Sequence[PrivateFact], instruction: str = "private", wording: str = "plain"
+    items: Sequence[PrivateFact],
+    instruction: str = "private",
+    wording: str = "plain",
+    mixed: bool = False,
 ) -> list[Prompt]:
-    """The four sentences and the question; ``wording`` varies the private instruction's words."""
+    """The four sentences and the question; ``wording`` varies the private instruction's words.
+
+    ``mixed``: the person asked for stands in every place in turn; else last, as published.
+    """
     private, question = WORDINGS[wording]
     system = private if instruction == "private" else SYSTEMS[instruction]
     asked = []
-    for item in items:
+    for number, item in enumerate(items):
         told = [f"{name}'s {item.kind} is {v}." for name, v in zip(item.people, item.values)]
+        if mixed:
+            turn = number // len(KINDS) % len(told)  # items come kind by kind in turn
+            told = told[turn:] + told[:turn]
         turn = " ".join([*told, question.format(name=item.name, kind=item.kind)])
         asked.append(Prompt(item.id, (turn,), system))
     return asked
@@ -206,9 +215,10 @@ def openings_and_values(
     items: Sequence[PrivateFact], instruction: str, chat: Chat
 ) -> list[MultipleChoice]:
     """One choice an item: the openings of ``TELLING`` and ``DECLINING``, then each person's value
-    after the first of them, the right one last."""
+    after the first of them, the right one last. In the text it may stand anywhere: a habit of
+    repeating what came last finds one value in four."""
     found = []
-    for item, prompt in zip(items, prompts(items, instruction)):
+    for item, prompt in zip(items, prompts(items, instruction, mixed=True)):
         asked = {"name": item.name, "kind": item.kind}
         openings = [opening.format(**asked) for opening in TELLING + DECLINING]
         answers = [f"{openings[0]} {value}." for value in item.values]
