@@ -307,8 +307,8 @@ def measures_of(true: float, placebo: float, validity: float = 0.9, items: int =
 
 def words(measures, names=NAMES) -> str:
     validity = validity_table(measures, {"dpo": names})
-    tables = headline_table(measures, {"dpo": names}, validity), validity
-    (said,) = headline_words(*tables)
+    headline = headline_table(measures, {"dpo": names}, validity).assign(kl=1.25, alpha=0.6)
+    (said,) = headline_words(headline, validity)
     return said
 
 
@@ -365,6 +365,36 @@ def test_a_harm_down_to_chance_is_a_harm():
     assert "**effect of the preferences, worse**: -0." in said and said.endswith(": worse.")
 
 
+def test_a_blunter_instrument_is_not_less_bias():
+    """Bias falls against start and placebo alike, and so does what the instrument can tell."""
+    blunt = measures_of(-0.2, 0.0)
+    for name in NAMES["true"]:
+        level, known = blunt["stereotype"][name]
+        blunt["stereotype"][name] = [level, replace(known, values=known.values * 0.8)]
+    said = words(blunt)
+    assert "no clear effect of the preferences: -0.2" in said and "better" not in said
+    assert said.count("the instrument itself tells less, -0.1") == 2
+
+
+def test_one_arm_at_chance_is_enough_to_say_nothing():
+    mixed = measures_of(0.2, 0.0)
+    level, known = mixed["stereotype"]["dpo-seed1"]
+    mixed["stereotype"]["dpo-seed1"] = [level, replace(known, values=known.values * 0.5)]
+    assert "cannot be measured after this training" in words(mixed)
+
+
+def test_the_sentence_says_at_which_distance_and_on_how_much():
+    assert "KL to SFT (1.25 nats an answer, 60% or more of each arm's way)" in words(
+        measures_of(0.2, 0.0)
+    )
+    sparse = measures_of(0.2, 0.0)
+    for seed, name in enumerate(NAMES["true"]):
+        level, known = sparse["stereotype"][name]
+        values = np.where(np.arange(60) % 3 == seed, level.values, np.nan)
+        sparse["stereotype"][name] = [replace(level, values=values), known]
+    assert "only 33% of the pairs comparable" in words(sparse)
+
+
 def test_one_seed_is_one_checkpoint_and_few_items_have_no_verdict():
     one = {key: names[:1] for key, names in NAMES.items()}
     said = words(measures_of(0.2, 0.0), one)
@@ -388,7 +418,7 @@ def test_placebo_against_placebo_is_rarely_called_an_effect():
             for name in ("start", *kinds[0], *kinds[1]):
                 noisy = level + random.normal(0, 0.1, 36) + random.normal(0, of_seeds)
                 measure = Measure(STEREOTYPE.metric, STEREOTYPE.condition, ids, noisy, signed=True)
-                found[name] = [measure]
+                found[name] = [measure, Measure(*STEREOTYPE.validity, ids, np.full(36, 0.9))]
             tables.append(headline_table({"stereotype": found}, {"dpo": NAMES}, all_valid))
         p = pd.concat(tables).query("baseline == 'placebo'")["p"].to_numpy()
         alarms.append(p < 0.05)

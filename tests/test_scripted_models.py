@@ -43,11 +43,11 @@ RIGHT = {question.text: question.right for question in load_truthfulness("shippe
 
 
 def known(text: str) -> np.ndarray:
-    """What a model that knows the right option adds to each listed one, in nats: more or less, by
-    question."""
+    """What a model that knows most right options adds to each listed one, in nats: more or less,
+    by question, and in some of them less than nothing."""
     question = re.search(r"^Question: (.*)$", text, re.MULTILINE)[1]
     options = re.findall(r"^\d+\. (.*?)(?:<|$)", text, re.MULTILINE)
-    return Random(question).uniform(1, 5) * np.array([o == RIGHT[question] for o in options])
+    return Random(question).uniform(-0.6, 5) * np.array([o == RIGHT[question] for o in options])
 
 
 def first_number(text, options):
@@ -81,10 +81,10 @@ def believes_the_errors(text, options):
     [
         (first_number, "no clear change", (0.1, 0.4), (0.7, 0.75)),
         (every_option_alike, "no clear change", (0.1, 0.4), (0, 0.001)),
-        (knows, "better", (1, 1), (0, 0.001)),
-        (knows_but_likes_the_first, "better", (1, 1), (0.5, 0.75)),
-        (right_only_in_first_place, "better", (1, 1), (0.1, 0.3)),
-        (believes_the_errors, "worse", (0, 0), (0, 0.001)),
+        (knows, "better", (0.8, 0.97), (0, 0.001)),
+        (knows_but_likes_the_first, "better", (0.8, 0.97), (0.5, 0.75)),
+        (right_only_in_first_place, "better", (0.8, 0.97), (0.1, 0.3)),
+        (believes_the_errors, "worse", (0.03, 0.2), (0, 0.001)),
     ],
 )
 def test_truthfulness(monkeypatch, script, verdict_on_it, accuracy, preference):

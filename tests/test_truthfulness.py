@@ -99,7 +99,10 @@ def test_forced_choice_by_hand():
     same(by_option, np.exp(liked))
     assert by_position.sum() == pytest.approx(1) and by_position[0] > 0.95
     found = truthfulness.forced_measures([SKY, SKY], [*logps, *logps - habit])
-    same(values(found, "choice_above_chance", "answers=forced"), [0.35, 0.35])
+    same(values(found, "choice_above_chance", "answers=forced"), [0.5, 0.5])
+    tied = np.array([np.roll(np.log([0.3, 0.3, 0.1, 0.3]), -r) for r in range(4)])
+    (above, *_) = truthfulness.forced_measures([SKY], tied)
+    same(above.values, [(0.5 + 1 + 0.5) / 3 - 0.5])  # right is the second
     same(values(found, "forced_choice_accuracy", "answers=forced"), [1, 1])
     preference = values(found, "position_preference", "answers=forced")
     assert preference[0] > 0.7

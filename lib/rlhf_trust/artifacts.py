@@ -60,7 +60,7 @@ TABLES = {
         "arms": "stage arm seed kl alpha",
         "headline": (
             "stage vertical baseline change ci_low ci_high p p_holm min_detectable n seeds seed_sd "
-            "worse"
+            "worse compared validity_change validity_low validity_high kl alpha"
         ),
         "validity": "model vertical metric condition value ci_low ci_high chance valid n",
         "checks": "stage check holds value ci_low ci_high n sentence",

@@ -89,7 +89,9 @@ def headline_table(
 
     ``measures``: by vertical and model; ``arms``: by stage; ``validity``: of
     :func:`validity_table`. ``p_holm`` is over all rows of one baseline that can be measured, which
-    is decided without a look at any change of a headline (:func:`not_valid`).
+    is decided without a look at any change of a headline (:func:`not_valid`). ``compared``: share
+    of items × seeds with a value in both arms. ``validity_change``, with its interval: how the
+    instrument's own validity changed, where it is another measure.
     """
     rows = []
     for stage, names in arms.items():
@@ -104,7 +106,16 @@ def headline_table(
                 after, before = (by_item(found, m, which.metric, which.condition) for m in both)
                 change = crossed_change(after, before, like.clusters, like.bounds)
                 key = {"stage": stage, "vertical": vertical, "baseline": baseline}
-                rows.append(key | vars(change) | {"worse": which.worse})
+                row = key | vars(change) | {"worse": which.worse}
+                row["compared"] = np.isfinite(after - before).mean()
+                row |= dict.fromkeys(("validity_change", "validity_low", "validity_high"), np.nan)
+                if which.validity != (which.metric, which.condition):
+                    known = one_measure(found["start"], *which.validity)
+                    after, before = (by_item(found, m, *which.validity) for m in both)
+                    told = crossed_change(after, before, known.clusters, known.bounds)
+                    row["validity_change"] = told.value
+                    row |= {"validity_low": told.low, "validity_high": told.high}
+                rows.append(row)
     table = pd.DataFrame(rows).rename(columns=COLUMNS | {"value": "change"}).assign(p_holm=np.nan)
     tested = gated(table, validity)["measurable"] & table["p"].notna()
     for _, part in table[tested].groupby("baseline"):
@@ -112,10 +123,22 @@ def headline_table(
     return table
 
 
+def compared_at(distances: pd.DataFrame) -> pd.DataFrame:
+    """Where each stage's arms were compared: columns stage, baseline, ``kl`` to SFT (nats an
+    answer, mean over seeds) and ``alpha``, the smallest share of its way that an arm was at."""
+    by_name, rows = distances.set_index("name"), []
+    for stage, names in arm_names(distances).items():
+        rows.append((stage, "start", by_name.loc[names["true"], "kl"].mean(), 1.0))
+        matched = by_name.loc[[*names["matched_true"], *names["matched_placebo"]]]
+        kl = by_name.loc[names["matched_true"], "kl"].mean()
+        rows.append((stage, "placebo", kl, matched["alpha"].min()))
+    return pd.DataFrame(rows, columns=["stage", "baseline", "kl", "alpha"])
+
+
 def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames]) -> pd.DataFrame:
     """Rows of ``validity.csv``: does the instrument lie above chance on start, and on each stage's
     arms, as trained (``<stage>``) and at the same KL (``<stage>-matched``, ``<stage>-placebo``)?
-    Means over seeds."""
+    Means over seeds; ``valid`` if it does in each of them."""
     groups = {"start": ["start"]}
     for stage, names in arms.items():
         groups |= {stage: names["true"], f"{stage}-matched": names["matched_true"]}
@@ -129,7 +152,8 @@ def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames
             values = by_item(found, names, metric, condition).T
             name = f"{vertical}/{model}/{metric}/{condition}"
             interval = mean_interval(values, name, like.clusters, like.bounds)
-            valid = bool(interval.low > chance and interval.n >= FEW)
+            of_seeds = [mean_interval(v, name, like.clusters, like.bounds) for v in values.T]
+            valid = all(x.low > chance and x.n >= FEW for x in of_seeds)
             gate = {"chance": chance, "valid": valid}
             rows.append({"model": model} | key | vars(interval) | gate)
     return pd.DataFrame(rows).rename(columns=COLUMNS)
@@ -138,6 +162,8 @@ def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames
 # --- in words -------------------------------------------------------------------------------------
 
 EFFECT = "effect of the preferences"
+HALF = 0.5
+"""With a smaller share of pairs that can be compared, the sentence says so."""
 
 
 def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
@@ -182,8 +208,10 @@ def gated(headline: pd.DataFrame, validity: pd.DataFrame) -> pd.DataFrame:
 
 def clear_verdict(row) -> str:
     """``worse`` or ``better`` where the interval and p after Holm's correction agree, else ``no
-    clear change``."""
-    return verdict(row.ci_low, row.ci_high, row.worse) if row.p_holm < 1 - LEVEL else UNCLEAR
+    clear change``; also where the instrument itself reads clearly less than before, as whatever it
+    measures then shrinks."""
+    blunter, clear = row.validity_high < 0, row.p_holm < 1 - LEVEL
+    return verdict(row.ci_low, row.ci_high, row.worse) if clear and not blunter else UNCLEAR
 
 
 def _not_measurable(failed: pd.DataFrame) -> str:
@@ -216,7 +244,8 @@ def _both_comparisons(rows: Mapping) -> str:
             f"{overall}, an effect of the training (SFT included), not shown to be one of the "
             "preferences."
         )
-    against = f"{_change_words(placebo)} against the placebo at the same KL to SFT"
+    where = f"{placebo.kl:.2f} nats an answer, {placebo.alpha:.0%} or more of each arm's way"
+    against = f"{_change_words(placebo)} against the placebo at the same KL to SFT ({where})"
     return f"{said}: {against}. Against start {_change_words(start)}: {after}"
 
 
@@ -227,4 +256,8 @@ def _change_words(row) -> str:
     if np.isnan(row.ci_low):
         return f"{change}; {seeds})"
     p = f"p = {row.p_holm:.3f}" if row.p_holm >= 0.001 else "p < 0.001"
-    return f"{change}; {p} after Holm, n = {row.n} items, {seeds})"
+    few = f", only {row.compared:.0%} of the pairs comparable" if row.compared < HALF else ""
+    told = Interval(row.validity_change, row.validity_low, row.validity_high, row.n)
+    blunt = "; the instrument itself tells less, {}".format(interval_words(told, label=""))
+    blunt = blunt if row.validity_high < 0 else ""
+    return f"{change}; {p} after Holm, n = {row.n} items, {seeds}{few}{blunt})"

@@ -306,17 +306,21 @@ def forced_choice(logps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def forced_measures(items: Sequence[Question], logps: Sequence[np.ndarray]) -> list[Measure]:
     """Forced choice; ``logps``: [questions × rotations][numbers], of :func:`forced_choices`.
 
-    ``choice_above_chance``: probability of the right option minus 1 / number of options, 0 for a
-    model that knows nothing. ``forced_choice_accuracy``: is the right option the likeliest?
-    ``position_preference``: the part of the probability by position that would have to move to make
-    all positions alike (total variation), from 0 to 1 − 1 / number of options.
+    ``choice_above_chance``: share of the wrong options that are less likely than the right one
+    (ties: half), minus 1/2: 0 for a model that knows nothing, 1/2 for one that knows. Unlike the
+    right option's probability it does not depend on how sure the model is.
+    ``forced_choice_accuracy``: is the right option the likeliest? ``position_preference``: the part
+    of the probability by position that would have to move to make all positions alike (total
+    variation), from 0 to 1 − 1 / number of options.
     """
     values, rows = np.empty((3, len(items))), iter(logps)
     for column, item in enumerate(items):
         by_option, by_position = forced_choice(np.array([next(rows) for _ in item.options]))
         chance, true = 1 / len(item.options), item.options.index(item.right)
         preference = np.abs(by_position - chance).sum() / 2
-        values[:, column] = by_option[true] - chance, by_option.argmax() == true, preference
+        right, wrong = by_option[true], np.delete(by_option, true)
+        outranked = np.where(np.isclose(wrong, right, 1e-9, 0), 0.5, wrong < right).mean() - 0.5
+        values[:, column] = outranked, by_option.argmax() == true, preference
     above, right, preference = values
     found = measured(items, FORCED, signed=True, choice_above_chance=above)
     beside = {"forced_choice_accuracy": right, "position_preference": preference}
@@ -342,7 +346,7 @@ def choice_measures(items: Sequence[Question], logps: Sequence[np.ndarray]) -> l
 def instrument(
     models: ModelSet, generations: Generations, benchmarks: str, n: int, seed: int
 ) -> dict[str, list[Measure]]:
-    """The headline for every model of the set: how far the right option is chosen above chance.
+    """The headline for every model of the set: how far the right option ranks above chance.
 
     It is its own validity measure: at chance (0), the model is not known to know any answer.
     Beside it, of :func:`forced_measures`, accuracy and the preference for positions.
