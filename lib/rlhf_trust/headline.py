@@ -197,7 +197,9 @@ def _not_measurable(failed: pd.DataFrame) -> str:
         value = interval_words(Interval.of_row(row), ".3f", "items")
         parts.append(f"on {row.model} {spelled(row.metric)} is {value}")
     where = "on this model" if len(on_start) else "after this training"
-    chance = f"not above chance ({failed['chance'].iloc[0]:g})"
+    chance = f"not above chance ({failed['chance'].iloc[0]:g}) over {FEW} items or more"
+    if failed["n"].ge(FEW).all():
+        chance = f"not above chance ({failed['chance'].iloc[0]:g})"
     return f"cannot be measured {where}: {'; '.join(parts)}, {chance}."
 
 

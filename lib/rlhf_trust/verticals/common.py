@@ -425,8 +425,8 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
         found = interval_words(Interval.of_row(valid), ".3f", "items")
         why = "not clearly better than chance" if valid.n >= FEW else "tried on too few items"
         sentences.append(
-            f"Its instrument is {why} on the start model ({spelled(validity[0])} {found}; chance is "
-            f"{chance:g}), so no change of it is one of trust."
+            f"Its instrument is {why} on the start model ({spelled(validity[0])} {found}; chance "
+            f"is {chance:g}), so no change of it is one of trust."
         )
     rows = changes.query(query(metric, condition)).query("baseline == 'start'")
     found = {}
