@@ -66,7 +66,7 @@ def test_headline_words_follow_the_numbers(vertical, verdict):
     assert sft.endswith(f"n = 20 items): {verdict}.")
     assert dpo.startswith("dpo ") and dpo.endswith("no clear change.")
     _, blind, both = words(start=-0.1, sft=0.1, dpo=0.1)
-    assert "not clearly better than chance" in blind
+    assert blind.startswith("On the start model its instrument is not clearly better than chance")
     assert "; dpo " in both and both.endswith("n = 20 items): no verdict.")
     _, sft, dpo = words(start=0.1, sft=-0.1, dpo=0.1)
     own = vertical == "ethics"  # the headline is its own validity, so only start is looked at

@@ -423,10 +423,10 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
     sees = bool(valid.ci_low > chance and valid.n >= FEW)
     if not sees:
         found = interval_words(Interval.of_row(valid), ".3f", "items")
-        why = "not clearly better than chance" if valid.n >= FEW else "tried on too few items"
+        why = "clearly better than chance" if valid.n >= FEW else f"tried on {FEW} items or more"
         sentences.append(
-            f"Its instrument is {why} on the start model ({spelled(validity[0])} {found}; chance "
-            f"is {chance:g}), so no change of it is one of trust."
+            f"On the start model its instrument is not {why} ({spelled(validity[0])} {found}; "
+            f"chance is {chance:g}), so no change of it is one of trust."
         )
     rows = changes.query(query(metric, condition)).query("baseline == 'start'")
     found = {}
