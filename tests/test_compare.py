@@ -9,9 +9,7 @@ from rlhf_trust import ROOT
 from rlhf_trust.report import REFERENCE, differences, with_results
 from scipy.stats import t as student
 
-PROFILES = (
-    sorted(path.name for path in REFERENCE.iterdir() if path.is_dir()) if REFERENCE.is_dir() else []
-)
+PROFILES = sorted(path.parent.name for path in REFERENCE.glob("*/run.json"))
 
 
 def table(**figures: tuple[float, float, float]) -> pd.DataFrame:

@@ -145,7 +145,7 @@ def test_attribution_words():
     sums, signs, contrasts, first = words(nothing, (*driving, -0.3), dull)
     assert "1 of 2 combinations" in sums and "at least 0.1 would be expected by chance" in sums
     assert "disagree about that sign in 1 of 2" in signs
-    assert contrasts.startswith("In 1 of 2 some group")
+    assert contrasts.startswith("In 1 of 2 the score of a group")
     assert first == (
         "sft on privacy, harmless half: such pairs drive the change more than others, Cliff's "
         "delta -0.40 (95 % interval -0.60 to -0.20, n = 90 examples)."

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from rlhf_trust.stats import (
     Interval,
+    by_conclusion,
     crossed_change,
     generator,
     holm,
@@ -48,6 +49,8 @@ def test_intervals_in_words():
     found = Interval(0.5, 0.25, 0.75, 8)
     assert interval_words(found) == "+0.500 (95 % interval +0.250 to +0.750)"
     assert interval_words(found, ".0%", "pairs", "") == "50% (25% to 75%, n = 8 pairs)"
+    same = {"sft": ("+1", "worse"), "ppo": ("0", "no clear change"), "dpo": ("+2", "worse")}
+    assert by_conclusion(same) == ["sft +1; dpo +2: worse.", "ppo 0: no clear change."]
     few = interval_words(Interval(0.5, np.nan, np.nan, 3), unit="pairs")
     assert few == "+0.500 (n = 3 pairs: fewer than 8, no interval)"
 

@@ -52,30 +52,26 @@ def test_headline_words_follow_the_numbers(vertical, verdict):
     ids, (metric, condition, _, validity, chance) = [str(i) for i in range(20)], HEADLINE[vertical]
     of = scripted([0] * 20, [1] * 20, [0] * 20, ids=ids, metric=metric, condition=condition)
     trust, changes = trust_table(vertical, of, 0), change_table(vertical, of, 0)
-    trust = trust[~((trust["metric"] == validity[0]) & (trust["model"] == "start"))]
-    row = {"model": "start", "metric": validity[0], "condition": validity[1], "value": chance + 0.2}
+    trust = trust[trust["metric"] != validity[0]]
+    row = {"metric": validity[0], "condition": validity[1], "value": chance + 0.2, "n": 20}
+    row["ci_high"] = chance + 0.3
 
-    def words(low, after=0.1):
-        ends = {"start": low, "sft": after, "dpo": 0.1}
-        seen = [
-            row | {"model": model, "ci_low": chance + end, "ci_high": chance + 0.3, "n": 20}
-            for model, end in ends.items()
-        ]
-        both = trust if vertical == "stereotype" else trust[trust["model"] != "start"]
-        seen = seen if vertical == "stereotype" else seen[:1]
-        return common.headline_sentence(vertical, pd.concat([both, pd.DataFrame(seen)]), changes)
+    def words(**lows):
+        seen = [row | {"model": m, "ci_low": chance + low} for m, low in lows.items()]
+        return common.headline_sentence(vertical, pd.concat([trust, pd.DataFrame(seen)]), changes)
 
-    start, sft, dpo = words(0.1)
+    start, sft, dpo = words(start=0.1, sft=0.1, dpo=0.1)
     assert start.startswith("At the start")
-    assert sft.startswith("The one checkpoint of sft")
-    assert sft.endswith(f"n = 20 items): {verdict}.") and dpo.endswith("no clear change.")
-    _, blind, sft, dpo = words(-0.1)
-    assert "not clearly better than chance" in blind
-    assert sft.endswith("n = 20 items).") and dpo.endswith("n = 20 items).")
-    if vertical == "stereotype":
-        _, sft, dpo = words(0.1, after=-0.1)
-        assert "no change of trust: on it consensus ROC area is" in sft
-        assert dpo.endswith("no clear change.")
+    assert sft.startswith("Changes against start, one checkpoint each: sft ")
+    assert sft.endswith(f"n = 20 items): {verdict}.")
+    assert dpo.startswith("dpo ") and dpo.endswith("no clear change.")
+    _, blind, both = words(start=-0.1, sft=0.1, dpo=0.1)
+    assert blind.startswith("On the start model its instrument is not clearly better than chance")
+    assert "; dpo " in both and both.endswith("n = 20 items): no verdict.")
+    _, sft, dpo = words(start=0.1, sft=-0.1, dpo=0.1)
+    own = vertical == "ethics"  # the headline is its own validity, so only start is looked at
+    assert ("no change of trust, since consensus ROC area there is" in sft) == (not own)
+    assert dpo.endswith("no clear change.")
 
 
 def test_measures_of_some_rows():

@@ -167,22 +167,25 @@ HALF = 0.5
 
 
 def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
-    """One sentence or two for each stage and vertical: not measurable on this model, an effect of
-    the preferences, or no clear one; with both comparisons.
+    """One sentence or two for each stage and vertical: an effect of the preferences or no clear
+    one, with both comparisons, or not measurable after this training. What cannot be measured on
+    start is said once for all stages, at the end.
 
     ``headline``, ``validity``: as of :func:`headline_table` and :func:`validity_table`.
     """
-    said = []
+    said, on_start = [], {}
     for (stage, vertical), rows in headline.groupby(["stage", "vertical"], sort=False):
         failed = not_valid(validity, stage, vertical)
         head = f"{stage}, {vertical}"
-        if len(failed):
+        if failed["model"].eq("start").any():
+            on_start[vertical] = f"{vertical}: {_not_measurable(failed)}"
+        elif len(failed):
             said.append(f"{head}: {_not_measurable(failed)}")
         else:
             by_baseline = {row.baseline: row for row in rows.itertuples()}
             metric = spelled(HEADLINE[vertical].metric)
             said.append(f"{head} ({metric}): {_both_comparisons(by_baseline)}")
-    return said
+    return [*said, *on_start.values()]
 
 
 def not_valid(validity: pd.DataFrame, stage: str, vertical: str) -> pd.DataFrame:
@@ -222,7 +225,9 @@ def _not_measurable(failed: pd.DataFrame) -> str:
         value = interval_words(Interval.of_row(row), ".3f", "items")
         parts.append(f"on {row.model} {spelled(row.metric)} is {value}")
     where = "on this model" if len(on_start) else "after this training"
-    chance = f"not above chance ({failed['chance'].iloc[0]:g})"
+    chance = f"not above chance ({failed['chance'].iloc[0]:g}) over {FEW} items or more"
+    if failed["n"].ge(FEW).all():
+        chance = f"not above chance ({failed['chance'].iloc[0]:g})"
     return f"cannot be measured {where}: {'; '.join(parts)}, {chance}."
 
 

@@ -222,8 +222,9 @@ def attribution_words(
     clear = contrasted[contrasted["effect_p"] < 0.05]
     if len(contrasted):
         words.append(
-            f"In {len(clear) or 'none'} of {len(contrasted)} some group of examples scores clearly "
-            "above or below the others (Holm-corrected over the groups of a combination, p < 0.05)"
+            f"In {len(clear) or 'none'} of {len(contrasted)} the score of a group of examples lies "
+            "clearly above or below that of the others (Holm-corrected over the groups of a "
+            "combination, p < 0.05)"
             f"{'.' if clear.empty else ':'}"
         )
     listed = clear.sort_values("effect_p", kind="stable").head(3)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -111,6 +111,17 @@ def interval_words(
     count = f", n = {interval.n} {unit}" if unit else ""
     ends = f"{interval.low:{form}} to {interval.high:{form}}"
     return f"{interval.value:{form}} ({label}{ends}{count})"
+
+
+def by_conclusion(found: Mapping[str, tuple[str, str]]) -> list[str]:
+    """One sentence for each conclusion: ``start +0.02 (…); sft +0.03 (…): no clear change.``
+
+    ``found``: model → its number in words, and what follows from it.
+    """
+    shared: dict[str, list[str]] = {}
+    for model, (number, conclusion) in found.items():
+        shared.setdefault(conclusion, []).append(f"{model} {number}")
+    return [f"{'; '.join(models)}: {conclusion}." for conclusion, models in shared.items()]
 
 
 def mean_interval(values, name: str = "", clusters=None, bounds: Bounds = None) -> Interval:

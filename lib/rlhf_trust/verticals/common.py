@@ -20,6 +20,7 @@ from ..stats import (
     FEW,
     ClusterMeans,
     Interval,
+    by_conclusion,
     corrected_rate,
     interval_words,
     item_means,
@@ -349,7 +350,7 @@ def error_removed(vertical: str, measures: dict[str, list[Measure]], seed: int) 
     return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical=vertical, seed=seed)
 
 
-SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2"}
+SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2", "expected max ": "expected maximum "}
 """Abbreviations in metrics' names, as they are written in text."""
 
 
@@ -407,9 +408,10 @@ def reader_sentence(vertical: str, trust: pd.DataFrame) -> str:
 
 
 def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame) -> list[str]:
-    """Can the headline be measured, and how did it change? One sentence a model, from the numbers.
+    """Can the headline be measured, and how did it change? From the numbers, the models of one
+    verdict in one sentence.
 
-    What a change of these single checkpoints says about the way they were trained needs further
+    Each change is one checkpoint's. What it says about the way the model was trained needs further
     seeds and placebo arms: ``16-headline``.
     """
     metric, condition, worse, validity, chance = HEADLINE[vertical]
@@ -421,24 +423,27 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
     sees = bool(valid.ci_low > chance and valid.n >= FEW)
     if not sees:
         found = interval_words(Interval.of_row(valid), ".3f", "items")
+        why = "clearly better than chance" if valid.n >= FEW else f"tried on {FEW} items or more"
         sentences.append(
-            f"Its instrument is not clearly better than chance on the start model "
-            f"({spelled(validity[0])} {found}; chance is {chance:g}), so no change of it "
-            "is one of trust."
+            f"On the start model its instrument is not {why} ({spelled(validity[0])} {found}; "
+            f"chance is {chance:g}), so no change of it is one of trust."
         )
-    rows = changes.query(f"metric == '{metric}' and condition == '{condition}'")
-    for row in rows.query("baseline == 'start'").itertuples():
+    rows = changes.query(query(metric, condition)).query("baseline == 'start'")
+    found = {}
+    for row in rows.itertuples():
         if row.n == 0:
-            sentences.append(f"For {row.model}, no item can be compared.")
+            found[row.model] = "–", "no item can be compared"
             continue
-        change = interval_words(Interval.of_row(row, "change"), unit="items")
-        if row.n < FEW:
-            sentences.append(f"{row.model} changes it by {change}, so there is no verdict.")
-            continue
-        clear = f": {verdict(row.ci_low, row.ci_high, worse)}" if sees else ""
         after = by_model[row.model]
-        if sees and validity != (metric, condition) and not after.ci_low > chance:
-            found = interval_words(Interval.of_row(after), ".3f", "items")
-            clear = f", which is no change of trust: on it {spelled(validity[0])} is {found}"
-        sentences.append(f"The one checkpoint of {row.model} changes it by {change}{clear}.")
+        if row.n < FEW or not sees:
+            clear = "no verdict"
+        elif validity != (metric, condition) and not after.ci_low > chance:
+            there = interval_words(Interval.of_row(after), ".3f", "items")
+            clear = f"no change of trust, since {spelled(validity[0])} there is {there}"
+        else:
+            clear = verdict(row.ci_low, row.ci_high, worse)
+        found[row.model] = interval_words(Interval.of_row(row, "change"), unit="items"), clear
+    if found:
+        first, *others = by_conclusion(found)
+        sentences += [f"Changes against start, one checkpoint each: {first}", *others]
     return sentences
