@@ -208,9 +208,7 @@ def headline(changes: pd.DataFrame):
         y += 0.05 if hollow else -0.05
         ends = point.worse * point.ci_low, point.worse * point.ci_high
         look = {"markersize": 6, "markerfacecolor": "white" if hollow else shade}
-        _point(
-            axis, y + (0.05 if hollow else -0.05), point.worse * point.change, *ends, shade, **look
-        )
+        _point(axis, y, point.worse * point.change, *ends, shade, **look)
     labels = []
     for vertical, rows in changes.groupby("vertical", sort=False):
         absent = rows.loc[~rows["measurable"], "stage"].unique()
