@@ -255,7 +255,9 @@ class Trainer:
         if arm.is_stage:
             return np.nan
         out, config = arm.folder(self.build), self.config(arm)
-        weights = [models.adapter_fingerprint(self.base, self.sft), sha256_of(self.reward)]
+        weights = [models.adapter_fingerprint(self.base, self.sft)]
+        if arm.stage != "dpo":
+            weights.append(sha256_of(self.reward))
         data = [asdict(p) for p in self.pairs.train], [asdict(p) for p in self.held_out]
         settings = self.parameters[arm.stage], asdict(config), self.chat.name
         key, note = content_key(asdict(arm), weights, data, settings), out / NOTE
