@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -137,6 +138,12 @@ def save_random(base, folder, seed, head=None):
         torch.nn.init.normal_(weight, std=0.1)
     models.save_adapter(base, wrapped, folder, head=head)
     wrapped.unload()
+
+
+def test_dpo_needs_no_reward_model(trainer):
+    shutil.rmtree(trainer.reward)
+    trainer.train(Arm("dpo", PLACEBO, 0))
+    assert (trainer.build.model("arms/dpo-placebo-seed0") / arms.NOTE).is_file()
 
 
 def test_an_arm_is_trained_once_for_what_it_is_made_from(trainer, monkeypatch):
