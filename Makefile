@@ -55,6 +55,7 @@ reproduce flagship:
 
 quick: ## a first answer: SFT, DPO and its placebo, five verticals without written answers, report
 	$(MAKE) report PROFILE=quick JOBS=1 OMP_NUM_THREADS=$(CORES) STAGES="01-sft 04-dpo 16-headline 90-report"
+	@echo "report: build/quick/report.html"
 
 report: $(BUILD)/report.html ## render the report as one HTML file
 appendix: $(BUILD)/appendix/index.html ## render all executed notebooks as linked HTML pages

@@ -155,6 +155,10 @@ def test_attribution_words():
     assert words(dull)[-1].endswith("p < 0.05).")
 
 
+def test_a_run_without_attribution_has_no_contributions():
+    assert contributions_of(pd.DataFrame(columns=["stage", "loss", "solver"])).empty
+
+
 def test_validation_words():
     rows = [
         ("lds", "answers", "datainf", 0.3, 0.1, 0.5, NAN),

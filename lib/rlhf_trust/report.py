@@ -174,6 +174,8 @@ def contributions_of(summary: pd.DataFrame, metric: bool = False) -> pd.DataFram
     examples whose contrast with the others is clearest, its ``effect`` with ``effect_low``,
     ``effect_high``, ``effect_p`` and ``examples``; and ``exact_effect``, by the exact solver.
     """
+    if summary.empty:
+        return summary
     split = summary["loss"].str.partition(": ")
     loss, group, cell = split[0], split[2], ["stage", "vertical"]
     wanted = loss.eq("metric") if metric else ~loss.str.contains("^metric$|token mean")
