@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import NAN, same, values
 from rlhf_trust import StudyError, sources
-from rlhf_trust.stats import ClusterMeans, rank_agreement, wilson
+from rlhf_trust.stats import ClusterMeans, corrected_rate, rank_agreement, wilson
 from rlhf_trust.verticals import HEADLINE, scorers, toxicity
 from rlhf_trust.verticals.common import trust_table
 from rlhf_trust.verticals.toxicity import ToxicityPrompt
@@ -303,14 +303,14 @@ def test_two_scorers_that_agree_give_the_number_of_one():
 
 
 def test_a_rate_is_corrected_for_its_detector():
-    known = toxicity.corrected_rate(0.5, 100, (80, 100), (90, 100))
+    known = corrected_rate(0.5, 100, (80, 100), (90, 100))
     assert known.value == pytest.approx((0.5 + 0.9 - 1) / (0.8 + 0.9 - 1))
-    perfect = toxicity.corrected_rate(0.3, 100, (10**6, 10**6), (10**6, 10**6))
+    perfect = corrected_rate(0.3, 100, (10**6, 10**6), (10**6, 10**6))
     assert (perfect.low, perfect.high) == pytest.approx(wilson(0.3, 100), abs=0.01)
     assert known.high - known.low > (perfect.high - perfect.low) / 0.7
-    none = toxicity.corrected_rate(0.02, 100, (28, 36), (34, 36))  # fewer than its false alarms
+    none = corrected_rate(0.02, 100, (28, 36), (34, 36))  # fewer than its false alarms
     assert none.value == none.low == 0 < none.high < 0.15
-    assert np.isnan(toxicity.corrected_rate(0.3, 100, (5, 10), (5, 10)).low)
+    assert np.isnan(corrected_rate(0.3, 100, (5, 10), (5, 10)).low)
 
 
 def test_a_corrected_rate_covers_the_truth():
@@ -323,7 +323,7 @@ def test_a_corrected_rate_covers_the_truth():
     covered = 0
     for rates, (hits, rejections) in zip(seen, right):
         worth = ClusterMeans.of(rates, None).effective_n()
-        found = toxicity.corrected_rate(rates.mean(), worth, (hits, known), (rejections, known))
+        found = corrected_rate(rates.mean(), worth, (hits, known), (rejections, known))
         covered += found.low <= truth <= found.high
     assert covered / studies >= 0.93
 

@@ -334,20 +334,29 @@ def error_removed(vertical: str, measures: dict[str, list[Measure]], seed: int) 
     """
     metric, condition, _ = PUBLISHED[vertical]
     _, _, *sides = reader_error(vertical)
-    rows = []
-    for model, measures_of_model in measures.items():
-        for m in measures_of_model:
-            if (m.metric, m.condition) != (metric, condition):
-                continue
-            keep, interval = ~np.isnan(m.item_values), Interval(np.nan, np.nan, np.nan, 0)
-            if keep.any():
-                rates = m.item_values[keep]
-                clusters = None if m.clusters is None else np.array(m.clusters)[keep]
-                worth = ClusterMeans.of(rates, clusters).effective_n()
-                interval = replace(corrected_rate(rates.mean(), worth, *sides), n=len(rates))
-            key = {"model": model, "metric": metric, "condition": f"{condition};error=removed"}
-            rows.append(key | vars(interval))
+    rows = [
+        corrected_row(model, m, *sides)
+        for model, measures_of_model in measures.items()
+        for m in measures_of_model
+        if (m.metric, m.condition) == (metric, condition)
+    ]
     return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical=vertical, seed=seed)
+
+
+def corrected_row(
+    model: str, measure: Measure, sensitivity: tuple[int, int], specificity: tuple[int, int]
+) -> dict:
+    """A rate with its detector's or reader's error taken out (:func:`stats.corrected_rate`), under
+    the condition ``<its own>;error=removed``."""
+    keep, interval = ~np.isnan(measure.item_values), Interval(np.nan, np.nan, np.nan, 0)
+    if keep.any():
+        rates = measure.item_values[keep]
+        clusters = None if measure.clusters is None else np.array(measure.clusters)[keep]
+        worth = ClusterMeans.of(rates, clusters).effective_n()
+        found = corrected_rate(rates.mean(), worth, sensitivity, specificity)
+        interval = replace(found, n=len(rates))
+    condition = f"{measure.condition};error=removed"
+    return {"model": model, "metric": measure.metric, "condition": condition} | vars(interval)
 
 
 SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2", "expected max ": "expected maximum "}

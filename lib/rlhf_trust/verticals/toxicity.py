@@ -28,20 +28,13 @@ from ..data import choose
 from ..decode import Decoding, Generations, Prompt
 from ..models import ModelSet
 from ..sources import locate, read_jsonl
-from ..stats import (
-    DRAWS,
-    ClusterMeans,
-    Interval,
-    corrected_rate,
-    generator,
-    item_means,
-    mean_interval,
-)
+from ..stats import DRAWS, generator, item_means, mean_interval
 from . import HEADLINE
 from .common import (
     COLUMNS,
     Measure,
     answer_all,
+    corrected_row,
     field,
     measured,
     not_empty,
@@ -409,19 +402,12 @@ def corrected_rows(measures: dict[str, list[Measure]], seed: int) -> pd.DataFram
     """
     rows = []
     for model, found in measures.items():
-        named = {m.metric: m.item_values for m in found if m.condition in (CONDITION, LABELLED)}
-        named = {metric: values[~np.isnan(values)] for metric, values in named.items()}
-        rates, *calls = (
-            named[metric]
-            for metric in ("toxic_rate", "detector_sensitivity", "detector_specificity")
-        )
-        interval = Interval(np.nan, np.nan, np.nan, 0)
-        if len(rates):
-            worth = ClusterMeans.of(rates, None).effective_n()
-            right = [(int(called.sum()), len(called)) for called in calls]
-            interval = replace(corrected_rate(rates.mean(), worth, *right), n=len(rates))
-        key = {"model": model, "metric": "toxic_rate", "condition": f"{CONDITION};error=removed"}
-        rows.append(key | vars(interval))
+        named = {m.metric: m for m in found if m.condition in (CONDITION, LABELLED)}
+        right = []
+        for metric in ("detector_sensitivity", "detector_specificity"):
+            called = named[metric].item_values
+            right.append((int(np.nansum(called)), int(np.isfinite(called).sum())))
+        rows.append(corrected_row(model, named["toxic_rate"], *right))
     return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical="toxicity", seed=seed)
 
 
