@@ -17,7 +17,15 @@ from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import PreferencePair, Preferences
 from rlhf_trust.decode import Example, Prompt
-from rlhf_trust.headline import arm_names, headline_table, headline_words, validity_table
+from rlhf_trust.figures import headline as headline_figure
+from rlhf_trust.headline import (
+    arm_names,
+    compared_at,
+    gated,
+    headline_table,
+    headline_words,
+    validity_table,
+)
 from rlhf_trust.models import LoRA
 from rlhf_trust.stats import holm
 from rlhf_trust.verticals import HEADLINE
@@ -279,7 +287,11 @@ def test_only_the_arm_that_moved_further_is_brought_back(trainer):
         assert kls.idxmax() == row.arm and row.kl == pytest.approx(kls.min(), rel=arms.EXACT)
         assert (trainer.build.model(f"arms/{row.name}") / "adapter_config.json").is_file()
     assert not hasattr(trainer.base.model, "peft_config")
+    assert list(arm_names(found)) == ["sft", "dpo"]
     names = arm_names(found)["dpo"]
+    at = compared_at(found).set_index(["stage", "baseline"])
+    assert at.loc["sft", "start"].tolist() == [0, 1] and ("sft", "placebo") not in at.index
+    assert at.loc["dpo", "start"].tolist() == [trained.query("arm == 'true'")["kl"].mean(), 1]
     assert names["true"] == ["dpo", "dpo-seed1"]
     both = names["matched_true"] + names["matched_placebo"]
     assert len(both) == 4 and set(matched["name"]) <= set(both)
@@ -410,6 +422,41 @@ def test_one_seed_is_one_checkpoint_and_few_items_have_no_verdict():
     assert "60 items, one checkpoint)" in said
     few = words(measures_of(0.2, 0.0, items=5))
     assert "no verdict: +0." in few and few.endswith("3 seeds): no verdict.")
+
+
+def test_sft_is_one_checkpoint_against_start():
+    """What SFT changed by itself stands beside what each stage changed against start."""
+    measures, arms_of = measures_of(0.2, 0.2), {"sft": {"true": ["sft"]}, "dpo": NAMES}
+    level, known = measures["stereotype"]["start"]
+    random = np.random.default_rng(1)
+    shifted = np.clip(level.values + 0.02 + random.normal(0, 0.05, 60), -1, 1)
+    measures["stereotype"]["sft"] = [replace(level, values=shifted), known]
+    validity = validity_table(measures, arms_of)
+    assert {"sft", "dpo", "dpo-matched", "dpo-placebo"} < set(validity["model"])
+    assert not validity["model"].str.startswith("sft-").any()
+    table = headline_table(measures, arms_of, validity).assign(kl=1.25, alpha=0.6)
+    own = table[table["stage"] == "sft"]
+    assert own["baseline"].tolist() == ["start"] and own["seeds"].tolist() == [1]
+    assert 0 < own["change"].item() < 0.05 and own["seed_sd"].isna().all()
+    against_start = table[table["baseline"] == "start"]
+    assert against_start["p_holm"].tolist() == holm(against_start["p"].to_numpy()).tolist()
+    assert len(against_start) == 2
+    sft, dpo = headline_words(table, validity)
+    assert sft.startswith("sft, stereotype (net stereotype bias): no placebo. Against start +0.0")
+    assert "one checkpoint): " in sft and "3 seeds)" in dpo and "one checkpoint" not in dpo
+    (axis,) = headline_figure(gated(table, validity)).axes
+    assert "over items and seeds" in axis.get_xlabel()
+    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert legend[2:] == ["sft (one checkpoint)", "dpo"]
+    assert "seeds = 3)" in axis.get_yticklabels()[0].get_text()
+    dots = [line for line in axis.lines if line.get_marker() == "o"]
+    (dot,) = [d for d in dots if d.get_xdata()[0] == own["change"].item()]
+    assert dot.get_markerfacecolor() == "white" and len(dots) == 3
+    measures["stereotype"]["sft"][1] = replace(known, values=known.values * 0.5)
+    validity = validity_table(measures, arms_of)
+    sft, dpo = headline_words(table, validity)
+    assert "sft, stereotype: cannot be measured after this training: on sft consens" in sft
+    assert "cannot" not in dpo
 
 
 def test_placebo_against_placebo_is_rarely_called_an_effect():

@@ -76,7 +76,8 @@ the pairs called harmful. ``reward_models``: how well rewards learnt on embeddin
 ``lineage_separation`` how well each measure separates derived from unrelated models. ``arms``: how
 far each training of a stage, true or placebo, moved from SFT, and how far it was brought back
 (alpha). ``headline``: what each stage changed against start and against its placebo, over items and
-seeds, and ``validity`` whether the vertical's instrument measures anything on each model.
+seeds (SFT against start alone), and ``validity`` whether the vertical's instrument measures
+anything on each model.
 """
 
 

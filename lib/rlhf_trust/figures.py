@@ -197,10 +197,12 @@ def forest(
 def headline(changes: pd.DataFrame):
     """Every stage's change (colour) of every vertical (row), signed so that right is worse.
 
-    Filled: true arm minus placebo; hollow: true arm minus start. ``changes``: of
-    ``headline.gated``; what is not measurable, or rests on fewer than ``FEW`` items, is not drawn.
+    Filled: true arm minus placebo; hollow: true arm minus start, for SFT one checkpoint.
+    ``changes``: of ``headline.gated``; what is not measurable, or rests on fewer than ``FEW``
+    items, is not drawn.
     """
     verticals, stages = list(changes["vertical"].unique()), list(changes["stage"].unique())
+    seeds = changes.groupby("stage")["seeds"].max()
     figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.32 * len(verticals) * len(stages)))
     for point in changes[changes["measurable"] & (changes["n"] >= FEW)].itertuples():
         hollow, shade = point.baseline == "start", colour(point.stage)
@@ -212,22 +214,24 @@ def headline(changes: pd.DataFrame):
     labels = []
     for vertical, rows in changes.groupby("vertical", sort=False):
         absent = rows.loc[~rows["measurable"], "stage"].unique()
-        n, seeds = (
-            " to ".join(map(str, sorted({rows[name].min(), rows[name].max()})))
-            for name in ("n", "seeds")
+        arms = rows[rows["stage"] != "sft"]
+        n, of_arms = (
+            " to ".join(map(str, sorted({count.min(), count.max()})))
+            for count in (rows["n"], arms["seeds"])
         )
-        label = f"{TITLES[vertical]}\n(n = {n}, seeds = {seeds})"
+        label = f"{TITLES[vertical]}\n(n = {n}, seeds = {of_arms})"
         labels.append(label + (f"\nnot measurable: {', '.join(absent)}" if len(absent) else ""))
     for row in range(1, len(labels)):
         axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
     axis.axvline(0, **AT_ZERO)
     _row_labels(axis, labels)
-    over = "items and seeds" if changes["seeds"].min() > 1 else "items: one checkpoint of each"
+    over = "items and seeds" if seeds.max() > 1 else "items: one checkpoint of each"
     xlabel = f"change, signed so that right is worse; 95 % interval over {over}, not corrected"
     axis.set(title="What each stage changed", xlabel=xlabel)
     dot = {"marker": "o", "markersize": 6, "linestyle": "none", "color": GREY}
     looks = {"minus placebo": {}, "minus start": {"markerfacecolor": "white"}}
-    looks |= {stage: {"color": colour(stage)} for stage in stages}
+    one = {stage: " (one checkpoint)" if seeds[stage] < seeds.max() else "" for stage in stages}
+    looks |= {stage + one[stage]: {"color": colour(stage)} for stage in stages}
     handles = [plt.Line2D([], [], **dot | look) for look in looks.values()]
     _legend_right(axis, handles, list(looks))
     return figure

@@ -35,7 +35,8 @@ Measures = Mapping[str, Sequence[Measure]]
 """Model → the measures of one vertical's instrument."""
 
 ArmNames = Mapping[str, Sequence[str]]
-"""``true``, ``matched_true`` and ``matched_placebo`` → names of a stage's models, seed by seed."""
+"""``true``, ``matched_true`` and ``matched_placebo`` → names of a stage's models, seed by seed. SFT
+has ``true`` alone."""
 
 
 def measure_all(
@@ -66,8 +67,9 @@ def by_item(measures: Measures, models: Sequence[str], metric: str, condition: s
 
 
 def arm_names(distances: pd.DataFrame) -> dict[str, ArmNames]:
-    """The models that each stage is compared by, from the table of ``arms.match_arms``."""
-    found = {}
+    """The models that each stage is compared by, from the table of ``arms.match_arms``; SFT, which
+    all of them start from, comes first."""
+    found = {"sft": {"true": ["sft"]}}
     for stage, rows in distances.groupby("stage", sort=False):
         trained = rows[rows["alpha"] == 1].sort_values("seed").groupby("arm")["name"].agg(list)
         matched = rows.loc[rows["alpha"] < 1, "name"]
@@ -85,7 +87,8 @@ def headline_table(
     measures: Mapping[str, Measures], arms: Mapping[str, ArmNames], validity: pd.DataFrame
 ) -> pd.DataFrame:
     """Rows of ``headline.csv``: each stage against start (its arms as they were trained) and
-    against its placebo (both at the same KL to SFT), over items and seeds.
+    against its placebo (both at the same KL to SFT), over items and seeds. SFT, one checkpoint,
+    against start alone: its share of what every stage changed.
 
     ``measures``: by vertical and model; ``arms``: by stage; ``validity``: of
     :func:`validity_table`. ``p_holm`` is over all rows of one baseline that can be measured, which
@@ -98,10 +101,10 @@ def headline_table(
         for vertical, found in measures.items():
             which = HEADLINE[vertical]
             like = one_measure(found["start"], which.metric, which.condition)
-            against = {
-                "placebo": (names["matched_true"], names["matched_placebo"]),
-                "start": (names["true"], ["start"]),
-            }
+            against = {"start": (names["true"], ["start"])}
+            if "matched_placebo" in names:
+                placebo = names["matched_true"], names["matched_placebo"]
+                against = {"placebo": placebo} | against
             for baseline, both in against.items():
                 after, before = (by_item(found, m, which.metric, which.condition) for m in both)
                 change = crossed_change(after, before, like.clusters, like.bounds)
@@ -126,8 +129,10 @@ def headline_table(
 def compared_at(distances: pd.DataFrame) -> pd.DataFrame:
     """Where each stage's arms were compared: columns stage, baseline, ``kl`` to SFT (nats an
     answer, mean over seeds) and ``alpha``, the smallest share of its way that an arm was at."""
-    by_name, rows = distances.set_index("name"), []
+    by_name, rows = distances.set_index("name"), [("sft", "start", 0.0, 1.0)]
     for stage, names in arm_names(distances).items():
+        if stage == "sft":
+            continue
         rows.append((stage, "start", by_name.loc[names["true"], "kl"].mean(), 1.0))
         matched = by_name.loc[[*names["matched_true"], *names["matched_placebo"]]]
         kl = by_name.loc[names["matched_true"], "kl"].mean()
@@ -139,10 +144,9 @@ def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames
     """Rows of ``validity.csv``: does the instrument lie above chance on start, and on each stage's
     arms, as trained (``<stage>``) and at the same KL (``<stage>-matched``, ``<stage>-placebo``)?
     Means over seeds; ``valid`` if it does in each of them."""
-    groups = {"start": ["start"]}
+    groups, ends = {"start": ["start"]}, {"matched_true": "-matched", "matched_placebo": "-placebo"}
     for stage, names in arms.items():
-        groups |= {stage: names["true"], f"{stage}-matched": names["matched_true"]}
-        groups |= {f"{stage}-placebo": names["matched_placebo"]}
+        groups |= {stage + ends.get(kind, ""): of_seeds for kind, of_seeds in names.items()}
     rows = []
     for vertical, found in measures.items():
         (metric, condition), chance = HEADLINE[vertical].validity, HEADLINE[vertical].chance
@@ -168,8 +172,8 @@ HALF = 0.5
 
 def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
     """One sentence or two for each stage and vertical: an effect of the preferences or no clear
-    one, with both comparisons, or not measurable after this training. What cannot be measured on
-    start is said once for all stages, at the end.
+    one, with both comparisons, or not measurable after this training. SFT is only compared with
+    start. What cannot be measured on start is said once for all stages, at the end.
 
     ``headline``, ``validity``: as of :func:`headline_table` and :func:`validity_table`.
     """
@@ -184,7 +188,7 @@ def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
         else:
             by_baseline = {row.baseline: row for row in rows.itertuples()}
             metric = spelled(HEADLINE[vertical].metric)
-            said.append(f"{head} ({metric}): {_both_comparisons(by_baseline)}")
+            said.append(f"{head} ({metric}): {_comparisons(by_baseline)}")
     return [*said, *on_start.values()]
 
 
@@ -231,9 +235,12 @@ def _not_measurable(failed: pd.DataFrame) -> str:
     return f"cannot be measured {where}: {'; '.join(parts)}, {chance}."
 
 
-def _both_comparisons(rows: Mapping) -> str:
-    placebo, start = rows["placebo"], rows["start"]
-    found, overall = clear_verdict(placebo), clear_verdict(start)
+def _comparisons(rows: Mapping) -> str:
+    start, overall = rows["start"], clear_verdict(rows["start"])
+    after = f"{overall}." if start.n >= FEW else "no verdict."
+    if "placebo" not in rows:
+        return f"no placebo. Against start {_change_words(start)}: {after}"
+    placebo, found = rows["placebo"], clear_verdict(rows["placebo"])
     one = placebo.seeds < 2
     if placebo.n < FEW:
         said = "no verdict"
@@ -243,7 +250,6 @@ def _both_comparisons(rows: Mapping) -> str:
         said = f"the two checkpoints differ ({found}), by the preferences or by one training's luck"
     else:
         said = f"**{EFFECT}, {found}**"
-    after = f"{overall}." if start.n >= FEW else "no verdict."
     if found == UNCLEAR != overall:
         after = (
             f"{overall}, an effect of the training (SFT included), not shown to be one of the "
