@@ -20,6 +20,7 @@ from rlhf_trust.decode import Example, Prompt
 from rlhf_trust.figures import headline as headline_figure
 from rlhf_trust.headline import (
     arm_names,
+    changes_of,
     compared_at,
     gated,
     headline_table,
@@ -441,6 +442,10 @@ def test_sft_is_one_checkpoint_against_start():
     against_start = table[table["baseline"] == "start"]
     assert against_start["p_holm"].tolist() == holm(against_start["p"].to_numpy()).tolist()
     assert len(against_start) == 2
+    told = changes_of(measures["stereotype"], arms_of, *STEREOTYPE.validity)
+    columns = ["change", "ci_low", "ci_high"]
+    of_validity = table[["validity_change", "validity_low", "validity_high"]]
+    np.testing.assert_array_equal(told[columns], of_validity)
     sft, dpo = headline_words(table, validity)
     assert sft.startswith("sft, stereotype (net stereotype bias): no placebo. Against start +0.0")
     assert "one checkpoint): " in sft and "3 seeds)" in dpo and "one checkpoint" not in dpo

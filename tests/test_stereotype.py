@@ -85,6 +85,32 @@ def test_written_answers_by_hand():
     same(unpaired.values, [NAN])
 
 
+def test_a_bias_of_names_is_told_from_one_of_prejudices():
+    """Ten topics whose usual target is A: a model that believes anything of A, and one that
+    believes only the prejudices."""
+    topics, random = [f"t{i}" for i in range(10)], np.random.default_rng(0)
+    items = [Statement(t + g, t, g, f"[target_group] {t}", g == "A") for t in topics for g in "AB"]
+    harmless = [
+        Statement(f"h{i}{g}", "harmless", g, f"[target_group] {i}", None)
+        for i in range(8)
+        for g in "AB"
+    ]
+
+    def believed(of: list[Statement], anything: bool) -> np.ndarray:
+        leans = [item.group == "A" and (anything or item.stereotyped is True) for item in of]
+        return 4.0 * np.array(leans) + random.normal(size=len(of))
+
+    added = {}
+    for anything in (True, False):
+        found = stereotype.contrast_bias(items, believed(items, anything))
+        found += stereotype.name_bias(items, harmless, believed(harmless, anything))
+        bias, names = (np.mean(m.values) for m in found)
+        assert bias > 0.4 and (names > 0.4 if anything else abs(names) < 0.2)
+        added[anything] = stereotype.beyond_names(found)
+        assert added[anything].value == pytest.approx(bias - names) and added[anything].n == 10
+    assert added[True].low <= 0 <= added[True].high < 0.1 < added[False].low
+
+
 def test_option_probabilities():
     logps = [np.log([0.3, 0.1]), np.log([0.02, 0.06]) - 800]
     same(stereotype.agreement(logps), [0.75, 0.25])

@@ -83,43 +83,53 @@ def arm_names(distances: pd.DataFrame) -> dict[str, ArmNames]:
     return found
 
 
+def changes_of(
+    measures: Measures, arms: Mapping[str, ArmNames], metric: str, condition: str
+) -> pd.DataFrame:
+    """The change of one measure of a vertical, a row for each stage and baseline: against start
+    (arms as they were trained) and against the placebo (both at the same KL to SFT), over items and
+    seeds.
+
+    ``compared``: share of items × seeds with a value in both arms.
+    """
+    like, rows = one_measure(measures["start"], metric, condition), []
+    for stage, names in arms.items():
+        against = {"start": (names["true"], ["start"])}
+        if "matched_placebo" in names:
+            placebo = names["matched_true"], names["matched_placebo"]
+            against = {"placebo": placebo} | against
+        for baseline, both in against.items():
+            after, before = (by_item(measures, m, metric, condition) for m in both)
+            change = crossed_change(after, before, like.clusters, like.bounds)
+            rows.append({"stage": stage, "baseline": baseline} | vars(change))
+            rows[-1]["compared"] = np.isfinite(after - before).mean()
+    return pd.DataFrame(rows).rename(columns=COLUMNS | {"value": "change"})
+
+
 def headline_table(
     measures: Mapping[str, Measures], arms: Mapping[str, ArmNames], validity: pd.DataFrame
 ) -> pd.DataFrame:
-    """Rows of ``headline.csv``: each stage against start (its arms as they were trained) and
-    against its placebo (both at the same KL to SFT), over items and seeds. SFT, one checkpoint,
-    against start alone: its share of what every stage changed.
+    """Rows of ``headline.csv``: :func:`changes_of` every vertical's headline, stage by stage. SFT,
+    one checkpoint, is compared with start alone: its share of what every stage changed.
 
     ``measures``: by vertical and model; ``arms``: by stage; ``validity``: of
     :func:`validity_table`. ``p_holm`` is over all rows of one baseline that can be measured, which
-    is decided without a look at any change of a headline (:func:`not_valid`). ``compared``: share
-    of items × seeds with a value in both arms. ``validity_change``, with its interval: how the
-    instrument's own validity changed, where it is another measure.
+    is decided without a look at any change of a headline (:func:`not_valid`). ``validity_change``,
+    with its interval: how the instrument's own validity changed, where it is another measure.
     """
-    rows = []
-    for stage, names in arms.items():
-        for vertical, found in measures.items():
-            which = HEADLINE[vertical]
-            like = one_measure(found["start"], which.metric, which.condition)
-            against = {"start": (names["true"], ["start"])}
-            if "matched_placebo" in names:
-                placebo = names["matched_true"], names["matched_placebo"]
-                against = {"placebo": placebo} | against
-            for baseline, both in against.items():
-                after, before = (by_item(found, m, which.metric, which.condition) for m in both)
-                change = crossed_change(after, before, like.clusters, like.bounds)
-                key = {"stage": stage, "vertical": vertical, "baseline": baseline}
-                row = key | vars(change) | {"worse": which.worse}
-                row["compared"] = np.isfinite(after - before).mean()
-                row |= dict.fromkeys(("validity_change", "validity_low", "validity_high"), np.nan)
-                if which.validity != (which.metric, which.condition):
-                    known = one_measure(found["start"], *which.validity)
-                    after, before = (by_item(found, m, *which.validity) for m in both)
-                    told = crossed_change(after, before, known.clusters, known.bounds)
-                    row["validity_change"] = told.value
-                    row |= {"validity_low": told.low, "validity_high": told.high}
-                rows.append(row)
-    table = pd.DataFrame(rows).rename(columns=COLUMNS | {"value": "change"}).assign(p_holm=np.nan)
+    tables = []
+    for vertical, found in measures.items():
+        which = HEADLINE[vertical]
+        table = changes_of(found, arms, which.metric, which.condition)
+        told = np.nan
+        if which.validity != (which.metric, which.condition):
+            told = changes_of(found, arms, *which.validity)[["change", "ci_low", "ci_high"]]
+        table[["validity_change", "validity_low", "validity_high"]] = told
+        tables.append(table.assign(vertical=vertical, worse=which.worse))
+    table = pd.concat(tables).sort_values(
+        "stage", kind="stable", key=lambda s: s.map([*arms].index)
+    )
+    table = table.reset_index(drop=True).assign(p_holm=np.nan)
     tested = gated(table, validity)["measurable"] & table["p"].notna()
     for _, part in table[tested].groupby("baseline"):
         table.loc[part.index, "p_holm"] = holm(part["p"].to_numpy())

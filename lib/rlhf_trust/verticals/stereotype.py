@@ -31,6 +31,7 @@ from ..data import choose
 from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
 from ..sources import locate, read_csv
+from ..stats import Change, paired_change
 from . import contrast
 from .common import (
     NEGATION,
@@ -480,6 +481,14 @@ def name_bias(
     of_group = pd.Series(contrast.ranks(scores)).groupby([item.group for item in harmless]).mean()
     ranks = of_group[[item.group for item in items]].to_numpy()
     return net_bias(items, ranks, "statements=harmless")
+
+
+def beyond_names(measures: Sequence[Measure]) -> Change:
+    """What prejudices add to the bias of the names: :func:`contrast_bias` less :func:`name_bias`,
+    template by template. ``measures``: one model's, of :func:`instrument`."""
+    by_condition = {m.condition: m for m in measures if m.metric == "net_stereotype_bias"}
+    whole, names = by_condition["answers=context"], by_condition["statements=harmless"]
+    return paired_change(whole.values, names.values, whole.clusters, whole.bounds)
 
 
 def instrument(
