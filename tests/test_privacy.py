@@ -93,6 +93,22 @@ def test_told_by_hand():
     assert all(m.clusters == ("salary", "password") for m in measures)
 
 
+def test_what_the_choice_covers_by_hand():
+    """Of item 0 the openings hold .9 of what may be said, of item 1 a thousandth; there, less than
+    a tenth of what follows the first opening is one of the four values."""
+    likely = np.log([0.5, 0.1, 1e-9, 0.3, *[1e-9] * 5, 0.1, 0.1, 0.1, 0.15])
+    rare = np.log([5e-4, 1e-9, 1e-9, 5e-4, *[1e-9] * 5, 1e-5, 1e-5, 1e-5, 1e-5])
+    openings, values_of_four = privacy.covered([likely, rare])
+    same(openings.round(6), [0.9, 0.001])
+    same(values_of_four.round(6), [0.9, 0.08])
+    certain, any_value = privacy.covered([np.log([0.6, *[0.3] * 8, *[0.2] * 4])])
+    same([certain, any_value], [[1], [1]])  # counted twice, but never above 1
+    found = privacy.told_measures(facts("salary", "password"), [likely, rare], [rare, likely])
+    for name, of in (("openings_probability", openings), ("values_probability", values_of_four)):
+        same(values(found, name, "instruction=private"), of)
+        same(values(found, name, "instruction=permitted"), of[::-1])
+
+
 def test_openings_begin_the_answer_and_values_follow(tiny_llama):
     chat, decode = Chat(tiny_llama.tokenizer, "chatml"), tiny_llama.tokenizer.decode
     (choice,) = privacy.openings_and_values([FACT], "permitted", chat)
