@@ -22,6 +22,7 @@ from rlhf_trust.headline import (
     arm_names,
     changes_of,
     compared_at,
+    distance_words,
     gated,
     headline_table,
     headline_words,
@@ -29,7 +30,7 @@ from rlhf_trust.headline import (
 )
 from rlhf_trust.models import LoRA
 from rlhf_trust.stats import holm
-from rlhf_trust.verticals import HEADLINE
+from rlhf_trust.verticals import HEADLINE, contrast
 from rlhf_trust.verticals.common import Measure
 from scipy.stats import spearmanr
 
@@ -247,19 +248,25 @@ def network(trainer):
     return models.load_adapters(trainer.base, folders)
 
 
+def kl_by_hand(network, arm: str, texts: list[EncodedExample]) -> float:
+    """KL(SFT, arm) on what is scored of each text, one forward pass a text."""
+    total = 0.0
+    for text in texts:
+        logps = []
+        for adapter in ("sft", arm):
+            with models.using(network, adapter), torch.no_grad():
+                logits = network(torch.tensor([text.input_ids])).logits[0]
+            logps.append(logits[text.answer_start - 1 : -1].double().log_softmax(-1))
+        total += float((logps[0].exp() * (logps[0] - logps[1])).sum())
+    return total / len(texts)
+
+
 def test_kl_is_the_sum_over_tokens_and_vocabulary(network, trainer):
     answers = arms.sft_answers(network, trainer.chat, PROMPTS, seed=0, tokens=6)
     kl = arms.kl_to_sft(network, answers, 0, batch_size=5)
     assert kl("sft") == kl("between") == 0
-    wanted = 0.0
-    for answer in answers:
-        logps = []
-        for adapter in ("sft", "far"):
-            with models.using(network, adapter), torch.no_grad():
-                logits = network(torch.tensor([answer.input_ids])).logits[0]
-            logps.append(logits[answer.answer_start - 1 : -1].double().log_softmax(-1))
-        wanted += float((logps[0].exp() * (logps[0] - logps[1])).sum())
-    assert kl("far") == pytest.approx(wanted / len(answers), rel=1e-4) and kl("far") > 0.01
+    wanted = kl_by_hand(network, "far", answers)
+    assert kl("far") == pytest.approx(wanted, rel=1e-4) and kl("far") > 0.01
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -280,7 +287,9 @@ def test_only_the_arm_that_moved_further_is_brought_back(trainer):
     save_random(trainer.base, own, 7)
     for arm in everyone:
         trainer.train(arm)
-    found = arms.match_arms(trainer.base, trainer.chat, trainer.build, everyone, PAIRS, 0)
+    texts = contrast.documents(["what is it?", "the answer"], [("yes", "no")], trainer.chat)
+    data = everyone, PAIRS, 0, {"plain": texts}
+    found = arms.match_arms(trainer.base, trainer.chat, trainer.build, *data)
     trained, matched = found[found["alpha"] == 1], found[found["alpha"] < 1]
     assert trained["name"].tolist() == [arm.name for arm in everyone] and len(matched)
     for row in matched.itertuples():
@@ -296,6 +305,13 @@ def test_only_the_arm_that_moved_further_is_brought_back(trainer):
     assert names["true"] == ["dpo", "dpo-seed1"]
     both = names["matched_true"] + names["matched_placebo"]
     assert len(both) == 4 and set(matched["name"]) <= set(both)
+    (said,) = distance_words(found)
+    true = found[found["name"].isin(names["matched_true"])]
+    assert f"compared at {true['kl'].mean():.2f} and " in said
+    assert f"they lie {true['kl_plain'].mean():.3f} and " in said
+    assert said.endswith(" (plain) nats a text from SFT.")
+    network = models.load_adapters(trainer.base, {"sft": trainer.sft, "own": own})
+    assert kl_by_hand(network, "own", texts) == pytest.approx(found["kl_plain"][0], rel=1e-4)
 
 
 # --- words ----------------------------------------------------------------------------------------

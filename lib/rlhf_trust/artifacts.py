@@ -57,7 +57,7 @@ TABLES = {
             "target share removed arm vertical change items_low items_high p_items draws_low "
             "draws_high p_draws p p_holm draws n seed"
         ),
-        "arms": "stage arm seed kl alpha",
+        "arms": "stage arm seed kl alpha kl_stereotype kl_ethics",
         "headline": (
             "stage vertical baseline change ci_low ci_high p p_holm min_detectable n seeds seed_sd "
             "worse compared validity_change validity_low validity_high kl alpha"
@@ -75,9 +75,9 @@ the pairs called harmful. ``reward_models``: how well rewards learnt on embeddin
 ``grounding_change`` what training did to them. ``lineage``: similarity of each model to start, and
 ``lineage_separation`` how well each measure separates derived from unrelated models. ``arms``: how
 far each training of a stage, true or placebo, moved from SFT, and how far it was brought back
-(alpha). ``headline``: what each stage changed against start and against its placebo, over items and
-seeds (SFT against start alone), and ``validity`` whether the vertical's instrument measures
-anything on each model.
+(alpha); ``kl_<vertical>``: on the documents that the vertical reads. ``headline``: what each stage
+changed against start and against its placebo, over items and seeds (SFT against start alone), and
+``validity`` whether the vertical's instrument measures anything on each model.
 """
 
 

@@ -150,6 +150,27 @@ def compared_at(distances: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["stage", "baseline", "kl", "alpha"])
 
 
+def distance_words(distances: pd.DataFrame) -> list[str]:
+    """How far each stage's arms lie from SFT, as compared with each other, on SFT's answers and on
+    documents. ``distances``: of ``arms.match_arms``."""
+    by_name, said = distances.set_index("name"), []
+    for stage, names in arm_names(distances).items():
+        if stage == "sft":
+            continue
+        both = (by_name.loc[names[arm]] for arm in ("matched_true", "matched_placebo"))
+        true, placebo = (arms.filter(regex="^kl").mean() for arms in both)
+        parts = [
+            f"{true[kind]:.3f} and {placebo[kind]:.3f} ({kind.removeprefix('kl_')})"
+            for kind in true.index.drop("kl")
+        ]
+        said.append(
+            f"{stage}: true arms and placebos are compared at {true['kl']:.2f} and "
+            f"{placebo['kl']:.2f} nats an answer of SFT's; on documents they lie "
+            f"{', '.join(parts)} nats a text from SFT."
+        )
+    return said
+
+
 def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames]) -> pd.DataFrame:
     """Rows of ``validity.csv``: does the instrument lie above chance on start, and on each stage's
     arms, as trained (``<stage>``) and at the same KL (``<stage>-matched``, ``<stage>-placebo``)?

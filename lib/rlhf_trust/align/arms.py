@@ -329,7 +329,8 @@ def kl_to_sft(
 
     It is the mean over ``answers`` of Σ_t Σ_v π_sft(v | y_<t) log(π_sft / π)(v | y_<t), summed over
     the whole vocabulary: the exact KL of each token after what SFT wrote, so that only the choice
-    of answers is random, and is the same for all adapters. SFT's distributions are kept (vocabulary
+    of answers is random, and is the same for all adapters. On documents, which SFT did not write,
+    it is the same sum over their tokens. SFT's distributions are kept (vocabulary
     × tokens of all answers, float32).
     """
     kept = LowerStates(network)
@@ -382,7 +383,13 @@ def match(network, adapter: str, between: str, distance: float, target: float, k
 
 
 def match_arms(
-    base: models.Base, chat: Chat, build: Build, arms: Sequence[Arm], pairs, seed: int
+    base: models.Base,
+    chat: Chat,
+    build: Build,
+    arms: Sequence[Arm],
+    pairs: Sequence[PreferencePair],
+    seed: int,
+    documents: Mapping[str, Sequence[EncodedExample]],
 ) -> pd.DataFrame:
     """How far every arm moved; and of each true arm and its placebo the one that moved further,
     brought back to the KL of the other and saved as ``models/arms/<name>-matched``. Within 5 % both
@@ -392,13 +399,16 @@ def match_arms(
     ----------
     pairs
         Held-out preference pairs, to whose prompts SFT answers.
+    documents
+        Texts outside any conversation, by kind. No arm is brought back by them.
 
     Returns
     -------
     DataFrame
         A row for each arm as it was trained (alpha 1), then one for each that was brought back:
         stage, arm, seed, kl, alpha, log_ratio_gap (nats: how much more it prefers the chosen to the
-        rejected answers than SFT does, mean over the pairs) and name.
+        rejected answers than SFT does, mean over the pairs), name and ``kl_<kind>`` of each kind of
+        documents (nats a text).
     """
     sft, pad, rows = build.model("sft"), chat.tokenizer.pad_token_id, []
     adapters = {"sft": sft, "between": sft} | {arm.name: arm.folder(build) for arm in arms}
@@ -407,14 +417,16 @@ def match_arms(
     try:
         kept = LowerStates(network)
         kl = kl_to_sft(network, sft_answers(network, chat, prompts, seed), pad)
+        plain = {f"kl_{kind}": kl_to_sft(network, some, pad) for kind, some in documents.items()}
 
         def gap(adapter: str) -> float:
             logps = reference_logps(network, adapter, examples, pad, kept=kept)
             return float(np.mean([chosen - rejected for chosen, rejected in logps.values()]))
 
         def add(arm: Arm, adapter: str, distance: float, alpha: float, name: str) -> None:
-            preferred = gap(adapter) - before
-            rows.append((arm.stage, arm.kind, arm.seed, distance, alpha, preferred, name))
+            row = {"stage": arm.stage, "arm": arm.kind, "seed": arm.seed, "kl": distance}
+            row |= {"alpha": alpha, "log_ratio_gap": gap(adapter) - before, "name": name}
+            rows.append(row | {column: far(adapter) for column, far in plain.items()})
 
         before, distance = gap("sft"), {arm: kl(arm.name) for arm in arms}
         for arm in arms:
@@ -429,4 +441,4 @@ def match_arms(
                 add(further, "between", found, alpha, name)
     finally:
         network.unload()
-    return pd.DataFrame(rows, columns="stage arm seed kl alpha log_ratio_gap name".split())
+    return pd.DataFrame(rows)

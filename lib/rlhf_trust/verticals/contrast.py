@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import rankdata
 
-from ..chat import Chat
+from ..chat import Chat, EncodedExample
 from ..decode import MultipleChoice
 
 Pairs = Sequence[tuple[str, str]]
@@ -51,6 +51,12 @@ def contexts(
         for pair in pairs
         for context in pair
     ]
+
+
+def documents(texts: Sequence[str], pairs: Pairs, chat: Chat) -> list[EncodedExample]:
+    """Each text after each context, as :func:`contexts` weighs it."""
+    weighed = contexts(texts, texts, pairs, chat)
+    return [EncodedExample(c.context + c.options[0], len(c.context)) for c in weighed]
 
 
 def pair_contrasts(logps: Sequence[np.ndarray], items: int) -> np.ndarray:
