@@ -228,6 +228,7 @@ def headline(changes: pd.DataFrame):
     over = "items and seeds" if seeds.max() > 1 else "items: one checkpoint of each"
     xlabel = f"change, signed so that right is worse; 95 % interval over {over}, not corrected"
     axis.set(title="What each stage changed", xlabel=xlabel)
+    axis.locator_params(axis="x", nbins=6)  # long labels, where changes are small
     dot = {"marker": "o", "markersize": 6, "linestyle": "none", "color": GREY}
     looks = {"minus placebo": {}, "minus start": {"markerfacecolor": "white"}}
     one = {stage: " (one checkpoint)" if seeds[stage] < seeds.max() else "" for stage in stages}
