@@ -2,7 +2,8 @@
 
 SFT once, then DPO from it at each rate, by the fast loop with the profile's own settings. The
 measures are the mean held-out margin and the share of pairs ranked right, with their intervals.
-``tests/reference/dpo-rates.csv`` keeps what was found:
+``tests/reference/dpo-rates.csv`` keeps what was found, also without SFT (rate 0), after a weaker
+one and with three epochs, on 1,101 pairs of at most 160 tokens (1,000 in the first four rows):
 
 ``python tests/benchmarks/dpo_rates.py hh-cpu --data <directory> --rates 1e-4 3e-4 1e-3``
 """

@@ -102,7 +102,7 @@ def main() -> None:
     def reading(least):
         def run():
             decode.WORTH_SHARING = least
-            embed(bases[0].model, answers, chat)
+            embed(plain, answers, chat)
             decode.WORTH_SHARING = worth
 
         return run
