@@ -620,6 +620,11 @@ def option_mask(
     return {"full_attention": additive(visible), "sliding_attention": additive(visible & near)}
 
 
+def wide(numbers: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
 MOST_SCORES = 2**22
 """Attention scores of one layer that :func:`plain_attention` keeps: 16 MB in float32, as for 4 rows
 of 340 tokens with 9 heads."""
@@ -646,7 +651,7 @@ def plain_attention(
     queries, keys, values = (
         states.reshape(rows * key.shape[1], -1, states.shape[-1]) for states in (query, key, value)
     )
-    scores = torch.bmm(queries.float() * (scaling or size**-0.5), keys.float().mT)
+    scores = torch.bmm(wide(queries) * (scaling or size**-0.5), wide(keys).mT)
     scores = scores.view(rows, key.shape[1], -1, width, key.shape[2])
     if attention_mask is None:
         visible = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
@@ -690,34 +695,36 @@ class _ChosenLogps(torch.autograd.Function):
 
     A row's value depends on that row alone, so its derivative, W[target] − Σ_v p_v W[v], can be
     taken on the way forward, while the logits of a slice of rows are at hand; the way back only
-    multiplies. Logits [rows, V] are never kept.
+    multiplies. Logits [rows, V] are never kept, unless the derivative is to be differentiated.
     """
 
     ROWS = 128  # 25 MB of logits for V = 49,152: blocks that the allocator hands out again
 
     @staticmethod
     def forward(context, states, weight, bias, targets):
-        logps = torch.empty(len(states), device=states.device)
-        derivative = torch.empty_like(states, dtype=torch.float32)
+        derivative = torch.empty_like(wide(states))
+        logps = derivative.new_empty(len(states))
         for start in range(0, len(states), _ChosenLogps.ROWS):
             part = slice(start, start + _ChosenLogps.ROWS)
-            logits = linear(states[part], weight, bias).float()
+            logits = wide(linear(states[part], weight, bias))
             logits.sub_(logits.amax(-1, keepdim=True))
             chosen = logits.gather(-1, targets[part, None]).squeeze(-1)
             odds = logits.exp_()
             total = odds.sum(-1)
             logps[part] = chosen - total.log()
             if context.needs_input_grad[0]:
-                expected = (odds.to(weight.dtype) @ weight).float() / total[:, None]
-                derivative[part] = weight[targets[part]].float() - expected
-        context.save_for_backward(derivative)
-        context.dtype = states.dtype
+                expected = wide(odds.to(weight.dtype) @ weight) / total[:, None]
+                derivative[part] = wide(weight[targets[part]]) - expected
+        context.save_for_backward(states, weight, bias, targets, derivative)
         return logps
 
     @staticmethod
     def backward(context, g):
-        (derivative,) = context.saved_tensors
-        return (g[:, None] * derivative).to(context.dtype), None, None, None
+        states, weight, bias, targets, derivative = context.saved_tensors
+        if torch.is_grad_enabled():  # create_graph
+            chances = wide(linear(states, weight, bias)).softmax(-1)
+            derivative = wide(weight[targets]) - wide(chances.to(weight.dtype) @ weight)
+        return (g[:, None] * derivative).to(states.dtype), None, None, None
 
 
 def chosen_logps(

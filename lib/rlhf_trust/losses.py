@@ -35,6 +35,7 @@ from .decode import (
     end_token_states,
     option_logps,
     packed_length,
+    wide,
 )
 from .models import using
 
@@ -111,8 +112,8 @@ class RewardGapLoss(Loss):
     name = "reward_gap"
 
     def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
-        states = end_token_states(model, examples, pad, kept).float()
-        rewards = states @ self.head.float().to(states.device)
+        states = wide(end_token_states(model, examples, pad, kept))
+        rewards = states @ self.head.to(states)
         return rewards[:, 0] - rewards[:, 1]
 
     def content(self, examples: Sequence[Example]) -> list:
@@ -157,7 +158,7 @@ class DPOLoss(Loss):
         return -logsigmoid(self.beta * _ratio_gap(self, model, examples, pad, kept))
 
     def content(self, examples: Sequence[Example]) -> list:
-        return [self.name, self.beta, _reference_of(self, examples)]
+        return [self.name, self.beta, _reference_of(self, examples).tolist()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,7 @@ class INPOLoss(Loss):
         return (_ratio_gap(self, model, examples, pad, kept) - 1 / (2 * self.eta)) ** 2
 
     def content(self, examples: Sequence[Example]) -> list:
-        return [self.name, self.eta, _reference_of(self, examples)]
+        return [self.name, self.eta, _reference_of(self, examples).tolist()]
 
 
 @dataclass(frozen=True)
@@ -213,19 +214,20 @@ def summed_logps(model, examples: Sequence[Example], pad: int, kept=None) -> tor
 def _ratio_gap(loss: DPOLoss | INPOLoss, model, examples, pad, kept) -> torch.Tensor:
     """log-ratio to the reference of the first answer less that of the second, [n]."""
     logps = summed_logps(model, examples, pad, kept)
-    reference = torch.tensor(_reference_of(loss, examples), dtype=torch.float64)
-    ratios = logps - reference.to(logps)
+    ratios = logps - _reference_of(loss, examples).to(logps)
     return ratios[:, 0] - ratios[:, 1]
 
 
-def _reference_of(loss: DPOLoss | INPOLoss, examples: Sequence[Example]) -> list[list[float]]:
+def _reference_of(loss: DPOLoss | INPOLoss, examples: Sequence[Example]) -> torch.Tensor:
+    """[examples, 2], float64; with gradients where the reference has them."""
     missing = [e.id for e in examples if e.id not in loss.reference]
     if missing:
         raise StudyError(
             f"{loss.name}: no reference log-probabilities for example {missing[0]!r}"
             f" ({len(missing)} missing); compute them with reference_logps"
         )
-    return [list(map(float, loss.reference[e.id])) for e in examples]
+    rows = [torch.as_tensor(loss.reference[e.id], dtype=torch.float64) for e in examples]
+    return torch.stack(rows)
 
 
 def reference_logps(

@@ -1,0 +1,402 @@
+"""Attribution through training: what a training would have ended at with other example weights.
+
+Training is a function of the examples' weights w (all 1). With batches fixed in advance, step t is
+
+    g_t = 1/|B_t| Σ_{i∈B_t} w_i ∇ℓ_i(θ_t)             ĝ_t = g_t · min(1, C / (‖g_t‖ + 10⁻⁶))
+    m_{t+1} = β₁ m_t + (1 − β₁) ĝ_t                     v_{t+1} = β₂ v_t + (1 − β₂) ĝ_t²
+    θ_{t+1} = θ_t − η_t m̂ / (√v̂ + ε),                  m̂ = m_{t+1} / (1 − β₁^{t+1}), v̂ likewise
+
+(AdamW without weight decay, clipping and schedule as in ``training.fit``). What is asked for is one
+number of its end, the query φ(θ_T), and how it moves with each weight:
+
+    τ_i = dφ/dw_i,      φ(w) ≈ φ(1) + Σ_i (w_i − 1) τ_i,      without example i: φ − τ_i.
+
+So a score above 0 raises the query, as with every solver here. This is MAGIC (Ilyas and Engstrom
+2025, arXiv 2504.16430), by the means of REPLAY (Engstrom et al. 2025, arXiv 2503.13751): reverse
+mode from kept states. Let a, b, c be the derivatives of φ by θ_{t+1}, m_{t+1}, v_{t+1} (at the end
+∇φ, 0, 0), and r = √v̂. Entry by entry the update gives
+
+    b' = b − a η_t / ((1 − β₁^{t+1}) (r + ε))
+    c' = c + a η_t m̂ / ((r + ε)² · 2 r (1 − β₂^{t+1}))     (the second term is 0 where v is)
+    û  = (1 − β₁) b' + 2 (1 − β₂) ĝ_t c'
+
+for the derivative by ĝ_t, and through the clipping, where s = C / (‖g_t‖ + 10⁻⁶) is below 1,
+
+    u  = s û − C ⟨g_t, û⟩ / (‖g_t‖ (‖g_t‖ + 10⁻⁶)²) g_t
+
+for that by g_t. As g_t is the gradient of the batch's loss,
+
+    τ_i += ⟨u, ∇ℓ_i(θ_t)⟩ / |B_t|,     a ← a + ∇_θ ⟨u, g_t(θ_t)⟩,     b ← β₁ b',     c ← β₂ c'.
+
+One step takes one gradient that is differentiated once more, for all queries together. Memory is a
+micro-batch's graph, whatever the number of steps; states lie on disk (``training.Trajectory``).
+
+**Chains.** DPO starts where SFT ended, and its loss holds SFT's log-probabilities ρ of every pair.
+So the derivative by SFT's last weights is what is left at DPO's start, a, and Σ ∂φ/∂ρ ∂ρ/∂θ_sft;
+it goes on back through SFT. One pass scores the examples of both (:class:`Stage`). INPO's rounds
+are such a chain.
+
+**Smoothness.** A derivative foretells a retraining only where steps are smooth functions of their
+gradients. With the usual ε of 10⁻⁸ Adam's first steps are signs of gradients; one of the gradients'
+own size (``TrainConfig.epsilon``) makes them smooth.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import StudyError
+from ..artifacts import atomic_write, content_key, progress
+from ..decode import Example, LowerStates
+from ..losses import Loss, summed_logps, tokens_content
+from ..models import using
+from ..training import (
+    CLIP,
+    TrainConfig,
+    Trajectory,
+    trained_weights,
+    training_batches,
+    training_content,
+)
+from .validate import Queries
+
+BETA_1, BETA_2 = 0.9, 0.999
+"""AdamW's defaults, which ``training.fit`` takes."""
+
+TOLERANCE = 1e-2
+"""Largest relative difference between a step's gradient as it was and as it is computed again."""
+
+Weights = dict[str, torch.Tensor]
+"""Weight name → tensor; of derivatives, with the queries as a leading dimension."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a chain.
+
+    ``examples``, ``loss``, ``config``: as given to ``training.fit``, which kept ``trajectory``.
+    ``reference``: where the loss holds log-probabilities by weights of this chain, their
+    coefficients by the number of the stage that starts with those weights: ``{1: 1.0}`` for DPO as
+    stage 1 after SFT as stage 0; ``{1: tau / eta, 2: 1 - tau / eta}`` for the second round of INPO.
+    Empty: these numbers are constants.
+    """
+
+    examples: Sequence[Example]
+    loss: Loss
+    config: TrainConfig
+    trajectory: Trajectory
+    reference: Mapping[int, float] = field(default_factory=dict)
+
+
+def unrolled_scores(
+    network,
+    adapter: str,
+    stages: Sequence[Stage],
+    queries: Mapping[str, Queries],
+    pad: int,
+    kept: LowerStates | None = None,
+    resume: Path | None = None,
+    desc: str = "replay",
+) -> list[np.ndarray]:
+    """τ of every example of every stage for every query: arrays [examples, queries], one a stage.
+
+    Parameters
+    ----------
+    network
+        The PEFT model that was trained, in float32 (or float64) and evaluation mode. ``adapter``
+        lends its place to each state in turn and has its own weights again afterwards.
+    stages
+        In the order in which they ran, each from the weights with which the one before ended.
+    queries
+        By name: φ is the mean of the loss over the examples, at the end of the last stage.
+        Reference log-probabilities in a query's loss are constants.
+    resume
+        A file that keeps what is done after every step, for a run that may be killed.
+
+    Raises
+    ------
+    StudyError
+        If states are missing or of another training, a stage did not start where the one before
+        ended, weights are too coarse (bfloat16), a gradient is not what it was in training, a
+        number is not finite, or a query has no gradient.
+    """
+    if not stages or not queries:
+        raise StudyError("unrolled: needs at least one stage and one query")
+    coarse = {weight.dtype for weight in network.parameters()} - {torch.float32, torch.float64}
+    if coarse:
+        raise StudyError(
+            f"unrolled: second derivatives need float32 weights, and some are {coarse.pop()}; load "
+            "the model with dtype float32 and train it so"
+        )
+    weights = [trained_weights(network, adapter, stage.loss) for stage in stages]
+    saved = [{name: w.detach().clone() for name, w in some.items()} for some in weights]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
+            return _Replay(network, adapter, stages, weights, pad, kept).run(queries, resume, desc)
+    finally:
+        for some, before in zip(weights, saved):
+            _put(some, before)
+
+
+class _Replay:
+    """Walks a chain backwards. In the words of the module: ``a``, ``b``, ``c`` are the derivatives
+    of the queries by the present state, ``scores`` τ and ``by_reference`` the derivatives by the
+    numbers that each stage's loss refers to, [queries, examples, 2]."""
+
+    def __init__(self, network, adapter, stages: Sequence[Stage], weights, pad: int, kept):
+        self.network, self.adapter, self.pad, self.kept = network, adapter, pad, kept
+        self.stages, self.weights = stages, weights
+        self.keys, self.rates, end = [], [], None
+        for number, (stage, own) in enumerate(zip(stages, weights)):
+            key, rates = stage.trajectory.read()
+            start = stage.trajectory.state(0)["weight"]
+            _put(own, start)  # the loss's own weights are part of its content
+            if key != content_key(training_content(stage.examples, stage.loss, stage.config)):
+                raise StudyError(
+                    f"{stage.trajectory.folder}: these states are of other examples, another loss "
+                    "or other settings than given"
+                )
+            if end is not None and not _equal(start, end):
+                raise StudyError(f"unrolled: stage {number} did not start where the last one ended")
+            end = stage.trajectory.state(len(rates))["weight"]
+            self.keys.append(key)
+            self.rates.append(rates)
+
+    def run(self, queries: Mapping[str, Queries], resume: Path | None, desc: str):
+        asked = [
+            [name, q.loss.content(q.examples), tokens_content(q.examples)]
+            for name, q in queries.items()
+        ]
+        references = [sorted(stage.reference.items()) for stage in self.stages]
+        key, count = content_key(self.keys, references, asked), len(queries)
+        walk = [(n, t) for n, rates in enumerate(self.rates) for t in range(len(rates))][::-1]
+        done = self._resumed(resume, key)
+        if not done:
+            wide = {"dtype": torch.float64}
+            self.scores = [torch.zeros(count, len(s.examples), **wide) for s in self.stages]
+            self.by_reference = [torch.zeros(*s.shape, 2, **wide) for s in self.scores]
+            self._begin(self._query_gradients(queries))
+        batches = [training_batches(stage.examples, stage.config) for stage in self.stages]
+        with progress(total=len(walk), desc=desc, unit="step") as bar:
+            bar.update(done)
+            for number, step in walk[done:]:
+                self._step(number, step, batches[number][step])
+                if number and not step:
+                    self._begin(self._through_references(number))
+                done += 1
+                self._keep(resume, key, done)
+                bar.update(1)
+        return [scores.T.numpy().copy() for scores in self.scores]
+
+    def _begin(self, gradients: Weights) -> None:
+        """At the end of a stage: the optimiser's moments are nobody's business any more."""
+        self.a = gradients
+        self.b = {name: torch.zeros_like(tensor) for name, tensor in gradients.items()}
+        self.c = {name: torch.zeros_like(tensor) for name, tensor in gradients.items()}
+
+    def _query_gradients(self, queries: Mapping[str, Queries]) -> Weights:
+        stage, own = self.stages[-1], self.weights[-1]
+        _put(own, stage.trajectory.state(len(self.rates[-1]))["weight"])
+        found: dict[str, list] = {name: [] for name in own}
+        for name, query in queries.items():
+            total = {weight: torch.zeros_like(tensor) for weight, tensor in own.items()}
+            for start in range(0, len(query.examples), stage.config.micro_batch_size):
+                some = query.examples[start : start + stage.config.micro_batch_size]
+                with using(self.network, self.adapter, list(own.values())), torch.enable_grad():
+                    values = query.loss.loss(self.network, some, self.pad, self.kept)
+                    part = values.sum() / len(query.examples)
+                    _add(total, _derivatives(part, own))
+            if not any(tensor.any() for tensor in total.values()):
+                raise StudyError(f"unrolled: the query {name!r} has no gradient at the end")
+            _finite(total.values(), f"the gradient of the query {name!r}")
+            for weight, tensor in total.items():
+                found[weight].append(tensor)
+        return {weight: torch.stack(some) for weight, some in found.items()}
+
+    def _step(self, number: int, step: int, places: Sequence[int]) -> None:
+        stage, own = self.stages[number], self.weights[number]
+        state = stage.trajectory.state(step)
+        _put(own, state["weight"])
+        u = self._through_update(state, self.rates[number][step], stage.config.epsilon, step + 1)
+        gradient = {name: torch.zeros_like(weight) for name, weight in own.items()}
+        denominator = stage.loss.denominator([stage.examples[i] for i in places])
+        for start in range(0, len(places), stage.config.micro_batch_size):
+            some = places[start : start + stage.config.micro_batch_size]
+            self._through_gradient(number, some, denominator, u, gradient)
+        _check_gradient(gradient, state["g"], f"stage {number}, step {step + 1}")
+        where = f"the derivative by the state before step {step + 1} of stage {number}"
+        _finite([*self.a.values(), *self.b.values(), *self.c.values()], where)
+
+    def _through_update(
+        self, state: dict[str, Weights], rate: float, epsilon: float, t: int
+    ) -> Weights:
+        """``u``, the derivative by step t's gradient; ``b`` and ``c`` go to the state before."""
+        g = state["g"]
+        norm = float(torch.stack([tensor.norm() for tensor in g.values()]).norm())
+        scale = min(1.0, CLIP / (norm + 1e-6))
+        u = {}
+        for name in self.a:
+            clipped = g[name] * scale
+            m = BETA_1 * state["m"][name] + (1 - BETA_1) * clipped
+            v = BETA_2 * state["v"][name] + (1 - BETA_2) * clipped.square()
+            root, m_hat = (v / (1 - BETA_2**t)).sqrt(), m / (1 - BETA_1**t)
+            divisor, a = root + epsilon, self.a[name] * rate
+            curved = m_hat / (divisor.square() * 2 * root * (1 - BETA_2**t))
+            b = self.b[name] - a / ((1 - BETA_1**t) * divisor)
+            c = self.c[name] + a * torch.where(v > 0, curved, torch.zeros_like(v))
+            u[name] = (1 - BETA_1) * b + 2 * (1 - BETA_2) * clipped * c
+            self.b[name], self.c[name] = BETA_1 * b, BETA_2 * c
+        if scale < 1:
+            along = sum((u[name] * g[name]).flatten(1).sum(1) for name in u)
+            along = along * CLIP / (norm * (norm + 1e-6) ** 2)
+            for name in u:
+                shape = (-1, *[1] * g[name].dim())
+                u[name] = u[name] * scale - along.view(shape) * g[name]
+        return u
+
+    def _through_gradient(
+        self, number: int, places: Sequence[int], denominator: float, u: Weights, gradient: Weights
+    ) -> None:
+        """One micro-batch: its share of ``gradient``, and ⟨u, gradient⟩ differentiated by the
+        weights of the network, of the examples and, if they are not constants, by what the loss
+        refers to."""
+        stage, own = self.stages[number], self.weights[number]
+        examples, loss = [stage.examples[i] for i in places], stage.loss
+        inputs = dict(own)
+        if stage.reference:
+            rows = [loss.reference[example.id] for example in examples]
+            inputs["reference"] = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+            by_id = {example.id: row for example, row in zip(examples, inputs["reference"])}
+            loss = replace(loss, reference=by_id)
+        with using(self.network, self.adapter, list(own.values())), torch.enable_grad():
+            values = loss.loss(self.network, examples, self.pad, self.kept)
+            inputs["examples"] = torch.ones_like(values, requires_grad=True)
+            part = (values * inputs["examples"]).sum() / denominator
+            first = _derivatives(part, own, create_graph=True)
+            _add(gradient, {name: tensor.detach() for name, tensor in first.items()})
+            second = _derivatives(first, inputs, u)
+        self.scores[number][:, places] += second.pop("examples").cpu()
+        if stage.reference:
+            self.by_reference[number][:, places] += second.pop("reference").cpu()
+        _add(self.a, second)
+
+    def _through_references(self, number: int) -> Weights:
+        """The derivative by the weights with which a stage starts, as the end of the one before:
+        through its first step, ``a``, and through the numbers that this and later stages refer
+        to."""
+        own, total = self.weights[number], dict(self.a)
+        _put(own, self.stages[number].trajectory.state(0)["weight"])
+        for later, stage in enumerate(self.stages):
+            coefficient = stage.reference.get(number, 0.0)
+            if not coefficient:
+                continue
+            at_once = stage.config.micro_batch_size
+            for start in range(0, len(stage.examples), at_once):
+                some = slice(start, start + at_once)
+                with using(self.network, self.adapter, list(own.values())), torch.enable_grad():
+                    examples = stage.examples[some]
+                    logps = summed_logps(self.network, examples, self.pad, self.kept)
+                    by_logps = coefficient * self.by_reference[later][:, some].to(logps)
+                    _add(total, _derivatives({"logps": logps}, own, {"logps": by_logps}))
+        return total
+
+    # --- a run that may be killed ---
+
+    def _keep(self, resume: Path | None, key: str, done: int) -> None:
+        if resume is None:
+            return
+        tensors = {
+            f"{part}.{name}": tensor
+            for part in ("a", "b", "c")
+            for name, tensor in getattr(self, part).items()
+        }
+        for part in ("scores", "by_reference"):
+            tensors |= {f"{part}.{n}": tensor for n, tensor in enumerate(getattr(self, part))}
+        with atomic_write(resume) as aside:
+            whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(whole, aside, {"done": f"{key} {done}"})
+
+    def _resumed(self, resume: Path | None, key: str) -> int:
+        """Puts back what is kept of this very replay; how many steps were done."""
+        if resume is None or not resume.is_file() or os.environ.get("RLHF_TRUST_CACHE") == "off":
+            return 0
+        try:
+            with safe_open(resume, "pt", device=str(self.network.device)) as file:
+                found, _, done = file.metadata()["done"].partition(" ")
+                kept = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, KeyError, TypeError):  # damaged: begin again
+            return 0
+        if found != key:
+            return 0
+        for part in ("a", "b", "c"):
+            names = (name for name in kept if name.startswith(f"{part}."))
+            setattr(self, part, {name[2:]: kept[name] for name in names})
+        for part in ("scores", "by_reference"):
+            numbers = range(len(self.stages))
+            setattr(self, part, [kept[f"{part}.{number}"].cpu() for number in numbers])
+        return int(done)
+
+
+def _derivatives(
+    values: torch.Tensor | Weights,
+    by: Weights,
+    along: Weights | None = None,
+    create_graph: bool = False,
+) -> Weights:
+    """Derivatives of a number by each of ``by``; or those of ⟨along, values⟩ for every query in
+    ``along``, [queries, …]. Zero where nothing depends on it."""
+    if along is None:
+        found = torch.autograd.grad(
+            values, list(by.values()), create_graph=create_graph, materialize_grads=True
+        )
+        return dict(zip(by, found))
+    reached = [name for name in along if values[name].requires_grad]
+    found = torch.autograd.grad(
+        [values[name] for name in reached],
+        list(by.values()),
+        [along[name] for name in reached],
+        is_grads_batched=True,
+        materialize_grads=True,
+    )
+    return dict(zip(by, found))
+
+
+def _add(total: Weights, more: Weights) -> None:
+    for name, tensor in more.items():
+        total[name] = total[name] + tensor
+
+
+def _put(weights: Weights, values: Weights) -> None:
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(values[name])
+
+
+def _equal(one: Weights, other: Weights) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _finite(tensors, what: str) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise StudyError(
+            f"unrolled: {what} is not finite; lower learning_rate or raise epsilon in the training"
+        )
+
+
+def _check_gradient(now: Weights, then: Weights, where: str) -> None:
+    apart = torch.stack([(now[name] - then[name].to(now[name])).norm() for name in now]).norm()
+    size = torch.stack([tensor.norm() for tensor in then.values()]).norm()
+    if not float(apart) <= TOLERANCE * float(size):
+        raise StudyError(
+            f"unrolled: {where}: the gradient is not what it was in training (off by "
+            f"{float(apart / size):.1%}); is it the same model, adapter and examples?"
+        )

@@ -1,0 +1,314 @@
+"""Attribution through training against retrainings with other weights, and against automatic
+differentiation of the whole training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_head, some_examples
+from rlhf_trust import StudyError
+from rlhf_trust.attribution import unrolled
+from rlhf_trust.attribution.unrolled import Stage, unrolled_scores
+from rlhf_trust.attribution.validate import Queries
+from rlhf_trust.decode import LowerStates
+from rlhf_trust.losses import (
+    DPOLoss,
+    INPOLoss,
+    LogOddsLoss,
+    NextTokenLoss,
+    RewardGapLoss,
+    RewardLoss,
+    reference_logps,
+)
+from rlhf_trust.models import LoRA, load_base, lora_layers, new_adapter, restore, snapshot
+from rlhf_trust.training import CLIP, TrainConfig, Trajectory, fit, training_batches
+
+PAD = 0
+CONFIG = TrainConfig(
+    learning_rate=2e-2, batch_size=4, micro_batch_size=3, epochs=2, warmup=0.2, epsilon=1e-2
+)
+
+SMOOTH = replace(CONFIG, learning_rate=2e-3, epsilon=0.1)
+"""Steps so small and smooth that a hundredth of a weight is a small change of it."""
+
+
+@pytest.fixture
+def network(tiny_directories):
+    """A tiny model in float64, whose retrainings differ by less than float32 tells (Llama's
+    norms are always in float32, so GPT-NeoX); its adapter has
+    weights, so that no gradient is zero."""
+    base = load_base(f"path:{tiny_directories['gpt_neox']}", dtype="float32")
+    base.model.double()
+    network = new_adapter(base, LoRA(2, 4)).double().eval()
+    torch.manual_seed(1)
+    for layer in lora_layers(network, "default").values():
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    return network
+
+
+def losses(network, stage):
+    """A stage's loss and seven examples."""
+    if stage == "sft":
+        return NextTokenLoss(), some_examples(7, 1)
+    pairs = some_examples(7, 2)
+    if stage == "reward":
+        return RewardLoss(torch.nn.Parameter(random_head(32, 0).double())), pairs
+    reference = reference_logps(network, "default", pairs, PAD)
+    if stage == "dpo":
+        return DPOLoss(0.1, reference), pairs
+    return INPOLoss(0.05, {id: (a + 0.1, b) for id, (a, b) in reference.items()}), pairs
+
+
+def asked(loss):
+    """Two queries, which do not ask for the same."""
+    if isinstance(loss, RewardLoss):
+        pairs = some_examples(4, 2, seed=5, prefix="q")
+        gap = RewardGapLoss(loss.head)
+        return {"gap": Queries(pairs, gap), "one": Queries(pairs[:1], gap)}
+    return {
+        "answers": Queries(some_examples(5, 1, seed=5, prefix="q"), NextTokenLoss("mean")),
+        "odds": Queries(odds(3), LogOddsLoss()),
+    }
+
+
+def odds(count):
+    pairs = some_examples(count, 2, seed=6, prefix="o")
+    return [with_one_prompt(pair) for pair in pairs]
+
+
+def with_one_prompt(pair):
+    first, second = pair.sequences
+    ids = first.prompt_ids + second.answer_ids
+    return replace(pair, sequences=(first, replace(first, input_ids=ids)))
+
+
+def values(network, queries):
+    with torch.no_grad():
+        return np.array(
+            [float(q.loss.loss(network, q.examples, PAD).mean()) for q in queries.values()]
+        )
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "inpo"])
+def test_scores_are_the_slopes_of_retrainings(network, stage, tmp_path):
+    loss, examples = losses(network, stage)
+    queries, own = asked(loss), [weight.detach().clone() for weight in loss.parameters()]
+    start = snapshot(network, "default")
+
+    def train(weights, trajectory=None):
+        restore(network, "default", start)
+        for weight, before in zip(loss.parameters(), own):
+            weight.data.copy_(before)
+        more = {"weights": weights, "trajectory": trajectory}
+        curve = fit(network, "default", examples, loss, PAD, SMOOTH, **more)
+        return values(network, queries), curve
+
+    trajectory = Trajectory(tmp_path / "run")
+    after, curve = train(None, trajectory)
+    clipped = curve["grad_norm"] > CLIP
+    assert not clipped.any() if stage == "dpo" else clipped.all()  # both ways are tried
+    stages = [Stage(examples, loss, SMOOTH, trajectory)]
+    (scores,) = unrolled_scores(network, "default", stages, queries, PAD)
+    assert scores.shape == (7, 2)
+    np.testing.assert_array_equal(values(network, queries), after)  # everything is put back
+
+    for i in (0, 3, 6):
+        both = []
+        for step in (0.01, -0.01):
+            weights = np.ones(7)
+            weights[i] += step
+            both.append(train(weights)[0])
+        slope = (both[0] - both[1]) / 0.02
+        np.testing.assert_allclose(scores[i], slope, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "inpo"])
+def test_scores_are_those_of_automatic_differentiation(network, stage, tmp_path):
+    """Through the whole training at once, its graph in memory."""
+    loss, examples = losses(network, stage)
+    head = [weight.detach().clone() for weight in loss.parameters()]
+    queries, start = asked(loss), snapshot(network, "default")
+    trajectory = Trajectory(tmp_path / "run")
+    rates = fit(network, "default", examples, loss, PAD, CONFIG, trajectory=trajectory)
+    stages = [Stage(examples, loss, CONFIG, trajectory)]
+    (scores,) = unrolled_scores(network, "default", stages, queries, PAD)
+
+    layers = list(lora_layers(network, "default").values())
+    theta = [weight.clone().requires_grad_(True) for weight in [*start.values(), *head]]
+    for layer in layers:
+        del layer.weight
+
+    def put(tensors):
+        for layer, tensor in zip(layers, tensors):
+            layer.weight = tensor
+        if head:
+            object.__setattr__(loss, "head", tensors[-1])
+            for query in queries.values():
+                object.__setattr__(query.loss, "head", tensors[-1])
+
+    w = torch.ones(7, dtype=torch.float64, requires_grad=True)
+    m = v = [torch.zeros_like(tensor) for tensor in theta]
+    for t, batch in enumerate(training_batches(examples, CONFIG), start=1):
+        put(theta)
+        some = [examples[i] for i in batch]
+        value = (loss.loss(network, some, PAD) * w[batch]).sum() / loss.denominator(some)
+        g = torch.autograd.grad(value, theta, create_graph=True)
+        norm = torch.sqrt(sum((x**2).sum() for x in g))
+        g = [x * torch.clamp(CLIP / (norm + 1e-6), max=1.0) for x in g]
+        m = [0.9 * old + 0.1 * x for old, x in zip(m, g)]
+        v = [0.999 * old + 0.001 * x**2 for old, x in zip(v, g)]
+        rate = rates["learning_rate"][t - 1]
+        theta = [
+            x - rate * (a / (1 - 0.9**t)) / ((b / (1 - 0.999**t)).sqrt() + CONFIG.epsilon)
+            for x, a, b in zip(theta, m, v)
+        ]
+    put(theta)
+    for column, query in enumerate(queries.values()):
+        phi = query.loss.loss(network, query.examples, PAD).mean()
+        (wanted,) = torch.autograd.grad(phi, w, retain_graph=True)
+        np.testing.assert_allclose(scores[:, column], wanted, rtol=1e-5, atol=1e-9)
+
+
+def chain(network, folder, weights=(None, None), keep=True):
+    """SFT, then DPO from it and against it; the network is left as DPO left it."""
+    answers, pairs = some_examples(5, 1), some_examples(6, 2, prefix="p")
+    kept = [Trajectory(folder / name) if keep else None for name in ("sft", "dpo")]
+    more = [{"weights": w, "trajectory": k} for w, k in zip(weights, kept)]
+    fit(network, "default", answers, NextTokenLoss(), PAD, SMOOTH, **more[0])
+    dpo = DPOLoss(0.3, reference_logps(network, "default", pairs, PAD))
+    fit(network, "default", pairs, dpo, PAD, SMOOTH, **more[1])
+    if keep:
+        return [
+            Stage(answers, NextTokenLoss(), SMOOTH, kept[0]),
+            Stage(pairs, dpo, SMOOTH, kept[1], {1: 1.0}),
+        ]
+
+
+def test_a_chain_scores_the_examples_of_both_stages(network, tmp_path):
+    start, queries = snapshot(network, "default"), {"odds": Queries(odds(3), LogOddsLoss())}
+    stages = chain(network, tmp_path)
+    scores = unrolled_scores(network, "default", stages, queries, PAD)
+    assert [len(some) for some in scores] == [5, 6]
+    constant = [stages[0], replace(stages[1], reference={})]
+    without = unrolled_scores(network, "default", constant, queries, PAD)
+    assert np.abs(without[0] - scores[0]).max() > 1e-2 * np.abs(scores[0]).max()
+    for number, count in enumerate((5, 6)):
+        for i in (0, count - 1):
+            both = []
+            for step in (0.01, -0.01):
+                weights = [np.ones(5), np.ones(6)]
+                weights[number][i] += step
+                restore(network, "default", start)
+                chain(network, tmp_path, weights, keep=False)
+                both.append(values(network, queries))
+            slope = (both[0] - both[1]) / 0.02
+            np.testing.assert_allclose(scores[number][i], slope, rtol=1e-3, atol=1e-7)
+
+
+def test_a_replay_goes_on_where_it_was_killed(network, tmp_path, monkeypatch):
+    queries = {"odds": Queries(odds(3), LogOddsLoss())}
+    stages = chain(network, tmp_path)
+    wanted = unrolled_scores(network, "default", stages, queries, PAD)
+    before, steps = snapshot(network, "default"), []
+    step = unrolled._Replay._step
+
+    def killed_at(last):
+        def one(self, number, t, places):
+            if len(steps) == last:
+                raise KeyboardInterrupt
+            steps.append((number, t))
+            step(self, number, t, places)
+
+        monkeypatch.setattr(unrolled._Replay, "_step", one)
+
+    for last in (1, 4, 5, None):  # in DPO, at the border, in SFT
+        killed_at(last)
+        try:
+            found = unrolled_scores(
+                network, "default", stages, queries, PAD, resume=tmp_path / "replay"
+            )
+        except KeyboardInterrupt:
+            assert last is not None
+        after = snapshot(network, "default")
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert steps == [(number, t) for number in (1, 0) for t in (3, 2, 1, 0)]
+    for one, other in zip(wanted, found):
+        np.testing.assert_array_equal(one, other)
+    (tmp_path / "replay").write_bytes(b"not a file of tensors")
+    monkeypatch.setattr(unrolled._Replay, "_step", step)
+    again = unrolled_scores(network, "default", stages, queries, PAD, resume=tmp_path / "replay")
+    np.testing.assert_array_equal(again[0], wanted[0])
+
+
+def test_what_cannot_be_replayed_is_named(network, tmp_path):
+    examples, loss = some_examples(5, 1), NextTokenLoss()
+    queries = {"odds": Queries(odds(2), LogOddsLoss())}
+
+    def replay(*stages, asked=queries):
+        return unrolled_scores(network, "default", stages, asked, PAD)
+
+    first, second = Trajectory(tmp_path / "first"), Trajectory(tmp_path / "second")
+    start = snapshot(network, "default")
+    fit(network, "default", examples, loss, PAD, CONFIG, trajectory=first)
+    with pytest.raises(StudyError, match="needs at least one stage"):
+        replay()
+    with pytest.raises(StudyError, match="trajectory.json: no such file.*did not end"):
+        replay(Stage(examples, loss, CONFIG, second))
+    with pytest.raises(StudyError, match="first: these states are of other examples"):
+        replay(Stage(examples[:4], loss, CONFIG, first))
+    with pytest.raises(StudyError, match="other settings"):
+        replay(Stage(examples, loss, SMOOTH, first))
+    restore(network, "default", start)
+    fit(network, "default", examples, loss, PAD, CONFIG, trajectory=second)
+    one, two = (Stage(examples, loss, CONFIG, kept) for kept in (first, second))
+    with pytest.raises(StudyError, match="stage 1 did not start where the last one ended"):
+        replay(one, two)
+    blind = Queries(odds(1), RewardGapLoss(torch.zeros(32, dtype=torch.float64)))
+    with pytest.raises(StudyError, match="query 'none' has no gradient"):
+        replay(one, asked={"none": blind})
+    layer = next(iter(lora_layers(network, "default").values()))
+    frozen = network.get_input_embeddings().weight
+    with torch.no_grad():
+        frozen[:, ::2] += 0.5
+    with pytest.raises(StudyError, match=r"step 4: the gradient is not what it was .*same model"):
+        replay(one)
+    with torch.no_grad():
+        frozen[:, ::2] -= 0.5
+    (tmp_path / "first" / "step-00002.safetensors").unlink()
+    with pytest.raises(StudyError, match="step-00002.safetensors: no such file"):
+        replay(one)
+    network.bfloat16()
+    with pytest.raises(StudyError, match="need float32 weights.*bfloat16"):
+        replay(two)
+    assert layer.weight.dtype == torch.bfloat16
+
+
+def test_one_example_and_kept_states(network, tmp_path):
+    """A single example has a score, and states of the lower layers change none."""
+    examples, kept = some_examples(1, 1), LowerStates(network)
+    queries = {"odds": Queries(odds(2), LogOddsLoss())}
+    trajectory = Trajectory(tmp_path / "run")
+    fit(network, "default", examples, NextTokenLoss(), PAD, SMOOTH, trajectory=trajectory)
+    stages = [Stage(examples, NextTokenLoss(), SMOOTH, trajectory)]
+    (plain,) = unrolled_scores(network, "default", stages, queries, PAD)
+    (faster,) = unrolled_scores(network, "default", stages, queries, PAD, kept)
+    assert plain.shape == (1, 1) and plain.any()
+    np.testing.assert_allclose(faster, plain, rtol=1e-9)
+
+
+def test_weight_zero_leaves_an_example_out(network):
+    """Of its batch nothing else changes: the sum is divided by as many tokens as before."""
+    examples, start = some_examples(6, 1), snapshot(network, "default")
+    ends = []
+    for weights in ([1, 0, 1, 1, 0, 1], [1, 1e-9, 1, 1, 1e-9, 1], None, np.zeros(6)):
+        restore(network, "default", start)
+        curve = fit(network, "default", examples, NextTokenLoss(), PAD, CONFIG, weights=weights)
+        ends.append(torch.cat([w.flatten() for w in snapshot(network, "default").values()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(ends[0], ends[2], rtol=1e-3)
+    assert (curve["loss"] == 0).all()
+    with pytest.raises(StudyError, match="2 weights for 6 examples"):
+        fit(network, "default", examples, NextTokenLoss(), PAD, CONFIG, weights=[1, 1])
