@@ -84,20 +84,20 @@ $(STAGES:%=$(BUILD)/params/%.yaml): resolve ;
 $(BUILD)/notebooks/%.ipynb: notebooks/%.ipynb $(BUILD)/params/%.yaml
 	$(LAUNCH) stage $* $(OPTIONS)
 
-# Which notebooks each one needs. 21 and 22 train models of their own; of the verticals they read the toxic continuations.
+# Which notebooks each one needs. 21 to 23 train models of their own; of the verticals they read the toxic continuations.
 nb = $(patsubst %,$(BUILD)/notebooks/%.ipynb,$(filter $(1),$(STAGES)))
 $(call nb,03-% 05-%): $(call nb,01-% 02-%)
 $(call nb,04-%): $(call nb,01-%)
 $(call nb,1%): $(call nb,01-% 03-% 04-% 05-%)
 $(call nb,16-%): $(call nb,02-%)
 $(call nb,20-%): $(call nb,02-% 10-% 11-% 12-% 13-% 14-%)
-$(call nb,21-% 22-%): $(call nb,10-%)
+$(call nb,21-% 22-% 23-%): $(call nb,10-%)
 $(call nb,30-%): $(call nb,02-% 04-% 05-%)
 $(call nb,40-%): $(call nb,01-% 03-% 04-% 05-%)
 $(call nb,50-%): $(call nb,01-% 03-% 04-% 05-% 40-%)
 # The long ones are started first, so that no core waits for them at the end.
 CHAPTERS := $(filter $(if $(filter flagship,$(MAKECMDGOALS)),0% 1% 2%,%),$(filter-out 90-%,$(STAGES)))
-$(call nb,90-%): $(foreach some,05-% 16-% 30-% 40-% 22-% 21-% %,$(call nb,$(filter $(some),$(CHAPTERS))))
+$(call nb,90-%): $(foreach some,05-% 16-% 30-% 40-% 22-% 21-% 23-% %,$(call nb,$(filter $(some),$(CHAPTERS))))
 $(call nb,90-%): $(if $(SEED),,$(wildcard $(BUILD)-seed*/tables/trust_change.csv))
 
 # --- checks -----------------------------------------------------------------------------------------------------

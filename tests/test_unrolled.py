@@ -266,6 +266,8 @@ def test_what_cannot_be_replayed_is_named(network, tmp_path):
     one, two = (Stage(examples, loss, CONFIG, kept) for kept in (first, second))
     with pytest.raises(StudyError, match="stage 1 did not start where the last one ended"):
         replay(one, two)
+    with pytest.raises(StudyError, match="query 'none' has no examples"):
+        replay(one, asked={"none": Queries([], LogOddsLoss())})
     blind = Queries(odds(1), RewardGapLoss(torch.zeros(32, dtype=torch.float64)))
     with pytest.raises(StudyError, match="query 'none' has no gradient"):
         replay(one, asked={"none": blind})

@@ -283,6 +283,27 @@ def validation_words(validation: pd.DataFrame) -> list[str]:
     return words
 
 
+def unrolled_words(validation: pd.DataFrame) -> list[str]:
+    """Does attribution through training predict retraining, in the same order of examples and in
+    others? The rows of ``23-through-training``."""
+    rows = validation.set_index(["test", "target", "solver"])
+    words = []
+    for stage in validation["target"].unique():
+        said = []
+        for order, test in (("the same order", "same order"), ("other orders", "other orders")):
+            found = rows.loc[f"through training, {test}"].loc[stage]
+            others = found.drop(["unrolled", "noise ceiling"], errors="ignore")["value"]
+            own = interval_words(Interval.of_row(found.loc["unrolled"]), ".2f", label="")
+            best = f"{others.idxmax().replace('_', ' ')} {others.max():.2f}"
+            said.append(f"{own} in {order} (best of the others: {best})")
+        limit = interval_words(Interval.of_row(found.loc["noise ceiling"]), ".2f", label="")
+        words.append(
+            f"**{stage}**: scores through training correlate with retraining by "
+            f"{' and '.join(said)}; in other orders perfect scores would reach {limit}.\n\n"
+        )
+    return words
+
+
 def pruning_words(table: pd.DataFrame, target: str, k: int, arm: str = "pruned") -> list[str]:
     """Did removing ``k`` examples help ``target`` more than random removals? What else moved?
 

@@ -131,6 +131,9 @@ def unrolled_scores(
     """
     if not stages or not queries:
         raise StudyError("unrolled: needs at least one stage and one query")
+    for name, query in queries.items():
+        if not query.examples:
+            raise StudyError(f"unrolled: the query {name!r} has no examples")
     coarse = {weight.dtype for weight in network.parameters()} - {torch.float32, torch.float64}
     if coarse:
         raise StudyError(
