@@ -26,7 +26,7 @@ from rlhf_trust.attribution.metric import (
     training_examples,
     vertical_settings,
 )
-from rlhf_trust.attribution.solvers import tfidf
+from rlhf_trust.attribution.solvers import bm25, tfidf
 from rlhf_trust.attribution.store import InMemory, Scaled
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import Pair, PreferencePair
@@ -254,6 +254,9 @@ def test_text_scores_have_the_sign_of_influence(tiny_llama):
     turned = text_scores(both, both, tokenizer, raises=True).by_item
     np.testing.assert_allclose(turned, rejected - chosen)
     assert (np.diag(found) < 0).all()
+    chosen, rejected = (bm25(texts[0], side).by_item for side in texts)
+    found = text_scores(both, both, tokenizer, similarity=bm25).by_item
+    np.testing.assert_allclose(found, chosen - rejected)
 
 
 def test_the_reward_gap_is_the_difference_of_rewards(tiny_llama):

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from itertools import permutations, product
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import some_examples
+from conftest import some_examples, tiny_tokenizer
 from parity.dattri_datainf import LAMBDAS, REFERENCE, gradients
 from rlhf_trust import StudyError
 from rlhf_trust.attribution import solvers
@@ -32,8 +33,10 @@ from rlhf_trust.attribution.gradients import per_example_gradients
 from rlhf_trust.attribution.solvers import (
     SOLVERS,
     Damping,
+    bm25,
     damping_sweep,
     datainf,
+    ekfac,
     exact_joint,
     exact_layerwise,
     gradient_cosine,
@@ -41,7 +44,9 @@ from rlhf_trust.attribution.solvers import (
     of_items,
     random_scores,
     score_all,
+    sentence_cosine,
     tfidf,
+    trackstar,
 )
 from rlhf_trust.attribution.store import InMemory, Joined
 from rlhf_trust.chat import EncodedExample
@@ -52,9 +57,11 @@ from rlhf_trust.models import LoRA, new_adapter
 from rlhf_trust.stats import rank_agreement
 from rlhf_trust.training import example_losses
 from scipy.stats import false_discovery_control, spearmanr
+from transformers import BertConfig, BertModel
 
 PAD = 0
-LAYERWISE = {"datainf", "exact_layerwise", "gradient_dot"}
+LAYERWISE = {"datainf", "exact_layerwise", "gradient_dot", "ekfac"}
+ALL = SOLVERS | {"ekfac": partial(ekfac, rank=1), "trackstar": trackstar}
 
 
 def some_gradients(
@@ -186,7 +193,7 @@ def test_sign_and_scale_against_real_steps(tiny_llama):
 
     # Plain SGD on the example that every solver calls the strongest driver: the evaluation text
     # itself.
-    for name, solver in SOLVERS.items():
+    for name, solver in (ALL | {"ekfac": partial(ekfac, rank=4)}).items():
         influence = solver(train, queries).influence
         assert influence.min() < 0 and influence.argmin() == 2, name
     strongest = {name: tensor(train, name)[2].double() for name in weights}
@@ -261,11 +268,94 @@ def test_dot_and_cosine():
     assert not datainf(train, nothing).by_item.any()
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+def test_ekfac_equals_a_dense_matrix_in_the_eigenbasis():
+    rank, n = 2, 9
+    train, queries = some_gradients(n, 4, widths=(6, 10))
+    names = {"layer0": "x.lora_A.weight", "layer1": "x.lora_B.weight"}
+    train, queries = (
+        InMemory({new: tensor(some, old) for old, new in names.items()}, some.ids)
+        for some in (train, queries)
+    )
+    expected = np.zeros((n, 4))
+    for layer, shape in (("x.lora_A.weight", (rank, 3)), ("x.lora_B.weight", (5, rank))):
+        g, v = (tensor(some, layer).double().numpy() for some in (train, queries))
+        matrices = g.reshape(n, *shape)
+        _, u = np.linalg.eigh(sum(m @ m.T for m in matrices))
+        _, w = np.linalg.eigh(sum(m.T @ m for m in matrices))
+        basis = np.kron(u, w)  # of matrices read row by row
+        second_moment = basis.T @ (g.T @ g / n) @ basis
+        h = basis @ np.diag(np.diag(second_moment)) @ basis.T
+        h += 0.1 * np.square(g).mean() * np.eye(len(h))
+        expected -= g @ np.linalg.solve(h, v.T)
+    found = ekfac(train, queries, rank=rank)
+    assert relative(found.by_item, expected) < 1e-9
+    assert relative(found.by_item, exact_layerwise(train, queries).by_item) > 1e-2
+    with pytest.raises(StudyError, match="x.lora_A.weight has 6 entries, not a multiple of rank 4"):
+        ekfac(train, queries, rank=4)
+
+
+def test_ekfac_is_exact_where_a_matrix_is_a_vector():
+    train, queries = some_gradients(9, 4)
+    expected = exact_layerwise(train, queries).by_item
+    assert relative(ekfac(train, queries, rank=1).by_item, expected) < 1e-6
+
+
+def test_trackstar_by_hand():
+    """Also with Adam's second moments, whatever their scale and shape."""
+    train, queries = some_gradients(12, 4)
+    layers = [
+        tuple(tensor(some, layer).double().numpy() for some in (train, queries))
+        for layer in train.layers
+    ]
+    moments = [
+        np.random.default_rng(i).uniform(0.1, 1, g.shape[1]) for i, (g, _) in enumerate(layers)
+    ]
+    for given in (None, moments):
+        s = np.concatenate(given or [np.square(g).mean(0) for g, _ in layers])
+        g, v = (np.concatenate(x, 1) / np.sqrt(s) for x in zip(*layers))
+        r = g.T @ g / len(g) + 0.1 * np.square(g).mean() * np.eye(g.shape[1])
+        values, vectors = np.linalg.eigh(r)
+        root = vectors @ np.diag(values**-0.5) @ vectors.T
+        g, v = (x @ root / np.linalg.norm(x @ root, axis=1, keepdims=True) for x in (g, v))
+        adam = given and {
+            layer: torch.from_numpy(7 * own)[None] for layer, own in zip(train.layers, given)
+        }
+        found = trackstar(train, queries, second_moments=adam).by_item
+        assert found == pytest.approx(-g @ v.T, abs=1e-9)
+    own = trackstar(train, train).by_item
+    assert np.diag(own) == pytest.approx(-np.ones(12))
+
+
+def test_trackstars_projection_keeps_products():
+    train, queries = some_gradients(12, 4)
+    heavy = Damping(1e6)  # R is λ I, so that the score is the cosine of what is projected
+    exact = trackstar(train, queries, heavy).by_item
+    found = trackstar(train, queries, heavy, size=20_000).by_item
+    assert found == pytest.approx(exact, abs=0.04) and exact.std() > 0.1
+    assert (found == trackstar(train, queries, heavy, size=20_000).by_item).all()
+    other = trackstar(train, queries, heavy, size=20_000, seed=1).by_item
+    assert (found != other).all() and other == pytest.approx(exact, abs=0.04)
+    # A weight without a training gradient takes no part.
+    block = torch.cat([torch.zeros(12, 1), tensor(train, "layer1")[:, 1:]], 1)
+    without = changed(train, layer1=block)
+    large = tensor(queries, "layer1").clone()
+    large[:, 0] = 1e6
+    same = [trackstar(without, q).by_item for q in (queries, changed(queries, layer1=large))]
+    assert (same[0] == same[1]).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_equal_examples_have_equal_scores(name):
+    train, queries = some_gradients(2, 3)
+    found = ALL[name](rows(train, [0, 0, 0]), queries).by_item
+    assert found == pytest.approx(np.tile(found[:1], (3, 1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_blocks_groups_and_layers(name):
     """Scores do not depend on how gradients are stored; groups and layers are parts of the
     whole."""
-    solver, (train, queries) = SOLVERS[name], some_gradients(10, 5)
+    solver, (train, queries) = ALL[name], some_gradients(10, 5)
     whole = solver(train, queries)
     in_blocks = solver(
         InBlocks({k: tensor(train, k) for k in train.layers}, train.ids),
@@ -320,13 +410,57 @@ def test_text_and_random_baselines():
     assert (drawn != random_scores(2000, 2, seed=2).by_item).all()
     assert abs(spearmanr(drawn).statistic) < 0.1 and drawn.std() == pytest.approx(1, abs=0.05)
     for bad in (([], queries), (train, []), (["?", "!"], queries)):
-        with pytest.raises(StudyError, match="TF-IDF"):
-            tfidf(*bad)
+        for similarity in (tfidf, bm25):
+            with pytest.raises(StudyError, match="text similarity: .* no"):
+                similarity(*bad)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+def test_bm25_is_its_formula():
+    train = [["cat", "sat", "cat"], ["stock", "fell"], ["cat", "stock", "stock", "pie", "pie"]]
+    queries = [["cat", "pie", "zyxw"], ["fell", "fell"], ["zyxw"]]
+    n, mean = len(train), np.mean([len(text) for text in train])
+    expected = np.zeros((3, 3))
+    for i, text in enumerate(train):
+        for j, query in enumerate(queries):
+            for word in query:
+                tf, df = text.count(word), sum(word in other for other in train)
+                length = 1.2 * (1 - 0.6 + 0.6 * len(text) / mean)
+                idf = math.log(1 + (n - df + 0.5) / (df + 0.5))
+                expected[i, j] -= idf * tf * 2.2 / (tf + length)
+    texts = [[" ".join(words) for words in some] for some in (train, queries)]
+    found = bm25(*texts, ["x", "y", "y"], k1=1.2, b=0.6)
+    assert found.by_item == pytest.approx(expected)
+    assert found.by_item[:, :2].argmin(0).tolist() == [2, 1] and not found.by_item[:, 2].any()
+    assert (found.groups["y"].by_item == found.by_item[:, 1:]).all()
+    same = bm25(texts[0][:1] * 3, texts[1][:1]).by_item
+    assert same.min() < 0 and np.ptp(same) == 0
+
+
+def test_sentence_embeddings_are_means_over_tokens():
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=300, intermediate_size=32, **size)).eval()
+    tokenizer = tiny_tokenizer()
+    train = ["the answer", "a rather longer question than that " * 60, "no"] * 12
+    queries = ["the answer", "not wrong"]
+    found = sentence_cosine(train, queries, ["x", "y"], encoder=(model, tokenizer))
+
+    def unit(text):
+        ids = torch.tensor([tokenizer(text).input_ids[:256]])
+        with torch.no_grad():
+            mean = model(ids).last_hidden_state[0].mean(0).numpy()
+        return mean / np.linalg.norm(mean)
+
+    expected = -np.array([[unit(text) @ unit(query) for query in queries] for text in train])
+    assert found.by_item == pytest.approx(expected, abs=1e-5)
+    assert found.by_item[0, 0] == pytest.approx(-1, abs=1e-6)
+    assert found.by_item[::3] == pytest.approx(found.by_item[:1].repeat(12, 0), abs=1e-6)
+    assert (found.groups["y"].by_item == found.by_item[:, 1:]).all()
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_bad_input(name):
-    solver, (train, queries) = SOLVERS[name], some_gradients(4, 2)
+    solver, (train, queries) = ALL[name], some_gradients(4, 2)
     nan, wide = tensor(queries, "layer1").clone(), torch.randn(2, 8)
     nan[1, 0] = math.nan
     with pytest.raises(StudyError, match="1 training example"):
@@ -398,8 +532,12 @@ def test_tables_of_a_stage():
     groups = ["b", "a", "b"]
     pairs = [PreferencePair(f"p{i}", ("?",), "", "", "s") for i in range(5)]
     texts = random_scores(5, 3, seed=7, groups=groups)
-    scores = score_all(train, queries, texts, groups=groups)
+    scores = score_all(train, queries, {"tfidf": texts}, groups=groups)
     assert list(scores) == [*SOLVERS, "tfidf", "random"]
+    few = score_all(train, queries, {}, 0.3, groups=groups, solvers={"ekfac": ALL["ekfac"]})
+    assert list(few) == ["ekfac", "random"]
+    expected = ekfac(train, queries, Damping(0.3), rank=1).by_item
+    assert (few["ekfac"].by_item == expected).all()
     scores["datainf, token mean"] = scores["datainf"]
     nulls, verticals = {("datainf", "b"): 0.25}, ["a", "b", "c"]
     found = attribution_tables(scores, pairs, verticals, "sft", "next-token", 3, nulls)

@@ -30,7 +30,7 @@ answers to a question the one nearest in length to the right one is taken, for t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 
 import numpy as np
@@ -326,15 +326,19 @@ def log_odds_table(
 
 
 def text_scores(
-    train: list[Example], queries: list[Example], tokenizer, raises=False, groups: Groups = None
+    train: list[Example],
+    queries: list[Example],
+    tokenizer,
+    raises=False,
+    groups: Groups = None,
+    similarity: Callable[..., Scores] = tfidf,
 ) -> Scores:
-    """Scores from text similarity alone, with the sign of influence scores (``solvers.tfidf``):
-    [examples, items].
+    """Scores from text similarity alone, with the sign of influence scores: [examples, items].
 
     An example stands for the text that it makes likelier, its first sequence with the prompt. It
     lowers an item's loss by being similar to the item's first sequence, and raises it by being
     similar to the second, where there is one. ``raises``: the other way round, where the loss is
-    the log-odds of the first.
+    the log-odds of the first. ``similarity``: ``solvers.tfidf``, ``bm25`` or ``sentence_cosine``.
     """
 
     def decoded(examples: Sequence[Example], side: int) -> list[str]:
@@ -342,7 +346,7 @@ def text_scores(
         return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
     own = decoded(train, 0)
-    by_item = tfidf(own, decoded(queries, 0)).by_item
+    by_item = similarity(own, decoded(queries, 0)).by_item
     if len(queries[0].sequences) == 2:
-        by_item = by_item - tfidf(own, decoded(queries, 1)).by_item
+        by_item = by_item - similarity(own, decoded(queries, 1)).by_item
     return of_items(-by_item if raises else by_item, groups)

@@ -15,8 +15,12 @@ exact_joint      the inverse of H = mean_i g_i g_iᵀ + λ I over all layers at 
                  weights' gradients
 gradient_dot     H = I:  − vᵀ g_i
 gradient_cosine  − vᵀ g_i / (‖v‖ ‖g_i‖), both over all layers
+ekfac            layer by layer, H_l diagonal in a Kronecker-factored eigenbasis
+trackstar        − cosine of gradients, scaled by Adam's second moments and whitened
 random_scores    standard normal numbers: a baseline that uses nothing
 tfidf            − cosine similarity of TF-IDF vectors: a baseline that uses the texts alone
+bm25             − BM25, with the item as query: texts alone
+sentence_cosine  − cosine similarity of embeddings by another model than the policy: texts alone
 ===============  =================================================================================
 
 The exact inverses never form a d × d matrix: by Woodbury, with the rows g_i in G [n, d] and
@@ -32,17 +36,19 @@ positive one that it *opposes* it. A similar text or gradient, then, has a negat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite
+from math import isfinite, sqrt
 
 import numpy as np
 import torch
 from scipy.linalg import LinAlgError, blas, cho_factor, cho_solve
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from torch.nn.functional import normalize
 
 from .. import StudyError
+from ..decode import batches_by_length
 from .store import Gradients, whole
 
 PRECISION = 1e-5
@@ -172,6 +178,78 @@ def gradient_cosine(
     return of_items(dot / np.where(lengths > 0, lengths, 1.0), groups)
 
 
+def ekfac(
+    train: Gradients,
+    queries: Gradients,
+    damping: Damping = Damping(),
+    groups: Groups = None,
+    rank: int = 8,
+) -> Scores:
+    """− v_lᵀ H_l⁻¹ g_{l,i} summed over layers, with H_l in a Kronecker-factored eigenbasis (EK-FAC:
+    George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296).
+
+    With G_i the gradient of one LoRA matrix as a matrix, U the eigenvectors of mean_i G_i G_iᵀ and
+    W those of mean_i G_iᵀ G_i:  H_l = (U ⊗ W) diag(mean_i (Uᵀ G_i W)² + λ_l) (U ⊗ W)ᵀ.  λ_l is a
+    share of the mean eigenvalue, as in Grosse et al., which is the mean squared gradient entry.
+
+    The factors come from the stored gradients (as Shampoo's do), not from inputs and output
+    gradients token by token, which would have to be caught in another backward pass.
+
+    ``rank``: of the adapter, so that a row of a layer ``….lora_B.…`` is read as [d / rank, rank]
+    and of any other as [rank, d / rank]. Other arguments and errors as for :func:`datainf`;
+    O(n d (rank + d / rank)) time a layer.
+    """
+    return _layerwise(partial(_ekfac_layer, rank), train, queries, [damping], groups)[0]
+
+
+def trackstar(
+    train: Gradients,
+    queries: Gradients,
+    damping: Damping = Damping(),
+    groups: Groups = None,
+    second_moments: Mapping[str, torch.Tensor] | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> Scores:
+    """− cosine of R^(−1/2) P (v / √s) and R^(−1/2) P (g_i / √s) over all layers at once (TrackStar:
+    Chang et al. 2024, arXiv 2410.17413); 0 for a zero gradient.
+
+    s are Adam's ``second_moments``, layer weight → [d] in any shape (default: the mean squared
+    training gradient; an entry of 0 leaves its weight out). R = mean_i φ_i φ_iᵀ + λ I is the
+    autocorrelation of the φ_i = P (g_i / √s). P [``size``, d] is a random projection with normal
+    entries of variance 1 / ``size``. The paper needs one to keep R small; by default there is none,
+    as Woodbury's identity needs products of examples alone, which a projection only blurs.
+
+    The paper has more examples than dimensions, and no λ; it also mixes the queries'
+    autocorrelation into R, for which there are too few here.
+
+    Other arguments and errors as for :func:`exact_joint`.
+    """
+    _check(train, queries)
+    n, rng, products = len(train), torch.Generator().manual_seed(seed), 0.0
+    features, width = 0.0, size or sum(map(train.width, train.layers))
+    for layer in train.layers:
+        both = torch.cat([whole(train, layer), whole(queries, layer)])
+        if second_moments is None:
+            moments = both[:n].square().mean(0)
+        else:
+            moments = second_moments[layer].detach().flatten().to(both)
+        both /= torch.where(moments > 0, moments, torch.inf).sqrt()
+        if size:
+            projection = torch.randn(both.shape[1], size, generator=rng) / sqrt(size)
+            features += (both.float() @ projection).double()
+        else:
+            products += both @ both.T
+    if size:
+        products = features @ features.T
+    lam = damping.of(products.diagonal()[:n], width)
+    # λ φᵀ R⁻¹ φ' between all examples and items, by Woodbury.
+    products += _damped(products[:n, :n].numpy(), products[:, :n], lam) @ products[:n] / n
+    lengths = products.diagonal().clamp(min=0).sqrt()
+    lengths[lengths == 0] = torch.inf
+    return of_items(-(products / torch.outer(lengths, lengths))[:n, n:].numpy(), groups)
+
+
 def random_scores(n: int, m: int, seed: int = 0, groups: Groups = None) -> Scores:
     """Standard normal scores of n examples for m items: what a solver has to beat."""
     return of_items(np.random.default_rng(seed).standard_normal((n, m)), groups)
@@ -183,14 +261,50 @@ def tfidf(train_texts: Sequence[str], query_texts: Sequence[str], groups: Groups
     Words and their weights are the training texts' (a word that none of them has cannot tell them
     apart), so an item's scores do not depend on the other items.
     """
-    if not len(train_texts) or not len(query_texts):
-        raise StudyError("TF-IDF: there is no training text or no evaluation text")
-    vectorizer = TfidfVectorizer()
-    try:
-        train = vectorizer.fit_transform(train_texts)
-    except ValueError as error:  # no word of two letters anywhere
-        raise StudyError(f"TF-IDF: the training texts have no words ({error})") from None
-    return of_items(-(train @ vectorizer.transform(query_texts).T).toarray(), groups)
+    train, queries = _counted(TfidfVectorizer(), train_texts, query_texts)
+    return of_items(-(train @ queries.T).toarray(), groups)
+
+
+def bm25(
+    train_texts: Sequence[str],
+    query_texts: Sequence[str],
+    groups: Groups = None,
+    k1: float = 1.5,
+    b: float = 0.75,
+) -> Scores:
+    """− BM25 of each training text for the item as query (Robertson and Zaragoza 2009): [n, m].
+
+    Σ over the item's words of  log(1 + (n − df + ½) / (df + ½)) · tf (k1 + 1) / (tf + K)  with
+    K = k1 (1 − b + b · length / mean length),  tf the word's count in the training text and df the
+    number of training texts that have it. Words as in :func:`tfidf`.
+    """
+    counts, queries = _counted(CountVectorizer(dtype=float), train_texts, query_texts)
+    frequency, lengths = counts.getnnz(axis=0), counts.sum(1).A1
+    scale = k1 * (1 - b + b * lengths / lengths.mean())
+    counts.data *= (k1 + 1) / (counts.data + np.repeat(scale, counts.getnnz(axis=1)))
+    weights = np.log1p((len(train_texts) - frequency + 0.5) / (frequency + 0.5))
+    return of_items(-(counts.multiply(weights) @ queries.T).toarray(), groups)
+
+
+@torch.no_grad()
+def sentence_cosine(
+    train_texts: Sequence[str], query_texts: Sequence[str], groups: Groups = None, *, encoder
+) -> Scores:
+    """− cosine similarity of sentence embeddings, the mean over a text's tokens of the encoder's
+    last states: [n, m].
+
+    ``encoder``: a model and its tokenizer (``sources.sentence_encoder``), neither of them the
+    policy's. A text is cut after 256 tokens, the length that all-MiniLM was trained for.
+    """
+    (model, tokenizer), texts = encoder, [*train_texts, *query_texts]
+    units = torch.empty(len(texts), model.config.hidden_size, dtype=torch.float64)
+    for rows in batches_by_length(list(map(len, texts)), 32):
+        some, how = [texts[i] for i in rows], {"padding": True, "truncation": True}
+        inputs = tokenizer(some, max_length=256, return_tensors="pt", **how).to(model.device)
+        states = model(**inputs).last_hidden_state * inputs["attention_mask"][..., None]
+        units[rows] = normalize(states.sum(1).double()).cpu()
+    n = len(train_texts)
+    return of_items(-(units[:n] @ units[n:].T).numpy(), groups)
 
 
 SOLVERS: dict[str, Callable[..., Scores]] = {
@@ -200,17 +314,24 @@ SOLVERS: dict[str, Callable[..., Scores]] = {
     "gradient_dot": gradient_dot,
     "gradient_cosine": gradient_cosine,
 }
-"""The solvers that work on gradients, all called as ``solver(train, queries, damping, groups)``."""
+"""The solvers that work on gradients, all called as ``solver(train, queries, damping, groups)``.
+(``ekfac`` must be told the adapter's rank.)"""
 
 
 def score_all(
-    train: Gradients, queries: Gradients, texts: Scores, damping=0.1, seed=0, groups: Groups = None
+    train: Gradients,
+    queries: Gradients,
+    others: Mapping[str, Scores],
+    damping=0.1,
+    seed=0,
+    groups: Groups = None,
+    solvers: Mapping[str, Callable[..., Scores]] = SOLVERS,
 ) -> dict[str, Scores]:
-    """Scores of all ``SOLVERS`` and of the two baselines, by name: ``texts`` as ``tfidf``, and
+    """Scores by name: of the ``solvers``, which work on gradients, the ``others`` as given, and
     ``random``."""
-    scores = {name: f(train, queries, Damping(damping), groups) for name, f in SOLVERS.items()}
+    scores = {name: f(train, queries, Damping(damping), groups) for name, f in solvers.items()}
     baseline = random_scores(len(train), len(queries), seed, groups)
-    return scores | {"tfidf": texts, "random": baseline}
+    return scores | {**others, "random": baseline}
 
 
 def damping_sweep(
@@ -302,6 +423,21 @@ def _exact_layer(train: Gradients, queries: Gradients, index: int, lams) -> list
     return [_damped(gram, products, lam) for lam in lams]
 
 
+def _ekfac_layer(
+    rank: int, train: Gradients, queries: Gradients, index: int, lams
+) -> list[torch.Tensor]:
+    layer, width = train.layers[index], train.width(train.layers[index])
+    if width % rank:
+        raise StudyError(f"ekfac: {layer} has {width} entries, not a multiple of rank {rank}")
+    shape = (-1, rank) if ".lora_B." in layer else (rank, -1)
+    g, v = (whole(some, layer).unflatten(1, shape) for some in (train, queries))
+    rows = torch.linalg.eigh(torch.einsum("nij,nkj->ik", g, g)).eigenvectors
+    columns = torch.linalg.eigh(torch.einsum("nij,nik->jk", g, g)).eigenvectors
+    g, v = ((rows.T @ some @ columns).flatten(1) for some in (g, v))
+    eigenvalues = g.square().mean(0)
+    return [-(v / (eigenvalues + lam)) @ g.T for lam in lams]
+
+
 def _exact_joint(
     train: Gradients, queries: Gradients, dampings: list[Damping], groups: Groups
 ) -> list[Scores]:
@@ -344,6 +480,17 @@ def _damped(gram: np.ndarray, products: torch.Tensor, lam: float) -> torch.Tenso
 
 
 # --- what solvers share -------------------------------------------------------------------------
+
+
+def _counted(vectorizer, train_texts: Sequence[str], query_texts: Sequence[str]):
+    """Words of training texts [n, words] and evaluation texts [m, words], sparse; the words are the
+    training texts'."""
+    if not len(train_texts) or not len(query_texts):
+        raise StudyError("text similarity: there is no training text or no evaluation text")
+    try:
+        return vectorizer.fit_transform(train_texts), vectorizer.transform(query_texts)
+    except ValueError as error:  # no word of two letters anywhere
+        raise StudyError(f"text similarity: training texts have no words ({error})") from None
 
 
 def _check(train: Gradients, queries: Gradients) -> None:
