@@ -312,11 +312,11 @@ class Trajectory:
                 raise StudyError(f"{file}: no such file; {again}")
         return manifest["key"], rates
 
-    def state(self, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    def state(self, step: int, device="cpu") -> dict[str, dict[str, torch.Tensor]]:
         """``weight``, ``m``, ``v`` and ``g`` (only ``weight`` after the last step) → name →
         tensor."""
         found: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(self._file(step)).items():
+        for name, tensor in load_file(self._file(step), device=str(device)).items():
             part, _, weight = name.partition(".")
             found.setdefault(part, {})[weight] = tensor
         return found

@@ -227,7 +227,7 @@ class _Replay:
 
     def _step(self, number: int, step: int, places: Sequence[int]) -> None:
         stage, own = self.stages[number], self.weights[number]
-        state = stage.trajectory.state(step)
+        state = stage.trajectory.state(step, self.network.device)
         _put(own, state["weight"])
         u = self._through_update(state, self.rates[number][step], stage.config.epsilon, step + 1)
         gradient = {name: torch.zeros_like(weight) for name, weight in own.items()}
