@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rlhf_trust import ROOT
 
-COMPUTED = ("01", "02", "03", "04", "05", "10", "20", "21", "22")
+COMPUTED = ("01", "02", "03", "04", "05", "10", "20", "21", "22", "23")
 """Notebooks that read no answers of the first run."""
 
 # Notebooks with the same letter do not need each other and run side by side, as under make.
