@@ -185,7 +185,8 @@ def fit(
     factors = np.ones(len(examples)) if weights is None else np.asarray(weights, float)
     if factors.shape != (len(examples),):
         raise StudyError(f"fit: {len(factors)} weights for {len(examples)} examples")
-    about = training_content(examples, loss, config, weights)  # before the loss's own weights move
+    if trajectory is not None:  # before the loss's own weights move
+        about = training_content(examples, loss, config, weights)
     try:
         with using(network, adapter, parameters), torch.enable_grad():
             for places in progress(batches, desc=desc, unit="step") if desc else batches:
