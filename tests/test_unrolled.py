@@ -4,12 +4,13 @@ differentiation of the whole training."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_head, some_examples
-from rlhf_trust import StudyError
+from rlhf_trust import StudyError, losses as loss_module
 from rlhf_trust.attribution import unrolled
 from rlhf_trust.attribution.unrolled import Stage, unrolled_scores
 from rlhf_trust.attribution.validate import Queries
@@ -123,6 +124,50 @@ def test_scores_are_the_slopes_of_retrainings(network, stage, tmp_path):
             both.append(train(weights)[0])
         slope = (both[0] - both[1]) / 0.02
         np.testing.assert_allclose(scores[i], slope, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "inpo"])
+def test_a_tokens_score_is_what_not_learning_from_it_takes_away(
+    network, stage, tmp_path, monkeypatch
+):
+    """Trained again with one token's gradient scaled by 1 ± .01 wherever its example is seen."""
+    loss, examples = losses(network, stage)
+    queries, start = asked(loss), snapshot(network, "default")
+    example, answer, token = examples[3], len(examples[3].sequences) - 1, 1
+    plain = loss_module.answer_token_logps
+
+    def scaled(weight, model, some, pad, kept=None):
+        logps, owner = plain(model, some, pad, kept)
+        if example in some:
+            text = some.index(example) * len(example.sequences) + answer
+            gates = torch.ones_like(logps)
+            gates[torch.nonzero(owner == text)[token]] = weight
+            logps = logps.detach() + gates * (logps - logps.detach())
+        return logps, owner
+
+    def train(weight, trajectory=None):
+        monkeypatch.setattr(loss_module, "answer_token_logps", partial(scaled, weight))
+        restore(network, "default", start)
+        fit(network, "default", examples, loss, PAD, SMOOTH, trajectory=trajectory)
+        monkeypatch.undo()
+        return values(network, queries)
+
+    trajectory = Trajectory(tmp_path / "run")
+    train(1.0, trajectory)
+    stages = [Stage(examples, loss, SMOOTH, trajectory)]
+    (by_example,) = unrolled_scores(network, "default", stages, queries, PAD)
+    (by_token,) = unrolled_scores(network, "default", stages, queries, PAD, by_token=True)
+    for some, scores in zip(by_token, by_example):
+        np.testing.assert_allclose(sum(own.sum(0) for own in some), scores, rtol=1e-6, atol=1e-12)
+    lengths = [[len(text.answer_ids) for text in e.sequences] for e in examples]
+    assert [[len(own) for own in some] for some in by_token] == lengths
+
+    both = []
+    for weight in (1.01, 0.99):
+        both.append(train(weight))
+    slope = (both[0] - both[1]) / 0.02
+    assert np.abs(slope).max() > 1e-6
+    np.testing.assert_allclose(by_token[3][answer][token], slope, rtol=2e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "inpo"])

@@ -69,8 +69,19 @@ class Loss:
         return []
 
 
+class LikelihoodLoss(Loss):
+    """A loss that depends on the answers' log-probabilities alone."""
+
+    def of_logps(self, logps: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
+        """[n, texts per example], nats, each summed over its answer's tokens → values [n]."""
+        raise NotImplementedError
+
+    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
+        return self.of_logps(summed_logps(model, examples, pad, kept), examples)
+
+
 @dataclass(frozen=True)
-class NextTokenLoss(Loss):
+class NextTokenLoss(LikelihoodLoss):
     """- log p(answer | prompt): summed over the answer's tokens, or their ``mean``.
 
     The sum is the likelihood itself, and ranks long answers first; the mean shows what is left
@@ -88,8 +99,8 @@ class NextTokenLoss(Loss):
     def name(self) -> str:
         return f"next_token_{self.reduction}"
 
-    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
-        logps = summed_logps(model, examples, pad, kept)[:, 0]
+    def of_logps(self, logps, examples) -> torch.Tensor:
+        logps = logps[:, 0]
         return -logps / logps.new_tensor(_tokens(examples)) if self.reduction == "mean" else -logps
 
     def denominator(self, examples: Sequence[Example]) -> float:
@@ -137,7 +148,7 @@ class RewardLoss(RewardGapLoss):
 
 
 @dataclass(frozen=True, eq=False)
-class DPOLoss(Loss):
+class DPOLoss(LikelihoodLoss):
     """- log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)) (Rafailov et al. 2023,
     arXiv 2305.18290).
 
@@ -154,15 +165,15 @@ class DPOLoss(Loss):
     reference: Mapping[str, tuple[float, float]]
     name = "dpo"
 
-    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
-        return -logsigmoid(self.beta * _ratio_gap(self, model, examples, pad, kept))
+    def of_logps(self, logps, examples) -> torch.Tensor:
+        return -logsigmoid(self.beta * _ratio_gap(self, logps, examples))
 
     def content(self, examples: Sequence[Example]) -> list:
         return [self.name, self.beta, _reference_of(self, examples).tolist()]
 
 
 @dataclass(frozen=True, eq=False)
-class INPOLoss(Loss):
+class INPOLoss(LikelihoodLoss):
     """(h - 1/(2 eta))^2 with h = log p(winner)/p(loser) - its mixed reference (arXiv 2407.00617,
     eq. 8).
 
@@ -179,15 +190,15 @@ class INPOLoss(Loss):
     reference: Mapping[str, tuple[float, float]]
     name = "inpo"
 
-    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
-        return (_ratio_gap(self, model, examples, pad, kept) - 1 / (2 * self.eta)) ** 2
+    def of_logps(self, logps, examples) -> torch.Tensor:
+        return (_ratio_gap(self, logps, examples) - 1 / (2 * self.eta)) ** 2
 
     def content(self, examples: Sequence[Example]) -> list:
         return [self.name, self.eta, _reference_of(self, examples).tolist()]
 
 
 @dataclass(frozen=True)
-class LogOddsLoss(Loss):
+class LogOddsLoss(LikelihoodLoss):
     """log p(counts) - log p(other): the log-odds [nats] of the answer that a vertical's own metric
     counts.
 
@@ -199,21 +210,23 @@ class LogOddsLoss(Loss):
 
     name = "log_odds"
 
-    def loss(self, model, examples, pad, kept=None) -> torch.Tensor:
-        logps = summed_logps(model, examples, pad, kept)
+    def of_logps(self, logps, examples) -> torch.Tensor:
         return logps[:, 0] - logps[:, 1]
 
 
 def summed_logps(model, examples: Sequence[Example], pad: int, kept=None) -> torch.Tensor:
     """Log-probabilities of the answers, [examples, texts per example], with gradients."""
-    logps, owner = answer_token_logps(model, examples, pad, kept)
+    return sums_by_answer(*answer_token_logps(model, examples, pad, kept), examples)
+
+
+def sums_by_answer(logps: torch.Tensor, owner: torch.Tensor, examples) -> torch.Tensor:
+    """``decode.answer_token_logps`` → [examples, texts per example]."""
     texts = sum(len(example.sequences) for example in examples)
     return logps.new_zeros(texts).index_add(0, owner, logps).view(len(examples), -1)
 
 
-def _ratio_gap(loss: DPOLoss | INPOLoss, model, examples, pad, kept) -> torch.Tensor:
+def _ratio_gap(loss: DPOLoss | INPOLoss, logps: torch.Tensor, examples) -> torch.Tensor:
     """log-ratio to the reference of the first answer less that of the second, [n]."""
-    logps = summed_logps(model, examples, pad, kept)
     ratios = logps - _reference_of(loss, examples).to(logps)
     return ratios[:, 0] - ratios[:, 1]
 

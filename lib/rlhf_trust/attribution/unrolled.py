@@ -31,6 +31,11 @@ for that by g_t. As g_t is the gradient of the batch's loss,
 One step takes one gradient that is differentiated once more, for all queries together. Memory is a
 micro-batch's graph, whatever the number of steps; states lie on disk (``training.Trajectory``).
 
+**Tokens.** Where ℓ_i depends on log-probabilities of answer tokens alone, ∇ℓ_i is a sum over them,
+and so is τ_i = Σ_j τ_ij, τ_ij += ∂ℓ_i/∂log p_j ⟨u, ∇log p_j(θ_t)⟩ / |B_t|: what a training would
+have ended at, had it learnt nothing from that token. It costs nothing more: τ_ij is the derivative
+by a gate z_j = 1 on the token's gradient.
+
 **Chains.** DPO starts where SFT ended, and its loss holds SFT's log-probabilities ρ of every pair.
 So the derivative by SFT's last weights is what is left at DPO's start, a, and Σ ∂φ/∂ρ ∂ρ/∂θ_sft;
 it goes on back through SFT. One pass scores the examples of both (:class:`Stage`). INPO's rounds
@@ -56,8 +61,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import StudyError
 from ..artifacts import atomic_write, content_key, progress
-from ..decode import Example, LowerStates
-from ..losses import Loss, summed_logps, tokens_content
+from ..decode import Example, LowerStates, answer_token_logps
+from ..losses import LikelihoodLoss, Loss, summed_logps, sums_by_answer, tokens_content
 from ..models import using
 from ..training import (
     CLIP,
@@ -106,7 +111,8 @@ def unrolled_scores(
     kept: LowerStates | None = None,
     resume: Path | None = None,
     desc: str = "replay",
-) -> list[np.ndarray]:
+    by_token: bool = False,
+) -> list:
     """τ of every example of every stage for every query: arrays [examples, queries], one a stage.
 
     Parameters
@@ -121,6 +127,10 @@ def unrolled_scores(
         Reference log-probabilities in a query's loss are constants.
     resume
         A file that keeps what is done after every step, for a run that may be killed.
+    by_token
+        Return instead for each stage, example and answer an array [answer's tokens, queries], whose
+        sum over an example's tokens is its score; None for a stage whose loss is not one of
+        answers' log-probabilities.
 
     Raises
     ------
@@ -144,7 +154,9 @@ def unrolled_scores(
     saved = [{name: w.detach().clone() for name, w in some.items()} for some in weights]
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
-            return _Replay(network, adapter, stages, weights, pad, kept).run(queries, resume, desc)
+            replay = _Replay(network, adapter, stages, weights, pad, kept)
+            replay.run(queries, resume, desc)
+            return replay.by_token() if by_token else replay.by_example()
     finally:
         for some, before in zip(weights, saved):
             _put(some, before)
@@ -152,8 +164,9 @@ def unrolled_scores(
 
 class _Replay:
     """Walks a chain backwards. In the words of the module: ``a``, ``b``, ``c`` are the derivatives
-    of the queries by the present state, ``scores`` τ and ``by_reference`` the derivatives by the
-    numbers that each stage's loss refers to, [queries, examples, 2]."""
+    of the queries by the present state, ``scores`` τ by unit (an answer's token; an example where
+    the loss has no tokens; ``units`` says where each example's begin) and ``by_reference`` the
+    derivatives by the numbers that each stage's loss refers to, [queries, examples, 2]."""
 
     def __init__(self, network, adapter, stages: Sequence[Stage], weights, pad: int, kept):
         self.network, self.adapter, self.pad, self.kept = network, adapter, pad, kept
@@ -173,20 +186,39 @@ class _Replay:
             end = stage.trajectory.state(len(rates))["weight"]
             self.keys.append(key)
             self.rates.append(rates)
+        self.units = [
+            np.cumsum([0, *(sum(_units(stage.loss, example)) for example in stage.examples)])
+            for stage in stages
+        ]
 
-    def run(self, queries: Mapping[str, Queries], resume: Path | None, desc: str):
+    def by_example(self) -> list[np.ndarray]:
+        return [np.add.reduceat(s.T.numpy(), u[:-1]) for s, u in zip(self.scores, self.units)]
+
+    def by_token(self) -> list[list[list[np.ndarray]] | None]:
+        found = []
+        for stage, scores, units in zip(self.stages, self.scores, self.units):
+            if not isinstance(stage.loss, LikelihoodLoss):
+                found.append(None)
+                continue
+            of_examples = np.split(scores.T.numpy(), units[1:-1])
+            ends = [np.cumsum(_units(stage.loss, example))[:-1] for example in stage.examples]
+            found.append([np.split(own, end) for own, end in zip(of_examples, ends)])
+        return found
+
+    def run(self, queries: Mapping[str, Queries], resume: Path | None, desc: str) -> None:
         asked = [
             [name, q.loss.content(q.examples), tokens_content(q.examples)]
             for name, q in queries.items()
         ]
         references = [sorted(stage.reference.items()) for stage in self.stages]
-        key, count = content_key(self.keys, references, asked), len(queries)
+        key, count = content_key("by token", self.keys, references, asked), len(queries)
         walk = [(n, t) for n, rates in enumerate(self.rates) for t in range(len(rates))][::-1]
         done = self._resumed(resume, key)
         if not done:
             wide = {"dtype": torch.float64}
-            self.scores = [torch.zeros(count, len(s.examples), **wide) for s in self.stages]
-            self.by_reference = [torch.zeros(*s.shape, 2, **wide) for s in self.scores]
+            self.scores = [torch.zeros(count, int(units[-1]), **wide) for units in self.units]
+            sizes = [(count, len(stage.examples), 2) for stage in self.stages]
+            self.by_reference = [torch.zeros(size, **wide) for size in sizes]
             self._begin(self._query_gradients(queries))
         batches = [training_batches(stage.examples, stage.config) for stage in self.stages]
         with progress(total=len(walk), desc=desc, unit="step") as bar:
@@ -198,7 +230,6 @@ class _Replay:
                 done += 1
                 self._keep(resume, key, done)
                 bar.update(1)
-        return [scores.T.numpy().copy() for scores in self.scores]
 
     def _begin(self, gradients: Weights) -> None:
         """At the end of a stage: the optimiser's moments are nobody's business any more."""
@@ -270,8 +301,8 @@ class _Replay:
         self, number: int, places: Sequence[int], denominator: float, u: Weights, gradient: Weights
     ) -> None:
         """One micro-batch: its share of ``gradient``, and ⟨u, gradient⟩ differentiated by the
-        weights of the network, of the examples and, if they are not constants, by what the loss
-        refers to."""
+        weights of the network, by the gates and, if they are not constants, by what the loss refers
+        to."""
         stage, own = self.stages[number], self.weights[number]
         examples, loss = [stage.examples[i] for i in places], stage.loss
         inputs = dict(own)
@@ -281,13 +312,14 @@ class _Replay:
             by_id = {example.id: row for example, row in zip(examples, inputs["reference"])}
             loss = replace(loss, reference=by_id)
         with using(self.network, self.adapter, list(own.values())), torch.enable_grad():
-            values = loss.loss(self.network, examples, self.pad, self.kept)
-            inputs["examples"] = torch.ones_like(values, requires_grad=True)
-            part = (values * inputs["examples"]).sum() / denominator
+            values, inputs["gates"] = _gated(loss, self.network, examples, self.pad, self.kept)
+            part = values.sum() / denominator
             first = _derivatives(part, own, create_graph=True)
             _add(gradient, {name: tensor.detach() for name, tensor in first.items()})
             second = _derivatives(first, inputs, u)
-        self.scores[number][:, places] += second.pop("examples").cpu()
+        units = self.units[number]
+        columns = np.concatenate([np.arange(units[i], units[i + 1]) for i in places])
+        self.scores[number][:, columns] += second.pop("gates").cpu()
         if stage.reference:
             self.by_reference[number][:, places] += second.pop("reference").cpu()
         _add(self.a, second)
@@ -347,6 +379,28 @@ class _Replay:
             numbers = range(len(self.stages))
             setattr(self, part, [kept[f"{part}.{number}"].cpu() for number in numbers])
         return int(done)
+
+
+def _units(loss: Loss, example: Example) -> list[int]:
+    """How many scores each of its answers has; [1] for the example as a whole."""
+    if not isinstance(loss, LikelihoodLoss):
+        return [1]
+    return [len(text.answer_ids) for text in example.sequences]
+
+
+def _gated(
+    loss: Loss, network, examples: Sequence[Example], pad: int, kept
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each example, and ones that scale the gradient of each unit (:func:`_units`)."""
+    if not isinstance(loss, LikelihoodLoss):
+        values = loss.loss(network, examples, pad, kept)
+        gates = torch.ones_like(values, requires_grad=True)
+        return values * gates, gates
+    logps, owner = answer_token_logps(network, examples, pad, kept)
+    gates = torch.ones_like(logps, requires_grad=True)
+    # No gate moves the values, so that the slope of the loss at them stays what it is.
+    logps = logps.detach() + gates * (logps - logps.detach())
+    return loss.of_logps(sums_by_answer(logps, owner, examples), examples), gates
 
 
 def _derivatives(
