@@ -129,8 +129,8 @@ def unrolled_scores(
         A file that keeps what is done after every step, for a run that may be killed.
     by_token
         Return instead for each stage, example and answer an array [answer's tokens, queries], whose
-        sum over an example's tokens is its score; None for a stage whose loss is not one of
-        answers' log-probabilities.
+        sum over all tokens of an example is its score. A loss of other things than answers'
+        log-probabilities has no tokens: one array [1, queries] an example.
 
     Raises
     ------
@@ -194,12 +194,9 @@ class _Replay:
     def by_example(self) -> list[np.ndarray]:
         return [np.add.reduceat(s.T.numpy(), u[:-1]) for s, u in zip(self.scores, self.units)]
 
-    def by_token(self) -> list[list[list[np.ndarray]] | None]:
+    def by_token(self) -> list[list[list[np.ndarray]]]:
         found = []
         for stage, scores, units in zip(self.stages, self.scores, self.units):
-            if not isinstance(stage.loss, LikelihoodLoss):
-                found.append(None)
-                continue
             of_examples = np.split(scores.T.numpy(), units[1:-1])
             ends = [np.cumsum(_units(stage.loss, example))[:-1] for example in stage.examples]
             found.append([np.split(own, end) for own, end in zip(of_examples, ends)])
