@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
 from rlhf_trust import StudyError, sources
 from rlhf_trust.decode import first_adapted_layer
 from rlhf_trust.models import (
@@ -219,6 +221,65 @@ def test_an_adapter_of_another_size_of_model_is_refused(two_adapters, tmp_path, 
     base = load_base(other_llama(tmp_path / "other", **changes), "float32")
     with pytest.raises(StudyError, match="does not fit this backbone"):
         load_adapters(base, {"sft": folders["sft"]})
+
+
+KINDS = {
+    "rank-stabilised": {"use_rslora": True},
+    "decomposed": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 32}},
+    "a pattern of names": {"target_modules": r".*\.1\..*(up|down)_proj"},
+    "one layer": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "biased": {"lora_bias": True},
+    "a reward model": {"task_type": "SEQ_CLS", "modules_to_save": ["score"]},
+}
+
+
+def saved_by_peft(base, folder, **given):
+    """An adapter as PEFT saves it, and its logits as PEFT loads it."""
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]} | given
+    made = get_peft_model(copy.deepcopy(base.model), LoraConfig(**settings | {"task_type": None}))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if ".lora_" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
+    made.save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    return logits(made.eval())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_tools_adapters_act_as_in_peft(tiny_llama, tmp_path, kind):
+    given = dict(KINDS[kind])
+    made = {key: value for key, value in given.items() if key != "modules_to_save"}
+    wanted = saved_by_peft(tiny_llama, tmp_path / "theirs", **made)
+    file = tmp_path / "theirs" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    loaded = load_adapters(tiny_llama, {"theirs": tmp_path / "theirs"})
+    assert not torch.allclose(
+        wanted, logits(load_base(tiny_llama.source, "float32").model), atol=0.1
+    )
+    torch.testing.assert_close(logits(loaded), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1]},
+        {"peft_type": "IA3"},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_an_adapter_that_changes_more_than_lora_does_is_refused(tiny_llama, tmp_path, given):
+    saved_by_peft(tiny_llama, tmp_path / "theirs")
+    file = tmp_path / "theirs" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    with pytest.raises(StudyError, match=f"theirs: does not fit .*its {next(iter(given))} is"):
+        load_adapters(tiny_llama, {"theirs": tmp_path / "theirs"})
 
 
 def test_an_adapter_of_layers_that_are_not_there_names_its_folder(tiny_llama, tmp_path):

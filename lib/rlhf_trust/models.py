@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -207,17 +207,58 @@ def lora_config(model: PreTrainedModel, lora: LoRA, **more):
     targets = lora.target_modules or DEFAULT_TARGETS.get(kind)
     if not targets:
         raise StudyError(f"target_modules: name them, there is no default for {kind!r}")
-    last_names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = sorted(set(targets) - last_names)
-    if missing:
-        raise StudyError(f"target_modules: {kind} has no module {missing}")
+    if not isinstance(targets, str):  # a pattern, which PEFT holds against the names
+        last_names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        missing = sorted(set(targets) - last_names)
+        if missing:
+            raise StudyError(f"target_modules: {kind} has no module {missing}")
+        targets = list(targets)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(targets),
+        target_modules=targets,
         layers_to_transform=lora.numbers(model.config.num_hidden_layers),
         **more,
     )
+
+
+KINDS_OF_LORA = (
+    "use_rslora use_dora alpha_pattern rank_pattern layers_pattern exclude_modules fan_in_fan_out "
+    "lora_bias"
+).split()
+"""What else of an adapter's configuration says how its weights act, and can be read."""
+
+OF_TRAINING = (
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "lora_dropout megatron_core runtime_config"
+).split()
+"""What of it plays no part once the adapter is trained."""
+
+
+def saved_config(model: PreTrainedModel, saved: Mapping):
+    """PEFT's configuration of a saved adapter, by its ``adapter_config.json``.
+
+    LoRA of any kind that leaves the backbone as it is: rank-stabilised, weight-decomposed (DoRA),
+    with ranks and scales of single layers. Others are a StudyError.
+    """
+    from peft import LoraConfig
+
+    layers = saved.get("layers_to_transform")
+    lora = LoRA(saved["r"], saved["lora_alpha"], saved["target_modules"], layers)
+    understood = {*KINDS_OF_LORA, *OF_TRAINING, "r", "lora_alpha", "target_modules"}
+    understood.add("layers_to_transform")
+    if saved.get("task_type") == "SEQ_CLS":  # a reward model's head is read apart from it
+        understood.add("modules_to_save")
+    plain = asdict(LoraConfig())
+    for key, value in plain.items():
+        given = saved.get(key, value)
+        if key not in understood and given != value and given not in (None, [], {}, False):
+            raise StudyError(
+                f"its {key} is {given!r}, which is more than LoRA does; merge it into its backbone "
+                "and use that as model:"
+            )
+    kind = {key: saved[key] for key in KINDS_OF_LORA if saved.get(key)}
+    return lora_config(model, lora, task_type="CAUSAL_LM", **kind)
 
 
 def new_adapter(base: Base, lora: LoRA, seed: int = 0):
@@ -246,7 +287,7 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
 
     The LoRA part of a reward model loads like any other (its head is read by
     :func:`load_reward_head`)."""
-    from peft import PeftModel
+    from peft import PeftModel, set_peft_model_state_dict
 
     # All are looked for before the first changes the backbone.
     for directory in adapters.values():
@@ -279,17 +320,22 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
                 f"{path}: was trained on another model (weights {trained_on}) than {base.source} "
                 f"({base.weights}); {again}, or set model: to the one it was trained on"
             )
-        layers = saved.get("layers_to_transform")
-        lora = LoRA(saved["r"], saved["lora_alpha"], saved["target_modules"], layers)
         try:
-            config = lora_config(base.model, lora, task_type="CAUSAL_LM")
+            config = saved_config(base.model, saved)
             if wrapped is None:
                 wrapped = PeftModel(base.model, config, adapter_name=name)
             else:
                 wrapped.add_adapter(name, config)
-            restore(wrapped, name, weights)
-        except StudyError as error:
-            raise StudyError(f"{directory}: does not fit this backbone: {error}") from None
+            loading = set_peft_model_state_dict(wrapped, weights, adapter_name=name)
+            for key in loading.missing_keys:
+                if ".lora_" in key and f".{name}." in key:
+                    raise StudyError(f"it has no weights for {key}")
+            for key in loading.unexpected_keys:
+                raise StudyError(f"there is no place for its {key}")
+        # PEFT's own: no such module, or another size.
+        except (StudyError, ValueError, KeyError, RuntimeError) as error:
+            reason = first_line(error)
+            raise StudyError(f"{directory}: does not fit this backbone: {reason}") from None
     wrapped.set_adapter(next(iter(adapters)))
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(trainable is not None and f".{trainable}." in name)
