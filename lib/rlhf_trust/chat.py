@@ -2,14 +2,19 @@
 
 ``chatml`` is what SmolLM2-Instruct was trained on; we give no default system text, since its chat
 template would slip in "You are a helpful AI assistant named SmolLM…". ``dialogue`` is HH-RLHF's
-plain ``Human:`` / ``Assistant:`` text, for base models. Prompt and answer are tokenised apart and
-joined, so a prompt's tokens never depend on the answer that follows."""
+plain ``Human:`` / ``Assistant:`` text, for base models. ``template`` is the tokenizer's own chat
+template, with whatever it says of itself; ``auto`` is that where there is one, else ``dialogue``.
+
+Prompt and answer are tokenised apart and joined, so a prompt's tokens never depend on the answer
+that follows. A special token's name inside a text is text: it never becomes the token."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from . import StudyError
@@ -49,6 +54,87 @@ class Format:
     answer: str
     stop: tuple[str, ...]
 
+    def prompt(self, turns: Sequence[str], system: str | None = None) -> str:
+        text = self.system.format(text=system) if system else ""
+        for index, turn in enumerate(turns):
+            text += (self.assistant if index % 2 else self.human).format(text=turn)
+        return text + self.cue
+
+
+class Template:
+    """A tokenizer's own chat template, asked how it begins and ends an answer.
+
+    ``answer``, ``stop`` as in :class:`Format`; ``end``: the id of the token that ends an answer;
+    ``opening``: what it puts in front of every conversation without a system text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        if not tokenizer.chat_template:
+            raise StudyError("prompt_format: the tokenizer has no chat template; use dialogue")
+        question, answer = "What is that?", "That is it."
+        prompt = self.prompt([question])
+        whole = self._rendered([question, answer], cue=False)
+        if not whole.startswith(prompt) or answer not in whole[len(prompt) :]:
+            raise StudyError(
+                "prompt_format: the chat template writes a prompt in one way and its beginning in "
+                "a finished conversation in another; use chatml or dialogue"
+            )
+        before, _, after = whole[len(prompt) :].partition(answer)
+        ids = tokenizer(after, add_special_tokens=False).input_ids
+        if not ids or ids[0] not in special_ids(tokenizer):
+            raise StudyError(
+                "prompt_format: the chat template ends answers by no special token, so nothing "
+                "says where they end; use chatml or dialogue"
+            )
+        self.answer, self.end = before.replace("{", "{{").replace("}", "}}") + "{text}", ids[0]
+        self.stop = tuple(map(tokenizer.convert_ids_to_tokens, special_ids(tokenizer)))
+        self.opening = prompt.partition(question)[0]
+
+    def _rendered(self, turns: Sequence[str], system: str | None = None, cue: bool = True) -> str:
+        said = [{"role": "system", "content": system}] if system else []
+        for index, turn in enumerate(turns):
+            said.append({"role": "assistant" if index % 2 else "user", "content": turn})
+        return self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=cue)
+
+    def prompt(self, turns: Sequence[str], system: str | None = None) -> str:
+        """A template without a place for a system text has it before the first turn."""
+        try:
+            text = self._rendered(turns, system)
+        except TemplateError as error:
+            if not system:
+                raise StudyError(f"prompt_format: the chat template fails: {error}") from None
+            text = ""
+        if system and system.strip() not in text:
+            text = self._rendered([f"{system}\n\n{turns[0]}", *turns[1:]])
+        return text
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of all tokens that are marked as special, in use or reserved."""
+    added = tokenizer.added_tokens_decoder.items()
+    return sorted({*tokenizer.all_special_ids, *(id for id, token in added if token.special)})
+
+
+def choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token that is not its end token, if it has none.
+
+    With one token for both, code that finds the end of a text by its padding (reward heads do)
+    reads one token too early. Any other token serves, since attention masks hide it: a reserved one
+    by preference, else a word that no text spells as the vocabulary does (GPT-2 has no other)."""
+    end, vocabulary = tokenizer.eos_token, tokenizer.get_vocab()
+    if tokenizer.pad_token not in (None, end):
+        return
+    reserved = ["<|padding|>", "<pad>", "<|pad|>", tokenizer.unk_token, "<unk>", "<|endoftext|>"]
+    others = tokenizer.convert_ids_to_tokens(special_ids(tokenizer))
+    reserved += [token for token in others if token != tokenizer.bos_token]
+    # Byte-level and sentencepiece vocabularies write a blank as one of these.
+    reserved += [token for token in sorted(vocabulary) if len(token) > 1 and token[0] in "Ġ▁"]
+    free = [token for token in reserved if token in vocabulary and token != end]
+    if not free:
+        raise StudyError("the tokenizer can pad only with its end token; add a pad token to it")
+    tokenizer.pad_token = free[0]
+
 
 FORMATS = {
     "chatml": Format(
@@ -70,6 +156,14 @@ FORMATS = {
 }
 
 
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text by itself (not what some put behind it)."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return tuple(whole[: next(places, 0)])
+
+
 class Chat:
     """Turns conversations into token ids in one format.
 
@@ -78,21 +172,34 @@ class Chat:
     tokenizer
         The model's own.
     name
-        ``chatml`` or ``dialogue``.
+        ``chatml``, ``dialogue``, ``template`` or ``auto``. With a template the tokenizer's end
+        token becomes the one that ends an answer in it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str):
-        if name not in FORMATS:
-            raise StudyError(f"prompt_format: must be one of {', '.join(FORMATS)}, got {name!r}")
+        if name == "auto":
+            name = "template" if tokenizer.chat_template else "dialogue"
+        known = (*FORMATS, "template", "auto")
+        if name not in known:
+            raise StudyError(f"prompt_format: must be one of {', '.join(known)}, got {name!r}")
         if name == "chatml" and "<|im_start|>" not in tokenizer.get_vocab():
             needed = "a tokenizer with <|im_start|>; use dialogue for this model"
             raise StudyError(f"prompt_format: chatml needs {needed}")
         self.tokenizer = tokenizer
         self.name = name
-        self.format = FORMATS[name]
         # What the tokenizer itself would put in front of a text (Llama's <s>; nothing for SmolLM2
         # and Pythia).
-        self._opening = tuple(tokenizer("").input_ids)
+        self._text_opening = opening_ids(tokenizer)
+        if name == "template":
+            self.format = Template(tokenizer)
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.format.end)
+            choose_pad(tokenizer)
+            self._opening = ()  # the template writes it
+        else:
+            self.format, self._opening = FORMATS[name], self._text_opening
+        names = map(tokenizer.convert_ids_to_tokens, special_ids(tokenizer))
+        either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        self._special = re.compile(either or "(?!)")
         # GPT-2, Pythia, Qwen and SmolLM2 separate documents by one token, whatever their
         # conversations begin and end with.
         separator = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
@@ -102,11 +209,14 @@ class Chat:
         """``turns`` alternate human, assistant, …, human."""
         if len(turns) % 2 == 0:
             raise StudyError(f"a prompt must end in a human turn, got {len(turns)} turns")
-        form = self.format
-        text = form.system.format(text=system) if system else ""
-        for index, turn in enumerate(turns):
-            text += (form.assistant if index % 2 else form.human).format(text=turn)
-        return text + form.cue
+        return self.format.prompt([*map(self._plain, turns)], system and self._plain(system))
+
+    def _plain(self, text: str) -> str:
+        """A special token's name gets a break without width behind its first character."""
+        return self._special.sub(lambda name: name[0][0] + "\u200b" + name[0][1:], text)
+
+    def _answer(self, text: str) -> str:
+        return self.format.answer.format(text=self._plain(text))
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -116,7 +226,7 @@ class Chat:
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """The answer's tokens with the end token that teaches the model to stop."""
-        return self._ids(self.format.answer.format(text=answer)) + (self.tokenizer.eos_token_id,)
+        return self._ids(self._answer(answer)) + (self.tokenizer.eos_token_id,)
 
     def sequence(self, turns, answer: str, system: str | None = None) -> EncodedExample:
         """Prompt and answer as one sequence."""
@@ -125,15 +235,16 @@ class Chat:
 
     def options(self, turns, answers: Iterable[str], system: str | None = None) -> Options:
         """A prompt's tokens, and those of each answer to weigh, without end tokens."""
-        texts = [self.format.answer.format(text=answer) for answer in answers]
+        texts = map(self._answer, answers)
         return self.prompt_ids(turns, system), tuple(map(self._ids, texts))
 
     def plain_options(self, text: str, endings: Iterable[str], document: bool = False) -> Options:
         """The same for text outside any conversation: text and ending are tokenised together and
         cut where the text's own tokens end, as evaluation harnesses do. ``document``: behind the
         token that separates documents in pretraining, if the tokenizer itself puts none there."""
-        context, wholes = self._ids(text), [self._ids(text + ending) for ending in endings]
-        opening = self._opening or (self._separator if document else ())
+        text = self._plain(text)
+        context, wholes = self._ids(text), [self._ids(text + self._plain(e)) for e in endings]
+        opening = self._text_opening or (self._separator if document else ())
         return opening + context, tuple(whole[len(context) :] for whole in wholes)
 
     def decode(self, ids) -> str:

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import StudyError
 from .artifacts import atomic_write, content_key, sha256_of
+from .chat import choose_pad
 from .sources import first_line, model_directory
 
 # loading takes a second; its bar would stay in every rendered notebook
@@ -83,19 +84,14 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token that is not its end token.
-
-    With one token for both, code that finds the end of a text by its padding (reward heads do)
-    reads one token too early. Any other reserved token serves, since attention masks hide it."""
+    """The tokenizer, with an end token and another one to pad with."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    end = tokenizer.eos_token
-    if tokenizer.pad_token in (None, end):
-        unknown, vocabulary = tokenizer.unk_token, tokenizer.get_vocab()
-        reserved = ("<|padding|>", "<pad>", "<|pad|>", unknown, "<unk>", "<|endoftext|>")
-        free = [token for token in reserved if token in vocabulary and token != end]
-        if not free:
-            raise StudyError(f"{directory}: the tokenizer can pad only with its end token; add one")
-        tokenizer.pad_token = free[0]
+    if tokenizer.eos_token is None:
+        raise StudyError(f"{directory}: the tokenizer has no end token; set eos_token in it")
+    try:
+        choose_pad(tokenizer)
+    except StudyError as error:
+        raise StudyError(f"{directory}: {error}") from None
     return tokenizer
 
 

@@ -53,7 +53,11 @@ class Study:
     @cached_property
     def chat(self) -> Chat:
         """The prompt format, over the model's tokenizer."""
-        return Chat(self.base.tokenizer, *self._need("prompt_format"))
+        chat = Chat(self.base.tokenizer, *self._need("prompt_format"))
+        if chat.name == "template":
+            begin = chat.format.opening
+            print(f"prompt format: the tokenizer's own template; conversations begin {begin!r}")
+        return chat
 
     @property
     def pad(self) -> int:
