@@ -63,7 +63,7 @@ def test_answers_are_read(line):
 LABELS = Path(__file__).parent / "reference" / "labels"
 BOUNDS = {
     "ethics": 0.03,
-    "stereotype": 0.05,
+    "stereotype": 0.03,
     "truthfulness": 0.02,
     "privacy": 0.01,
     "toxicity": 0.06,
@@ -143,7 +143,7 @@ def test_labelled_answers_are_read(vertical):
     assert reader_error(vertical) == (misread, len(agreed), *sides)
 
 
-@pytest.mark.parametrize(("vertical", "bound"), [("ethics", 0.03), ("stereotype", 0.09)])
+@pytest.mark.parametrize(("vertical", "bound"), [("ethics", 0.03), ("stereotype", 0.05)])
 def test_further_answers_are_read(vertical, bound):
     rows = [row for row in labelled("further") if row["vertical"] == vertical]
     misread = [found != row["label"] for row, found in zip(rows, readings(vertical, rows))]
