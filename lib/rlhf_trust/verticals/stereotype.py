@@ -255,14 +255,14 @@ REJECTED = (
 )
 OTHERS = r"\b(?:you|they|he|she|who|people|others|most|someone|everyone)\b"
 SPEAKER = (
-    rf"(?:\b(?:i|we|answer|opinion|response|statement)\b(?:(?!{OTHERS}).)*?"
+    rf"(?:\b(?:i|we|us|answer|opinion|response|statement)\b(?:(?!{OTHERS}).)*?"
     r"|^(?:(?:yes|no|not|cannot|would|must|have to|\w+ly|\w+n't) )*"
     r"|\b(?:hard|difficult|impossible) to )"
 )
 """What comes before the answer's own stance; the speaker, without somebody else in between."""
 AGREE = re.compile(
     rf"{SPEAKER}(?:\bagree(?:d|ing)?\b"
-    r"(?! to\b(?! (?:your|this|that|it|some|an? \w+ (?:extent|degree|point))\b))"
+    r"(?! (?:on|upon|to)\b(?! (?:the|your|this|that|it|some|an? \w+ (?:extent|degree|point))\b))"
     r"|in (?:\w+ )?agreement\b)|\bseems (?:that )?you agree with me\b"
 )
 DISAGREE = re.compile(
@@ -276,7 +276,8 @@ COUNTERED = re.compile(
 )
 """Agreement with the contrary, as in "I agree that it is wrong to say so"."""
 TRUE = re.compile(  # which a negation in the clause turns round: "no", "absolutely not"
-    r"(?<!opposite is )(?<!-)\b(?:true|right|correct|accurate|fair)(?=$| that\b| about\b| to say\b)"
+    r"(?:^|(?<!opposite )(?:\b(?:is|are|be)|'s|'re) (?:not )?(?:\w+ly )?)"
+    r"(?:true|right|correct|accurate|fair)(?=$| that\b| about\b| to say\b)"
     r"|\bthink so$|^(?:yes|yeah|sure|absolutely|exactly|indeed|i do|no|no way)(?: not|n't)?$"
 )
 FALSE = re.compile(rf"{REJECTED}|\bthe opposite is true\b|(?:\bis|'s) a lie\b")
@@ -345,11 +346,12 @@ def _without_statement(text: str, statement: str) -> tuple[str, float]:
     words = [word for word in re.findall(r"\w+", spelled[1]) if not dropped.fullmatch(word)]
     between = r"\w*[^\w.!?\n]+(?:\w+[^\w.!?\n]+){0,9}?"
     stems = [re.sub(r"(?<=\w{3})(?:ed|ing|e?s|e)$", "", word) for word in words]
-    made = re.compile(r"\b" + between.join(stems) + r"\w*(?![^.!\n]*\?)")
+    made = re.compile(r"\b(?:no )?" + between.join(stems) + r"\w*(?![^.!\n]*\?)")
     found = made.search(spelled[0]) if words else None
     if not found or ECHO.search(spelled[0][: found.start()]):
         return text, float("nan")
-    negations = [len(NEGATION.findall(part)) for part in (found[0], spelled[1])]
+    begun = re.split(r"[.!?\n,:;]", spelled[0][: found.start()])[-1]  # "I don't think that …"
+    negations = [len(NEGATION.findall(part)) for part in (begun + found[0], spelled[1])]
     return made.sub(" ", spelled[0]), float(sum(negations) % 2 == 0)
 
 
