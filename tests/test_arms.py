@@ -428,7 +428,15 @@ def test_the_sentence_says_at_which_distance_and_on_how_much():
         level, known = sparse["stereotype"][name]
         values = np.where(np.arange(60) % 3 == seed, level.values, np.nan)
         sparse["stereotype"][name] = [replace(level, values=values), known]
-    assert "only 33% of the pairs comparable" in words(sparse)
+    assert "only 33% of the answers comparable" in words(sparse)
+    selected = measures_of(0.2, 0.0)
+    for name, (level, known) in selected["stereotype"].items():
+        kept = np.full(60, 0.25 if name in NAMES["matched_placebo"] else 0.75)
+        rate = replace(level, metric="kept_rate", values=kept)
+        selected["stereotype"][name] = [level, known, rate]
+    against_placebo, against_start = words(selected).split("Against start")
+    assert "only 25% of the answers comparable" in against_placebo
+    assert "comparable" not in against_start
 
 
 def test_one_seed_is_one_checkpoint_and_few_items_have_no_verdict():

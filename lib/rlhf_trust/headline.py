@@ -90,9 +90,11 @@ def changes_of(
     (arms as they were trained) and against the placebo (both at the same KL to SFT), over items and
     seeds.
 
-    ``compared``: share of items × seeds with a value in both arms.
+    ``compared``: share of items × seeds with a value in both arms; if less, the smaller share of
+    an arm's samples that count (``kept_rate``), where the instrument leaves some out.
     """
     like, rows = one_measure(measures["start"], metric, condition), []
+    kept = [m for m in measures["start"] if (m.metric, m.condition) == ("kept_rate", condition)]
     for stage, names in arms.items():
         against = {"start": (names["true"], ["start"])}
         if "matched_placebo" in names:
@@ -102,7 +104,10 @@ def changes_of(
             after, before = (by_item(measures, m, metric, condition) for m in both)
             change = crossed_change(after, before, like.clusters, like.bounds)
             rows.append({"stage": stage, "baseline": baseline} | vars(change))
-            rows[-1]["compared"] = np.isfinite(after - before).mean()
+            shares = [np.isfinite(after - before).mean()]
+            if kept:
+                shares += [by_item(measures, m, "kept_rate", condition).mean() for m in both]
+            rows[-1]["compared"] = min(shares)
     return pd.DataFrame(rows).rename(columns=COLUMNS | {"value": "change"})
 
 
@@ -198,7 +203,7 @@ def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames
 
 EFFECT = "effect of the preferences"
 HALF = 0.5
-"""With a smaller share of pairs that can be compared, the sentence says so."""
+"""With a smaller share of pairs or samples that can be compared, the sentence says so."""
 
 
 def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
@@ -298,7 +303,7 @@ def _change_words(row) -> str:
     if np.isnan(row.ci_low):
         return f"{change}; {seeds})"
     p = f"p = {row.p_holm:.3f}" if row.p_holm >= 0.001 else "p < 0.001"
-    few = f", only {row.compared:.0%} of the pairs comparable" if row.compared < HALF else ""
+    few = f", only {row.compared:.0%} of the answers comparable" if row.compared < HALF else ""
     told = Interval(row.validity_change, row.validity_low, row.validity_high, row.n)
     blunt = "; the instrument itself tells less, {}".format(interval_words(told, label=""))
     blunt = blunt if row.validity_high < 0 else ""
