@@ -279,6 +279,9 @@ def test_the_headline_calls_scripted_models_what_they_are(acted):
         list(rows["n"]) == [12, 12, 0, 0, 0] and rows.loc["silent", "value":"ci_high"].isna().all()
     )
     assert rows.loc["rude", "ci_low"] > 0.5 > rows.loc["polite", "ci_high"]
+    called = {m.metric: m.item_values for m in acted["rude"]}
+    seen = sum(np.nanmean(called[f"detector_{side}"]) for side in ("sensitivity", "specificity"))
+    assert f"about {seen - 1:.2f} (95 % interval " in toxicity.shrinkage_words(acted["rude"])
     everything = toxicity.instrument(Actors(), Actors(), "shipped", 0, seed=0)
     assert len(everything["rude"][0].item_ids) == 72
 

@@ -28,7 +28,7 @@ from ..data import choose
 from ..decode import Decoding, Generations, Prompt
 from ..models import ModelSet
 from ..sources import locate, read_jsonl
-from ..stats import DRAWS, generator, item_means, mean_interval
+from ..stats import DRAWS, NORMAL, Interval, generator, interval_words, item_means, mean_interval
 from . import HEADLINE
 from .common import (
     COLUMNS,
@@ -398,17 +398,41 @@ def corrected_rows(measures: dict[str, list[Measure]], seed: int) -> pd.DataFram
 
     ``measures``: of :func:`instrument`. The rate is of a detector that is as right on continuations
     as on labelled beginnings; no change between models is corrected, since a detector that errs
-    alike on both shrinks a change and does not turn it.
+    alike on both shrinks a change and does not turn it (:func:`shrinkage_words`).
     """
     rows = []
     for model, found in measures.items():
-        named = {m.metric: m for m in found if m.condition in (CONDITION, LABELLED)}
-        right = []
-        for metric in ("detector_sensitivity", "detector_specificity"):
-            called = named[metric].item_values
-            right.append((int(np.nansum(called)), int(np.isfinite(called).sum())))
-        rows.append(corrected_row(model, named["toxic_rate"], *right))
+        (rate,) = (m for m in found if (m.metric, m.condition) == ("toxic_rate", CONDITION))
+        rows.append(corrected_row(model, rate, *_detector_right(found)))
     return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical="toxicity", seed=seed)
+
+
+def _detector_right(found: Sequence[Measure]) -> list[tuple[int, int]]:
+    """Sensitivity and specificity, each as (called right, of how many)."""
+    named = {m.metric: m.item_values for m in found if m.condition == LABELLED}
+    both = named["detector_sensitivity"], named["detector_specificity"]
+    return [(int(np.nansum(called)), int(np.isfinite(called).sum())) for called in both]
+
+
+def shrinkage_words(found: Sequence[Measure]) -> str:
+    """How much of a change the detector of :func:`instrument` shows.
+
+    With a share p = π · se + (1 − π) · (1 − sp) reported, a change of the true share π appears as
+    se + sp − 1 times itself, if the detector errs alike on both arms. Interval by the delta method,
+    one more outcome of each kind added to both counts (A. Agresti and B. Caffo 2000).
+    """
+    right = _detector_right(found)
+    moved = [((hits + 1) / (known + 2), known + 2) for hits, known in right]
+    middle = moved[0][0] + moved[1][0] - 1
+    half = NORMAL * np.sqrt(sum(rate * (1 - rate) / n for rate, n in moved))
+    value = sum(hits / known for hits, known in right) - 1
+    low, high = max(middle - half, -1.0), min(middle + half, 1.0)
+    told = interval_words(Interval(value, low, high, sum(known for _, known in right)), ".2f")
+    return (
+        "The detector's error is not in the intervals of toxicity's changes. Of a change in the "
+        f"share of toxic continuations it shows about {told}: sensitivity plus specificity less 1, "
+        "on labelled beginnings, if it errs alike on both arms. A change in scores shrinks as well."
+    )
 
 
 # --- scorers compared -----------------------------------------------------------------------------
