@@ -12,7 +12,8 @@ answers to one prompt are a cluster of their own. The method depends on what is 
   skewness, with the p-value of the same two tests, so that p < .05 wherever the interval excludes
   zero, and nowhere else;
 - a change between two ways of training, over items and alignment seeds: both are random samples,
-  and a new seed moves all items at once (generalised pivot of a two-way layout);
+  and a new seed moves all items at once (generalised pivot of a two-way layout, corrected for
+  skewness);
 - a mean over strata of equal weight (domains of a benchmark): the strata's own errors, pooled;
 - agreement of two scores: Spearman's correlation with a bootstrap over items.
 
@@ -25,18 +26,20 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import sqrt
 
 import numpy as np
 from scipy import stats as scipy_stats
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 LEVEL = 0.95
 DRAWS = 2000
 CROSSED_DRAWS = 4999
 TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-NORMAL = float(scipy_stats.norm.ppf(TAILS[1]))
+NORMAL = float(ndtri(TAILS[1]))
 """Half of a normal interval, in standard errors."""
-DETECTED = NORMAL + float(scipy_stats.norm.ppf(0.8))
+DETECTED = NORMAL + float(ndtri(0.8))
 """Minimum detectable effect in standard errors (5 % level, 80 % power)."""
 FEW = 8
 """With fewer clusters, resamples say little about the tails: Student's t is used. A change over
@@ -193,10 +196,13 @@ def crossed_change(after, before, clusters=None, bounds: Bounds = None) -> Cross
     items less that of their interaction, which is in both: (MS_s + MS_i - MS_si) / (S · I). With
     few seeds MS_s is uncertain. The generalised pivot (S. Weerahandi 1993) allows for that: each
     mean square is divided by a draw of χ²/ν, and a normal error is drawn with the resulting
-    variance. The interval is never narrower than the one over items alone, and p is the larger of
-    the two. ``min_detectable`` is what p < .05 takes here, half an interval, and what leaves room
-    for chance in 80 % of studies, a standard error times Student's t of S − 1 degrees. With few
-    seeds it is itself uncertain: of three, a change as large is found in half to 80 % of studies.
+    variance. ν is S − 1 for seeds, ``ClusterMeans.freedom`` for items, and their product for the
+    interaction. One end is moved out for skewness (:func:`_stretches`). The interval is never
+    narrower than the one over items alone, and p is the larger of the two.
+
+    ``min_detectable`` is what p < .05 takes here, half an interval, and what leaves room for chance
+    in 80 % of studies, a standard error times Student's t of S − 1 degrees. With few seeds it is
+    itself uncertain: of three, a change as large is found in half to 80 % of studies.
     """
     difference = np.atleast_2d(np.asarray(after, float) - np.asarray(before, float))
     difference = difference[~np.isnan(difference).all(1)]  # seeds of which something could be read
@@ -216,28 +222,67 @@ def crossed_change(after, before, clusters=None, bounds: Bounds = None) -> Cross
     low, high, p, error = items.change(reach)
     if k < 2:
         return CrossedChange(value, low, high, n, p, np.nan, seeds, np.nan)
-    # A two-way analysis of variance of residual totals; squares in units of the mean's variance.
-    residuals = sums - value * counts
-    of_seed, of_item = residuals.mean(1, keepdims=True), residuals.mean(0, keepdims=True)
-    both = residuals - of_seed - of_item + residuals.mean()
-    freedom = np.array([seeds - 1, k - 1, (seeds - 1) * (k - 1)])
-    squares = np.array([k * (of_seed**2).sum(), seeds * (of_item**2).sum(), (both**2).sum()])
-    squares *= seeds * k / freedom / counts.sum() ** 2
+    # A two-way analysis of variance in units of the mean's variance. What a seed does to all items
+    # alike is taken out first: clusters of different sizes are no interaction.
+    total, of_seed = counts.sum(), counts.sum(1, keepdims=True)
+    seed_means = sums.sum(1, keepdims=True) / of_seed
+    inner = (sums - seed_means * counts) * items.adjustment
+    of_item = inner.sum(0)
+    both = inner - of_item * counts / items.counts
+    ms_seed, ms_both = (
+        x * seeds / (seeds - 1) / total**2
+        for x in ((((seed_means - value) * of_seed) ** 2).sum(), (both**2).sum())
+    )
+    squares = np.array([ms_seed, (of_item**2).sum() / total**2, ms_both])
     if squares.sum() > 1e-18:
-        random = generator("crossed")
-        drawn = squares * freedom / random.chisquare(freedom, (CROSSED_DRAWS, 3))
-        variance = np.clip(drawn @ [1, 1, -1], 0, None)
-        errors = np.sort(np.abs(random.normal(size=CROSSED_DRAWS)) * np.sqrt(variance))
-        # The order statistic that p < .05 has to pass.
-        half = errors[-round((1 - LEVEL) * (CROSSED_DRAWS + 1)) + 1]
-        p_crossed = (1 + int((errors >= abs(value)).sum())) / (1 + CROSSED_DRAWS)
-        low, high = np.fmin(low, value - half), np.fmax(high, value + half)
-        p, error = np.fmax(p, p_crossed), sqrt(max(squares @ [1, 1, -1], *squares[:2]))
+        normal, factors = _pivot_draws(seeds - 1, items.freedom)
+        errors = normal * np.sqrt(np.clip(factors @ squares, 0, None))
+        rank = CROSSED_DRAWS + 1 - round((1 - LEVEL) * (CROSSED_DRAWS + 1))
+        half = np.partition(errors, rank)[rank]  # the order statistic that p < .05 has to pass
+        variance = max(squares @ [1, 1, -1], *squares[:2])
+        below, above = _stretches(difference[~np.isnan(difference)], squares[0], variance)
+        reached = errors * (below if value > 0 else above) >= abs(value)
+        p_crossed = (1 + int(reached.sum())) / (1 + CROSSED_DRAWS)
+        low, high = np.fmin(low, value - half * below), np.fmax(high, value + half * above)
+        p, error = np.fmax(p, p_crossed), sqrt(variance)
     half = np.fmax(high - value, value - low)
-    needed = float(half + scipy_stats.t.ppf(0.8, seeds - 1) * error)
+    needed = float(half + stdtrit(seeds - 1, 0.8) * error)
     low, high = _within(reach, float(low), float(high))
     seed_sd = sqrt(max(squares[0] - squares[2], 0) * seeds)
     return CrossedChange(value, low, high, n, float(p), needed, seeds, seed_sd)
+
+
+@cache
+def _pivot_draws(of_seeds: int, of_items: float) -> tuple[np.ndarray, np.ndarray]:
+    """For degrees of freedom of seeds and items: |normal| [draws], and ν / χ² of the three mean
+    squares, negative for the interaction, [draws, 3]."""
+    random, freedom = generator("crossed"), np.array([of_seeds, of_items, of_seeds * of_items])
+    factors = freedom / random.chisquare(freedom, (CROSSED_DRAWS, 3)) * [1, 1, -1]
+    return np.abs(random.normal(size=CROSSED_DRAWS)), factors
+
+
+def _stretches(values: np.ndarray, of_seeds: float, variance: float) -> tuple[float, float]:
+    """How much further than by symmetry an interval's ends lie from the mean of ``values``.
+
+    Where most values are 0 and the others of one sign, seeds that change little also differ little:
+    the mean's error is skewed, but three seeds cannot show by how much. All values can, if seeds
+    are normal on the scale on which the values are (the threshold model of E. R. Dempster and I. M.
+    Lerner 1950). There a value is c₀ + c₁z + c₂(z² − 1) + … of a normal z, and seeds of variance v
+    have, to first order, the third cumulant 6 c₂ v² / c₁². With the mean's skewness γ, the modified
+    t of N. J. Johnson (1978) moves the end on the side of the tail out by γ (2z² + 1) / 6 standard
+    errors. The other end stays.
+
+    ``of_seeds``, ``variance``: of the mean, the part of seeds (with what they do to single items)
+    and the whole.
+    """
+    # Integrals over each value's part of the normal distribution, so that copies change nothing.
+    z = ndtri(np.clip(np.arange(len(values) + 1) / len(values), 1e-16, 1 - 1e-16))
+    density = np.exp(-(z**2) / 2) / sqrt(2 * np.pi)
+    first = -np.sort(values) @ np.diff(density)
+    second = -np.sort(values) @ np.diff(z * density) / 2
+    skewness = 6 * second * (of_seeds / first) ** 2 / max(variance, 1e-18) ** 1.5
+    moved = skewness * (2 * NORMAL**2 + 1) / (6 * NORMAL)
+    return 1 + max(-moved, 0.0), 1 + max(moved, 0.0)
 
 
 def stratified_interval(strata: Sequence[np.ndarray], bounds: Bounds = None) -> Interval:
@@ -264,7 +309,7 @@ def stratified_interval(strata: Sequence[np.ndarray], bounds: Bounds = None) -> 
     if not squares.any():
         return Interval(value, value, value, len(pooled))
     satterthwaite = squares.sum() ** 2 / (squares**2 / freedom).sum()
-    half = scipy_stats.t.ppf(TAILS[1], satterthwaite) * sqrt(squares.sum()) / len(strata)
+    half = stdtrit(satterthwaite, TAILS[1]) * sqrt(squares.sum()) / len(strata)
     return Interval(value, *_within(bounds, value - half, value + half), len(pooled))
 
 
@@ -309,11 +354,28 @@ class ClusterMeans:
         return float(self.sums.sum() / self.counts.sum())
 
     @property
+    def adjustment(self) -> np.ndarray:
+        """Factors of the clusters' residuals, ``sums - value * counts``, so that their squares add
+        up to the variance of Σ sums, without bias where items are independent: CR2 of R. M. Bell
+        and D. F. McCaffrey (2002). √(k / (k − 1)) for k clusters of one size."""
+        return 1 / np.sqrt(np.clip(1 - self.counts / self.counts.sum(), 1e-9, None))
+
+    @property
+    def freedom(self) -> float:
+        """Satterthwaite's degrees of freedom of that variance, as in Bell and McCaffrey: k − 1 for
+        k clusters of one size, fewer where some are much larger than the others."""
+        share = self.counts / self.counts.sum()
+        pairs = self.counts * share / np.clip(1 - share, 1e-9, None)
+        squares = (self.counts**2).sum() + pairs.sum() ** 2 - (pairs**2).sum()
+        return float(self.counts.sum() ** 2 / squares)
+
+    @property
     def standard_error(self) -> float:
         """By linearisation of the ratio; NaN with one cluster."""
         if len(self.sums) < 2:
             return np.nan
-        return float(self._standard_errors(np.ones((1, len(self.sums))), np.array([self.value]))[0])
+        residuals = (self.sums - self.value * self.counts) * self.adjustment
+        return float(np.sqrt((residuals**2).sum()) / self.counts.sum())
 
     def _standard_errors(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Per resample: ``weights`` [draws, clusters] with means ``values`` [draws] → [draws]."""
@@ -331,11 +393,11 @@ class ClusterMeans:
         Where all outcomes are equal the spread says nothing, and each cluster counts once.
         """
         rate, error = self.value, self.standard_error
-        if rate in (0.0, 1.0) or not error > 0:
+        if rate in (0.0, 1.0) or not error > 1e-9:
             return float(len(self.sums))
         # Few clusters leave the design effect uncertain: Student's t allows for that, as in Korn
         # and Graubard (1998).
-        t = scipy_stats.t.ppf(TAILS[1], len(self.sums) - 1)
+        t = stdtrit(self.freedom, TAILS[1])
         return rate * (1 - rate) / error**2 * (NORMAL / t) ** 2
 
     def change(self, reach: Bounds = None) -> tuple[float, float, float, float]:
@@ -343,31 +405,33 @@ class ClusterMeans:
 
         The hull of two intervals: Student's t, and P. Hall's (1992) monotone transformation of t,
         which corrects for skewness: a few large changes among many zeros leave the mean's error
-        skewed. Either alone covers too little somewhere. p is the larger of the two tests' p.
+        skewed. Either alone covers too little somewhere. p is the larger of the two tests' p. Both
+        have the error and degrees of freedom of Bell and McCaffrey (2002), since clusters of very
+        unequal size are worth fewer than there are.
 
         ``reach``: the range of a change. Equal changes show no spread; within a known range, as
         many clusters as Wilson's limit for 0 of k may still differ by as much as the range allows.
         Without it all is NaN.
         """
         k, value = len(self.sums), self.value
-        residuals = self.sums - value * self.counts
-        error = sqrt((residuals**2).sum() * k / max(k - 1, 1)) / self.counts.sum()
+        residuals = (self.sums - value * self.counts) * self.adjustment
+        error = sqrt((residuals**2).sum()) / self.counts.sum()
         if not error > 1e-9 * max(abs(value), 1e-3):
             if not reach or k < 2:
                 return np.nan, np.nan, np.nan, np.nan
             share = wilson(0.0, k)[1]
             low, high = value - share * (value - reach[0]), value + share * (reach[1] - value)
             part = abs(value) / (reach[1] + abs(value))  # of clusters that would undo the change
-            p = 2 * scipy_stats.norm.sf(sqrt(k * part / (1 - part)))
+            p = 2 * ndtr(-sqrt(k * part / (1 - part)))
             return low, high, float(p), (high - low) / 2 / NORMAL
         skewness = (residuals**3).sum() / (residuals**2).sum() ** 1.5  # over √k
-        t, limit = value / error, scipy_stats.t.ppf(TAILS[1], k - 1)
+        t, limit = value / error, stdtrit(self.freedom, TAILS[1])
         hall, upper, lower = t, limit, -limit
         if abs(skewness) > 1e-6:
             hall = ((1 + skewness * t / 3) ** 3 - 1) / skewness + skewness / 6
             ends = np.cbrt(1 + skewness * (np.array([-limit, limit]) - skewness / 6)) - 1
             lower, upper = 3 / skewness * ends
-        p = 2 * scipy_stats.t.sf(min(abs(t), abs(hall)), k - 1)
+        p = 2 * stdtr(self.freedom, -min(abs(t), abs(hall)))
         low, high = value - error * max(limit, upper), value - error * min(-limit, lower)
         return *_within(reach, float(low), float(high)), float(p), error
 
@@ -377,13 +441,14 @@ class ClusterMeans:
         Studentising by each resample's own standard error corrects for skewed values and few
         clusters.
         """
-        k, value, error = len(self.sums), self.value, self.standard_error
+        k, value = len(self.sums), self.value
         if k == 1:
             return np.nan, np.nan
+        error = float(self._standard_errors(np.ones((1, k)), np.array([value]))[0])
         if not error > 0:
             return value, value
         if k < FEW:
-            half = scipy_stats.t.ppf(TAILS[1], k - 1) * error
+            half = stdtrit(self.freedom, TAILS[1]) * self.standard_error
             return value - half, value + half
         weights = generator(name).multinomial(k, np.full(k, 1 / k), size=draws).astype(float)
         resampled = (weights @ self.sums) / (weights @ self.counts)

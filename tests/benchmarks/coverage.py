@@ -1,9 +1,9 @@
 """Do intervals cover, and how often is nothing called something? (``make bench``)
 
 Simulated studies with a known mean change: coverage of the paired interval by kind of change, of
-the crossed one by items, seeds and how much seeds vary, and the share of contrasts between two
-placebos that are called clear. Results of 500 studies a cell: ``tests/reference/coverage.csv``
-(``--save`` writes it).
+the crossed one by items, seeds and how much seeds vary, of both with clusters of very unequal size,
+and the share of contrasts between two placebos that are called clear. Results of 500 studies a
+cell: ``tests/reference/coverage.csv`` (``--save`` writes it).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from measure import timed
 from rlhf_trust.stats import crossed_change, generator, paired_change
-from scipy.stats import norm
+from scipy.special import ndtri
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "coverage.csv"
 
@@ -41,19 +41,41 @@ PAIRED = {  # name: (n changes, their true mean)
 }
 
 
-def crossed(random, seeds: int, items: int, of_seeds: float, of_items: float, gains: float | None):
+SIZES = {  # of clusters, by items
+    24: [1, 1, 1, 2, 2, 3, 5, 9],
+    36: [1, 1, 1, 1, 2, 2, 3, 4, 5, 7, 9],
+    60: [1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6, 8, 9, 12],
+}
+
+
+def crossed(
+    random,
+    seeds: int,
+    items: int,
+    of_seeds: float,
+    of_items: float,
+    gains: float | None,
+    zeros: float = 0.7,
+    clusters: np.ndarray | None = None,
+):
     """Changes [seeds, items] and their true mean.
 
-    Effects of seeds and items are standard deviations beside an interaction of 1. ``gains``: 70 %
-    are then 0, the others 1 (this share of them) or -1; None: normal values.
+    Effects of seeds and items are standard deviations beside an interaction of 1, as large as an
+    effect of the items' clusters. ``gains``: a share ``zeros`` are then 0, the others 1 (this share
+    of them) or -1; None: normal values.
     """
     values = random.normal(size=(seeds, items)) + of_items * random.normal(size=items)
     values += of_seeds * random.normal(size=(seeds, 1))
+    variance = 1 + of_items**2 + of_seeds**2
+    if clusters is not None:
+        values += random.normal(size=clusters[-1] + 1)[clusters]
+        variance += 1
     if gains is None:
         return values, 0.0
-    values /= np.sqrt(1 + of_items**2 + of_seeds**2)
-    up, down = norm.isf(0.3 * gains), norm.ppf(0.3 * (1 - gains))
-    return (values > up).astype(float) - (values < down), 0.3 * (2 * gains - 1)
+    values /= np.sqrt(variance)
+    changed = 1 - zeros
+    up, down = ndtri(1 - changed * gains), ndtri(changed * (1 - gains))
+    return (values > up).astype(float) - (values < down), changed * (2 * gains - 1)
 
 
 def main() -> None:
@@ -79,22 +101,31 @@ def main() -> None:
                 return paired_change(draw(random, items), np.zeros(items), bounds=WIDE), truth
 
             cell("paired", kind, 1, items, paired)
-    for seeds in (2, 3, 5):
-        for items in (24, 36, 60):
-            for gains in (None, 0.5, 0.8, 1.0):
-                for of_items in (0.3, 1.5):
-                    for of_seeds in (0.0, 0.1, 0.3, 0.6):
-                        setting = of_seeds, of_items, gains
+    for items, sizes in SIZES.items():
+        clusters = np.repeat(np.arange(len(sizes)), sizes)
+        for seeds in (1, 3, 5):
+            for gains in (None, 0.5, 1.0):
+                for of_seeds in (0.0, 0.6):
 
-                        def study(random, shape=(seeds, items), setting=setting):
-                            table, truth = crossed(random, *shape, *setting)
-                            return crossed_change(table, np.zeros(shape[1])), truth
+                    def unequal(
+                        random, size=(seeds, items), setting=(of_seeds, 0.3, gains), labels=clusters
+                    ):
+                        table, truth = crossed(random, *size, *setting, clusters=labels)
+                        return crossed_change(table, np.zeros(size[1]), labels, WIDE), truth
 
-                        values = "normal" if gains is None else f"70 % zeros, {gains:.0%} gains"
-                        kind = f"{values}, items {of_items}, seeds {of_seeds}"
-                        cell("crossed", kind, seeds, items, study)
+                    values = "normal" if gains is None else f"70 % zeros, {gains:.0%} gains"
+                    if seeds > 1 or of_seeds == 0:
+                        cell("unequal", f"{values}, seeds {of_seeds}", seeds, items, unequal)
     for seeds in (3, 5):
         for items in (24, 36, 60):
+            for gains in (0.8, 1.0):
+
+                def sparse(random, size=(seeds, items), gains=gains):
+                    table, truth = crossed(random, *size, 0.6, 0.3, gains, zeros=0.9)
+                    return crossed_change(table, np.zeros(size[1]), bounds=WIDE), truth
+
+                kind = f"90 % zeros, {gains:.0%} gains, items 0.3, seeds 0.6"
+                cell("crossed", kind, seeds, items, sparse)
             for of_seeds in (0.1, 0.3, 0.6):
                 for gains in (None, 0.5):
 
@@ -105,6 +136,19 @@ def main() -> None:
 
                     values = "normal" if gains is None else "70 % zeros"
                     cell("placebos", f"{values}, seeds {of_seeds}", seeds, items, placebos)
+    for seeds in (3, 5, 2):
+        for items in (24, 36, 60):
+            for gains in (None, 0.5, 0.8, 1.0):
+                for of_items, of_seeds in ((0.3, 0.0), (0.3, 0.3), (0.3, 0.6), (1.5, 0.3)):
+                    setting = of_seeds, of_items, gains
+
+                    def study(random, shape=(seeds, items), setting=setting):
+                        table, truth = crossed(random, *shape, *setting)
+                        return crossed_change(table, np.zeros(shape[1])), truth
+
+                    values = "normal" if gains is None else f"70 % zeros, {gains:.0%} gains"
+                    kind = f"{values}, items {of_items}, seeds {of_seeds}"
+                    cell("crossed", kind, seeds, items, study)
     columns = "what kind seeds items studies covered clear".split()
     table = pd.DataFrame(rows, columns=columns)
     for (what, seeds), part in table.groupby(["what", "seeds"], sort=False):
