@@ -395,6 +395,10 @@ def test_reference_coverage():
     noise = 3 * np.sqrt(0.93 * 0.07 / table["studies"].min())  # of the lowest of many cells
     assert len(by_size) == 6 and (by_size["mean"] >= 0.95).all()
     assert (by_size["min"] >= 0.93 - noise).all()
+    unequal = table[table["what"] == "unequal"]
+    assert len(unequal) == 45 and (unequal["covered"] >= 0.93 - noise).all()
+    for cells in (crossed, unequal[unequal["seeds"] >= 3]):
+        assert (cells.groupby("kind")["covered"].mean() >= 0.94).all()  # over all sizes
     paired = table[(table["what"] == "paired") & (table["items"] >= 24)]
     assert (paired["covered"] >= 0.93 - noise).all()
     placebos = table[table["what"] == "placebos"]
