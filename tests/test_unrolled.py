@@ -12,7 +12,7 @@ import torch
 from conftest import random_head, some_examples
 from rlhf_trust import StudyError, losses as loss_module
 from rlhf_trust.attribution import unrolled
-from rlhf_trust.attribution.unrolled import Stage, unrolled_scores
+from rlhf_trust.attribution.unrolled import Stage, train_stages, unrolled_scores
 from rlhf_trust.attribution.validate import Queries
 from rlhf_trust.decode import LowerStates
 from rlhf_trust.losses import (
@@ -217,19 +217,12 @@ def test_scores_are_those_of_automatic_differentiation(network, stage, tmp_path)
         np.testing.assert_allclose(scores[:, column], wanted, rtol=1e-5, atol=1e-9)
 
 
-def chain(network, folder, weights=(None, None), keep=True):
+def chain(network, folder=None, weights=None):
     """SFT, then DPO from it and against it; the network is left as DPO left it."""
     answers, pairs = some_examples(5, 1), some_examples(6, 2, prefix="p")
-    kept = [Trajectory(folder / name) if keep else None for name in ("sft", "dpo")]
-    more = [{"weights": w, "trajectory": k} for w, k in zip(weights, kept)]
-    fit(network, "default", answers, NextTokenLoss(), PAD, SMOOTH, **more[0])
-    dpo = DPOLoss(0.3, reference_logps(network, "default", pairs, PAD))
-    fit(network, "default", pairs, dpo, PAD, SMOOTH, **more[1])
-    if keep:
-        return [
-            Stage(answers, NextTokenLoss(), SMOOTH, kept[0]),
-            Stage(pairs, dpo, SMOOTH, kept[1], {1: 1.0}),
-        ]
+    dpo = Stage(pairs, DPOLoss(0.3, {}), SMOOTH, reference={1: 1.0})
+    stages = [Stage(answers, NextTokenLoss(), SMOOTH), dpo]
+    return train_stages(network, "default", stages, PAD, weights=weights, folder=folder)
 
 
 def test_a_chain_scores_the_examples_of_both_stages(network, tmp_path):
@@ -247,10 +240,50 @@ def test_a_chain_scores_the_examples_of_both_stages(network, tmp_path):
                 weights = [np.ones(5), np.ones(6)]
                 weights[number][i] += step
                 restore(network, "default", start)
-                chain(network, tmp_path, weights, keep=False)
+                chain(network, weights=weights)
                 both.append(values(network, queries))
             slope = (both[0] - both[1]) / 0.02
             np.testing.assert_allclose(scores[number][i], slope, rtol=1e-3, atol=1e-7)
+
+
+def test_a_loss_refers_to_weights_that_its_chain_went_through(network, tmp_path):
+    pairs = some_examples(4, 2)
+    references = [{}, {1: 1.0}, {1: 0.3, 2: 0.7}]  # SFT's end, and INPO's second round
+    stages = [Stage(some_examples(4, 1), NextTokenLoss(), SMOOTH)]
+    stages += [Stage(pairs, INPOLoss(0.05, {}), SMOOTH, reference=r) for r in references[1:]]
+    ran = train_stages(network, "default", stages, PAD, folder=tmp_path)
+    at_start = []
+    for stage in ran[1:]:
+        restore(network, "default", stage.trajectory.state(0)["weight"])
+        found = reference_logps(network, "default", pairs, PAD)
+        at_start.append(np.array([found[pair.id] for pair in pairs]))
+    for stage, wanted in zip(ran[1:], (at_start[0], 0.3 * at_start[0] + 0.7 * at_start[1])):
+        np.testing.assert_allclose([stage.loss.reference[pair.id] for pair in pairs], wanted)
+    assert np.abs(at_start[1] - at_start[0]).max() > 1e-3
+    scores = unrolled_scores(network, "default", ran, asked(NextTokenLoss()), PAD)
+    assert [some.shape for some in scores] == [(4, 2)] * 3
+
+
+def test_a_chain_leads_through_a_reward_model(network, tmp_path):
+    """Its head is its own: it begins and ends with that stage."""
+    head = torch.nn.Parameter(random_head(32, 0).double())
+    answers, own, start = some_examples(4, 1), head.detach().clone(), snapshot(network, "default")
+    stages = [Stage(answers, NextTokenLoss(), SMOOTH)]
+    stages += [Stage(some_examples(4, 2, prefix="p"), RewardLoss(head), SMOOTH), stages[0]]
+    queries = {"odds": Queries(odds(3), LogOddsLoss())}
+
+    ran = train_stages(network, "default", stages, PAD, folder=tmp_path)
+    first, second, _ = unrolled_scores(network, "default", ran, queries, PAD)
+    both = []
+    for weight in (1.01, 0.99):
+        restore(network, "default", start)
+        head.data.copy_(own)
+        weights = [[1, 1, weight, 1], [weight, 1, 1, 1], np.ones(4)]
+        train_stages(network, "default", stages, PAD, weights=weights)
+        both.append(values(network, queries))
+    slope = (both[0] - both[1]) / 0.02
+    assert first[2].any() and second[0].any()
+    np.testing.assert_allclose(first[2] + second[0], slope, rtol=1e-3)
 
 
 def test_a_replay_goes_on_where_it_was_killed(network, tmp_path, monkeypatch):
@@ -300,6 +333,8 @@ def test_what_cannot_be_replayed_is_named(network, tmp_path):
     fit(network, "default", examples, loss, PAD, CONFIG, trajectory=first)
     with pytest.raises(StudyError, match="needs at least one stage"):
         replay()
+    with pytest.raises(StudyError, match="stage 0 has no trajectory"):
+        replay(Stage(examples, loss, CONFIG))
     with pytest.raises(StudyError, match="trajectory.json: no such file.*did not end"):
         replay(Stage(examples, loss, CONFIG, second))
     with pytest.raises(StudyError, match="first: these states are of other examples"):
@@ -316,6 +351,9 @@ def test_what_cannot_be_replayed_is_named(network, tmp_path):
     blind = Queries(odds(1), RewardGapLoss(torch.zeros(32, dtype=torch.float64)))
     with pytest.raises(StudyError, match="query 'none' has no gradient"):
         replay(one, asked={"none": blind})
+    head = RewardLoss(torch.nn.Parameter(random_head(32, 0).double()))
+    with pytest.raises(StudyError, match="first: these states are of another adapter or loss"):
+        replay(Stage(some_examples(5, 2), head, CONFIG, first))
     layer = next(iter(lora_layers(network, "default").values()))
     frozen = network.get_input_embeddings().weight
     with torch.no_grad():

@@ -13,6 +13,7 @@ from conftest import NAN, random_head, some_examples
 from rlhf_trust import StudyError
 from rlhf_trust.attribution import validate as module
 from rlhf_trust.attribution.gradients import per_example_gradients
+from rlhf_trust.attribution.store import whole
 from rlhf_trust.attribution.validate import (
     Queries,
     ablations,
@@ -22,6 +23,7 @@ from rlhf_trust.attribution.validate import (
     implicit_accuracy,
     lds,
     lds_table,
+    mean_gradients,
     mislabel,
     most_harmful,
     most_helpful,
@@ -37,7 +39,7 @@ from rlhf_trust.attribution.validate import (
 )
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.losses import NextTokenLoss, RewardLoss
-from rlhf_trust.models import LoRA, fresh_adapters, new_adapter, snapshot
+from rlhf_trust.models import LoRA, fresh_adapters, lora_weights, new_adapter, snapshot
 from rlhf_trust.report import pruning_words
 from rlhf_trust.training import TrainConfig, example_losses
 from scipy import stats as scipy_stats
@@ -538,6 +540,23 @@ def test_auc_ceiling_numbers():
     assert [round(auc_ceiling(a), 2) for a in (0.5, 0.6, 0.69, 1.0)] == [0.5, 0.64, 0.76, 1.0]
     with pytest.raises(StudyError, match="between 0 and 1"):
         auc_ceiling(60)
+
+
+def test_mean_gradients_are_those_of_mean_losses(tiny_llama):
+    model = new_adapter(tiny_llama, LoRA(2, 4)).eval()
+    queries = {
+        "answers": Queries(some_examples(4, 1), NextTokenLoss("mean")),
+        "pairs": Queries(some_examples(3, 2), RewardLoss(random_head(32, 0))),
+    }
+    found = mean_gradients(model, "default", queries, PAD)
+    assert found.ids == ("answers", "pairs")
+    weights = lora_weights(model, "default")
+    for row, query in enumerate(queries.values()):
+        value = query.loss.loss(model, query.examples, PAD).mean()
+        wanted = torch.autograd.grad(value, list(weights.values()))
+        for layer, gradient in zip(weights, wanted):
+            own = whole(found, layer)[row].float()
+            torch.testing.assert_close(own, gradient.flatten(), rtol=1e-3, atol=1e-6)
 
 
 def test_copies_are_found_by_gradients(tiny_llama):

@@ -37,7 +37,7 @@ from .decode import (
     packed_length,
     wide,
 )
-from .models import using
+from .models import lora_weights, using
 
 
 class Loss:
@@ -261,6 +261,32 @@ def reference_logps(
             sums = summed_logps(model, some, pad, kept).double().tolist()
             found |= {example.id: tuple(pair) for example, pair in zip(some, sums)}
     return found
+
+
+def training_loss(
+    stage: str,
+    network,
+    adapter: str,
+    examples: Sequence[Example],
+    pad: int,
+    kept: LowerStates | None = None,
+    beta: float = 0.1,
+    eta: float = 0.1,
+) -> Loss:
+    """The loss by which ``stage`` (sft, reward, dpo or inpo) trains an adapter from where it is.
+
+    DPO's and INPO's refer to its present weights, on all ``examples``, held-out ones included. So
+    INPO's is that of a first round, where both references are one policy. A reward model gets a
+    head of its own that starts from zero."""
+    if stage == "sft":
+        return NextTokenLoss()
+    if stage == "reward":
+        weight = next(iter(lora_weights(network, adapter).values()))
+        return RewardLoss(torch.nn.Parameter(weight.new_zeros(network.config.hidden_size)))
+    if stage not in ("dpo", "inpo"):
+        raise StudyError(f"loss: must be one of sft, reward, dpo, inpo, got {stage!r}")
+    reference = reference_logps(network, adapter, examples, pad, kept=kept)
+    return DPOLoss(beta, reference) if stage == "dpo" else INPOLoss(eta, reference)
 
 
 def tokens_content(examples: Sequence[Example]) -> str:

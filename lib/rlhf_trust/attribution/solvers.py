@@ -315,7 +315,12 @@ SOLVERS: dict[str, Callable[..., Scores]] = {
     "gradient_cosine": gradient_cosine,
 }
 """The solvers that work on gradients, all called as ``solver(train, queries, damping, groups)``.
-(``ekfac`` must be told the adapter's rank.)"""
+(:func:`gradient_solvers` has more.)"""
+
+
+def gradient_solvers(rank: int) -> dict[str, Callable[..., Scores]]:
+    """``SOLVERS`` and what else works on gradients, for adapters of one ``rank``."""
+    return SOLVERS | {"ekfac": partial(ekfac, rank=rank), "trackstar": trackstar}
 
 
 def score_all(

@@ -62,12 +62,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import StudyError
 from ..artifacts import atomic_write, content_key, progress
 from ..decode import Example, LowerStates, answer_token_logps
-from ..losses import LikelihoodLoss, Loss, summed_logps, sums_by_answer, tokens_content
+from ..losses import (
+    LikelihoodLoss,
+    Loss,
+    reference_logps,
+    summed_logps,
+    sums_by_answer,
+    tokens_content,
+)
 from ..models import using
 from ..training import (
     CLIP,
     TrainConfig,
     Trajectory,
+    fit,
     trained_weights,
     training_batches,
     training_content,
@@ -88,7 +96,8 @@ Weights = dict[str, torch.Tensor]
 class Stage:
     """One training of a chain.
 
-    ``examples``, ``loss``, ``config``: as given to ``training.fit``, which kept ``trajectory``.
+    ``examples``, ``loss``, ``config``: as given to ``training.fit``, which kept ``trajectory``
+    (:func:`train_stages` does).
     ``reference``: where the loss holds log-probabilities by weights of this chain, their
     coefficients by the number of the stage that starts with those weights: ``{1: 1.0}`` for DPO as
     stage 1 after SFT as stage 0; ``{1: tau / eta, 2: 1 - tau / eta}`` for the second round of INPO.
@@ -98,8 +107,41 @@ class Stage:
     examples: Sequence[Example]
     loss: Loss
     config: TrainConfig
-    trajectory: Trajectory
+    trajectory: Trajectory | None = None
     reference: Mapping[int, float] = field(default_factory=dict)
+
+
+def train_stages(
+    network,
+    adapter: str,
+    stages: Sequence[Stage],
+    pad: int,
+    kept: LowerStates | None = None,
+    weights: Sequence[Sequence[float]] | None = None,
+    folder: Path | None = None,
+) -> list[Stage]:
+    """Run a chain from the present weights, in place; the stages as they ran, for
+    :func:`unrolled_scores`.
+
+    A loss with a ``Stage.reference`` is given the log-probabilities that it refers to as this run
+    makes them. ``weights``: a factor for each example of each stage, by default 1. ``folder``:
+    where the states of stage k are kept, under ``stage-k``."""
+    ran, logps = [], [np.zeros((len(stage.examples), 2)) for stage in stages]
+    for number, stage in enumerate(stages):
+        for later, other in enumerate(stages):
+            if coefficient := other.reference.get(number):
+                found = reference_logps(network, adapter, other.examples, pad, kept=kept)
+                logps[later] += coefficient * np.array([found[e.id] for e in other.examples])
+        loss = stage.loss
+        if stage.reference:
+            by_id = zip((example.id for example in stage.examples), logps[number].tolist())
+            loss = replace(loss, reference=dict(by_id))
+        trajectory = None if folder is None else Trajectory(folder / f"stage-{number}")
+        own = None if weights is None else weights[number]
+        more = {"kept": kept, "weights": own, "trajectory": trajectory}
+        fit(network, adapter, stage.examples, loss, pad, stage.config, **more)
+        ran.append(replace(stage, loss=loss, trajectory=trajectory))
+    return ran
 
 
 def unrolled_scores(
@@ -173,15 +215,22 @@ class _Replay:
         self.stages, self.weights = stages, weights
         self.keys, self.rates, end = [], [], None
         for number, (stage, own) in enumerate(zip(stages, weights)):
+            if stage.trajectory is None:
+                raise StudyError(f"unrolled: stage {number} has no trajectory; keep its states")
             key, rates = stage.trajectory.read()
             start = stage.trajectory.state(0)["weight"]
+            if {n: w.shape for n, w in start.items()} != {n: w.shape for n, w in own.items()}:
+                raise StudyError(
+                    f"{stage.trajectory.folder}: these states are of another adapter or loss"
+                )
             _put(own, start)  # the loss's own weights are part of its content
             if key != content_key(training_content(stage.examples, stage.loss, stage.config)):
                 raise StudyError(
                     f"{stage.trajectory.folder}: these states are of other examples, another loss "
                     "or other settings than given"
                 )
-            if end is not None and not _equal(start, end):
+            shared = start.keys() & (end or start).keys()  # a reward head is one stage's own
+            if end and not all(torch.equal(start[name], end[name]) for name in shared):
                 raise StudyError(f"unrolled: stage {number} did not start where the last one ended")
             end = stage.trajectory.state(len(rates))["weight"]
             self.keys.append(key)
@@ -325,7 +374,13 @@ class _Replay:
         """The derivative by the weights with which a stage starts, as the end of the one before:
         through its first step, ``a``, and through the numbers that this and later stages refer
         to."""
-        own, total = self.weights[number], dict(self.a)
+        own, before = self.weights[number], self.weights[number - 1]
+        adapter = {name: own[name] for name in own if name in before}
+        count = len(self.scores[number])
+        total = {
+            name: self.a[name] if name in adapter else weight.new_zeros(count, *weight.shape)
+            for name, weight in before.items()
+        }
         _put(own, self.stages[number].trajectory.state(0)["weight"])
         for later, stage in enumerate(self.stages):
             coefficient = stage.reference.get(number, 0.0)
@@ -338,7 +393,7 @@ class _Replay:
                     examples = stage.examples[some]
                     logps = summed_logps(self.network, examples, self.pad, self.kept)
                     by_logps = coefficient * self.by_reference[later][:, some].to(logps)
-                    _add(total, _derivatives({"logps": logps}, own, {"logps": by_logps}))
+                    _add(total, _derivatives({"logps": logps}, adapter, {"logps": by_logps}))
         return total
 
     # --- a run that may be killed ---
@@ -433,10 +488,6 @@ def _put(weights: Weights, values: Weights) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(values[name])
-
-
-def _equal(one: Weights, other: Weights) -> bool:
-    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _finite(tensors, what: str) -> None:

@@ -35,6 +35,8 @@ from ..decode import Example, LowerStates
 from ..losses import DPOLoss, Loss, NextTokenLoss, reference_logps, tokens_content
 from ..models import restore, snapshot
 from ..training import TrainConfig, example_losses, fit
+from .gradients import per_example_gradients
+from .store import InMemory, whole
 
 Outcomes = dict[str, np.ndarray]
 """Name of a measurement → its values [subsets, items], one row per retraining."""
@@ -106,6 +108,33 @@ class Queries:
 
     examples: Sequence[Example]
     loss: Loss
+
+
+def query_gradients(
+    network,
+    adapter: str,
+    queries: Queries,
+    pad: int,
+    kept: LowerStates | None = None,
+    allow_zero: bool = True,
+) -> InMemory:
+    """Per-example gradients of the adapter as it is now."""
+    options = {"allow_zero": allow_zero, "kept": kept}
+    some, loss = queries.examples, queries.loss
+    found = per_example_gradients(network, adapter, some, loss, pad, **options)
+    return InMemory(found, [example.id for example in some])
+
+
+def mean_gradients(
+    network, adapter: str, queries: Mapping[str, Queries], pad: int, kept: LowerStates | None = None
+) -> InMemory:
+    """The gradient of every query's mean loss, by the query's name."""
+    found = [query_gradients(network, adapter, q, pad, kept) for q in queries.values()]
+    means = {
+        layer: torch.stack([whole(gradients, layer).mean(0) for gradients in found]).float()
+        for layer in found[0].layers
+    }
+    return InMemory(means, list(queries))
 
 
 def retrain_halves(
