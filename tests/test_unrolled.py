@@ -3,18 +3,24 @@ differentiation of the whole training."""
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import random_head, some_examples
-from rlhf_trust import StudyError, losses as loss_module
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from rlhf_trust import ROOT, StudyError, losses as loss_module
 from rlhf_trust.attribution import unrolled
 from rlhf_trust.attribution.unrolled import Stage, train_stages, unrolled_scores
 from rlhf_trust.attribution.validate import Queries
-from rlhf_trust.decode import LowerStates
+from rlhf_trust.chat import preference_row
+from rlhf_trust.decode import Example, LowerStates
 from rlhf_trust.losses import (
     DPOLoss,
     INPOLoss,
@@ -23,9 +29,28 @@ from rlhf_trust.losses import (
     RewardGapLoss,
     RewardLoss,
     reference_logps,
+    training_loss,
 )
-from rlhf_trust.models import LoRA, load_base, lora_layers, new_adapter, restore, snapshot
-from rlhf_trust.training import CLIP, TrainConfig, Trajectory, fit, training_batches
+from rlhf_trust.models import (
+    LoRA,
+    load_base,
+    load_tokenizer,
+    lora_layers,
+    new_adapter,
+    restore,
+    snapshot,
+)
+from rlhf_trust.training import (
+    CLIP,
+    TrainConfig,
+    Trajectory,
+    example_losses,
+    fit,
+    training_batches,
+    trl_arguments,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
 
 PAD = 0
 CONFIG = TrainConfig(
@@ -382,6 +407,132 @@ def test_one_example_and_kept_states(network, tmp_path):
     (faster,) = unrolled_scores(network, "default", stages, queries, PAD, kept)
     assert plain.shape == (1, 1) and plain.any()
     np.testing.assert_allclose(faster, plain, rtol=1e-9)
+
+
+WORDS = "the answer to a question is not wrong but human and right when it says so".split()
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def text_rows(count, seed=0):
+    """A preference data set of texts."""
+    draw = random.Random(seed)
+    names = ("prompt", "chosen", "rejected")
+    return [{name: " ".join(draw.choices(WORDS, k=4)) for name in names} for _ in range(count)]
+
+
+def message_rows(count, seed=0):
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return [
+        {name: [{"role": roles[name], "content": text}] for name, text in row.items()}
+        for row in text_rows(count, seed)
+    ]
+
+
+@pytest.fixture
+def own(tiny_directories):
+    """A reader's model: as PEFT makes it, but that its adapter already does something. In float64,
+    as ``network``."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_directories["gpt_neox"], dtype="float32")
+    torch.manual_seed(0)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["query_key_value"]))
+    peft.double().eval()
+    for layer in lora_layers(peft, "default").values():
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    return peft
+
+
+@pytest.mark.parametrize("rows", [text_rows, message_rows])
+def test_rows_become_the_tokens_that_trl_trains_on(own, rows):
+    tokenizer = AutoTokenizer.from_pretrained(own.get_base_model().name_or_path)
+    tokenizer.chat_template = CHAT
+    arguments = trl_arguments(DPOConfig, CONFIG, 3)
+    data = Dataset.from_list(rows(3))
+    trainer = DPOTrainer(own, args=arguments, train_dataset=data, processing_class=tokenizer)
+    for row, wanted in zip(rows(3), trainer.train_dataset):
+        for side, text in zip(("chosen", "rejected"), preference_row(row, tokenizer)):
+            assert list(text.prompt_ids) == wanted["prompt_ids"]
+            assert list(text.answer_ids) == wanted[f"{side}_ids"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "inpo"])
+def test_any_run_is_attributed(own, stage, tmp_path, monkeypatch):
+    """The scores predict the mean loss of the query's rows without an example, from trainings that
+    know nothing of replays; a kept training is taken, wherever the adapter has got to."""
+    rows, held_out, start = text_rows(5), text_rows(3, seed=1), snapshot(own, "default")
+    queries = {"held out": held_out, "odds": Queries(held_out, LogOddsLoss())}
+    scores = unrolled.attribute(own, rows, stage, queries, SMOOTH, tmp_path)
+    assert list(scores.columns) == list(queries) and len(scores) == 5
+    end = snapshot(own, "default")
+
+    tokenizer = load_tokenizer(own.get_base_model().name_or_path)
+    texts = [preference_row(row, tokenizer) for row in rows + held_out]
+    sides = 1 if stage == "sft" else 2
+    pool = [Example(str(n), "", text[:sides]) for n, text in enumerate(texts[:5])]
+    asked = [Example(f"q{n}", "", text[:sides]) for n, text in enumerate(texts[5:])]
+
+    def held_out_loss(weights):
+        restore(own, "default", start)
+        loss = training_loss(stage, own, "default", pool + asked, PAD)
+        fit(own, "default", pool, loss, PAD, SMOOTH, weights=weights)
+        loss = NextTokenLoss("mean") if stage == "sft" else loss
+        return example_losses(own, "default", asked, loss, PAD).mean()
+
+    weights = np.ones((2, 5))
+    weights[:, 2] += 0.01, -0.01
+    slope = np.subtract(*map(held_out_loss, weights)) / 0.02
+    assert scores["held out"][2] == pytest.approx(slope, rel=1e-2)
+
+    monkeypatch.setattr(unrolled, "fit", None)
+    again = unrolled.attribute(own, rows, stage, queries, SMOOTH, tmp_path)
+    pd.testing.assert_frame_equal(again, scores)
+    assert all(torch.equal(weight, end[name]) for name, weight in snapshot(own, "default").items())
+    with pytest.raises(StudyError, match="these states are of other examples"):
+        unrolled.attribute(own, rows[:4], stage, queries, SMOOTH, tmp_path)
+
+
+def test_a_reader_attributes_in_ten_lines(tiny_directories, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = text.partition("## Attribute a run of your own")[2]
+    code = part.partition("```python\n")[2].partition("```")[0]
+    assert 0 < len(code.strip().splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(tiny_directories["llama"])
+    lines = "".join(json.dumps(row) + "\n" for row in text_rows(24))
+    (tmp_path / "pairs.jsonl").write_text(lines)
+    names = {}
+    exec(code, names)
+    assert names["scores"].shape == (16, 1)
+    assert np.isfinite(names["scores"]).all(axis=None) and names["scores"].any(axis=None)
+
+
+def test_what_cannot_be_attributed_is_named(own):
+    rows, tokenizer = text_rows(3), load_tokenizer(own.get_base_model().name_or_path)
+    queries, texts = {"q": rows}, {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+    def refused(message, examples=rows, loss="dpo", queries=queries, network=own):
+        with pytest.raises(StudyError, match=message) as caught:
+            unrolled.attribute(network, examples, loss, queries, tokenizer=tokenizer)
+        assert "\n" not in str(caught.value)
+
+    refused("the examples must have at least one row", [])
+    refused("the query 'q' must have at least one row", queries={"q": []})
+    refused("queries must be a mapping", queries=rows)
+    refused("queries must be a mapping", queries={})
+    refused("loss: must be one of sft, reward, dpo, inpo, got 'ppo'", loss="ppo")
+    refused("row 0 of the examples is not a mapping with prompt", pd.DataFrame(rows))
+    refused(
+        "row 1 of the query 'q' has no 'rejected'",
+        queries={"q": [texts, {"prompt": "a", "chosen": "b"}]},
+    )
+    refused("row 0 of the examples has an empty prompt", [texts | {"prompt": ""}])
+    refused("are not all texts, or all lists of messages", [texts | {"chosen": None}])
+    refused("holds messages, and the tokenizer has no chat template", message_rows(1))
+    own.train()
+    refused("training mode")
+    own.eval()
+    refused("the model has no adapter", network=own.get_base_model())
+    own.bfloat16()
+    refused("need float32 weights")
 
 
 def test_weight_zero_leaves_an_example_out(network):

@@ -6,13 +6,16 @@ plain ``Human:`` / ``Assistant:`` text, for base models. ``template`` is the tok
 template, with whatever it says of itself; ``auto`` is that where there is one, else ``dialogue``.
 
 Prompt and answer are tokenised apart and joined, so a prompt's tokens never depend on the answer
-that follows. A special token's name inside a text is text: it never becomes the token."""
+that follows. A special token's name inside a text is text: it never becomes the token.
+
+:func:`preference_row` is for other people's data, in the format of their own model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -41,6 +44,60 @@ class EncodedExample:
     @property
     def answer_ids(self) -> tuple[int, ...]:
         return self.input_ids[self.answer_start :]
+
+
+def preference_row(
+    row: Mapping,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Sequence[str] = ("chosen", "rejected"),
+) -> tuple[EncodedExample, ...]:
+    """A row of a preference data set in TRL's format, each of its ``answers`` with the prompt:
+    token for token what TRL's ``DPOTrainer`` makes of it.
+
+    ``prompt`` and answers are texts (the end token follows the answer) or lists of messages with
+    role and content, of which the tokenizer's chat template makes a text. The prompt ends where the
+    tokens of prompt and answer leave those of the prompt alone.
+
+    Raises ``ValueError`` with the reason if it is no such row.
+    """
+    fields = ("prompt", *answers)
+    if not isinstance(row, Mapping):
+        raise ValueError("is not a mapping with " + ", ".join(fields))
+    missing = [name for name in fields if name not in row]
+    if missing:
+        raise ValueError(f"has no {missing[0]!r}")
+    parts = [row[name] for name in fields]
+    messages = all(map(_are_messages, parts))
+    if not messages and not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{', '.join(fields)} are not all texts, or all lists of messages")
+    if messages and not tokenizer.chat_template:
+        raise ValueError("holds messages, and the tokenizer has no chat template")
+
+    def ids(part, **options) -> list[int]:
+        if not messages:
+            return tokenizer(part).input_ids
+        how = {"tokenize": True, "return_dict": True} | options
+        return tokenizer.apply_chat_template(part, **how)["input_ids"]
+
+    prompt, *ends = parts
+    if not messages:
+        stop = tokenizer.eos_token
+        ends = [end if end.endswith(stop) else end + stop for end in ends]
+    texts, alone = [ids(prompt + end) for end in ends], ids(prompt, add_generation_prompt=True)
+    start = min(len(commonprefix([alone, text])) for text in texts)
+    if not start:
+        raise ValueError("has an empty prompt")
+    if min(map(len, texts)) == start:
+        raise ValueError("has an empty answer")
+    return tuple(EncodedExample(tuple(text), start) for text in texts)
+
+
+def _are_messages(part) -> bool:
+    return (
+        isinstance(part, list)
+        and bool(part)
+        and all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in part)
+    )
 
 
 @dataclass(frozen=True)

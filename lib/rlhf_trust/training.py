@@ -270,6 +270,11 @@ class Trajectory:
     def __init__(self, folder: Path | str):
         self.folder, self._kept = Path(folder), 0
 
+    @property
+    def ended(self) -> bool:
+        """Is a training here, and did it end?"""
+        return (self.folder / self.MANIFEST).is_file()
+
     def _file(self, step: int) -> Path:
         return self.folder / f"step-{step:05}.safetensors"
 
@@ -304,7 +309,7 @@ class Trajectory:
         """What the training was, as a key, and the learning rate of every step; a StudyError if it
         did not end or a state is missing."""
         path, again = self.folder / self.MANIFEST, "train again with fit(…, trajectory=…)"
-        if not path.is_file():
+        if not self.ended:
             raise StudyError(f"{path}: no such file, so the training did not end here; {again}")
         manifest = json.loads(path.read_text(encoding="utf-8"))
         rates = manifest["learning_rates"]

@@ -1,2 +1,2 @@
 """Data attribution: per-example gradients, influence scores and what a stage's training data
-contributed."""
+contributed. For a run of your own: ``unrolled.attribute``."""

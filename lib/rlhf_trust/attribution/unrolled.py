@@ -50,27 +50,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import pandas as pd
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import StudyError
 from ..artifacts import atomic_write, content_key, progress
+from ..chat import preference_row
 from ..decode import Example, LowerStates, answer_token_logps
 from ..losses import (
     LikelihoodLoss,
     Loss,
+    NextTokenLoss,
     reference_logps,
     summed_logps,
     sums_by_answer,
     tokens_content,
+    training_loss,
 )
-from ..models import using
+from ..models import load_tokenizer, lora_weights, restore, using
+from ..sources import first_line
 from ..training import (
     CLIP,
     TrainConfig,
@@ -186,12 +194,7 @@ def unrolled_scores(
     for name, query in queries.items():
         if not query.examples:
             raise StudyError(f"unrolled: the query {name!r} has no examples")
-    coarse = {weight.dtype for weight in network.parameters()} - {torch.float32, torch.float64}
-    if coarse:
-        raise StudyError(
-            f"unrolled: second derivatives need float32 weights, and some are {coarse.pop()}; load "
-            "the model with dtype float32 and train it so"
-        )
+    _check_precision(network)
     weights = [trained_weights(network, adapter, stage.loss) for stage in stages]
     saved = [{name: w.detach().clone() for name, w in some.items()} for some in weights]
     try:
@@ -202,6 +205,121 @@ def unrolled_scores(
     finally:
         for some, before in zip(weights, saved):
             _put(some, before)
+
+
+RECIPE = TrainConfig(learning_rate=1e-2, epsilon=1e-2, epochs=2)
+"""A short training of smooth steps, as in ``23-through-training``."""
+
+
+def attribute(
+    network,
+    examples: Sequence[Mapping],
+    loss: str,
+    queries: Mapping[str, Sequence[Mapping] | Queries],
+    config: TrainConfig = RECIPE,
+    folder: Path | str | None = None,
+    tokenizer=None,
+    beta: float = 0.1,
+    eta: float = 0.1,
+) -> pd.DataFrame:
+    """Attribution of any run: trains the active adapter and scores every example for every query.
+
+    Parameters
+    ----------
+    network
+        A PEFT model with LoRA on linear layers, in float32 and evaluation mode. Its active adapter
+        is trained in place, from where it is.
+    examples
+        Rows of a preference data set as TRL's trainers read them: ``prompt``, ``chosen`` and
+        ``rejected``, as texts or lists of messages (``chat.preference_row``).
+    loss
+        ``sft`` (on the chosen answers alone), ``reward``, ``dpo`` (with ``beta``) or ``inpo`` (with
+        ``eta``): ``losses.training_loss``.
+    queries
+        By name: rows whose mean loss of the same kind is asked for (SFT's as a mean a token), or
+        :class:`.validate.Queries` of rows and another loss. ``Queries(rows, LogOddsLoss())`` asks
+        for the mean of log p(chosen) − log p(rejected).
+    config
+        How to train. Only smooth steps have scores that foretell retraining (module docstring).
+    folder
+        Where the states of all steps are kept. A training that an earlier call kept there is taken
+        instead of a new one. By default states are forgotten.
+    tokenizer
+        By default the one beside the model's weights.
+
+    Returns
+    -------
+    DataFrame
+        τ [examples, queries], rows in the order of ``examples``. Without an example the query is
+        predicted to be lower by τ: above 0, the example raises it.
+
+    Raises
+    ------
+    StudyError
+        If a row cannot be read, the model has no adapter or no tokenizer, or as ``training.fit``
+        and :func:`unrolled_scores` do.
+    """
+    if not isinstance(network, PeftModel):
+        raise StudyError("attribute: the model has no adapter; make one with peft.get_peft_model")
+    _check_precision(network)
+    if not isinstance(queries, Mapping) or not queries:
+        raise StudyError("attribute: queries must be a mapping from names to rows, at least one")
+    if tokenizer is None:
+        tokenizer = _own_tokenizer(network)
+    adapter, pad, kept = network.active_adapter, tokenizer.pad_token_id or 0, LowerStates(network)
+    sides = ("chosen",) if loss == "sft" else ("chosen", "rejected")
+    pool, asked = _encoded(examples, "the examples", tokenizer, sides), {}
+    for name, query in queries.items():
+        query = query if isinstance(query, Queries) else Queries(query, None)
+        own = ("chosen", "rejected")[: query.loss.sequences] if query.loss else sides
+        some = _encoded(query.examples, f"the query {name!r}", tokenizer, own)
+        asked[name] = replace(query, examples=some)
+    referring = [e for query in asked.values() if query.loss is None for e in query.examples]
+    with nullcontext(folder) if folder else TemporaryDirectory() as place:
+        trajectory = Trajectory(place)
+        ended = trajectory.ended
+        if ended:
+            start = trajectory.state(0)["weight"]
+            own = (name for name in lora_weights(network, adapter) if name in start)
+            restore(network, adapter, {name: start[name] for name in own})
+        trained = training_loss(loss, network, adapter, pool + referring, pad, kept, beta, eta)
+        if not ended:
+            more = {"kept": kept, "trajectory": trajectory}
+            fit(network, adapter, pool, trained, pad, config, "training", **more)
+        default = NextTokenLoss("mean") if loss == "sft" else trained
+        asked = {name: replace(query, loss=query.loss or default) for name, query in asked.items()}
+        stage = Stage(pool, trained, config, trajectory)
+        (scores,) = unrolled_scores(network, adapter, [stage], asked, pad, kept)
+        if ended:
+            end = trajectory.state(len(trajectory.read()[1]))["weight"]
+            _put(trained_weights(network, adapter, trained), end)
+    return pd.DataFrame(scores, columns=list(queries))
+
+
+def _own_tokenizer(network):
+    """The tokenizer beside the weights of a PEFT model."""
+    place = network.get_base_model().name_or_path
+    try:
+        return load_tokenizer(Path(place))
+    except Exception as error:  # whatever a missing or broken file makes of the reader
+        raise StudyError(
+            f"attribute: no tokenizer beside the model {place} ({first_line(error)}); pass one"
+        ) from error
+
+
+def _encoded(
+    rows: Sequence[Mapping], name: str, tokenizer, answers: Sequence[str]
+) -> list[Example]:
+    found = []
+    for number, row in enumerate(rows):
+        try:
+            texts = preference_row(row, tokenizer, answers)
+        except ValueError as error:
+            raise StudyError(f"attribute: row {number} of {name} {error}") from None
+        found.append(Example(f"row {number} of {name}", name, texts))
+    if not found:
+        raise StudyError(f"attribute: {name} must have at least one row")
+    return found
 
 
 class _Replay:
@@ -453,6 +571,15 @@ def _gated(
     # No gate moves the values, so that the slope of the loss at them stays what it is.
     logps = logps.detach() + gates * (logps - logps.detach())
     return loss.of_logps(sums_by_answer(logps, owner, examples), examples), gates
+
+
+def _check_precision(network) -> None:
+    coarse = {weight.dtype for weight in network.parameters()} - {torch.float32, torch.float64}
+    if coarse:
+        raise StudyError(
+            f"unrolled: second derivatives need float32 weights, and some are {coarse.pop()}; load "
+            "the model with dtype float32 and train it so"
+        )
 
 
 def _derivatives(
