@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from rlhf_trust import StudyError, sources
 from rlhf_trust.data import choose
-from rlhf_trust.data.preferences import SUBSETS, load_preferences, parse_pair, read_pairs
+from rlhf_trust.data.forms import parse_pair
+from rlhf_trust.data.parts import SUBSETS, hh_part
+from rlhf_trust.data.preferences import load_preferences, read_pairs
 from rlhf_trust.sources import locate
 from rlhf_trust.verticals.ethics import load_ethics
 from rlhf_trust.verticals.privacy import load_privacy, make_private_facts
@@ -36,11 +38,17 @@ CHAT = WordChat()
 EVERYTHING = 10**6
 
 
+def read(path, subset: str):
+    """Pairs and bad rows (``file:line: reason``) of a file in HH-RLHF's layout."""
+    pairs, bad = read_pairs(hh_part(path, subset))
+    return [pair for _, pair in pairs], [": ".join(row) for row in bad]
+
+
 @pytest.fixture(scope="module")
 def shipped() -> dict:
     """(subset, split) -> (pairs, bad rows) of the shipped files."""
     return {
-        (subset, split): read_pairs(locate("shipped", f"{stem}.{split}.jsonl"), subset)
+        (subset, split): read(locate("shipped", f"{stem}.{split}.jsonl"), subset)
         for subset, stem in SUBSETS.items()
         for split in ("train", "test")
     }
@@ -144,7 +152,7 @@ def test_every_bad_row_is_named_and_counted(tmp_path):
     file = tmp_path / "harmless-base.test.jsonl"
     last = row(dialogue("r", "yes"), dialogue("r", "no"))
     write_rows(file, [row(), *(bad for bad, _ in BAD_ROWS), last])
-    pairs, bad = read_pairs(file, "harmless")
+    pairs, bad = read(file, "harmless")
     assert [pair.id for pair in pairs] == ["harmless.test:1", f"harmless.test:{len(BAD_ROWS) + 2}"]
     assert bad == [
         f"{file.name}:{line}: {reason}" for line, (_, reason) in enumerate(BAD_ROWS, start=2)
@@ -175,21 +183,21 @@ def test_a_malformed_line_names_file_and_line(tmp_path, line, reason):
     file = tmp_path / "helpful-base.train.jsonl"
     file.write_text(f"{json.dumps(row())}\n\n{line}\n")
     with pytest.raises(StudyError, match=rf"helpful-base.train.jsonl:3: {reason}"):
-        read_pairs(file, "helpful")
+        read(file, "helpful")
 
 
 def test_a_truncated_archive_names_itself(tmp_path):
     file = tmp_path / "harmless-base.test.jsonl.gz"
     file.write_bytes(gzip.compress(json.dumps(row()).encode() * 50)[:-20])
     with pytest.raises(StudyError, match="harmless-base.test.jsonl.gz: cannot be read"):
-        read_pairs(file, "harmless")
+        read(file, "harmless")
 
 
 def test_a_missing_file_or_directory_is_named(tmp_path):
     write_rows(tmp_path / "hh-rlhf" / "harmless-base.test.jsonl", [row()])
     for source, message in (
         (f"path:{tmp_path}", r"hh-rlhf/helpful-base.test.jsonl \(or .*gz\) is missing"),
-        (f"path:{tmp_path}/x", "no such directory"),
+        (f"path:{tmp_path}/x", "no such file or directory"),
         ("shiped", "must be shipped, path:"),
     ):
         with pytest.raises(StudyError, match=message):
@@ -386,7 +394,7 @@ def test_real_pairs_are_read_strictly_and_split_by_opening(real_data):
         "empty turn": 1,
     }
     for (subset, stem), rows in zip(SUBSETS.items(), (2312, 2352)):
-        pairs, bad = read_pairs(locate(f"path:{real_data}", f"{stem}.test.jsonl"), subset)
+        pairs, bad = read(locate(f"path:{real_data}", f"{stem}.test.jsonl"), subset)
         assert len(pairs) + len(bad) == rows
     assert all(
         re.fullmatch(r"h\w+-base\.test\.jsonl(\.gz)?:\d+: .+", line) for line in loaded.bad_rows
@@ -428,6 +436,10 @@ def test_hub_files_are_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def refuse(url, timeout):
         raise OSError("no route")
+
+    # A data set's name behind it is not passed over.
+    with pytest.raises(StudyError, match="'hub:someone/prompts': must be shipped.* or hub: alone"):
+        sources.locate("hub:someone/prompts", "real-toxicity-prompts/toxic.jsonl")
 
     monkeypatch.setattr(sources.urllib.request, "urlopen", refuse)
     with pytest.raises(StudyError, match="nontoxic.jsonl cannot be had .no route."):

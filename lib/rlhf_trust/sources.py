@@ -100,16 +100,16 @@ def locate(source: str, name: str, required: bool = True) -> Path | None:
     """
     if source == "shipped":
         root = SHIPPED
-    elif source.startswith("hub:"):
+    elif source == "hub:":
         root = DOWNLOADS
     elif source.startswith("path:"):
         root = Path(source.removeprefix("path:")).expanduser()
         if not root.is_dir():
             raise StudyError(f"data source {source}: no such directory")
     else:
-        raise StudyError(f"data source {source!r}: must be shipped, path:<directory> or hub:")
+        raise StudyError(f"data source {source!r}: must be shipped, path:<directory> or hub: alone")
     found = _first_existing(root, name)
-    if found is None and source.startswith("hub:"):
+    if found is None and source == "hub:":
         found = _download(name)
     if found is None and required:
         raise StudyError(f"data source {source}: {name} (or {name}.gz) is missing there")
@@ -146,8 +146,8 @@ def _download(name: str) -> Path | None:
 def read_text(path: Path) -> str:
     try:
         if path.suffix == ".gz":
-            return gzip.decompress(path.read_bytes()).decode("utf-8")
-        return path.read_text(encoding="utf-8")
+            return gzip.decompress(path.read_bytes()).decode("utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: cannot be read ({error}); fetch it again") from None
 

@@ -91,8 +91,12 @@ class Study:
         return render.show(figure, self.build.path("figures", f"{name}.png"), alt)
 
     def close(self, models: tuple[str, ...] = (), **facts: Any) -> None:
-        """Write the manifest: which models were read, by hash, and ``facts`` about the run."""
-        self.manifest.inputs = {name: sha256_of(self.build.model(name), 16) for name in models}
+        """Write the manifest: which preference files and models were read, by hash (sha256, of
+        models 16 digits), and ``facts`` about the run."""
+        # Pairs that nothing asked for were not read.
+        files = self.pairs.files if "pairs" in vars(self) else {}
+        self.manifest.inputs = {f"preferences: {name}": files[name] for name in files}
+        self.manifest.inputs |= {name: sha256_of(self.build.model(name), 16) for name in models}
         self.manifest.facts = facts
         self.manifest.write()
 

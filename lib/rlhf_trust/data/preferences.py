@@ -1,9 +1,9 @@
-"""Preference pairs: one strict reader for HH-RLHF and for the set shipped with this study.
+"""Preference pairs from a source: read, counted, split and sized.
 
-A row is two whole dialogues, ``\\n\\nHuman: …\\n\\nAssistant: …``, equal up to the last assistant
-turn. Other rows are counted, named and left out (22 of the 4,664 in HH-RLHF's two base test files:
-14 with differing prompts, 8 with an empty answer). In 10 more the assistant speaks twice in a row
-inside the shared prompt; these are kept, with the two messages joined into one turn.
+:mod:`.parts` finds the files or splits, :mod:`.forms` makes pairs of their rows. Rows that make
+none are counted, named and left out (22 of the 4,664 in HH-RLHF's two base test files: 14 with
+differing prompts, 8 with an empty answer). In 10 more the assistant speaks twice in a row inside
+the shared prompt; these are kept, with the two messages joined into one turn.
 """
 
 from __future__ import annotations
@@ -12,129 +12,162 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
 
 from .. import StudyError
 from ..chat import Chat, EncodedExample
-from ..sources import locate, read_jsonl
 from . import choose, shuffle_key
+from .forms import LABELS, PKU, RATINGS, TIE, PreferencePair, joined_ratings, parse_pair, recognise
+from .parts import Part, find_parts, sha256, side_of
 
-SUBSETS = {"harmless": "hh-rlhf/harmless-base", "helpful": "hh-rlhf/helpful-base"}
-SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-
-
-@dataclass(frozen=True)
-class PreferencePair:
-    """Two answers to one conversation; a person preferred the first.
-
-    ``prompt`` alternates human, assistant, …, human; ``source`` is ``harmless`` or ``helpful``;
-    ``id`` is ``<subset>.<split>:<line>``.
-    """
-
-    id: str
-    prompt: tuple[str, ...]
-    chosen: str
-    rejected: str
-    source: str
-
-    @property
-    def opening(self) -> str:
-        """The first human turn, by which pairs are split."""
-        return self.prompt[0]
+MAX_BAD_ROWS = 0.1
+"""Share of bad rows above which nothing is read; ``#max_bad_rows=<share>`` behind a source sets
+another."""
 
 
 @dataclass
 class Preferences:
-    """A split preference set, with what was left out and why (``file:line: reason``)."""
+    """A split preference set, with what was left out and why (``file:line: reason``).
+
+    ``name``, ``form`` and ``files`` (name → sha256) say what was read, ``reasons`` counts the bad
+    rows by reason, and ``ties`` the rows in which neither answer was preferred.
+    """
 
     train: list[PreferencePair]
     held_out: list[PreferencePair]
     bad_rows: list[str] = field(default_factory=list)
     shared_openings: int = 0
     too_long: int = 0
+    name: str = ""
+    form: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
+    reasons: Counter = field(default_factory=Counter)
+    ties: int = 0
 
-    def facts(self) -> dict[str, int]:
-        """Counts for the manifest and for a table."""
+    def facts(self) -> dict[str, int | str]:
+        """What the data are, and counts, for the manifest and for a table."""
+        # Of one file its own hash, of several one over their hashes and names.
+        listed = [f"{digest}  {name}\n" for name, digest in sorted(self.files.items())]
+        whole = listed[0] if len(listed) == 1 else sha256("".join(listed).encode())
         return {
+            "data": self.name,
+            "form": self.form,
+            "sha256": whole[:16],
             "train": len(self.train),
             "held_out": len(self.held_out),
             "bad_rows": len(self.bad_rows),
+            "ties": self.ties,
             "dropped_shared_openings": self.shared_openings,
             "dropped_too_long": self.too_long,
         }
 
+    def counted(self) -> str:
+        """How many rows are bad, by reason, and the first of them."""
+        reasons = ", ".join(f"{count:,} × {reason}" for reason, count in self.reasons.most_common())
+        bad, first = f"{len(self.bad_rows):,} of {self.rows:,} rows are bad", self.bad_rows[0]
+        return f"{bad} ({reasons}); the first is `{first}`"
 
-def parse_dialogue(text: str) -> list[tuple[str, str]]:
-    """Split a dialogue into (speaker, stripped text); a speaker may have several turns in a row.
-
-    Raises ``ValueError`` with the reason if it is not a dialogue.
-    """
-    if not isinstance(text, str):
-        raise ValueError("not a text")
-    before, *pieces = SPEAKER.split(text)
-    speakers, texts = pieces[::2], [piece.strip() for piece in pieces[1::2]]
-    problems = {
-        "does not start with a speaker": before.strip(),
-        "does not start with a Human turn": speakers[:1] != ["Human"],
-        "does not end in an Assistant turn": speakers[-1:] != ["Assistant"],
-        "empty answer": not any(texts[-1:]),
-        "empty turn": not all(texts),
-        "half a character (a lone surrogate)": re.search("[\ud800-\udfff]", text),
-    }
-    for problem, present in problems.items():
-        if present:
-            raise ValueError(problem)
-    return list(zip(speakers, texts))
+    def left_out(self) -> str:
+        """A sentence on the bad rows by reason, and on ties."""
+        said = "No row was broken."
+        if self.bad_rows:
+            said = f"{self.counted()}. They were left out."
+        if self.ties:
+            said += f" Rows that prefer neither answer, left out as well: {self.ties:,}."
+        return said
 
 
-def join_turns(turns: list[tuple[str, str]]) -> tuple[str, ...]:
-    """The texts of human, assistant, …, human; a speaker's turns in a row are joined into one."""
-    runs = groupby(turns, key=lambda turn: turn[0])
-    joined = tuple("\n\n".join(text for _, text in run) for _, run in runs)
-    if len(joined) % 2 == 0:
-        raise ValueError("the prompt does not end in a Human turn")
-    return joined
-
-
-def parse_pair(row: dict, id: str, source: str) -> PreferencePair:
-    """One HH-RLHF row as a typed pair; ``ValueError`` says what is wrong with it."""
-    missing = [key for key in ("chosen", "rejected") if key not in row]
-    if missing:
-        raise ValueError(f"no field {missing[0]!r}")
-    chosen, rejected = parse_dialogue(row["chosen"]), parse_dialogue(row["rejected"])
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError("the two dialogues have different prompts")
-    if chosen[-1] == rejected[-1]:
-        raise ValueError("both answers are the same")
-    return PreferencePair(id, join_turns(chosen[:-1]), chosen[-1][1], rejected[-1][1], source)
-
-
-def read_pairs(path: Path, subset: str) -> tuple[list[PreferencePair], list[str]]:
-    """All good pairs of a file, and ``file:line: reason`` for every bad row."""
-    pairs, bad = [], []
-    split = "train" if "train" in path.name else "test"
-    for number, row in read_jsonl(path):
+def read_pairs(
+    part: Part, label: str = ""
+) -> tuple[list[tuple[str, PreferencePair]], list[tuple[str, str]]]:
+    """All good pairs of a part with their sides, and (``file:line``, reason) of every other row."""
+    pairs, left_out = [], []
+    for number, row in joined_ratings(part.rows) if part.form == RATINGS else part.rows:
         try:
-            pairs.append(parse_pair(row, f"{subset}.{split}:{number}", subset))
+            id = f"{part.prefix or part.name}:{number}"
+            pair = parse_pair(row, id, part.source, part.form, label)
         except ValueError as error:
-            bad.append(f"{path.name}:{number}: {error}")
-    return pairs, bad
+            left_out.append((f"{part.name}:{number}", str(error)))
+        else:
+            pairs.append((side_of(str(row.get("split", ""))) or part.side, pair))
+    return pairs, left_out
+
+
+def options_of(source: str) -> tuple[str, str, float]:
+    """A source without its options, the label that these name, and the share of bad rows that they
+    allow."""
+    place, _, options = source.partition("#")
+    label, share = "", MAX_BAD_ROWS
+    for option in filter(None, options.split(",")):
+        name, _, value = option.partition("=")
+        if option in LABELS:
+            label = option
+        elif name == "max_bad_rows" and re.fullmatch(r"0?\.\d+|[01](\.0*)?", value):
+            share = float(value)
+        else:
+            raise StudyError(
+                f"preferences {source}: #{option}: must be {', '.join(LABELS)} or "
+                "max_bad_rows=<share from 0 to 1>"
+            )
+    return place, label, share
+
+
+def read_preferences(source: str) -> tuple[Preferences, dict[str, list[PreferencePair]]]:
+    """All pairs of a source by side, and in an empty set what was read and left out."""
+    place, label, share = options_of(source)
+    name, parts = find_parts(place)
+    found, sides = Preferences([], [], name=name), {"train": [], "held_out": [], "": []}
+    for part in parts:
+        try:
+            part.form = part.form or recognise([row for _, row in part.rows])
+        except ValueError as error:
+            raise StudyError(f"preferences {place}: {part.name}: {error}") from None
+        if (part.form == PKU) != bool(label):
+            told = "has two labels; say which" if part.form == PKU else "has no labels; leave out"
+            raise StudyError(
+                f"preferences {source}: {part.name}: {part.form} {told}: {place}#"
+                + f" or {place}#".join(LABELS)
+            )
+        pairs, left_out = read_pairs(part, label)
+        for side, pair in pairs:
+            sides[side].append(pair)
+        found.files[part.prefix or part.name] = part.sha256
+        found.rows += len(pairs) + len(left_out)
+        found.bad_rows += [f"{where}: {reason}" for where, reason in left_out if reason != TIE]
+        found.reasons.update(reason for _, reason in left_out)
+    found.ties = found.reasons.pop(TIE, 0)
+    found.form = ", ".join(dict.fromkeys(part.form for part in parts))
+    found.form += f" ({label})" if label else ""
+    if len(found.bad_rows) > share * found.rows:
+        raise StudyError(
+            f"preferences {source}: {found.counted()}; more than {share:.0%} stops the run: mend "
+            "them, or append "
+            f"{',' if '#' in source else '#'}max_bad_rows=<share> to the source"
+        )
+    return found, sides
+
+
+# --- the split ------------------------------------------------------------------------------------
 
 
 def load_preferences(
     source: str, n_train: int, n_held_out: int, chat: Chat, max_length: int, seed: int = 0
 ) -> Preferences:
-    """Read, split and size a preference set, half harmless and half helpful.
+    """Read, split and size a preference set, its groups (``source``) in turn.
 
-    The test files are held out, and training pairs that share a first human turn with them are
-    dropped. Where there are only test files (HH-RLHF without its training half), they are split by
+    Files or splits whose names say so (``test``, ``validation``, …; or a column ``split``) are held
+    out, and training pairs that share a first human turn with them are dropped. Where the names
+    tell no two sides apart (such as HH-RLHF without its training half), all pairs are split by
     first human turn, so that no conversation is on both sides.
 
     Parameters
     ----------
     source
-        ``shipped``, ``path:<directory>`` or ``hub:``.
+        ``shipped``, ``hub:`` (HH-RLHF), ``path:<file or directory>`` or
+        ``hub:<dataset>[/<folder>]@<revision>[:<splits>]``; behind it may stand ``#safety`` or
+        ``#helpfulness`` (PKU-SafeRLHF's labels) and ``max_bad_rows=<share>``, parted by commas.
     n_train, n_held_out
         Pairs wanted on each side, in an order drawn from ``seed``; fewer if there are not enough.
     max_length
@@ -143,23 +176,19 @@ def load_preferences(
     Raises
     ------
     StudyError
-        A missing file, a line that is not JSON, a side without a pair.
+        A missing file, a line that is not JSON, columns of no known form, too many bad rows, a side
+        without a pair.
     """
-    result = Preferences([], [])
-    for subset, stem in SUBSETS.items():
-        for split, side in (("test", result.held_out), ("train", result.train)):
-            path = locate(source, f"{stem}.{split}.jsonl", required=split == "test")
-            pairs, bad = read_pairs(path, subset) if path else ([], [])
-            side += pairs
-            result.bad_rows += bad
-    if result.train:
-        openings = {pair.opening for pair in result.held_out}
-        train = [pair for pair in result.train if pair.opening not in openings]
-        result.shared_openings = len(result.train) - len(train)
+    result, sides = read_preferences(source)
+    train, held_out = sides["train"] + sides[""], sides["held_out"]
+    if train and held_out:
+        openings = {pair.opening for pair in held_out}
+        result.shared_openings = sum(pair.opening in openings for pair in train)
     else:
-        openings = _held_out_openings(result.held_out, n_held_out, seed)
-        train = [pair for pair in result.held_out if pair.opening not in openings]
-    held_out = [pair for pair in result.held_out if pair.opening in openings]
+        train = held_out = train + held_out
+        openings = _held_out_openings(held_out, n_held_out, seed)
+    train = [pair for pair in train if pair.opening not in openings]
+    held_out = [pair for pair in held_out if pair.opening in openings]
     for side, pairs, wanted in (("train", train, n_train), ("held_out", held_out, n_held_out)):
         short = [pair for pair in pairs if pair_tokens(pair, chat) <= max_length]
         result.too_long += len(pairs) - len(short)
