@@ -18,13 +18,17 @@ def test_words_are_learnt_from_the_training_pairs_and_a_tie_is_a_coin():
     np.testing.assert_array_equal(baselines.bag_of_words(train, held_out), [1, 0, 0.5])
 
 
-def test_the_length_rule_is_that_of_its_subset(chat):
+def test_the_length_rule_is_that_of_its_source(chat):
     long, short = "a rather long answer", "short"
     train = [pair(long, short)] * 3 + [pair(short, long)] + [pair(short, long, "harmless")] * 2
     held_out = [pair(long, short), pair(short, long), pair(long, long)]
     held_out += [pair(long, short, "harmless"), pair(short, long, "harmless")]
     right = baselines.length_rule(train, held_out, chat)
     np.testing.assert_array_equal(right, [1, 0, 0.5, 0, 1])
+    # A source without training pairs has the rule of all of them.
+    elsewhere = [pair(long, short, "other"), pair(short, long, "other")]
+    shorter = train + [pair(short, long)]
+    np.testing.assert_array_equal(baselines.length_rule(shorter, elsewhere, chat), [0, 1])
 
 
 def test_length_controlled_accuracy_gives_a_rule_of_length_one_half(chat):

@@ -26,7 +26,9 @@ def test_features_of_pairs():
     ]
     frame = features(pairs, topics=2)
     assert frame.index.tolist() == ["a", "b", "c"]
-    assert frame["harmless_half"].tolist() == [False, True, False]
+    # Of two sources one column says all.
+    assert [name for name in frame if name.startswith("source")] == ["source: harmless"]
+    assert frame["source: harmless"].tolist() == [False, True, False]
     assert frame["multi_turn"].tolist() == [False, True, False]
     assert frame["chosen_words"].tolist() == [6, 5, 4]
     assert frame["rejected_words"].tolist() == [6, 6, 7]
@@ -36,6 +38,21 @@ def test_features_of_pairs():
     assert frame.loc["a", "topic"] == frame.loc["b", "topic"] != frame.loc["c", "topic"]
     with pytest.raises(StudyError, match="topics: must lie between"):
         features([])
+
+
+def test_every_large_source_is_a_feature():
+    def sources_of(*sources):
+        """Columns for pairs of these sources."""
+        texts = [BREAD[i % 2] + CARS[i % 2] for i in range(len(sources))]
+        pairs = [PreferencePair(str(i), (texts[i],), "", "", s) for i, s in enumerate(sources)]
+        return features(pairs, topics=2).filter(like="source: ")
+
+    frame = sources_of("b", "a", "c", "a")
+    assert frame.columns.tolist() == ["source: a", "source: b", "source: c"]
+    assert frame["source: a"].tolist() == [False, True, False, True]
+    assert sources_of("a", "a").empty
+    many = sources_of(*"aabcdefghijjj")
+    assert many.columns.tolist() == [f"source: {s}" for s in "abcdefgj"]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_sums_and_contrasts_of_datainf_by_proxy_or_metric():
     ]
     for solver, sign in (("datainf", 1), ("exact_layerwise", -1)):
         for loss in ("metric", "next-token"):
-            for group, p in (("harmless_half", 0.2), ("topic: tea, cup", 0.01)):
+            for group, p in (("source: harmless", 0.2), ("topic: tea, cup", 0.01)):
                 part = ("dpo", "ethics", solver, f"{loss}: {group}", 0.4 * sign, NAN)
                 rows.append((*part, 0.1, 0.7, p, 90))
     summary = pd.DataFrame(rows, columns=SUMMARY)
@@ -138,7 +138,20 @@ def test_attribution_words():
 
     nothing = ("sft", "ethics", NAN, NAN, 0, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN)
     dull = ("dpo", "ethics", 5.0, 0.3, 20, 4.0, "topic: a", 0.1, -0.2, 0.4, 0.5, 90, 0.1)
-    driving = ("sft", "privacy", -3.0, 0.01, 20, 1.0, "harmless_half", -0.4, -0.6, -0.2, 0.01, 90)
+    driving = (
+        "sft",
+        "privacy",
+        -3.0,
+        0.01,
+        20,
+        1.0,
+        "source: harmless",
+        -0.4,
+        -0.6,
+        -0.2,
+        0.01,
+        90,
+    )
     assert words(nothing) == [
         "No answer changed between stages, so there was nothing to attribute."
     ]
@@ -147,7 +160,7 @@ def test_attribution_words():
     assert "disagree about that sign in 1 of 2" in signs
     assert contrasts.startswith("In 1 of 2 the score of a group")
     assert first == (
-        "sft on privacy, harmless half: such pairs drive the change more than others, Cliff's "
+        "sft on privacy, source: harmless: such pairs drive the change more than others, Cliff's "
         "delta -0.40 (95 % interval -0.60 to -0.20, n = 90 examples)."
     )
     apart = words((*driving, 0.3), verbs=("help", "harm"))[-1]

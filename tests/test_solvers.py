@@ -645,11 +645,11 @@ def test_group_contrasts():
     harmless = np.arange(60) % 2 == 0
     by_item = rng.normal(size=(60, 4)) + 2 * harmless[:, None]
     one = of_items(by_item, ["v"] * 3 + ["w"])
-    frame = pd.DataFrame({"harmless_half": harmless, "topic": ["a", "b", "c"] * 20})
+    frame = pd.DataFrame({"source: harmless": harmless, "topic": ["a", "b", "c"] * 20})
     table = group_contrasts({"datainf": one, "exact_layerwise": one}, frame, "dpo", "metric")
     assert len(table) == 2 * 2 * 4 and set(table["vertical"]) == {"v", "w"}
     clear = table[table["p_null"] < 0.05]
-    assert set(clear["loss"]) == {"metric: harmless_half"} and (clear["ci_low"] > 0).all()
+    assert set(clear["loss"]) == {"metric: source: harmless"} and (clear["ci_low"] > 0).all()
     assert group_contrasts({}, frame, "dpo", "metric").empty
 
 

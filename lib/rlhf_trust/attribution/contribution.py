@@ -253,8 +253,8 @@ def group_contrasts(
         Of DataInf and of the exact layer-wise solver that it approximates, with verticals as
         groups of items.
     groups
-        Groups of examples, columns of ``features.features`` such as ``harmless_half`` (the source)
-        and ``topic``.
+        Groups of examples, columns of ``features.features`` such as ``source: harmless`` and
+        ``topic``.
 
     A row says ``<loss>: <group>`` for its loss; ``contribution`` is the effect of
     ``features.effects`` (Cliff's delta; for topics a difference in standard deviations; above 0:

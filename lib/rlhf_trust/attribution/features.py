@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,16 +29,24 @@ misses refusals in other words, and "I can't wait" counts as one."""
 CONTRACTION = re.compile(r"\b\w+['’]\w+\b")
 
 
+MOST_SOURCES = 8
+"""Smaller sources are no features, since each would be one more test."""
+
+
 def features(pairs: Sequence[PreferencePair], topics: int = 8, seed: int = 0) -> pd.DataFrame:
     """One row a pair, indexed by its id.
 
-    Columns (bool, number or text, which :func:`effects` tells apart): ``harmless_half`` (else the
-    helpful one), ``multi_turn`` (more than one human turn), ``chosen_words`` and
-    ``rejected_words`` (words in the answers), ``chosen_longer``, ``chosen_refuses`` and
-    ``rejected_refuses`` (``REFUSAL``), and ``topic`` (:func:`topic_names`).
+    Columns (bool, number or text, which :func:`effects` tells apart): ``source: <name>`` for each
+    of the largest sources (``MOST_SOURCES``; of two the first alone, since the other is its
+    opposite, and none if there is one), ``multi_turn`` (more than one human turn),
+    ``chosen_words`` and ``rejected_words`` (words in the answers), ``chosen_longer``,
+    ``chosen_refuses`` and ``rejected_refuses`` (``REFUSAL``), and ``topic`` (:func:`topic_names`).
     """
     frame = pd.DataFrame({"example_id": [p.id for p in pairs]}).set_index("example_id")
-    frame["harmless_half"] = [p.source == "harmless" for p in pairs]
+    sizes = Counter(p.source for p in pairs)
+    sources = sorted(source for source, _ in sizes.most_common(MOST_SOURCES))
+    for source in sources if len(sources) > 2 else sources[:-1]:
+        frame[f"source: {source}"] = [p.source == source for p in pairs]
     frame["multi_turn"] = [len(p.prompt) > 1 for p in pairs]
     frame["chosen_words"] = [len(p.chosen.split()) for p in pairs]
     frame["rejected_words"] = [len(p.rejected.split()) for p in pairs]

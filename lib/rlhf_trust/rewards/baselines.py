@@ -56,21 +56,25 @@ def length_rule(train: Pairs, held_out: Pairs, chat: Chat) -> np.ndarray:
     """Whether length alone orders each held-out pair as people did: 1, 0, or ½ for a tie, [held].
 
     The rule prefers the longer or the shorter answer, whichever people chose more often in the
-    training pairs of the same ``source`` (harmless, helpful); the longer one if that is a tie.
+    training pairs of the same ``source`` (in all, for a source without any); the longer one if
+    that is a tie.
     """
     signs, sources = longer(train, chat), np.array([p.source for p in train])
-    rule = {s: 1 if signs[sources == s].sum() >= 0 else -1 for s in {p.source for p in held_out}}
+    rule = {}
+    for source in {p.source for p in held_out}:
+        own = signs[sources == source]
+        rule[source] = 1 if (own if len(own) else signs).sum() >= 0 else -1
     return _right(longer(held_out, chat) * [rule[p.source] for p in held_out])
 
 
 def length_controlled(right: np.ndarray, held_out: Pairs, chat: Chat) -> Interval:
     """Accuracy with length held fixed, and its 95 % interval; ``right`` (0 or 1) [held].
 
-    The mean over four strata of equal weight: source (harmless, helpful) × whether the chosen
-    answer is the longer or the shorter one. A rule that knows nothing but these two has 50 %.
-    Stratifying by length is how Singhal et al. 2023 (arXiv 2310.03716) take it out of rewards; the
-    strata here are signs, as a pair has only two answers. Pairs of equal length are left out, and a
-    source in which only one sign occurs; NaN if nothing is left.
+    The mean over strata of equal weight: source (of HH-RLHF: harmless, helpful) × whether the
+    chosen answer is the longer or the shorter one. A rule that knows nothing but these two has
+    50 %. Stratifying by length is how Singhal et al. 2023 (arXiv 2310.03716) take it out of
+    rewards; the strata here are signs, as a pair has only two answers. Pairs of equal length are
+    left out, and a source in which only one sign occurs; NaN if nothing is left.
     """
     signs, sources = longer(held_out, chat), np.array([p.source for p in held_out])
     strata = []
