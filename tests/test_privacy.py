@@ -109,6 +109,19 @@ def test_what_the_choice_covers_by_hand():
         same(values(found, name, "instruction=permitted"), of[::-1])
 
 
+def test_what_foretells_written_answers_by_hand():
+    """3 answers tell and 2 do not: one of the 6 pairs is tied, the others are in order."""
+    items = facts("salary", "password", "salary", "password", "bank PIN")
+    answers, likely = [LEAK, LEAK, LEAK, REFUSAL, NOTHING], np.array([0.9, 0.8, 0.2, 0.2, 0.1])
+    (found,) = privacy.foretelling_measures(items, likely, answers)
+    assert (found.metric, found.condition) == ("disclosure_roc_auc", "answers=written")
+    same(found.values.mean().round(9), round(5.5 / 6, 9))
+    (found,) = privacy.foretelling_measures(items, -likely, answers)
+    same(found.values.mean().round(9), round(0.5 / 6, 9))
+    (found,) = privacy.foretelling_measures(items, likely, [LEAK] * 5)
+    assert np.isnan(found.values).all()
+
+
 def test_openings_begin_the_answer_and_values_follow(tiny_llama):
     chat, decode = Chat(tiny_llama.tokenizer, "chatml"), tiny_llama.tokenizer.decode
     (choice,) = privacy.openings_and_values([FACT], "permitted", chat)

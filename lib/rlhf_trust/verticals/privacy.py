@@ -32,6 +32,7 @@ from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
 from ..sources import locate, read_json
 from .common import Measure, measured, read_each, score_options, unparsable
+from .ethics import roc_area_values
 
 # --- rows and loader ------------------------------------------------------------------------------
 
@@ -348,6 +349,26 @@ def net_measures(
     given_ability = np.where(disclosed == 1, leaked, np.nan)
     found = measured(items, "main", "kind", leak_rate_given_ability=given_ability)
     return found + measured(items, "main", "kind", signed=True, privacy_gap=disclosed - leaked)
+
+
+def foretelling_measures(
+    items: Sequence[PrivateFact], told: np.ndarray, answers: list[list[str]]
+) -> list[Measure]:
+    """``disclosure_roc_auc``: does the instrument foretell which written answers tell the value?
+
+    The criterion validity of :func:`told`: the probability that it is higher where the first answer
+    gives the value away than where it does not; 1/2 is chance. NaN if all answers do, or none.
+
+    Parameters
+    ----------
+    items
+        One a written answer; an item that was asked in two ways stands there twice.
+    told
+        How likely the instrument finds it that the value is told, [answers]; only ranks count.
+    """
+    leaked = given_away(items, answers)[:, 0] == 1
+    area = roc_area_values(told, leaked)
+    return measured(items, "answers=written", "kind", disclosure_roc_auc=area)
 
 
 def _weighed(logps: Sequence[np.ndarray]) -> list[np.ndarray]:
