@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import NAN, random_head, some_examples
-from rlhf_trust import StudyError
+from rlhf_trust import StudyError, stats
 from rlhf_trust.attribution import validate as module
 from rlhf_trust.attribution.gradients import per_example_gradients
 from rlhf_trust.attribution.store import whole
@@ -20,11 +20,13 @@ from rlhf_trust.attribution.validate import (
     auc_ceiling,
     copy_ranks,
     copy_table,
-    implicit_accuracy,
+    flipped,
     lds,
     lds_table,
     mean_gradients,
     mislabel,
+    mitigation_table,
+    mitigations,
     most_harmful,
     most_helpful,
     plant_copies,
@@ -35,13 +37,13 @@ from rlhf_trust.attribution.validate import (
     ranked_right,
     retrain_halves,
     retrained,
-    sft_then_dpo,
+    versions_of,
 )
 from rlhf_trust.data.preferences import PreferencePair
-from rlhf_trust.losses import NextTokenLoss, RewardLoss
+from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss, reference_logps
 from rlhf_trust.models import LoRA, fresh_adapters, lora_weights, new_adapter, snapshot
-from rlhf_trust.report import pruning_words
-from rlhf_trust.training import TrainConfig, example_losses
+from rlhf_trust.report import mitigation_words, planted_words
+from rlhf_trust.training import TrainConfig, example_losses, fit
 from scipy import stats as scipy_stats
 from sklearn.metrics import roc_auc_score
 
@@ -207,28 +209,7 @@ def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
         run("b", random_halves(6, 2, 0))
 
 
-def test_sft_then_dpo_starts_anew_each_time(tiny_llama):
-    model, pairs = fresh_adapters(tiny_llama, ["sft", "dpo"], LoRA(4, 8), 0), some_examples(10, 2)
-    start, chosen = snapshot(model, "sft"), [replace(p, sequences=p.sequences[:1]) for p in pairs]
-
-    sft_config = TrainConfig(learning_rate=5e-3, batch_size=5, epochs=3)
-    configs = sft_config, TrainConfig(learning_rate=1e-2, batch_size=5, epochs=20)
-
-    def run():
-        sft_then_dpo(model, start, chosen, pairs, 0.5, *configs, PAD, seed=0)
-        return snapshot(model, "sft"), snapshot(model, "dpo")
-
-    def held_out():
-        return example_losses(model, "sft", chosen, NextTokenLoss("mean"), PAD).mean()
-
-    before, (sft, dpo) = held_out(), run()
-    assert held_out() < before - 0.02
-    assert any(not torch.equal(sft[name], dpo[name]) for name in sft)
-    assert implicit_accuracy(model, pairs, 0.5, PAD).mean() == 1
-    turned = [replace(p, sequences=p.sequences[::-1]) for p in pairs]
-    assert implicit_accuracy(model, turned, 0.5, PAD).mean() == 0
-    for one, again in zip((sft, dpo), run()):
-        assert all(torch.equal(weight, again[name]) for name, weight in one.items())
+def test_pairs_are_ranked_right_where_their_loss_is_below_log_2():
     assert ranked_right(np.log(2) + np.array([-1e-6, 1e-6])).tolist() == [1, 0]
 
 
@@ -420,7 +401,7 @@ def test_the_interval_over_draws_is_students():
     assert 0.935 < held / 2000 < 0.965
 
 
-def test_pruning_table_and_words():
+def test_every_arm_against_the_mean_of_the_random_ones():
     rng = np.random.default_rng(0)
     names = ("full", "pruned", "random", "random", "random")
     items = rng.normal(size=30)
@@ -428,22 +409,14 @@ def test_pruning_table_and_words():
     # Ethics: pruning helps by 1 on every item, far more than random draws differ. Privacy: nothing
     # happens.
     ethics = items + noise[0] - np.array([0, 1, 0, 0, 0])[:, None]
-    outcomes = {"ethics": ethics, "privacy": items + noise[1]}
-    table = pruning_table(names, outcomes)
+    table = pruning_table(names, {"ethics": ethics, "privacy": items + noise[1]})
     assert len(table) == 4 and set(table["arm"]) == {"full", "pruned"}
-    rows = table.set_index(["arm", "vertical"])
-    row = rows.loc[("pruned", "ethics")]
+    row = table.set_index(["arm", "vertical"]).loc[("pruned", "ethics")]
     assert row["change"] == pytest.approx(ethics[1].mean() - ethics[2:].mean())
     assert row["items_high"] < 0 and row["draws_high"] < 0 and row["p_holm"] < 0.05
     assert (row["n"], row["draws"]) == (30, 3)
     assert (table["p"] == table[["p_items", "p_draws"]].max(axis=1)).all()
     assert (table["p_holm"] >= table["p"]).all()
-    words = pruning_words(table, "ethics", k=3)
-    assert words[0].endswith("it helped.") and "from the mean of 3 random removals" in words[0]
-    assert words[1] == "None of privacy moved clearly (Holm-corrected p below 0.05)."
-    first, second = pruning_words(table, "privacy", k=3)
-    assert first.endswith("no clear effect beyond removing at random.")
-    assert "It also moved ethics by -0.99" in second
 
     # What random draws differ by hides the same effect, however sure the items are.
     shifts = np.array([0, 0, -1.0, 0.2, 1.1])[:, None]
@@ -452,17 +425,132 @@ def test_pruning_table_and_words():
 
     single = pruning_table(names[:3], {"ethics": ethics[:3]})
     assert single["draws_low"].isna().all() and single["p"].isna().all()
-    assert "nothing can be said" in pruning_words(single, "ethics", 3)[0]
-    few = pruning_table(names, {"ethics": ethics[:, :7], "privacy": items + noise[1]})
-    assert few.loc[few["vertical"] == "ethics", "p"].isna().all()
-    sentence, others = pruning_words(few, "ethics", 3)
-    assert "fewer than 8" in sentence and sentence.endswith("over these items nothing can be said.")
-    assert others.startswith("None of privacy moved")
-    assert pruning_words(few, "privacy", 3)[-1] == "Nothing can be said about ethics."
+    few = pruning_table(names, {"ethics": ethics[:, :7]})
+    assert few["p"].isna().all()
     with pytest.raises(StudyError, match="needs a random arm"):
-        pruning_table(("full", "pruned"), outcomes)
-    with pytest.raises(StudyError, match="no arm 'similar'"):
-        pruning_words(table, "ethics", 3, arm="similar")
+        pruning_table(("full", "pruned"), {"ethics": ethics[:2]})
+
+
+# ------------------------------------------------------------------------------------------------
+
+PLAN = [
+    ("remove", "harmful", np.array([1, 3])),
+    ("flip", "harmful", np.array([1, 3])),
+    ("flip", "harmful", np.array([1, 3, 4])),
+    ("down-weight", "harmful", np.array([1, 3])),
+]
+
+
+def test_the_versions_of_pairs_that_an_arm_trains_on():
+    arms, versions = mitigations(6, PLAN, draws=3, seed=0)
+    assert len(arms) == len(versions) == 1 + 4 + 4 * 3 and versions.shape[1] == 3 * 6
+    assert arms.loc[0].tolist() == ["none", "all", 0]
+    assert (versions.sum(1) == np.where(arms["action"] == "remove", 6 - arms["pairs"], 6)).all()
+    pairs = some_examples(6, 2)
+
+    def trained_on(arm):
+        return versions_of(pairs, np.flatnonzero(versions[arm]), 0.25)
+
+    examples, weights = trained_on(0)
+    assert examples == pairs and weights.tolist() == [1] * 6
+    examples, weights = trained_on(1)
+    assert examples == pairs and weights.tolist() == [1, 0, 1, 0, 1, 1]
+    examples, weights = trained_on(3)
+    assert weights.tolist() == [1] * 6
+    for place, (example, pair) in enumerate(zip(examples, pairs)):
+        turned = place in (1, 3, 4)
+        assert example.sequences == (pair.sequences[::-1] if turned else pair.sequences)
+        assert (example.id == pair.id) != turned
+    examples, weights = trained_on(4)
+    assert examples == pairs and weights.tolist() == [1, 0.25, 1, 0.25, 1, 1]
+
+    # Actions on as many pairs share their random sets.
+    at_random = arms["selection"] == "random"
+    removed = ~versions[at_random & (arms["action"] == "remove")][:, :6]
+    alike = at_random & (arms["action"] == "flip") & (arms["pairs"] == 2)
+    assert (versions[alike][:, 6:12] == removed).all() and (removed.sum(1) == 2).all()
+
+
+def test_a_flipped_pair_is_as_likely_as_the_pair_is_not(tiny_llama):
+    model, pairs = new_adapter(tiny_llama, LoRA(4, 8), 0).eval(), some_examples(4, 2)
+    reference = reference_logps(model, "default", pairs, PAD)
+    loss = DPOLoss(0.5, reference | {flipped(p).id: reference[p.id][::-1] for p in pairs})
+    fit(model, "default", pairs, loss, PAD, TrainConfig(learning_rate=1e-2, epochs=3))
+    as_is = example_losses(model, "default", pairs, loss, PAD)
+    other = example_losses(model, "default", [flipped(p) for p in pairs], loss, PAD)
+    assert (as_is < np.log(2)).all()
+    assert np.exp(-as_is) + np.exp(-other) == pytest.approx(1)
+
+
+def drawn(rng, count, n=12, of_set=1.0, of_both=1.0):
+    """Outcomes [count, n] of random sets: a shift of each set, and one of each item under it."""
+    return of_set * rng.normal(size=(count, 1)) + of_both * rng.normal(size=(count, n))
+
+
+def test_a_worthless_selection_is_one_more_random_draw():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(400):
+        items, sets = rng.normal(size=12), drawn(rng, 9)
+        found.append(module.against_draws(items + sets[0], items + sets[1:]))
+    wrong = np.mean([(change.low > 0) or (change.high < 0) for change in found])
+    assert wrong < 0.08
+    # As narrow as it can be: Student's t over draws, of which a set's shift is nearly all here.
+    means = drawn(rng, 9, of_both=0.01).mean(1)
+    change = module.against_draws(np.full(12, means[0]), np.tile(means[1:, None], 12))
+    half = scipy_stats.t.ppf(0.975, 7) * means[1:].std(ddof=1) * np.sqrt(1 + 1 / 8)
+    assert change.value == pytest.approx(means[0] - means[1:].mean())
+    assert (change.high - change.low) / 2 == pytest.approx(half, rel=0.1)
+    assert change.seeds == 8 and change.n == 12
+
+
+def test_mitigation_table_and_words():
+    rng = np.random.default_rng(1)
+    arms, _ = mitigations(6, PLAN, draws=8, seed=0)
+    items = rng.normal(size=12)
+    ethics, privacy = (items + drawn(rng, len(arms), 12, 0.02, 0.02) for _ in range(2))
+    ethics[1] -= 1  # removing helps
+    ethics[3] += 1  # flipping three harms
+    privacy[4] += 1  # a side effect of down-weighting
+    outcomes = {"ethics": ethics, "privacy": privacy}
+    table = mitigation_table(arms, outcomes, "ethics")
+    assert len(table) == 8 and set(table["draws"]) == {8} and set(table["n"]) == {12}
+    own = table[table["vertical"] == "ethics"].reset_index(drop=True)
+    alike = (arms["action"] == "flip") & (arms["pairs"] == 3) & (arms["selection"] == "random")
+    by_hand = ethics[3].mean() - ethics[alike].mean()
+    assert own.loc[2, "change"] == pytest.approx(by_hand)
+    for _, part in table.groupby(table["vertical"] == "ethics"):  # each a family of its own
+        assert part["p_holm"].tolist() == pytest.approx(stats.holm(part["p"]))
+    table = table.assign(target="ethics", share=table["pairs"] / 6)
+    words = mitigation_words(table, "ethics")
+    assert "over 12 items and 8 draws" in words[0] and "over 4 arms" in words[0]
+    assert words[1].startswith("- remove the 2 most harmful pairs (33 %): -1.0")
+    assert ": it worked (p " in words[1] and ": it harmed (p " in words[3]
+    least = f"one of {own.loc[1, 'min_detectable']:.2f} nats"
+    assert "no clear effect" in words[2] and least in words[2]
+    aside = table[(table["vertical"] == "privacy") & (table["action"] == "down-weight")].iloc[0]
+    assert f"privacy by {aside['change']:+.2f} (down-weight the 2 most harmful" in words[5]
+    assert "of 4 tested" in words[5]
+
+    similar = mitigation_words(table.assign(selection="similar"), "ethics")
+    assert similar[1].startswith("- remove the 2 pairs most similar in text (33 %): ")
+
+    few = mitigation_table(arms, {"ethics": ethics[:, :7]}, "ethics")
+    assert few["p_holm"].isna().all()
+    words = mitigation_words(few.assign(target="ethics", share=0.3), "ethics")
+    assert "fewer than 8" in words[1] and words[1].endswith("nothing can be said.\n")
+    assert len(words) == 5  # no side effect was measured
+    with pytest.raises(StudyError, match="no target 'privacy'"):
+        mitigation_words(table, "privacy")
+    with pytest.raises(StudyError, match="2 random draws for remove"):
+        mitigation_table(arms[:6], {"ethics": ethics[:6]}, "ethics")
+
+
+def test_planted_words():
+    rows = [("planted_auc", "agreement", "gradient_cosine", 0.964, 0.9, 1.0, NAN, 40)]
+    rows += [("lds", "answers", "datainf", 0.4, 0.3, 0.5, NAN, 16)]
+    columns = ["test", "target", "solver", "value", "ci_low", "ci_high", "p", "n"]
+    (words,) = planted_words(pd.DataFrame(rows, columns=columns))
+    assert "of gradient cosine 0.96 (0.90 to 1.00) (40 pairs;" in words and "datainf" not in words
 
 
 # ------------------------------------------------------------------------------------------------

@@ -53,9 +53,9 @@ TABLES = {
         "lineage": "suspect derived measure value ci_low ci_high p shuffled twins verdict n",
         "lineage_separation": "measure auc derived unrelated n_derived n_unrelated",
         "validation": "test target solver value ci_low ci_high p n",
-        "pruning": (
-            "target share removed arm vertical change items_low items_high p_items draws_low "
-            "draws_high p_draws p p_holm draws n seed"
+        "mitigation": (
+            "target action selection share pairs vertical change ci_low ci_high p p_holm "
+            "min_detectable draws n seed"
         ),
         "arms": "stage arm seed kl alpha kl_stereotype kl_ethics",
         "headline": (
@@ -69,15 +69,16 @@ TABLES = {
 """The tables of the study and their columns.
 
 ``checks``: did each training stage do its job? ``distance``: loss of each kind of text under each
-model. ``validation``: do influence scores predict retraining? ``pruning``: effect of leaving out
-the pairs called harmful. ``reward_models``: how well rewards learnt on embeddings rank answers.
-``rm_bench``: RM-Bench. ``grounding``: Trust-Score and its parts by one entailment judge, and
-``grounding_change`` what training did to them. ``lineage``: similarity of each model to start, and
-``lineage_separation`` how well each measure separates derived from unrelated models. ``arms``: how
-far each training of a stage, true or placebo, moved from SFT, and how far it was brought back
-(alpha); ``kl_<vertical>``: on the documents that the vertical reads. ``headline``: what each stage
-changed against start and against its placebo, over items and seeds (SFT against start alone), and
-``validity`` whether the vertical's instrument measures anything on each model.
+model. ``validation``: do influence scores predict retraining? ``mitigation``: effect of removing,
+flipping or down-weighting the pairs called harmful, against random ones. ``reward_models``: how
+well rewards learnt on embeddings rank answers. ``rm_bench``: RM-Bench. ``grounding``: Trust-Score
+and its parts by one entailment judge, and ``grounding_change`` what training did to them.
+``lineage``: similarity of each model to start, and ``lineage_separation`` how well each measure
+separates derived from unrelated models. ``arms``: how far each training of a stage, true or
+placebo, moved from SFT, and how far it was brought back (alpha); ``kl_<vertical>``: on the
+documents that the vertical reads. ``headline``: what each stage changed against start and against
+its placebo, over items and seeds (SFT against start alone), and ``validity`` whether the vertical's
+instrument measures anything on each model.
 """
 
 

@@ -40,7 +40,7 @@ SIZES = {
     "16-headline": "n_train stages seeds",
     "20-attribution": "n_examples max_length",
     "21-attribution-validation": "n_pool n_halves epochs max_length",
-    "22-pruning": "n_pairs n_random max_length",
+    "22-mitigation": "n_pairs n_random n_orders epochs max_length",
     "23-through-training": "n_pool n_halves epochs max_length stages",
     "30-reward-models": "n_prompts answers_per_prompt max_new_tokens",
     "40-rag-trust": "n_train max_new_tokens",

@@ -32,6 +32,7 @@ TITLES = {
     "truthfulness": "Truthfulness",
     "privacy": "Privacy",
     "grounding": "Grounded answers",
+    "agreement": "Planted: agreeing",
 }
 
 
@@ -325,34 +326,34 @@ def effects(tables: dict[str, pd.DataFrame]):
     return figure
 
 
-def pruning(table: pd.DataFrame, outcomes: Sequence[str], target: str):
-    """Change of every outcome in every arm against removing as many at random.
+def doses(table: pd.DataFrame):
+    """Change of each target (panel) against the share of pairs acted on, one line an action; open
+    squares: the pairs most similar in text.
 
-    Intervals over items (dark) and over draws (light). Columns as of ``validate.pruning_table``;
-    log-odds on the left axis, shares of errors on the right one.
+    Columns as of the table ``mitigation``; only rows that measure the target itself.
     """
-    arms = list(table["arm"].unique())
-    odds = [outcome for outcome in outcomes if outcome != "ranking errors"]
-    shares = [outcome for outcome in outcomes if outcome == "ranking errors"]
-    size = (8.6, 0.9 + 0.24 * len(odds) * len(arms))
-    figure, axes = plt.subplots(1, 2, figsize=size, width_ratios=(3, 2))
-    units = ("log-odds of the bad answer, nats", "share of pairs ranked wrongly")
-    for axis, names, unit in zip(axes, (odds, shares), units):
-        for point in table[table["vertical"].isin(names)].itertuples():
-            place, row = arms.index(point.arm), names.index(point.vertical)
-            y, shade = row + _offset(place, len(arms), 0.7), (GREY, ORANGE, BLUE)[place % 3]
-            draws = [point.draws_low, point.draws_high]
-            wide = {"linewidth": 5, "alpha": 0.25, "solid_capstyle": "butt"}
-            axis.plot(draws, [y, y], color=shade, **wide)
-            over_items = point.change, point.items_low, point.items_high
-            _point(axis, y, *over_items, shade, label=point.arm if row == 0 else None)
-        axis.axvline(0, **AT_ZERO)
-        titles = [TITLES.get(name, name) for name in names]
-        marks = [" (target)" if name == target else "" for name in names]
-        _row_labels(axis, [title + mark for title, mark in zip(titles, marks)])
-        axis.set(xlabel=f"change against random removal:\n{unit}")
-    _legend_right(axes[1])
-    figure.suptitle("What removing pairs changes", fontweight="bold", fontsize=11)
+    targets, actions = list(table["target"].unique()), list(table["action"].unique())
+    figure, axes = _panels(len(targets), len(targets), (4.2, 3.6), (1.4, 0))
+    for axis, target in zip(axes, targets):
+        own = table[(table["target"] == target) & (table["vertical"] == target)]
+        shares = sorted(own["share"].unique())
+        lines = own.groupby(["action", "selection"], sort=False)
+        for place, ((action, selection), rows) in enumerate(lines):
+            similar, shade = selection == "similar", (BLUE, ORANGE, GREEN)[actions.index(action)]
+            look = {"color": shade, "markerfacecolor": "white" if similar else shade}
+            look |= {"fmt": "s" if similar else "-o", "markersize": 5, "capsize": 2}
+            label = f"{action}, most similar" if similar else action
+            ends = [rows["change"] - rows["ci_low"], rows["ci_high"] - rows["change"]]
+            x = rows["share"] + _offset(place, len(lines), 0.014)
+            axis.errorbar(x, rows["change"], ends, label=label, **look)
+        axis.axhline(0, **AT_ZERO)
+        axis.set_xticks(shares, [f"{share:.0%}".replace("%", " %") for share in shares])
+        title = f"{TITLES.get(target, target)} (n = {own['n'].iloc[0]})"
+        axis.set(title=title, xlim=(0, table["share"].max() + 0.02))
+    _legend_right(axes[len(targets) - 1])
+    unit = "log-odds of the bad answer, nats:\nchange against random pairs"
+    title = f"What acting on the most harmful pairs changes, {table['draws'].iloc[0]} random draws"
+    _titles(figure, title, "share of all pairs", unit)
     return figure
 
 

@@ -304,44 +304,66 @@ def unrolled_words(validation: pd.DataFrame) -> list[str]:
     return words
 
 
-def pruning_words(table: pd.DataFrame, target: str, k: int, arm: str = "pruned") -> list[str]:
-    """Did removing ``k`` examples help ``target`` more than random removals? What else moved?
-
-    Made from ``validate.pruning_table``.
-    """
-    part = table[table["arm"] == arm].set_index("vertical")
-    if target not in part.index:
-        raise StudyError(f"pruning: the table has no arm {arm!r} measured on {target!r}")
-    row = part.loc[target]
-    if np.isnan(row["p_draws"]):
-        found = "with one random draw nothing can be said"
-    elif np.isnan(row["p_items"]):
-        found = "over these items nothing can be said"
-    elif row["p"] < 0.05:
-        found = "it helped" if row["change"] < 0 else "it made things worse"
-    else:
-        found = "no clear effect beyond removing at random"
-
-    def both(row: pd.Series) -> str:
-        over_items = Interval(row["change"], row["items_low"], row["items_high"], row["n"])
-        items = interval_words(over_items, label=f"95 % interval over {row['n']} items ")
-        return f"{items[:-1]}, over draws {row['draws_low']:+.3f} to {row['draws_high']:+.3f})"
-
-    words = [
-        f"Without the {k} examples of the arm '{arm}' the log-odds of the bad answer for {target} "
-        f"differ by {both(row)} from the mean of {row['draws']} random removals of as many: "
-        f"{found}."
+def mitigation_words(table: pd.DataFrame, target: str) -> list[str]:
+    """Did an action on the pairs called harmful help ``target``, by action and dose, and what else
+    moved? From the rows of ``22-mitigation``."""
+    part = table[table["target"] == target]
+    if part.empty:
+        raise StudyError(f"mitigation: the table has no target {target!r}")
+    own, others = (part[(part["vertical"] == target) == is_own] for is_own in (True, False))
+    first, words = own.iloc[0], []
+    words.append(
+        f"**{target}**, log-odds of the bad answer against the same done to as many random pairs "
+        f"(95 % intervals over {first['n']} items and {first['draws']} draws, p Holm-corrected "
+        f"over {len(own)} arms):\n\n"
+    )
+    for row in own.itertuples():
+        worked = "it worked" if row.change < 0 else "it harmed"
+        if np.isnan(row.p_holm):
+            said = "nothing can be said"
+        elif row.p_holm < 0.05:
+            said = f"{worked} (p {_p_words(row.p_holm)})"
+        else:
+            said = (
+                f"no clear effect (p {_p_words(row.p_holm)}); one of {row.min_detectable:.2f} nats "
+                "would have been found in four of five such studies, before that correction"
+            )
+        change = interval_words(Interval.of_row(row, "change"), "+.2f", label="")
+        words.append(f"- {_arm_words(row)}: {change}: {said}.\n")
+    moved = [
+        f"{row.vertical} by {row.change:+.2f} ({_arm_words(row)})"
+        for row in others[others["p_holm"] < 0.05].itertuples()
     ]
-    others = part.drop(target)
-    moved = [f"{name} by {both(r)}" for name, r in others[others["p_holm"] < 0.05].iterrows()]
-    if moved:
-        words.append(f"It also moved {'; '.join(moved)}.")
-    known, unknown = (others.index[others["p_holm"].notna() == has] for has in (True, False))
-    if len(known) and not moved:
-        words.append(f"None of {', '.join(known)} moved clearly (Holm-corrected p below 0.05).")
-    if len(unknown):
-        words.append(f"Nothing can be said about {', '.join(unknown)}.")
+    known = others[others["p_holm"].notna()]
+    if len(known):
+        words.append(
+            f"\nSide effects beyond those of random pairs: {'; '.join(moved) or 'none clear'} (of "
+            f"{len(known)} tested, Holm-corrected p below 0.05).\n\n"
+        )
     return words
+
+
+def _arm_words(row) -> str:
+    """Such as ``flip the 4 most harmful pairs (10 %)``."""
+    named = {"harmful": "most harmful pairs", "similar": "pairs most similar in text"}
+    share = f"{row.share:.0%}".replace("%", " %")
+    return f"{row.action} the {row.pairs} {named[row.selection]} ({share})"
+
+
+def _p_words(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "below 0.001"
+
+
+def planted_words(validation: pd.DataFrame) -> list[str]:
+    """Are the pairs called harmful the planted ones? The rows of ``22-mitigation``."""
+    rows = validation[validation["test"] == "planted_auc"].set_index("solver")
+    found = {solver: Interval.of_row(row) for solver, row in rows.iterrows()}
+    said = [f"{solver} {interval_words(area, '.2f', label='')}" for solver, area in found.items()]
+    return [
+        "Planted pairs are told from the others by their scores with an area under the ROC curve "
+        f"of {'; '.join(said).replace('_', ' ')} ({int(rows['n'].iloc[0])} pairs; 0.5 is chance, "
+        "1 perfect).\n\n"
+    ]
 
 
 # --- did each training stage do its job? ---------------------------------------------------------
@@ -504,8 +526,8 @@ def _check(stage: str, check: str, holds: bool, found: Interval, sentence: str) 
 
 REFERENCE = ROOT / "tests" / "reference"
 SAVED = (
-    "trust trust_change distance training checks attribution_summary validation pruning rm_bench "
-    "grounding grounding_change lineage lineage_separation"
+    "trust trust_change distance training checks attribution_summary validation mitigation "
+    "rm_bench grounding grounding_change lineage lineage_separation"
 ).split()
 """The tables of a reference run."""
 KEYS = ["model", "vertical", "metric", "condition"]

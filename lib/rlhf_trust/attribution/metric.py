@@ -304,7 +304,7 @@ def split_items(
 
 def clusters(examples: Mapping[str, Sequence[Example]]) -> Clusters:
     """The clusters of each vertical's examples, for :func:`log_odds_table` and
-    ``pruning_table``."""
+    ``mitigation_table``."""
     found = {vertical: [e.cluster for e in some] for vertical, some in examples.items()}
     return {vertical: labels if any(labels) else None for vertical, labels in found.items()}
 

@@ -7,8 +7,8 @@
 - **Leaving out** the most harmful and the most helpful examples, against as many at random.
 - **Planted examples**: mislabelled pairs, and copies of evaluation items among the training
   examples.
-- **Pruning**: does a vertical get better without the examples that harm it, more than without
-  others?
+- **Mitigation**: does a vertical get better when the pairs that harm it are left out, flipped or
+  given less weight, more than when others are?
 
 Sign everywhere: a score above 0 means that more weight on the example *raises* the evaluation loss.
 Where that loss is the log-odds of a bad answer (:mod:`.metric`), above 0 is harmful.
@@ -32,7 +32,7 @@ from .. import StudyError, stats
 from ..artifacts import ResultCache, content_key, progress
 from ..data.preferences import PreferencePair
 from ..decode import Example, LowerStates
-from ..losses import DPOLoss, Loss, NextTokenLoss, reference_logps, tokens_content
+from ..losses import Loss, tokens_content
 from ..models import restore, snapshot
 from ..training import TrainConfig, example_losses, fit
 from .gradients import per_example_gradients
@@ -396,15 +396,13 @@ def ablations(n: int, removed: Mapping[str, np.ndarray], draws: int, seed: int) 
 def pruning_table(
     names: Sequence[str], outcomes: Outcomes, clusters: Mapping[str, list | None] | None = None
 ) -> pd.DataFrame:
-    """Every arm against the mean of the random ones, by what was measured. (For leaving out as
-    well.)
+    """Every arm of :func:`ablations` against the mean of the random ones, by what was measured.
 
     Parameters
     ----------
     names, outcomes
         ``Ablations.names`` and the result of :func:`retrained` for ``Ablations.subsets``: name →
-        [retrainings, items]. Above 0 is worse for log-odds of bad answers; reward accuracy can be
-        among the outcomes as 0 and 1.
+        [retrainings, items].
     clusters
         Name → a label for each item, as ``metric.clusters`` gives it.
 
@@ -456,41 +454,126 @@ def _between_draws(arm: np.ndarray, at_random: np.ndarray) -> tuple[float, float
     return *map(float, test.confidence_interval(stats.LEVEL)), float(test.pvalue)
 
 
-def sft_then_dpo(
-    network,
-    start: dict[str, torch.Tensor],
-    chosen: Sequence[Example],
-    pairs: Sequence[Example],
-    beta: float,
-    sft: TrainConfig,
-    dpo: TrainConfig,
-    pad: int,
-    seed: int,
-    kept: LowerStates | None = None,
-) -> None:
-    """The study's order anew, in place: adapter ``sft`` from ``start`` on the chosen answers (mean
-    loss per token), then ``dpo`` from it on the pairs, against it. ``chosen``, ``pairs``:
-    ``metric.training_examples`` of either stage."""
-    restore(network, "sft", start)
-    fit(network, "sft", chosen, NextTokenLoss(), pad, replace(sft, seed=seed), kept=kept)
-    restore(network, "dpo", snapshot(network, "sft"))
-    loss = DPOLoss(beta, reference_logps(network, "sft", pairs, pad, kept=kept))
-    fit(network, "dpo", pairs, loss, pad, replace(dpo, seed=seed), kept=kept)
-
-
-def implicit_accuracy(
-    network, pairs: Sequence[Example], beta: float, pad: int, kept: LowerStates | None = None
-) -> np.ndarray:
-    """Which pairs DPO's implicit reward (adapter ``dpo`` against ``sft``) ranks as people did, 0
-    or 1: [pairs]."""
-    loss = DPOLoss(beta, reference_logps(network, "sft", pairs, pad, kept=kept))
-    return ranked_right(example_losses(network, "dpo", pairs, loss, pad, kept=kept))
-
-
 def ranked_right(pair_losses: np.ndarray) -> np.ndarray:
     """Which pairs a model ranks as people did, 0 or 1, from their reward or DPO losses [n]: −log
     σ(margin) lies below log 2 exactly where the margin is above 0."""
     return (np.asarray(pair_losses) < math.log(2)).astype(float)
+
+
+# --- mitigation ---------------------------------------------------------------------------------
+
+ACTIONS = ("remove", "flip", "down-weight")
+"""What can be done to a pair: leave it out, swap chosen and rejected, train on it with less
+weight."""
+
+
+def mitigations(
+    n: int, plan: Sequence[tuple[str, str, np.ndarray]], draws: int, seed: int
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """The trainings that an answer takes: ``plan``, and every action on random pairs.
+
+    Parameters
+    ----------
+    plan
+        Action (of ``ACTIONS``), how the pairs were selected, and their indices among ``n``.
+    draws
+        Random sets for every action and number of pairs in ``plan``. Actions on as many pairs share
+        them.
+
+    Returns
+    -------
+    arms
+        One row a training: action, selection (``random`` for the draws), pairs. The first is
+        trained on all pairs as they are (action ``none``).
+    versions
+        bool [arms, 3 n]: which versions of the pairs it is trained on, for :func:`retrained` and
+        :func:`versions_of`.
+    """
+    plan, doses = list(plan), dict.fromkeys((action, len(some)) for action, _, some in plan)
+    for action, k in doses:
+        plan += [(action, "random", some) for some in random_sets(n, k, draws, seed)]
+    rows, versions = [("none", "all", 0)], [np.repeat([True, False, False], n)]
+    for action, selection, some in plan:
+        taken = np.zeros((3, n), dtype=bool)
+        taken[0] = ~np.isin(np.arange(n), some)
+        if action != "remove":
+            taken[ACTIONS.index(action)] = ~taken[0]
+        rows.append((action, selection, len(some)))
+        versions.append(taken.ravel())
+    return pd.DataFrame(rows, columns=["action", "selection", "pairs"]), np.array(versions)
+
+
+def flipped(pair: Example) -> Example:
+    """A pair with its two answers swapped, under an id of its own."""
+    return replace(pair, id=f"{pair.id} flipped", sequences=pair.sequences[::-1])
+
+
+def versions_of(
+    pairs: Sequence[Example], indices: np.ndarray, less: float
+) -> tuple[list[Example], np.ndarray]:
+    """Examples and their weights for ``training.fit``, [n], from the indices of a row of
+    :func:`mitigations`: a pair that is left out keeps its place in the order, with weight 0.
+    ``less``: the weight of down-weighted pairs."""
+    version, which = np.divmod(indices, len(pairs))
+    weights, examples = np.zeros(len(pairs)), list(pairs)
+    weights[which] = np.array([1.0, 1.0, less])[version]
+    for i in which[version == ACTIONS.index("flip")]:
+        examples[i] = flipped(pairs[i])
+    return examples, weights
+
+
+def mitigation_table(
+    arms: pd.DataFrame,
+    outcomes: Outcomes,
+    target: str,
+    clusters: Mapping[str, list | None] | None = None,
+) -> pd.DataFrame:
+    """Every arm against the same action on as many random pairs, by what was measured.
+
+    Parameters
+    ----------
+    arms, outcomes
+        From :func:`mitigations`, and the result of :func:`retrained` for its versions: name →
+        [arms, items]. More is worse.
+    target
+        The outcome that the arms are meant to lower.
+    clusters
+        Name → a label for each item, as ``metric.clusters`` gives it.
+
+    Columns action, selection, pairs, vertical, change, ci_low, ci_high, p, p_holm, min_detectable,
+    draws, n: see :func:`against_draws`. ``p_holm`` corrects the changes of the target over the
+    arms, and all others, the side effects, over arms and outcomes.
+    """
+    random, rows = arms["selection"] == "random", []
+    for place, arm in arms[~random & (arms["action"] != "none")].iterrows():
+        alike = random & (arms["action"] == arm["action"]) & (arms["pairs"] == arm["pairs"])
+        if alike.sum() < 2:
+            raise StudyError(f"mitigation: needs 2 random draws for {arm['action']}")
+        for what, values in outcomes.items():
+            found = against_draws(values[place], values[alike], (clusters or {}).get(what))
+            row = dict(arm) | {"vertical": what, "change": found.value, "ci_low": found.low}
+            row |= {"ci_high": found.high, "p": found.p, "min_detectable": found.min_detectable}
+            rows.append(row | {"draws": int(alike.sum()), "n": found.n})
+    table = pd.DataFrame(rows).assign(p_holm=np.nan)
+    for _, p in table["p"].dropna().groupby(table["vertical"] == target):
+        table.loc[p.index, "p_holm"] = stats.holm(p)
+    return table
+
+
+def against_draws(
+    selected: np.ndarray, at_random: np.ndarray, clusters=None
+) -> stats.CrossedChange:
+    """Mean over items of ``selected`` [items] less that of random draws [draws, items], with an
+    interval over items and draws.
+
+    Were the selection worthless, it would be one more random draw. So the change must exceed what
+    one draw differs from the mean of r others by, a variance of (1 + 1/r) σ² where that of their
+    mean is σ²/r: the draws' deviations are stretched by √(r + 1), and ``stats.crossed_change`` does
+    the rest.
+    """
+    middle, r = at_random.mean(0), len(at_random)
+    stretched = middle + np.sqrt(r + 1) * (at_random - middle)
+    return stats.crossed_change(np.broadcast_to(selected, at_random.shape), stretched, clusters)
 
 
 # --- planted examples ---------------------------------------------------------------------------
