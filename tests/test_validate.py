@@ -41,7 +41,7 @@ from rlhf_trust.attribution.validate import (
 )
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss, reference_logps
-from rlhf_trust.models import LoRA, fresh_adapters, lora_weights, new_adapter, snapshot
+from rlhf_trust.models import LoRA, lora_weights, new_adapter, snapshot
 from rlhf_trust.report import mitigation_words, planted_words
 from rlhf_trust.training import TrainConfig, example_losses, fit
 from scipy import stats as scipy_stats
@@ -494,12 +494,14 @@ def test_a_worthless_selection_is_one_more_random_draw():
         found.append(module.against_draws(items + sets[0], items + sets[1:]))
     wrong = np.mean([(change.low > 0) or (change.high < 0) for change in found])
     assert wrong < 0.08
-    # As narrow as it can be: Student's t over draws, of which a set's shift is nearly all here.
+    # Hardly wider than it must be: a set's shift is nearly all here, so Student's t over draws, with
+    # one end moved out for the skewness that eight draws seem to have.
     means = drawn(rng, 9, of_both=0.01).mean(1)
     change = module.against_draws(np.full(12, means[0]), np.tile(means[1:, None], 12))
     half = scipy_stats.t.ppf(0.975, 7) * means[1:].std(ddof=1) * np.sqrt(1 + 1 / 8)
     assert change.value == pytest.approx(means[0] - means[1:].mean())
-    assert (change.high - change.low) / 2 == pytest.approx(half, rel=0.1)
+    ends = sorted((change.high - change.value, change.value - change.low))
+    assert ends[0] == pytest.approx(half, rel=0.1) and ends[1] < 1.6 * half
     assert change.seeds == 8 and change.n == 12
 
 
