@@ -120,9 +120,10 @@ test: lint ## lint, all unit tests, the smoke profile end to end, nbval on its n
 	$(MAKE) reproduce PROFILE=smoke DATA= SEED=
 	$(BIN)/python tests/rerun.py smoke
 
-parity: .parity/.installed ## compare DataInf with dattri, MC1 and MC2 with lm-evaluation-harness (values and seconds)
+parity: .parity/.installed .bergson/.installed ## compare DataInf with dattri, scores through training with bergson, MC1 and MC2 with lm-evaluation-harness
 	.parity/bin/python tests/parity/dattri_datainf.py
 	.parity/bin/python tests/parity/truthfulqa.py --data "$(or $(DATA),shipped)"
+	.bergson/bin/python tests/parity/bergson_magic.py
 
 bench: .trl-ppo/.installed .yardsticks/.installed parity ## speed of sampling, training, PPO, attribution, lineage, as ratios to the plain way, TRL, ctranslate2; coverage of the intervals
 	for each in throughput reading gradients scoring lineage; do $(BIN)/python tests/benchmarks/$$each.py; done
@@ -135,7 +136,9 @@ bench: .trl-ppo/.installed .yardsticks/.installed parity ## speed of sampling, t
 .parity/.installed: tests/parity/requirements.txt
 .trl-ppo/.installed: ADDED := --no-deps trl==1.12.0
 .yardsticks/.installed: ADDED := --no-deps ctranslate2==4.8.5
-.parity/.installed .trl-ppo/.installed .yardsticks/.installed: $(INSTALLED)
+# bergson asks for torchvision, torchaudio and bitsandbytes as well, which its MAGIC does not need.
+.bergson/.installed: ADDED := --no-deps bergson==2.5.1 torchopt==0.7.3 optree==0.20.0 graphviz==0.21 jaxtyping==0.3.11 wadler-lindig==0.1.8 simple-parsing==0.1.9 docstring-parser==0.18.0 petname==2.9 natsort==8.4.0 ml_dtypes==0.6.0
+.parity/.installed .trl-ppo/.installed .yardsticks/.installed .bergson/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(@D)
 	packages() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	echo "import site; site.addsitedir('$$(packages $(CURDIR)/.venv)')" > $$(packages $(@D))/study.pth

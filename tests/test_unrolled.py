@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import random_head, some_examples
 from datasets import Dataset
+from parity import bergson_magic
 from peft import LoraConfig, get_peft_model
 from rlhf_trust import ROOT, StudyError, losses as loss_module
 from rlhf_trust.attribution import unrolled
@@ -240,6 +241,16 @@ def test_scores_are_those_of_automatic_differentiation(network, stage, tmp_path)
         phi = query.loss.loss(network, query.examples, PAD).mean()
         (wanted,) = torch.autograd.grad(phi, w, retain_graph=True)
         np.testing.assert_allclose(scores[:, column], wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_scores_equal_bergsons(tmp_path):
+    """bergson 2.5.1's MAGIC on the same run, kept by ``tests/parity/bergson_magic.py``."""
+    theirs = pd.read_csv(bergson_magic.REFERENCE, index_col="example")
+    examples = bergson_magic.some_examples(bergson_magic.N, 1)
+    asked = bergson_magic.some_examples(bergson_magic.M, 2)
+    own, _ = bergson_magic.own_scores(bergson_magic.tiny_network(), examples, asked, tmp_path)
+    wanted = theirs.loc[[e.id for e in examples], [e.id for e in asked]].to_numpy()
+    np.testing.assert_allclose(own, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def chain(network, folder=None, weights=None):
