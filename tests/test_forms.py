@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import datasets
 import pytest
 from rlhf_trust import StudyError
+from rlhf_trust.artifacts import Build, Manifest, read_manifests
 from rlhf_trust.data import parts, preferences
 from rlhf_trust.data.forms import TIE, recognise
 from rlhf_trust.data.preferences import load_preferences, read_preferences
+from rlhf_trust.study import Study
 
 
 def message(role: str, content) -> dict:
@@ -500,6 +502,22 @@ def test_hh_rlhf_alone_is_what_hub_without_a_name_means(monkeypatch, tmp_path, h
     assert pairs[0].id == "harmless.train:1" and len(found.files) == 4
     with pytest.raises(StudyError, match="must be shipped, path:<file or directory>, hub:"):
         read("hh-rlhf")
+
+
+def test_a_manifest_has_the_hashes_of_the_files_that_were_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path / "build"))
+    path, build = write_jsonl(tmp_path / "mine.jsonl", numbered(9)), Build("embedded")
+    parameters = {"preferences": f"path:{path}", "n_train": 9, "n_held_out": 2}
+    parameters |= {"max_length": 100, "seed": 0}
+    for stage, asked in (("with", True), ("without", False)):
+        study = Study(stage, parameters, build, Manifest(build, stage, parameters))
+        study.chat = WORDS
+        study.close(**(study.pairs.facts() if asked else {}))
+    manifests = read_manifests(build)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifests["with"]["inputs"] == {"preferences: mine.jsonl": digest}
+    assert manifests["with"]["facts"]["data"] == "mine.jsonl"
+    assert manifests["without"]["inputs"] == {}
 
 
 def test_a_form_is_recognised_by_the_keys_of_all_rows():
