@@ -93,6 +93,18 @@ def test_harsh_text_is_folded():
     assert folded.startswith('<details class="harsh"><summary>harsh</summary><table')
 
 
+def test_colours_say_sign_and_size_and_text_stays_text():
+    shown = render.coloured(["<b>", " and\n", "x"], [0.5, -1.0, 0.0], largest=1.0)
+    red, blue, none = re.findall(r"<span style=\"(.*?)\" title=\"(.*?)\">(.*?)</span>", shown)
+    half = "background: rgba(196, 60, 40, 0.30); text-decoration: overline"
+    assert red == (half, "+0.5000", "&lt;b&gt;")
+    assert blue[0] == "background: rgba(50, 100, 190, 0.60); text-decoration: underline"
+    assert (blue[2], none[0], none[2]) == (" and<br>", "background: rgba(50, 100, 190, 0.00)", "x")
+    assert "0.00" in render.coloured(["x"], [0.0], largest=0.0)
+    with pytest.raises(ValueError):
+        render.coloured(["x"], [0.1, 0.2], 1.0)
+
+
 def test_tables_have_no_nan():
     frame = pd.DataFrame({"x": [0.12345, np.nan, 1e9], "n": [1, 2, 3], "who": ["a", None, "b"]})
     cells = re.findall("<td>(.*?)</td>", table(frame).data)

@@ -71,6 +71,24 @@ def conversation(turns: Sequence[str], masker: Masker | None = None) -> str:
     return "<br>".join(shown)
 
 
+def coloured(pieces: Sequence[str], values: Sequence[float], largest: float) -> str:
+    """Text as HTML, each piece over red where its value is above 0 and over blue where it is below.
+
+    Full colour at ±``largest``. The value itself shows on hovering, and its sign also as a line
+    under (below 0) or over the piece where it is at least a third of ``largest``, for readers who
+    do not see colours.
+    """
+    shown = []
+    for piece, value in zip(pieces, values, strict=True):
+        share = min(1.0, abs(value) / largest) if largest else 0.0
+        tint = "196, 60, 40" if value > 0 else "50, 100, 190"
+        style = f"background: rgba({tint}, {0.6 * share:.2f})"
+        if share >= 1 / 3:
+            style += f"; text-decoration: {'overline' if value > 0 else 'underline'}"
+        shown.append(f'<span style="{style}" title="{value:+.4f}">{html.escape(piece)}</span>')
+    return "".join(shown).replace("\n", "<br>")
+
+
 def samples(
     rows: Sequence[tuple[str, dict[str, str]]], masker: Masker | None = None, warning: str = ""
 ) -> HTML:
