@@ -494,8 +494,8 @@ def test_a_worthless_selection_is_one_more_random_draw():
         found.append(module.against_draws(items + sets[0], items + sets[1:]))
     wrong = np.mean([(change.low > 0) or (change.high < 0) for change in found])
     assert wrong < 0.08
-    # Hardly wider than it must be: a set's shift is nearly all here, so Student's t over draws, with
-    # one end moved out for the skewness that eight draws seem to have.
+    # Hardly wider than it must be: a set's shift is nearly all here, so Student's t over draws,
+    # with one end moved out for the skewness that eight draws seem to have.
     means = drawn(rng, 9, of_both=0.01).mean(1)
     change = module.against_draws(np.full(12, means[0]), np.tile(means[1:, None], 12))
     half = scipy_stats.t.ppf(0.975, 7) * means[1:].std(ddof=1) * np.sqrt(1 + 1 / 8)
