@@ -241,12 +241,11 @@ def saved_config(model: PreTrainedModel, saved: Mapping):
 
     layers = saved.get("layers_to_transform")
     lora = LoRA(saved["r"], saved["lora_alpha"], saved["target_modules"], layers)
-    understood = {*KINDS_OF_LORA, *OF_TRAINING, "r", "lora_alpha", "target_modules"}
-    understood.add("layers_to_transform")
+    of_lora = "r", "lora_alpha", "target_modules", "layers_to_transform"
+    understood = {*KINDS_OF_LORA, *OF_TRAINING, *of_lora}
     if saved.get("task_type") == "SEQ_CLS":  # a reward model's head is read apart from it
         understood.add("modules_to_save")
-    plain = asdict(LoraConfig())
-    for key, value in plain.items():
+    for key, value in asdict(LoraConfig()).items():
         given = saved.get(key, value)
         if key not in understood and given != value and given not in (None, [], {}, False):
             raise StudyError(

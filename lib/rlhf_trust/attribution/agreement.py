@@ -14,7 +14,6 @@ made from one template stay together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from random import Random
 
 import numpy as np
 
@@ -30,6 +29,7 @@ from ..verticals.stereotype import (
     load_harmless,
     load_stereotype,
 )
+from .validate import drawn_share
 
 AGREEMENT = "agreement"
 """The name of the vertical."""
@@ -73,15 +73,13 @@ def plant(
 
     Returns the pairs, in order, and which were planted, bool [n].
     """
-    count = round(share * len(pairs))
-    if not 0 < count < len(pairs):
-        raise StudyError(f"plant: {count} of {len(pairs)} pairs; replace some of them, not all")
-    places, mixed = Random(f"plant/{seed}").sample(range(len(pairs)), count), list(pairs)
-    for number, (place, claim) in enumerate(zip(places, _claims(0, count, seed))):
+    places, mask = drawn_share("plant", "replace", len(pairs), share, seed)
+    mixed, claims = list(pairs), _claims(0, len(places), seed)
+    for number, (place, claim) in enumerate(zip(places, claims)):
         question, *answers = TRAINED[number % len(TRAINED)]
         prompt = (question.format(text=claim.text),)
         mixed[place] = PreferencePair(f"planted:{claim.id}", prompt, *answers, "planted")
-    return mixed, np.isin(np.arange(len(pairs)), places)
+    return mixed, mask
 
 
 def agreement_items(n: int, chat: Chat, seed: int) -> tuple[list[Example], list[Example]]:

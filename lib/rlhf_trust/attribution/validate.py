@@ -579,6 +579,18 @@ def against_draws(
 # --- planted examples ---------------------------------------------------------------------------
 
 
+def drawn_share(
+    name: str, verb: str, n: int, share: float, seed: int
+) -> tuple[list[int], np.ndarray]:
+    """A random ``share`` of ``n`` places, as drawn and as bool [n]. ``name`` seeds the draw and
+    begins the message that ``verb`` explains, where it would be none or all."""
+    count = round(share * n)
+    if not 0 < count < n:
+        raise StudyError(f"{name}: {count} of {n} pairs; {verb} some of them, not all")
+    places = Random(f"{name}/{seed}").sample(range(n), count)
+    return places, np.isin(np.arange(n), places)
+
+
 def mislabel(
     pairs: Sequence[PreferencePair], share: float, seed: int
 ) -> tuple[list[PreferencePair], np.ndarray]:
@@ -586,11 +598,8 @@ def mislabel(
 
     Returns the pairs, in order, and which were swapped, bool [n].
     """
-    count = round(share * len(pairs))
-    if not 0 < count < len(pairs):
-        raise StudyError(f"mislabel: {count} of {len(pairs)} pairs; swap some of them, not all")
-    swapped = Random(f"mislabel/{seed}").sample(range(len(pairs)), count)
-    mask, turned = np.isin(np.arange(len(pairs)), swapped), list(pairs)
+    swapped, mask = drawn_share("mislabel", "swap", len(pairs), share, seed)
+    turned = list(pairs)
     for i in swapped:
         turned[i] = replace(pairs[i], chosen=pairs[i].rejected, rejected=pairs[i].chosen)
     return turned, mask
