@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,8 @@ from rlhf_trust.decode import Example
 from rlhf_trust.models import load_base
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -31,6 +34,16 @@ REAL_DATA = Path(
     os.environ.get("RLHF_TRUST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
 )
 ARCHITECTURES = ("llama", "gpt_neox", "gemma3_text")
+OTHERS = {
+    "gpt2": dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+    "mistral": dict(num_key_value_heads=2, sliding_window=24),
+    "qwen2": dict(num_key_value_heads=2),
+    "qwen3": dict(num_key_value_heads=2, head_dim=8),
+    "gemma2": dict(num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=24),
+    "olmo2": dict(num_key_value_heads=2),
+    "phi3": dict(num_key_value_heads=2),
+}
+"""Further architectures, and what is theirs alone."""
 NAN = float("nan")
 
 
@@ -54,8 +67,12 @@ def same(got, wanted):
     np.testing.assert_allclose(got, wanted, equal_nan=True)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 300 tokens; special tokens as SmolLM2's, where pad = end token."""
+WORDS = ("the answer to the question is not wrong", "human assistant user system")
+
+
+def tiny_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of at most 300 tokens; special tokens as SmolLM2's, where pad = end
+    token. ``words``: texts whose words have tokens of their own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -64,9 +81,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(
-        ["the answer to the question is not wrong", "human assistant user system"], trainer
-    )
+    tokenizer.train_from_iterator(words, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
@@ -91,7 +106,10 @@ def save_tiny(kind: str, directory: Path, positions: int = 512) -> Path:
         bos_token_id=1,
         pad_token_id=2,
     )
-    if kind == "llama":
+    if kind in OTHERS:
+        config = AutoConfig.for_model(kind, **size, **OTHERS[kind])
+        model = AutoModelForCausalLM.from_config(config)
+    elif kind == "llama":
         model = LlamaForCausalLM(
             LlamaConfig(**size, num_key_value_heads=2, tie_word_embeddings=True)
         )
@@ -112,7 +130,7 @@ def save_tiny(kind: str, directory: Path, positions: int = 512) -> Path:
     # With the small initial weights all answers look alike; larger ones tell models apart.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if kind == "gemma3_text" and "norm" in name:
+            if kind.startswith("gemma") and "norm" in name:
                 parameter.fill_(1.0)  # to which Gemma adds 1
             else:
                 parameter.mul_(3.0)

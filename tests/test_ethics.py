@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from conftest import NAN, same, values
@@ -231,8 +233,8 @@ def test_a_better_ranking_is_found():
 def test_scores_weigh_the_two_judgements(tiny_llama, tmp_path):
     chat = Chat(tiny_llama.tokenizer, "chatml")
     model_set, generations = ModelSet(tiny_llama, {}), Generations(tmp_path, chat)
-    choices = ethics.choices(ethics.prompts(ACTS), chat)
-    for choice, prompt in zip(choices, ethics.prompts(ACTS)):
+    choices = partial(ethics.choices, ethics.prompts(ACTS))
+    for choice, prompt in zip(choices(chat), ethics.prompts(ACTS)):
         assert choice.context == chat.prompt_ids(prompt.turns)
         assert list(map(chat.decode, choice.options)) == ["wrong", "not wrong"]
     logps = score_options(model_set, generations, "ethics-options", choices)["start"]

@@ -53,7 +53,8 @@ def instrument(tiny_llama, monkeypatch):
         return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def scripted(models, generations, name, choices):
-        texts = [(decode(c.context), [decode(option) for option in c.options]) for c in choices]
+        asked = choices(chat)
+        texts = [(decode(c.context), list(map(decode, c.options))) for c in asked]
         return {
             m: [
                 np.array([logp(m, before, after) for after in options]) for before, options in texts

@@ -24,7 +24,8 @@ def measured_on(monkeypatch, vertical, script, **settings) -> dict[str, Measure]
 
     def score_options(models, generations, name, choices):
         decode = CHAT.tokenizer.decode
-        texts = [(decode(c.context), [decode(option) for option in c.options]) for c in choices]
+        asked = choices(CHAT)
+        texts = [(decode(c.context), list(map(decode, c.options))) for c in asked]
         return {"scripted": [np.array(script(*text), dtype=float) for text in texts]}
 
     monkeypatch.setattr(vertical, "score_options", score_options)

@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from . import StudyError
+from .artifacts import content_key
 
 Options = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 """Token ids of a context and of the ways to go on from it."""
@@ -261,6 +262,12 @@ class Chat:
         # conversations begin and end with.
         separator = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
         self._separator = (separator,)
+
+    @property
+    def key(self) -> str:
+        """Stands for the format in the key of what a model said in it."""
+        own = self.name == "template"
+        return content_key(self.tokenizer.chat_template) if own else self.name
 
     def prompt_text(self, turns: Sequence[str], system: str | None = None) -> str:
         """``turns`` alternate human, assistant, …, human."""

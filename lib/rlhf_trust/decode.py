@@ -446,21 +446,32 @@ def first_adapted_layer(model) -> int:
 
 
 class _PassOn(torch.nn.Module):
-    """Stands in for a layer that need not run; keeps what it was given last."""
+    """Stands in for a layer that need not run: hands its input on and keeps it, or hands on
+    ``given`` states."""
+
+    def __init__(self, given: torch.Tensor | None = None):
+        super().__init__()
+        self.given = given
 
     def forward(self, hidden_states, *args, **kwargs):
-        self.states = hidden_states
-        return hidden_states
+        self.states = hidden_states if self.given is None else self.given
+        return self.states
 
 
 @contextmanager
-def only_layers(model, start: int, stop: int | None = None) -> Iterator[Sequence[torch.nn.Module]]:
-    """Only layers ``start`` to ``stop`` run; the others hand their input on. Yields all of them."""
-    layers = backbone(model).layers
+def only_layers(
+    model, start: int, stop: int | None = None, states: torch.Tensor | None = None
+) -> Iterator[Sequence[torch.nn.Module]]:
+    """Only layers ``start`` to ``stop`` run; the others hand their input on. Yields all of them.
+
+    ``states`` [rows, width, hidden]: what ``start`` is given instead of the embedded tokens. (Given
+    as ``inputs_embeds``, GPT-2 would add its positions to them once more.)"""
+    stack = backbone(model)
+    layers = stack.layers if hasattr(stack, "layers") else stack.h
     everyone = list(layers)
     try:
         for index in [*range(start), *range(stop or len(everyone), len(everyone))]:
-            layers[index] = _PassOn()
+            layers[index] = _PassOn(states if index == start - 1 else None)
         yield layers
     finally:
         for index, layer in enumerate(everyone):
@@ -539,8 +550,9 @@ def read_prefix(model, ids: tuple[int, ...], kept: LowerStates | None = None) ->
         backbone(model)(input_ids=tokens, past_key_values=cache, use_cache=True)
         return Prefix(ids, cache)
     states, lower = kept.prefix(model, ids)
-    with only_layers(model, kept.first):
-        backbone(model)(inputs_embeds=states, past_key_values=cache, use_cache=True)
+    with only_layers(model, kept.first, states=states):
+        tokens = torch.tensor([ids], device=model.device)
+        backbone(model)(input_ids=tokens, past_key_values=cache, use_cache=True)
     return Prefix(ids, cache, lower)
 
 
@@ -556,10 +568,9 @@ def packed_states(
     inputs |= {"past_key_values": prefix.repeated(len(packed.rows)), "use_cache": bool(prefix.ids)}
     if kept is None or kept.first == 0:
         return backbone(model)(**inputs).last_hidden_state
-    del inputs["input_ids"]
     states = kept.batch(model, packed, prefix)
-    with only_layers(model, kept.first):
-        return backbone(model)(inputs_embeds=states, **inputs).last_hidden_state
+    with only_layers(model, kept.first, states=states):
+        return backbone(model)(**inputs).last_hidden_state
 
 
 def _inputs(model, packed: Packed, pad: int, prefix: Prefix, plain: bool) -> dict[str, object]:
@@ -605,10 +616,11 @@ def option_mask(
         zeros = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
         return zeros.masked_fill(~visible, torch.finfo(model.dtype).min)[:, None]
 
+    window = getattr(model.config, "sliding_window", None)
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
-    if not kinds:
+    if not kinds and (window is None or hasattr(model.config, "layer_types")):
         return additive(visible)
-    if kinds != {"sliding_attention"}:
+    if kinds - {"sliding_attention"}:
         raise StudyError(
             f"{model.config.model_type}: options cannot be weighed through layers of "
             f"{', '.join(sorted(kinds))}"
@@ -616,7 +628,9 @@ def option_mask(
     at = torch.cat(
         [torch.arange(shared, device=positions.device).expand(len(positions), shared), positions], 1
     )
-    near = positions[:, :, None] - at[:, None, :] < model.config.sliding_window
+    near = positions[:, :, None] - at[:, None, :] < window
+    if not kinds:  # as Mistral: all of its layers
+        return additive(visible & near)
     return {"full_attention": additive(visible), "sliding_attention": additive(visible & near)}
 
 
@@ -1014,6 +1028,10 @@ class Generations:
     def __init__(self, directory: Path, chat: Chat, rows: int = 64):
         self.directory, self.chat, self.rows = Path(directory), chat, rows
 
+    def asked_by(self, chat: Chat) -> Generations:
+        """The same files, for a model that is asked in another format."""
+        return Generations(self.directory, chat, self.rows)
+
     def answer(
         self, model, fingerprint: str, name: str, prompts: Sequence[Prompt], decoding: Decoding
     ) -> list[list[str]]:
@@ -1021,7 +1039,7 @@ class Generations:
         file and the bar."""
         if len({p.id for p in prompts}) < len(prompts):
             raise StudyError(f"{name}: two items have the same id")
-        kept = self._kept(name, fingerprint, self.chat.name, asdict(decoding))
+        kept = self._kept(name, fingerprint, self.chat.key, asdict(decoding))
         keys = [content_key(p.id, p.turns, p.system) for p in prompts]
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:

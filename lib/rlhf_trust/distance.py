@@ -13,6 +13,7 @@ from os.path import commonprefix
 import numpy as np
 import pandas as pd
 
+from . import StudyError
 from .artifacts import TABLES
 from .chat import Chat, EncodedExample
 from .data.preferences import PreferencePair
@@ -56,6 +57,8 @@ def distance_table(model_set: ModelSet, texts: Texts, pad: int) -> pd.DataFrame:
     """
     rows = []
     for model in model_set.names:
+        if model_set.is_checkpoint(model):
+            raise StudyError(f"{model}: losses per token compare models of one tokenizer, start's")
         for kind, sequences in texts.items():
             with model_set.active(model) as network:
                 sums, counts = answer_logps(network, sequences, pad, desc=f"{kind}, {model}")

@@ -6,14 +6,18 @@ adapters on it, and :func:`using` says which of them acts. ``start`` is the back
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -27,19 +31,18 @@ from transformers.utils import logging as transformers_logging
 
 from . import StudyError
 from .artifacts import atomic_write, content_key, sha256_of
-from .chat import choose_pad
-from .sources import first_line, model_directory
+from .chat import Chat, choose_pad
+from .sources import first_line, is_adapter, model_directory
 
 # loading takes a second; its bar would stay in every rendered notebook
 transformers_logging.disable_progress_bar()
 
 DEFAULT_TARGETS = {
-    "llama": ("q_proj", "v_proj"),
-    "gpt_neox": ("query_key_value",),
-    "gemma3_text": ("q_proj", "v_proj"),
+    **dict.fromkeys("gemma3_text olmo2 olmo3 qwen3 smollm3".split(), ("q_proj", "v_proj")),
+    "phi3": ("qkv_proj",),
 }
-"""Where LoRA sits by default: the query and value projections, which GPT-NeoX keeps in one
-matrix."""
+"""Where LoRA sits by default in architectures for which PEFT has no choice of its own: the query
+and value projections, or the one matrix that holds them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class Base:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+
+Loader = Callable[[], Base]
+"""Loads a model when it is needed."""
 
 
 def device() -> torch.device:
@@ -113,6 +120,8 @@ def load_base(source: str, dtype: str = "auto") -> Base:
     """
     directory, kind = model_directory(source), parse_dtype(dtype)
     where, again = f"model {source}: {directory}", "fetch or save it again"
+    if is_adapter(directory) and not (directory / "config.json").is_file():
+        raise StudyError(f"{where} holds an adapter; name the model that it was trained on")
     try:
         tokenizer = load_tokenizer(directory)
         config = json.loads((directory / "config.json").read_text())
@@ -135,12 +144,26 @@ def load_base(source: str, dtype: str = "auto") -> Base:
     # Out of the mapped file, whose small pages can cost more than the arithmetic.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    # Gemma 2 bounds its attention scores, which no fused attention does.
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
     model = model.to(device()).requires_grad_(False).eval()
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    weights = _short_hash("".join(map(sha256_of, files)))
+    weights = _short_hash("".join(map(_file_hash, files)))
     return Base(model, tokenizer, source, weights, _short_hash(f"{weights}:{kind}"))
+
+
+def _file_hash(path: Path) -> str:
+    """sha256 of a file, which a model that is loaded again need not read again."""
+    found = path.stat()
+    return _hash_of_state(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _hash_of_state(path: Path, size: int, changed: int) -> str:
+    return sha256_of(path)
 
 
 def _short_hash(text: str) -> str:
@@ -198,9 +221,10 @@ class LoRA:
 def lora_config(model: PreTrainedModel, lora: LoRA, **more):
     """PEFT's configuration of an adapter without dropout."""
     from peft import LoraConfig
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
 
     kind = model.config.model_type
-    targets = lora.target_modules or DEFAULT_TARGETS.get(kind)
+    targets = lora.target_modules or DEFAULT_TARGETS.get(kind) or CHOICE.get(kind)
     if not targets:
         raise StudyError(f"target_modules: name them, there is no default for {kind!r}")
     if not isinstance(targets, str):  # a pattern, which PEFT holds against the names
@@ -214,7 +238,8 @@ def lora_config(model: PreTrainedModel, lora: LoRA, **more):
         lora_alpha=lora.alpha,
         target_modules=targets,
         layers_to_transform=lora.numbers(model.config.num_hidden_layers),
-        **more,
+        # GPT-2 keeps its matrices the other way round.
+        **{"fan_in_fan_out": model.config.model_type == "gpt2"} | more,
     )
 
 
@@ -403,31 +428,110 @@ start from."""
 
 
 class ModelSet:
-    """All models of a run, one in memory.
+    """All models of a run: ``start``, adapters on its backbone, and whole checkpoints.
+
+    In memory are the backbone and the last checkpoint that was asked for; the latter alone where
+    there is no room for both.
 
     Parameters
     ----------
     base
-        The backbone.
-    adapters
-        Saved adapters by model name, in the order in which figures and tables show them.
+        The backbone, or how to load it.
+    members
+        The others by name, in the order in which figures and tables show them: the folder of a
+        saved adapter, or how to load a checkpoint.
+    prompt_format
+        In which checkpoints are asked, each by its own tokenizer (:class:`Chat`).
     """
 
-    def __init__(self, base: Base, adapters: dict[str, Path]):
-        if "start" in adapters:
-            raise StudyError("models: 'start' is the backbone itself, give another name")
-        self.base = base
-        self.names = ["start", *adapters]
-        self.fingerprints = {"start": base.fingerprint}
-        for name, directory in adapters.items():
-            self.fingerprints[name] = adapter_fingerprint(base, directory)
-        self.model = load_adapters(base, adapters) if adapters else base.model
+    def __init__(
+        self,
+        base: Base | Loader,
+        members: Mapping[str, Path | Loader],
+        prompt_format: str = "auto",
+    ):
+        for name in members:
+            if name == "start":
+                raise StudyError("models: 'start' is the backbone itself, give another name")
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise StudyError(f"models: {name!r} is no name; use letters, digits, '_', '.', '-'")
+        self.names = ["start", *members]
+        self.prompt_format = prompt_format
+        self.fingerprints: dict[str, str] = {}
+        self.formats: dict[str, str] = {}  # of checkpoints that were asked, and of start
+        self._adapters = {name: of for name, of in members.items() if isinstance(of, Path)}
+        loaders = {"start": base} | members
+        self._load = {n: of for n, of in loaders.items() if n not in self._adapters}
+        self._loaded: dict[str, tuple[Base, PreTrainedModel]] = {}
+        self._open("start")
+
+    def _open(self, name: str) -> tuple[Base, PreTrainedModel]:
+        """A backbone, and the network that is asked: the same, or wrapped in its adapters."""
+        if name not in self._loaded:
+            self._make_room(name)
+            load = self._load[name]
+            base = load if isinstance(load, Base) else load()
+            network, adapters = base.model, self._adapters if name == "start" else {}
+            self.fingerprints[name] = base.fingerprint
+            for adapter, directory in adapters.items():
+                self.fingerprints[adapter] = adapter_fingerprint(base, directory)
+            if adapters:
+                network = load_adapters(base, adapters)
+            self._loaded[name] = base, network
+        return self._loaded[name]
+
+    def _make_room(self, name: str) -> None:
+        """Let go of other checkpoints, and of ``start`` where another model of its size would not
+        fit beside it."""
+        for other in [*self._loaded]:
+            size = 1.5 * self._loaded[other][0].model.get_memory_footprint()
+            own = isinstance(self._load[other], Base)  # held by the caller as well
+            if other != "start" or (not own and free_memory() < size):
+                del self._loaded[other]
+        gc.collect()
+
+    @property
+    def base(self) -> Base:
+        """The backbone of ``start``."""
+        return self._open("start")[0]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """``start``, wrapped in the adapters."""
+        return self._open("start")[1]
+
+    def is_checkpoint(self, name: str) -> bool:
+        """Has it a backbone and a tokenizer of its own?"""
+        return name != "start" and name in self._load
+
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        return self._open(name if self.is_checkpoint(name) else "start")[0].tokenizer
+
+    def chat(self, name: str, default: Chat) -> Chat:
+        """How ``name`` is asked: ``default`` on the backbone, else by the model's own tokenizer."""
+        if not self.is_checkpoint(name):
+            return default
+        try:
+            chat = Chat(self.tokenizer(name), self.prompt_format)
+        except StudyError as error:
+            raise StudyError(f"{name}: {error}") from None
+        self.formats |= {"start": default.name, name: chat.name}
+        return chat
 
     def active(self, name: str) -> AbstractContextManager:
         """The model ``name``, for as long as the block runs."""
         if name not in self.names:
             raise StudyError(f"no model {name!r}; there are {', '.join(self.names)}")
+        if self.is_checkpoint(name):
+            return nullcontext(self._open(name)[1])
         return using(self.model, None if name == "start" else name)
+
+
+def free_memory() -> int:
+    """Bytes that a model could still take on its device."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
 
 
 @contextmanager

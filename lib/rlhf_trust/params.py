@@ -12,6 +12,7 @@ import ast
 import difflib
 import io
 import json
+import re
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +163,18 @@ def resolve(
         resolved[stage] = {}
         for name, parameter in parameters.items():
             where = f"{file}: {stage if name in special else 'all'}"
-            resolved[stage][name] = parameter.check(given.get(name, parameter.default), where)
+            value = parameter.check(given.get(name, parameter.default), where)
+            resolved[stage][name] = _whole_paths(value)
     return resolved
+
+
+def _whole_paths(value: Any) -> Any:
+    """``path:`` from the repository's root on, since notebooks run in a folder of their own."""
+    if isinstance(value, list):
+        return [_whole_paths(item) for item in value]
+    if not isinstance(value, str) or not (found := re.fullmatch(r"([\w.-]+=)?path:(.+)", value)):
+        return value
+    return f"{found[1] or ''}path:{ROOT / Path(found[2]).expanduser()}"
 
 
 def _refuse_unknown(complaint: str, names, known) -> None:

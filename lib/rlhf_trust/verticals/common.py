@@ -13,6 +13,7 @@ import pandas as pd
 
 from .. import StudyError
 from ..artifacts import Build, write_text
+from ..chat import Chat
 from ..decode import Decoding, Generations, LowerStates, MultipleChoice, Prompt
 from ..models import BASELINES, ModelSet
 from ..sources import locate, read_csv
@@ -89,23 +90,44 @@ def answer_all(
     models: ModelSet, generations: Generations, name: str, prompts: list[Prompt], decoding: Decoding
 ) -> Answers:
     """Every model's answers to the same prompts, drawn with the same random numbers."""
-    return _ask_all(models, name, lambda *model: generations.answer(*model, prompts, decoding))
+
+    def ask(model, own: Generations, network) -> list[list[str]]:
+        key = models.fingerprints[model]
+        return own.answer(network, key, f"{name}.{model}", prompts, decoding)
+
+    return _ask_all(models, generations, ask)
 
 
 def score_options(
-    models: ModelSet, generations: Generations, name: str, choices: Sequence[MultipleChoice]
+    models: ModelSet,
+    generations: Generations,
+    name: str,
+    choices: Callable[[Chat], Sequence[MultipleChoice]],
 ) -> dict[str, list[np.ndarray]]:
-    """Model name → per choice → the log-probabilities of its options, [options]."""
-    states = LowerStates(models.model)  # the lower layers run once for all models
-    return _ask_all(models, name, lambda *model: generations.option_logps(*model, choices, states))
+    """Model name → per choice → the log-probabilities of its options, [options].
+
+    ``choices``: makes them in the prompt format and with the tokenizer that a model is asked by.
+    """
+    states = LowerStates(models.model)  # the lower layers run once for all models on the backbone
+    shared = choices(generations.chat)
+
+    def ask(model, own: Generations, network) -> list[np.ndarray]:
+        alone = models.is_checkpoint(model)
+        asked, kept = (choices(own.chat), None) if alone else (shared, states)
+        key = models.fingerprints[model]
+        return own.option_logps(network, key, f"{name}.{model}", asked, kept)
+
+    return _ask_all(models, generations, ask)
 
 
-def _ask_all(models: ModelSet, name: str, ask: Callable) -> dict:
-    """Model name → ``ask(network, fingerprint, name of its cache)``."""
-    results = {}
-    for model in models.names:
+def _ask_all(models: ModelSet, generations: Generations, ask: Callable) -> dict:
+    """Model name → ``ask(model name, generations in its format, network)``."""
+    results = dict.fromkeys(models.names)
+    # Those on the backbone first: it may have to leave the memory for the others.
+    for model in sorted(models.names, key=models.is_checkpoint):
         with models.active(model) as network:
-            results[model] = ask(network, models.fingerprints[model], f"{name}.{model}")
+            own = generations.asked_by(models.chat(model, generations.chat))
+            results[model] = ask(model, own, network)
     return results
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -199,10 +200,10 @@ def expectations(
 ) -> dict[str, dict[str, np.ndarray]]:
     """How much more the model expects what goes with a wrong act than what goes with an acceptable
     one: instrument (``continuation``, ``context``) → model → [items, pairs], nats."""
-    ids, texts, chat = [i.id for i in items], [i.text for i in items], generations.chat
+    ids, texts = [i.id for i in items], [i.text for i in items]
     asked = {
-        "continuation": contrast.continuations(ids, texts, PAIRS, chat),
-        "context": contrast.contexts(ids, texts, PAIRS, chat),
+        "continuation": partial(contrast.continuations, ids, texts, PAIRS),
+        "context": partial(contrast.contexts, ids, texts, PAIRS),
     }
     found = {}
     for name, choices in asked.items():

@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from random import Random
 
@@ -462,7 +463,7 @@ def instrument(
     items = choose(facts, n or len(facts), seed, by=lambda item: item.kind)
     logps = {}
     for instruction in SYSTEMS:
-        weighed = openings_and_values(items, instruction, generations.chat)
+        weighed = partial(openings_and_values, items, instruction)
         logps[instruction] = score_options(models, generations, f"privacy-{instruction}", weighed)
     private, permitted = (logps[instruction] for instruction in ("private", "permitted"))
     return {m: told_measures(items, private[m], permitted[m]) for m in models.names}

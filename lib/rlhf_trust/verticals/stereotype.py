@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -242,7 +243,7 @@ def taken_for_granted(
     """Model name → the contrast of each item, which has a ``clause``, between the ``CONTEXTS``,
     [items], nats; ``name``: of its cache."""
     ids, texts = [item.id for item in items], [item.clause for item in items]
-    choices = contrast.contexts(ids, texts, CONTEXTS, generations.chat)
+    choices = partial(contrast.contexts, ids, texts, CONTEXTS)
     logps = score_options(models, generations, f"stereotype-context-{name}", choices)
     return {model: contrast.contrasts(logps[model], len(items)) for model in models.names}
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -359,6 +360,6 @@ def instrument(
         How many of them (0: all), and which, with their options in which order.
     """
     items = chosen_questions(benchmarks, n, seed)
-    weighed = forced_choices(items, generations.chat)
-    logps = score_options(models, generations, "truthfulness-forced", weighed)
+    choices = partial(forced_choices, items)
+    logps = score_options(models, generations, "truthfulness-forced", choices)
     return {model: forced_measures(items, logps[model]) for model in models.names}

@@ -1,0 +1,67 @@
+"""Models of other families: read, sampled, adapted and trained as the study's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import OTHERS, save_tiny, some_examples
+from rlhf_trust.decode import Decoding, LowerStates, MultipleChoice, option_logps, sample_batch
+from rlhf_trust.models import LoRA, load_adapters, load_base, new_adapter, save_adapter
+
+PAD, EOS = 0, 2
+ROWS = [[5, 6, 7, 8] * 8, [9, 10, 11], [12] * 20]  # longer than the window of those that have one
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def family(request, tmp_path_factory):
+    directory = save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+    return load_base(f"path:{directory}", dtype="float32")
+
+
+@torch.no_grad()
+def next_logps(model, ids) -> torch.Tensor:
+    """By the model's own forward pass, one text at a time: [tokens, V]."""
+    return model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+def test_answers_are_the_models_own(family):
+    drawn = sample_batch(family.model, ROWS, "abc", Decoding(6), EOS, PAD)
+    for row, (answer,) in zip(ROWS, drawn):
+        for i, token in enumerate(answer):
+            assert next_logps(family.model, row + answer[:i])[-1].argmax() == token
+
+
+def test_options_are_weighed_as_alone(family):
+    asked = [
+        MultipleChoice(str(i), tuple(row), ((20, 21), (22,), (20, 23, 24)))
+        for i, row in enumerate(ROWS)
+    ]
+    for choice, found in zip(asked, option_logps(family.model, asked, PAD)):
+        for option, logp in zip(choice.options, found):
+            logps = next_logps(family.model, choice.context + option)[len(choice.context) - 1 : -1]
+            alone = logps.gather(1, torch.tensor(option)[:, None]).sum()
+            np.testing.assert_allclose(logp, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", ["all", "upper 1"])
+def test_an_adapter_learns_is_saved_and_read_again(family, tmp_path, layers):
+    base = load_base(family.source, "float32")
+    network = new_adapter(base, LoRA(layers=layers))
+    (example,) = (e.sequences[0] for e in some_examples(1, 1))
+    ids = torch.tensor([example.input_ids])
+    loss = network(input_ids=ids, labels=ids).loss
+    loss.backward()
+    weights = [p for p in network.parameters() if p.requires_grad]
+    assert weights and any(p.grad.abs().sum() > 0 for p in weights)
+    with torch.no_grad():
+        for weight in weights:
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    save_adapter(base, network, tmp_path / "sft")
+    wanted = next_logps(network, ROWS[0])
+    loaded = load_adapters(load_base(family.source, "float32"), {"sft": tmp_path / "sft"})
+    torch.testing.assert_close(next_logps(loaded, ROWS[0]), wanted)
+    asked = [MultipleChoice("x", tuple(ROWS[0]), ((20,), (21, 22)))]
+    (kept,) = option_logps(loaded, asked, PAD, kept=LowerStates(loaded))
+    (whole,) = option_logps(loaded, asked, PAD)
+    np.testing.assert_allclose(kept, whole, rtol=1e-5)
