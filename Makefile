@@ -1,9 +1,18 @@
 # The order of things. `make help` lists the targets.
 
 # PROFILE is a file in params/, DATA a directory with real data sets, SEED a number: a run of its own, under that seed.
+# SET changes parameters: "01-sft.learning_rate=1e-4 all.max_length=160".
 PROFILE ?= embedded
 DATA ?=
 SEED ?=
+SET ?=
+# For `make evaluate`: a model, those compared with it (<name>=<model>,…), and what is measured.
+BEFORE ?=
+AFTER ?=
+CHAPTERS ?= toxicity,stereotype,ethics,truthfulness,privacy
+# The launcher reads them from the environment, as they were written: neither make nor a shell runs what is in them.
+$(foreach name,DATA SEED SET BEFORE AFTER,$(eval override $(name) := $$(value $(name))))
+export DATA SEED SET BEFORE AFTER
 # Two notebooks at a time, each on half of the cores, are half as fast again as one on all of them.
 # JOBS=1 needs less memory, and suits a model that fills a GPU.
 JOBS ?= 2
@@ -31,15 +40,20 @@ RUN := $(PROFILE)$(if $(SEED),-seed$(SEED))
 BUILD := build/$(RUN)
 STAGES := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]-*.ipynb))))
 LAUNCH := $(BIN)/python -m rlhf_trust.run
-OPTIONS := --profile $(PROFILE) --data "$(DATA)" --seed "$(SEED)"
+OPTIONS := --profile $(PROFILE)
 PYTEST := $(BIN)/python -m pytest -q --strict-markers --numprocesses $(JOBS) --dist worksteal
 RUFF := $(BIN)/ruff --config lib/pyproject.toml
 
-.PHONY: help setup reproduce flagship quick report params appendix lab lint format unit test compare parity bench clean resolve
+COMMA := ,
+MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
+chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
+EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
+
+.PHONY: help setup reproduce flagship quick evaluate card report params appendix lab lint format unit test compare parity bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
-	@echo "  variables: PROFILE=$(PROFILE) (of: embedded $(sort $(basename $(notdir $(wildcard params/*.yaml))))), DATA=<directory>, SEED=<number>, JOBS=$(JOBS), PIP_ARGS="
+	@echo "  variables: PROFILE=$(PROFILE) (of: embedded $(sort $(basename $(notdir $(wildcard params/*.yaml))))), DATA=<directory>, SEED=<number>, SET=\"<notebook>.<parameter>=<value> …\", JOBS=$(JOBS), PIP_ARGS="
 
 setup: $(INSTALLED) ## install everything into .venv
 $(INSTALLED): lib/pyproject.toml lib/constraints.txt
@@ -50,16 +64,25 @@ $(INSTALLED): lib/pyproject.toml lib/constraints.txt
 
 # --- the study --------------------------------------------------------------------------------------------------
 
-reproduce: report appendix ## run the whole study, then its report
-flagship: report appendix ## the same without the companion chapters (30 on)
-reproduce flagship:
+reproduce: ## run the whole study, then its report
+flagship: ## the same without the companion chapters (30 on)
+reproduce flagship: $(BUILD)/report.html $(BUILD)/appendix/index.html
 	@echo "report: $(BUILD)/report.html"
 
 quick: ## a first answer: SFT, DPO and its placebo, five verticals without written answers, report
-	$(MAKE) report PROFILE=quick JOBS=1 OMP_NUM_THREADS=$(CORES) STAGES="01-sft 04-dpo 16-headline 90-report"
+	$(MAKE) build/quick/report.html PROFILE=quick JOBS=1 OMP_NUM_THREADS=$(CORES) STAGES="01-sft 04-dpo 16-headline 90-report"
 	@echo "report: build/quick/report.html"
 
-report: $(BUILD)/report.html ## render the report as one HTML file
+evaluate: ## measure models as they are: BEFORE=<model> AFTER=<name>=<model>,… CHAPTERS=toxicity,…,rag,lineage
+	$(MAKE) card PROFILE=$(if $(filter embedded,$(PROFILE)),evaluate,$(PROFILE)) STAGES="$(EVALUATED) 90-report"
+
+card: $(BUILD)/report.html ## what the report found, on one page for a model card
+	$(BIN)/python -m rlhf_trust.card $(RUN)
+
+report: $(INSTALLED) ## make the report anew, of what a run has so far
+	$(LAUNCH) stage 90-report $(OPTIONS)
+	$(BIN)/python -m rlhf_trust.render report $(RUN)
+
 appendix: $(BUILD)/appendix/index.html ## render all executed notebooks as linked HTML pages
 $(BUILD)/report.html: $(BUILD)/notebooks/90-report.ipynb
 	$(BIN)/python -m rlhf_trust.render report $(RUN)
@@ -69,21 +92,22 @@ $(BUILD)/appendix/index.html: $(BUILD)/notebooks/90-report.ipynb
 params: $(INSTALLED) ## print what every notebook would run with (* = changed by the profile)
 	@$(LAUNCH) params $(OPTIONS)
 
-lab: $(INSTALLED) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir notebooks
+lab: $(INSTALLED) ## open the notebooks in JupyterLab, with the parameters of PROFILE
+	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url="/lab/tree/$$($(LAUNCH) lab $(OPTIONS))"
 
-compare: $(INSTALLED) ## compare a run with the reference tables of its profile
-	$(BIN)/python -m rlhf_trust.report $(PROFILE)
+compare: $(INSTALLED) ## hold a run against its profile's reference tables, or A=<run> against B=<run>
+	$(BIN)/python -m rlhf_trust.report $(or $(A),$(RUN)) $(if $(B),--with $(B))
 
 clean: ## remove what PROFILE made (the model and .venv stay)
 	rm -rf $(BUILD)
 
-# Parameters are checked, and written to a file that changes only when they do: make then knows what to run again.
+# Parameters are checked, and written with a hash of the notebook's cells to a file that changes only when they do: make
+# then knows what to run again.
 resolve: $(INSTALLED)
 	@$(LAUNCH) resolve $(OPTIONS)
 $(STAGES:%=$(BUILD)/params/%.yaml): resolve ;
 
-$(BUILD)/notebooks/%.ipynb: notebooks/%.ipynb $(BUILD)/params/%.yaml
+$(BUILD)/notebooks/%.ipynb: $(BUILD)/params/%.yaml
 	$(LAUNCH) stage $* $(OPTIONS)
 
 # Which notebooks each one needs. 21 to 23 train models of their own; of the verticals they read the toxic continuations.
@@ -98,8 +122,8 @@ $(call nb,30-%): $(call nb,02-% 04-% 05-%)
 $(call nb,40-%): $(call nb,01-% 03-% 04-% 05-%)
 $(call nb,50-%): $(call nb,01-% 03-% 04-% 05-% 40-%)
 # The long ones are started first, so that no core waits for them at the end.
-CHAPTERS := $(filter $(if $(filter flagship,$(MAKECMDGOALS)),0% 1% 2%,%),$(filter-out 90-%,$(STAGES)))
-$(call nb,90-%): $(foreach some,05-% 16-% 30-% 40-% 22-% 21-% 23-% %,$(call nb,$(filter $(some),$(CHAPTERS))))
+READ := $(filter $(if $(filter flagship,$(MAKECMDGOALS)),0% 1% 2%,%),$(filter-out 90-%,$(STAGES)))
+$(call nb,90-%): $(foreach some,05-% 16-% 30-% 40-% 22-% 21-% 23-% %,$(call nb,$(filter $(some),$(READ))))
 $(call nb,90-%): $(if $(SEED),,$(wildcard $(BUILD)-seed*/tables/trust_change.csv))
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -117,7 +141,7 @@ unit: $(INSTALLED) ## unit tests alone, without the slow ones and without any no
 
 test: lint ## lint, all unit tests, the smoke profile end to end, nbval on its notebooks
 	$(PYTEST) tests
-	$(MAKE) reproduce PROFILE=smoke DATA= SEED=
+	$(MAKE) reproduce PROFILE=smoke DATA= SEED= SET= BEFORE= AFTER=
 	$(BIN)/python tests/rerun.py smoke
 
 parity: .parity/.installed .bergson/.installed ## compare DataInf with dattri, scores through training with bergson, MC1 and MC2 with lm-evaluation-harness

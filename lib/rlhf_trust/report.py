@@ -4,7 +4,8 @@ tables.
 A published run's tables (numbers only) are kept in ``tests/reference/<profile>/``:
 
 ``python -m rlhf_trust.report <profile>``
-    where does a reader's run differ from the reference beyond the intervals? (``make compare``)
+    where does a reader's run differ from the reference beyond the intervals? (``make compare``;
+    ``--with <run>``: from another run)
 ``python -m rlhf_trust.report <profile> --save``
     make the run in ``build/<profile>`` the reference;
 ``python -m rlhf_trust.report <profile> --readme``
@@ -558,23 +559,27 @@ def reference_table(profile: str, table: str) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def compare(profile: str) -> int:
-    """Print where the run differs from its reference; 1 if a headline figure does, else 0."""
-    joined = differences(read_table(Build(profile), "trust"), reference_table(profile, "trust"))
+def compare(run: str, other: str = "") -> int:
+    """Print where the run differs from its profile's reference, or from another run; 1 if a
+    headline figure does, else 0."""
+    reference = read_table(Build(other), "trust") if other else reference_table(run, "trust")
+    joined = differences(read_table(Build(run), "trust"), reference)
+    against = other or "reference"
     both = joined[joined["only_in"] == ""]
     differing = both[both["differs"]]
     for row in differing.itertuples():
         print(
             f"differs: {row.model}, {row.vertical}, {row.metric}, {row.condition}: "
-            f"{row.value_run:.3f} [{row.ci_low_run:.3f}, {row.ci_high_run:.3f}], reference "
+            f"{row.value_run:.3f} [{row.ci_low_run:.3f}, {row.ci_high_run:.3f}], {against} "
             f"{row.value_reference:.3f} [{row.ci_low_reference:.3f}, {row.ci_high_reference:.3f}]"
         )
     for where in ("run", "reference"):
         if count := int((joined["only_in"] == where).sum()):
-            print(f"{count} figures are only in the {where}: do its parameters differ?")
+            name = run if where == "run" else against
+            print(f"{count} figures are only in {name}: do its parameters differ?")
     print(
-        f"{len(both) - len(differing)} of {len(both)} figures agree with the reference run "
-        "within their intervals."
+        f"{len(both) - len(differing)} of {len(both)} figures agree with {against} within their "
+        "intervals."
     )
     return int(any(len(headline_rows(differing, of)) for of in (HEADLINE, PUBLISHED)))
 
@@ -654,7 +659,8 @@ def with_results(readme: str, profile: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     about = "Hold a run against its profile's reference."
     parser = argparse.ArgumentParser("python -m rlhf_trust.report", description=about)
-    parser.add_argument("profile")
+    parser.add_argument("profile", help="or the name of a run's folder")
+    parser.add_argument("--with", dest="other", default="", help="another run, not the reference")
     parser.add_argument("--save", action="store_true", help="make this run the reference")
     parser.add_argument("--readme", action="store_true", help="put its results into the README")
     arguments = parser.parse_args(argv)
@@ -664,7 +670,9 @@ def main(argv: list[str] | None = None) -> int:
             save(arguments.profile)
         if arguments.readme:
             write_text(readme, with_results(readme.read_text(encoding="utf-8"), arguments.profile))
-        return 0 if arguments.save or arguments.readme else compare(arguments.profile)
+        return (
+            0 if arguments.save or arguments.readme else compare(arguments.profile, arguments.other)
+        )
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

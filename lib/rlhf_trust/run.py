@@ -6,7 +6,9 @@
 ``python -m rlhf_trust.run stage 01-sft --profile smoke``
     run one notebook with them;
 ``python -m rlhf_trust.run params --profile smoke``
-    print what would run.
+    print what would run;
+``python -m rlhf_trust.run lab --profile smoke``
+    lay out notebooks with these parameters to step through, and print the folder.
 
 Exit codes: 0 done, 1 a notebook failed, 2 a parameter is wrong, 130 interrupted.
 """
@@ -17,6 +19,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -28,8 +31,8 @@ from typing import Any
 
 import yaml
 
-from . import StudyError, build_root
-from .params import NOTEBOOKS, notebook_parameters, resolve, stages, terms_accepted
+from . import ROOT, StudyError, build_root
+from .params import NOTEBOOKS, cells_hash, notebook_parameters, resolve, stages, terms_accepted
 from .sources import ACCEPTED, TERMS, first_line
 
 
@@ -38,25 +41,35 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m rlhf_trust.run", description=about)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--profile", default="embedded", help="a file of params/, or embedded")
-    shared.add_argument("--data", default="", help="directory with HH-RLHF and benchmark files")
-    shared.add_argument("--seed", default="", help="the run is named <profile>-seed<seed>")
-    shared.add_argument("--before", default="", help="the model that others are compared with")
-    shared.add_argument("--after", default="", help="the others: <name>=<model>, …")
+    for name, about in (
+        ("data", "directory with HH-RLHF and benchmark files"),
+        ("seed", "the run is named <profile>-seed<seed>"),
+        ("set", "<notebook>.<parameter>=<value> …, over the profile's"),
+        ("before", "the model that others are compared with"),
+        ("after", "the others: <name>=<model>,…"),
+    ):
+        given = os.environ.get(name.upper(), "")
+        shared.add_argument(
+            f"--{name}", default=given, help=f"{about}; or {name.upper()} in the environment"
+        )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("resolve", "check parameters and write them where they changed"),
         ("params", "print the parameters of every notebook"),
+        ("lab", "lay out notebooks with these parameters, to step through"),
         ("stage", "run one notebook"),
     ):
         command = commands.add_parser(name, help=about, parents=[shared])
         if name == "stage":
             command.add_argument("stage")
     arguments = parser.parse_args(argv)
+    for name in ("papermill", "traitlets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         overrides = data_overrides(arguments.data) | seed_overrides(arguments.seed)
         overrides |= model_overrides(arguments.before, arguments.after)
         run = f"{arguments.profile}-seed{arguments.seed}" if arguments.seed else arguments.profile
-        parameters = resolve(arguments.profile, overrides, run)
+        parameters = resolve(arguments.profile, overrides, run, settings(arguments.set))
         if arguments.command == "params":
             print_parameters(run, parameters)
             print_estimate(parameters)
@@ -64,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         accept_terms(arguments.profile, parameters)
         if arguments.command == "resolve":
             write_resolved(run, parameters)
+        elif arguments.command == "lab":
+            print(os.path.relpath(lay_out(run, parameters), ROOT))
         else:
             return run_stage(arguments.stage, run, parameters)
     except StudyError as error:
@@ -105,6 +120,24 @@ def seed_overrides(seed: str) -> dict[str, int]:
     return {"seed": int(seed)} if seed else {}
 
 
+def settings(text: str) -> dict[str, dict[str, Any]]:
+    """``SET="<notebook or all>.<parameter>=<value> …"`` as a profile has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in text.split():
+        name, equals, value = one.partition("=")
+        section, dot, parameter = name.partition(".")
+        if not (section and dot and parameter and equals):
+            raise StudyError(f"SET: {one!r} is no <notebook>.<parameter>=<value>, without blanks")
+        # Which YAML reads as text.
+        scientific = re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value, re.IGNORECASE)
+        try:
+            read = float(value) if scientific else yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise StudyError(f"SET: {one!r}: {value!r} is no value of YAML") from None
+        found.setdefault(section, {})[parameter] = read
+    return found
+
+
 def model_overrides(before: str, after: str) -> dict[str, Any]:
     """``BEFORE=<model> AFTER=<name>=<model>,…``: existing models, in every notebook that measures.
 
@@ -127,14 +160,46 @@ def model_overrides(before: str, after: str) -> dict[str, Any]:
 
 
 def write_resolved(run: str, parameters: dict[str, dict]) -> None:
-    """Write every notebook's parameters, but only where they changed: make compares times."""
+    """Write every notebook's parameters and a hash of its cells, but only where they changed: make
+    compares times."""
     folder = build_root(run) / "params"
     folder.mkdir(parents=True, exist_ok=True)
     for stage, values in parameters.items():
         path = folder / f"{stage}.yaml"
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        cells = cells_hash(NOTEBOOKS / f"{stage}.ipynb")
+        text = f"# notebook: {cells}\n" + yaml.safe_dump(
+            values, sort_keys=False, allow_unicode=True
+        )
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
+
+
+def lay_out(run: str, parameters: dict[str, dict]) -> Path:
+    """Where notebooks with these parameters are to step through: the sources if they have them,
+    else copies in the run's folder. A copy that differs from what would be written stays."""
+    import papermill
+
+    if parameters == resolve("embedded", run=run):
+        return NOTEBOOKS
+    folder = build_root(run) / "lab"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage, values in parameters.items():
+        copy, made = folder / f"{stage}.ipynb", folder / f".{stage}.made.ipynb"
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{stage}.ipynb",
+            made,
+            parameters=values,
+            prepare_only=True,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+        )
+        if copy.exists() and cells_hash(copy) != cells_hash(made):
+            print(f"{os.path.relpath(copy)}: kept, as it was edited", file=sys.stderr)
+            made.unlink()
+        else:
+            os.replace(made, copy)
+    return folder
 
 
 def print_parameters(run: str, parameters: dict[str, dict]) -> None:
@@ -179,8 +244,6 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    for name in ("papermill", "traitlets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     folder = build_root(run) / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     done, failed = folder / f"{stage}.ipynb", folder / f"{stage}.failed.ipynb"
