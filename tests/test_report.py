@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from rlhf_trust import StudyError
 from rlhf_trust.artifacts import Build, Manifest
+from rlhf_trust.figures import colour
 from rlhf_trust.report import (
     as_published,
     attribution_words,
@@ -246,3 +247,9 @@ def test_readable_answers():
     table = readable_answers(rates.assign(metric="unparsable_rate", n=60))
     assert table["vertical"].tolist() == list(HEADLINE)
     assert table["start"].eq(0.75).all() and table["sft"].eq(0.0).all() and table["n"].eq(60).all()
+
+
+def test_models_of_any_name_have_colours_of_their_own():
+    names = ["start", "sft", "mine", "theirs", "mine"]
+    first, second, third, fourth, again = map(colour, names)
+    assert len({first, second, third, fourth}) == 4 and again == third

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import cycle, product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,6 +23,8 @@ COLOURS = {
     "trust-sft": "#E69F00",
     "trust-aligned": "#56B4E9",
 }
+OTHERS = cycle(["#882255", "#44AA99", "#332288", "#999933", "#117733", "#AA4499"])
+"""Of Tol's palette, for models with other names as they are first drawn."""
 WORSE, BETTER, UNCLEAR = "#B2182B", "#2166AC", "#BBBBBB"
 AT_ZERO = {"color": "black", "linewidth": 0.8}
 TITLES = {
@@ -58,7 +60,10 @@ def use_style() -> None:
 
 
 def colour(model: str) -> str:
-    return COLOURS.get(model, "#999933")
+    """A model's colour, the same in all figures of a notebook."""
+    if model not in COLOURS:
+        COLOURS[model] = next(OTHERS)
+    return COLOURS[model]
 
 
 # --- what figures share --------------------------------------------------------------------------
