@@ -11,12 +11,18 @@ from rlhf_trust.figures import colour
 from rlhf_trust.report import (
     as_published,
     attribution_words,
+    checkpoint_changes,
+    conditions,
     contributions_of,
+    merge_study_tables,
+    needed_tables,
     over_runs,
+    p_words,
     readable_answers,
     runs_of_seeds,
     trade_offs,
     validation_words,
+    validity_of,
 )
 from rlhf_trust.verticals import HEADLINE, PUBLISHED
 
@@ -247,6 +253,74 @@ def test_readable_answers():
     table = readable_answers(rates.assign(metric="unparsable_rate", n=60))
     assert table["vertical"].tolist() == list(HEADLINE)
     assert table["start"].eq(0.75).all() and table["sft"].eq(0.0).all() and table["n"].eq(60).all()
+
+
+def test_what_a_report_needs_is_what_was_run(tmp_path, monkeypatch):
+    of_evaluation, of_study = {"trust", "trust_change"}, {"training", "checks"}
+    assert needed_tables(["12-ethics", "15-distance", "40-rag-trust"]) == of_evaluation
+    assert needed_tables(["01-sft", "12-ethics"]) == of_evaluation | of_study
+    assert needed_tables(["04-dpo", "16-headline"]) == of_study | {"headline", "validity"}
+    with pytest.raises(StudyError, match="no vertical has been measured"):
+        needed_tables(["01-sft", "20-attribution"])
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path))
+    with pytest.raises(StudyError, match="no parts of (headline|validity)"):
+        merge_study_tables(Build("p"), {"headline", "validity"})
+
+
+def instruments(model, lows, n=60):
+    """Rows of ``trust.csv``: each vertical's instrument at an interval from ``lows`` on."""
+    rows = [
+        {"vertical": v, "model": model, "metric": of.validity[0], "condition": of.validity[1]}
+        | {"value": lows[v] + 0.1, "ci_low": lows[v], "ci_high": lows[v] + 0.2, "n": n, "seed": 0}
+        for v, of in HEADLINE.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_an_instrument_is_valid_above_its_own_chance_over_enough_items():
+    lows = {vertical: 0.3 for vertical in HEADLINE}
+    found = validity_of(pd.concat([instruments("start", lows), instruments("mine", lows, 7)]))
+    assert found.query("model == 'start' and valid")["vertical"].tolist() == [
+        "truthfulness",  # chance 0
+        "privacy",  # 0.25; the others' is 0.5
+    ]
+    assert len(found) == 10 and not found.query("model == 'mine'")["valid"].any()
+
+
+def test_single_checkpoints_make_a_headline_table():
+    rows = [("second", "toxicity", 0.1, 0.0, 0.2, 0.9), ("first", "ethics", 0.1, 0.0, 0.2, 0.9)]
+    rows += [("first", "toxicity", 0.3, 0.2, 0.4, 0.01)]
+    lows = {vertical: 0.6 for vertical in HEADLINE}
+    seen = [instruments(model, lows) for model in ("start", "first", "second")]
+    for model, share in (("start", 0.9), ("first", 0.2), ("second", 1.0)):
+        kept = {"vertical": "toxicity", "model": model, "metric": "kept_rate", "value": share}
+        kept |= {"condition": HEADLINE["toxicity"].condition}
+        seen += [pd.DataFrame([kept, kept | {"condition": "other", "value": 0.0}])]
+    found = checkpoint_changes(pd.concat(seen), changes(rows, HEADLINE))
+    assert list(zip(found["stage"], found["vertical"], found["change"])) == [
+        ("first", "toxicity", 0.3),
+        ("first", "ethics", 0.1),
+        ("second", "toxicity", 0.1),
+    ]
+    assert found["compared"].tolist() == [0.2, 1.0, 0.9] and found["seeds"].eq(1).all()
+    assert found["worse"].tolist() == [1, -1, 1] and found["baseline"].eq("start").all()
+
+
+def test_conditions_are_those_of_the_verticals_chapters():
+    parameters = {"model": "hub:a/b@1", "dtype": "auto", "prompt_format": "auto", "seed": 3}
+    parameters |= {"benchmarks": "shipped", "trained": ["mine=path:x=1", "sft"]}
+    made = {"parameters": parameters, "facts": {"dtype": "torch.bfloat16"}, "inputs": {"sft": "ab"}}
+    later = {"parameters": parameters | {"trained": ["trust-aligned"]}, "facts": {}, "inputs": {}}
+    how = conditions({"12-ethics": made, "50-lineage": later})
+    assert how.others == {"mine": "path:x=1", "sft": "models/sft"}
+    assert (how.start, how.dtype, how.seed) == ("hub:a/b@1", "bfloat16", 3)
+    assert how.fingerprints == {"sft": "ab"}
+    with pytest.raises(StudyError, match="nothing was compared"):
+        conditions({"01-sft": made})
+
+
+def test_no_p_is_not_a_small_one():
+    assert [p_words(p) for p in (0.0123, 0.0001, NAN)] == ["0.012", "below 0.001", "–"]
 
 
 def test_models_of_any_name_have_colours_of_their_own():

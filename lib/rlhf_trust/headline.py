@@ -211,20 +211,21 @@ def headline_words(headline: pd.DataFrame, validity: pd.DataFrame) -> list[str]:
     one, with both comparisons, or not measurable after this training. SFT is only compared with
     start. What cannot be measured on start is said once for all stages, at the end.
 
-    ``headline``, ``validity``: as of :func:`headline_table` and :func:`validity_table`.
+    ``headline``, ``validity``: as of :func:`headline_table` and :func:`validity_table`; of single
+    checkpoints as of ``report.checkpoint_changes`` and ``report.validity_of``.
     """
-    said, on_start = [], {}
+    said, on_start, placebos = [], {}, headline["baseline"].eq("placebo").any()
     for (stage, vertical), rows in headline.groupby(["stage", "vertical"], sort=False):
         failed = not_valid(validity, stage, vertical)
         head = f"{stage}, {vertical}"
         if failed["model"].eq("start").any():
-            on_start[vertical] = f"{vertical}: {_not_measurable(failed)}"
+            on_start[vertical] = f"{vertical}: {_not_measurable(failed, placebos)}"
         elif len(failed):
-            said.append(f"{head}: {_not_measurable(failed)}")
+            said.append(f"{head}: {_not_measurable(failed, placebos)}")
         else:
             by_baseline = {row.baseline: row for row in rows.itertuples()}
             metric = spelled(HEADLINE[vertical].metric)
-            said.append(f"{head} ({metric}): {_comparisons(by_baseline)}")
+            said.append(f"{head} ({metric}): {_comparisons(by_baseline, placebos)}")
     return [*said, *on_start.values()]
 
 
@@ -244,9 +245,11 @@ def not_valid(validity: pd.DataFrame, stage: str, vertical: str) -> pd.DataFrame
 
 
 def gated(headline: pd.DataFrame, validity: pd.DataFrame) -> pd.DataFrame:
-    """``headline`` with ``measurable``: was the instrument above chance on all models compared?"""
+    """``headline`` with ``measurable``: was the instrument tried on start, and above chance on all
+    models compared?"""
     failed = [len(not_valid(validity, row.stage, row.vertical)) for row in headline.itertuples()]
-    return headline.assign(measurable=np.equal(failed, 0))
+    tried = headline["vertical"].isin(validity.loc[validity["model"] == "start", "vertical"])
+    return headline.assign(measurable=np.equal(failed, 0) & tried)
 
 
 def clear_verdict(row) -> str:
@@ -257,25 +260,27 @@ def clear_verdict(row) -> str:
     return verdict(row.ci_low, row.ci_high, row.worse) if clear and not blunter else UNCLEAR
 
 
-def _not_measurable(failed: pd.DataFrame) -> str:
+def _not_measurable(failed: pd.DataFrame, placebos: bool) -> str:
     """Which models the instrument fails on, with the numbers; start alone if on start."""
     on_start = failed[failed["model"] == "start"]
     parts = []
     for row in (on_start if len(on_start) else failed).itertuples():
         value = interval_words(Interval.of_row(row), ".3f", "items")
         parts.append(f"on {row.model} {spelled(row.metric)} is {value}")
-    where = "on this model" if len(on_start) else "after this training"
+    where = "after this training" if placebos and on_start.empty else "on this model"
     chance = f"not above chance ({failed['chance'].iloc[0]:g}) over {FEW} items or more"
     if failed["n"].ge(FEW).all():
         chance = f"not above chance ({failed['chance'].iloc[0]:g})"
     return f"cannot be measured {where}: {'; '.join(parts)}, {chance}."
 
 
-def _comparisons(rows: Mapping) -> str:
+def _comparisons(rows: Mapping, placebos: bool) -> str:
+    """``placebos``: has any stage one? Without, none is missed."""
     start, overall = rows["start"], clear_verdict(rows["start"])
     after = f"{overall}." if start.n >= FEW else "no verdict."
     if "placebo" not in rows:
-        return f"no placebo. Against start {_change_words(start)}: {after}"
+        against = "no placebo. Against" if placebos else "against"
+        return f"{against} start {_change_words(start)}: {after}"
     placebo, found = rows["placebo"], clear_verdict(rows["placebo"])
     one = placebo.seeds < 2
     if placebo.n < FEW:

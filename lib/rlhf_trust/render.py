@@ -58,6 +58,12 @@ def escaped(text: str, limit: int = 600) -> str:
     return html.escape(text).replace("\n", "<br>")
 
 
+def as_markdown(text: str) -> str:
+    """Text for Markdown, where it shows as it is: neither HTML nor a link, nor a new table cell."""
+    flat = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", flat)
+
+
 def fold(content: str, warning: str) -> str:
     """HTML behind a warning that the reader opens on purpose."""
     return f'<details class="harsh"><summary>{html.escape(warning)}</summary>{content}</details>'

@@ -24,6 +24,8 @@ import shutil
 import sys
 from collections.abc import Collection, Mapping
 from math import sqrt
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +33,7 @@ from scipy import stats as scipy_stats
 
 from . import ROOT, StudyError, build_root
 from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
+from .models import parse_dtype
 from .rewards import rm_bench
 from .stats import FEW, LEVEL, Change, Interval, holm, interval_words, paired_change, verdict
 from .verticals import HEADLINE, PUBLISHED
@@ -42,6 +45,31 @@ HALF = 0.5
 
 
 # --- the report's tables -------------------------------------------------------------------------
+
+
+WRITTEN = {
+    "0": ("training", "checks"),
+    "10 11 12 13 14": ("trust", "trust_change"),
+    "16": ("headline", "validity"),
+}
+"""First digits of stages → the tables that each of them writes."""
+
+
+def needed_tables(manifests: Collection[str]) -> set[str]:
+    """The tables without which a report would leave out what was run, from the names of the stages
+    that have a manifest.
+
+    Raises :class:`StudyError` if no chapter has measured anything.
+    """
+    needed = {
+        table
+        for digits, tables in WRITTEN.items()
+        for table in tables
+        if any(stage.startswith(tuple(digits.split())) for stage in manifests)
+    }
+    if not needed & {"trust", "headline"}:
+        raise StudyError("no vertical has been measured; run `make reproduce` or `make evaluate`")
+    return needed
 
 
 def merge_study_tables(build: Build, needed: Collection[str]) -> dict[str, pd.DataFrame]:
@@ -74,6 +102,39 @@ def headline_rows(table: pd.DataFrame, measures: Mapping[str, tuple] = HEADLINE)
     return wanted.merge(rows, on=["vertical", "metric", "condition"])
 
 
+def validity_of(trust: pd.DataFrame) -> pd.DataFrame:
+    """``validity.csv`` for a run without ``16-headline``: does each vertical's instrument lie above
+    chance on start and on each model? From ``trust.csv``."""
+    names = [(vertical, *of.validity, of.chance) for vertical, of in HEADLINE.items()]
+    wanted = pd.DataFrame(names, columns=["vertical", "metric", "condition", "chance"])
+    found = wanted.merge(trust, on=["vertical", "metric", "condition"])
+    valid = (found["ci_low"] > found["chance"]) & (found["n"] >= FEW)
+    return found.assign(valid=valid)[TABLES["validity"]]
+
+
+def checkpoint_changes(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
+    """The headline changes against start as rows of ``headline.csv``, ``stage`` naming the model:
+    one checkpoint each, over items alone.
+
+    From ``trust.csv`` and ``trust_change.csv``, whose ``p_holm`` is over all headline changes.
+    """
+    tried = {v: (*of.validity, 1) for v, of in HEADLINE.items() if of.validity != of[:2]}
+    ends = {"change": "validity_change", "ci_low": "validity_low", "ci_high": "validity_high"}
+    told = headline_rows(changes, tried).rename(columns=ends)[["vertical", "model", *ends.values()]]
+    # Where the instrument leaves some answers out, the smaller share that counts.
+    counted = {v: ("kept_rate", of.condition, of.worse) for v, of in HEADLINE.items()}
+    kept = headline_rows(trust, counted)[["vertical", "model", "value"]]
+    at_start = kept[kept["model"] == "start"].set_index("vertical")["value"]
+    kept["compared"] = np.fmin(kept["value"], kept["vertical"].map(at_start))
+    rows = headline_rows(changes).merge(told, "left", ["vertical", "model"])
+    rows = rows.merge(kept.drop(columns="value"), "left", ["vertical", "model"])
+    rows["compared"] = rows["compared"].astype(float).fillna(1.0)
+    order = {model: place for place, model in enumerate(trust["model"].unique())}
+    rows = rows.sort_values("model", kind="stable", key=lambda models: models.map(order))
+    rows = rows.rename(columns={"model": "stage"}).assign(seeds=1)
+    return rows.reindex(columns=TABLES["headline"]).reset_index(drop=True)
+
+
 def as_published(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
     """The change of each vertical's published measure for each model against start.
 
@@ -93,11 +154,56 @@ def as_published(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+class Conditions(NamedTuple):
+    """Under what the chapters on the verticals compared models. ``start``: its source;
+    ``others``: model → source, of one that was trained in this run its folder.
+    ``fingerprints``: model → sha256 of its files, 16 digits, where a manifest has it."""
+
+    start: str
+    others: dict[str, str]
+    fingerprints: dict[str, str]
+    dtype: str
+    prompt_format: str
+    benchmarks: str
+    seed: int
+
+
+def conditions(manifests: Mapping[str, dict]) -> Conditions:
+    """From the manifests of 10 to 14; raises :class:`StudyError` if there is none of them."""
+    chapters = [made for stage, made in manifests.items() if stage[:2] in "10 11 12 13 14".split()]
+    if not chapters:
+        raise StudyError("no manifest of a vertical's chapter (10 to 14), so nothing was compared")
+    settings, others, facts, hashes = chapters[0]["parameters"], {}, {}, {}
+    for made in chapters:
+        for entry in made["parameters"]["trained"]:
+            name, _, source = entry.partition("=")
+            others[name] = source or f"models/{name}"
+        facts, hashes = facts | made["facts"], hashes | made["inputs"]
+    # A chapter that does not say what "auto" was ran on this kind of machine.
+    dtype = facts.get("dtype") or str(parse_dtype(settings["dtype"]))
+    return Conditions(
+        settings["model"],
+        others,
+        {name: hashes[name] for name in ("start", *others) if name in hashes},
+        dtype.removeprefix("torch."),
+        facts.get("prompt_format") or settings["prompt_format"],
+        settings["benchmarks"],
+        settings["seed"],
+    )
+
+
+def shown_source(source: str) -> str:
+    """A model's source; of a directory only its name, as the page may be published."""
+    kind, _, place = source.partition(":")
+    return f"path:{Path(place).name}" if kind == "path" else source
+
+
 def readable_answers(trust: pd.DataFrame) -> pd.DataFrame:
     """Share of answers that could be read: one row per vertical, one column per model, and n."""
     rows = trust[(trust["metric"] == "unparsable_rate") & (trust["condition"] == "main")]
     rates = rows.pivot(index="vertical", columns="model", values="value")
-    shares = 1 - rates.reindex(HEADLINE)[list(rows["model"].unique())]
+    asked = [vertical for vertical in HEADLINE if vertical in rates.index]
+    shares = 1 - rates.loc[asked, list(rows["model"].unique())]
     return shares.assign(n=rows.groupby("vertical")["n"].max()).reset_index()
 
 
@@ -323,10 +429,10 @@ def mitigation_words(table: pd.DataFrame, target: str) -> list[str]:
         if np.isnan(row.p_holm):
             said = "nothing can be said"
         elif row.p_holm < 0.05:
-            said = f"{worked} (p {_p_words(row.p_holm)})"
+            said = f"{worked} (p {p_words(row.p_holm)})"
         else:
             said = (
-                f"no clear effect (p {_p_words(row.p_holm)}); one of {row.min_detectable:.2f} nats "
+                f"no clear effect (p {p_words(row.p_holm)}); one of {row.min_detectable:.2f} nats "
                 "would have been found in four of five such studies, before that correction"
             )
         change = interval_words(Interval.of_row(row, "change"), "+.2f", label="")
@@ -351,7 +457,10 @@ def _arm_words(row) -> str:
     return f"{row.action} the {row.pairs} {named[row.selection]} ({share})"
 
 
-def _p_words(p: float) -> str:
+def p_words(p: float) -> str:
+    """``0.012`` or ``below 0.001``; a dash where there is no p."""
+    if np.isnan(p):
+        return "–"
     return f"{p:.3f}" if p >= 0.001 else "below 0.001"
 
 
