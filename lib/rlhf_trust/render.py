@@ -232,6 +232,17 @@ def write_html(
     notebook.cells = list(page_cells(notebook, code, pages, folder))
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # equal runs give equal pages
+    rendered = _page(nbformat.writes(notebook), "ipynb+smart", title, navigation)
+    write_text(out, NO_CODE.sub("", rendered))
+
+
+def write_markdown_page(text: str, out: Path, title: str) -> None:
+    """Render Markdown as one HTML file that makes no network request. HTML in it shows as text."""
+    write_text(out, _page(text, "gfm-raw_html-tex_math_dollars-autolink_bare_uris", title))
+
+
+def _page(text: str, form: str, title: str, navigation: str = "") -> str:
+    """What pandoc makes of a text of that form: a page with the study's style."""
     options = [
         "--standalone",
         "--embed-resources",
@@ -243,9 +254,7 @@ def write_html(
         f"--variable=include-before:{navigation}",
         f"--variable=include-after:{navigation}",
     ]
-    text = nbformat.writes(notebook)
-    rendered = pypandoc.convert_text(text, "html5", format="ipynb+smart", extra_args=options)
-    write_text(out, NO_CODE.sub("", rendered))
+    return pypandoc.convert_text(text, "html5", format=form, extra_args=options)
 
 
 def write_appendix(notebooks: Path, out: Path) -> list[Path]:
