@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in "DATA SEED SET BEFORE AFTER".split():  # of a study, which make hands on
     os.environ.pop(name, None)
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from rlhf_trust import params
 from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.decode import Example
-from rlhf_trust.models import load_base
+from rlhf_trust.models import LoRA, load_base, new_adapter, save_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -167,6 +170,31 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("no data")
     return REAL_DATA
+
+
+def run_cells(stage: str, **given) -> dict:
+    """The variables of a chapter whose code ran here, cell by cell, with these parameters."""
+    cells = json.loads((params.NOTEBOOKS / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
+    variables = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), variables)
+        if "parameters" in cell["metadata"].get("tags", []):
+            variables |= given
+    plt.close("all")
+    return variables
+
+
+def save_untrained(base, directory: Path) -> None:
+    """An adapter of random weights, which changes what the model says."""
+    wrapped = new_adapter(base, LoRA(4, 8))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if ".lora_B." in name:
+                weight.normal_(std=0.1)
+    save_adapter(base, wrapped, directory)
+    wrapped.unload()
 
 
 def random_head(hidden: int, seed: int) -> torch.Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_cells, save_untrained
 from hypothesis import given, settings, strategies as st
 from rlhf_trust import StudyError, lineage
 from rlhf_trust.artifacts import TABLES
 from rlhf_trust.models import LoRA, load_base, new_adapter, save_adapter
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 M = 200
 
@@ -267,14 +271,15 @@ def test_a_family_is_told_from_unrelated_models(tiny_llama, tmp_path):
     assert first[lineage.STUDY] == pytest.approx(np.diagonal(unbiased).mean())
     assert first[lineage.PAPER] == pytest.approx(biased[0, 0])
     assert first[lineage.BEST] == pytest.approx(unbiased.max())
-    told = lineage.separation(table, ["start", "sft", "renamed"]).set_index("measure")
+    known = dict(start=True, sft=True, renamed=True, random=False, scratch=False)
+    told = lineage.separation(table, known).set_index("measure")
     assert told.loc[lineage.STUDY, "auc"] == 1.0
     assert told.iloc[0][["n_derived", "n_unrelated"]].tolist() == [3, 7]
 
     own = {name: lineage.kernel_matrices(s) for name, s in states.items()}
     others = [states_of(lineage.random_init(base, seed)) for seed in (2, 3)]
     random_init = [lineage.kernel_matrices(some) for some in others]
-    found = lineage.against_start(own, table, ["start", "sft", "renamed"], random_init, draws=39)
+    found = lineage.against_start(own, table, known, random_init, draws=39)
     assert list(found) == TABLES["lineage"] and len(found) == 4 * len(lineage.MEASURES)
     study, best = (
         found[found["measure"] == measure].set_index("suspect")
@@ -342,19 +347,88 @@ def test_words_say_what_the_rule_misses():
     assert "1 of 2 measures separate without error (the others: k)" in said[-1]
     right = table[table["suspect"].isin(["sft", "other"])]
     assert lineage.words(right, told)[2] == "The rule misses no model."
+    # A model of unknown origin has a verdict of its own and is in no other sentence.
+    for like, called, direction in (("dull", "unrelated", False), ("sft", "derived", True)):
+        brought = table[table["suspect"] == like].assign(suspect="mine", derived=None)
+        first, *rest = lineage.words(pd.concat([brought, table]), told)
+        assert "): mine (0.9" in first and f", {called})." in first
+        assert ("has no direction" in first) == direction
+        assert rest[2] == said[2].replace("The rule", "Of the other models, the rule")
+        assert rest[0].partition(": sft")[2] == said[0].partition(": sft")[2]
+        assert rest[1] == said[1] and rest[3:] == said[3:]
 
 
 def test_separation_counts_pairs():
     table = pd.DataFrame({"first": list("aaab"), "second": list("bcdc"), "measure": "m"})
     table["value"] = [0.9, 0.4, 0.95, 0.1]
-    found = lineage.separation(table, list("ab")).iloc[0]
+    known = dict(a=True, b=True, c=False, d=False)
+    found = lineage.separation(table, known).iloc[0]
     assert found["auc"] == pytest.approx(2 / 3)
     assert found[["derived", "unrelated"]].tolist() == [0.9, 0.95]
-    curve = lineage.roc(table, list("ab"))
+    curve = lineage.roc(table, known)
     assert curve["false_positive"].tolist() == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 1])
     assert curve["true_positive"].tolist() == [0, 0, 1, 1, 1]
     area = np.trapezoid(curve["true_positive"], curve["false_positive"])
     assert area == pytest.approx(found["auc"])
+
+
+def test_a_model_of_unknown_origin_counts_on_neither_side():
+    """Neither as derived, however similar it is, nor as unrelated, however dissimilar."""
+    pairs = [("a", "b", 0.9), ("a", "c", 0.4), ("b", "c", 0.1), ("a", "mine", 1), ("mine", "c", -1)]
+    table = pd.DataFrame(pairs, columns=["first", "second", "value"]).assign(measure="m")
+    known = dict(a=True, b=True, c=False)
+    without = table[~table[["first", "second"]].eq("mine").any(axis=1)]
+    for count in (lineage.separation, lineage.roc):
+        pd.testing.assert_frame_equal(count(table, known), count(without, known))
+    found = lineage.separation(table, known).iloc[0]
+    assert found[["n_derived", "n_unrelated"]].tolist() == [1, 2]
+    cubes = {(first, second): np.array([[value]]) for first, second, value in pairs}
+    assert lineage.margin(cubes, known) == pytest.approx(0.9 - 0.4)
+    for lone in (dict(a=True, c=False), dict(a=True, b=True)):  # one side has no pair
+        assert list(lineage.separation(table, lone)) == TABLES["lineage_separation"]
+        assert lineage.separation(table, lone).empty and lineage.roc(table, lone).empty
+        assert np.isnan(lineage.margin(cubes, lone))
+
+
+def test_a_suspect_of_another_shape_and_tokenizer_gets_a_verdict(tiny_llama, tmp_path):
+    """A model that was brought, with no copies and no other derived model: table and words."""
+
+    class Letters:
+        """Another tokenizer: a token a letter."""
+
+        pad_token_id = 0
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[ord(letter) % 97 + 1 for letter in text])
+
+    config = GPTNeoXConfig(
+        vocab_size=100,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    torch.manual_seed(0)
+    mine, texts = GPTNeoXForCausalLM(config).eval(), TEXTS * 2
+    states = {"start": lineage.last_token_states(tiny_llama.model, tiny_llama.tokenizer, texts)}
+    states["mine"] = lineage.last_token_states(mine, Letters(), texts)
+    twin = lineage.random_init(tiny_llama, 5)
+    states["twin"] = lineage.last_token_states(twin, tiny_llama.tokenizer, texts)
+    assert states["mine"].shape == (3, len(texts), 24)
+    known = dict(start=True, twin=False)
+    own = {name: lineage.kernel_matrices(some) for name, some in states.items()}
+    pairwise = lineage.similarities(states)
+    table = lineage.against_start(own, pairwise, known, [own["twin"]], draws=39)
+    told = lineage.separation(pairwise, known)
+    table.to_csv(tmp_path / "lineage.csv", index=False)
+    for rows in (table, pd.read_csv(tmp_path / "lineage.csv")):  # as made, and as the report reads
+        assert set(rows.loc[rows["derived"].isna(), "suspect"]) == {"mine"}
+        said = lineage.words(rows, told)
+        assert said[0].startswith("**Models of unknown origin** (unbiased at all depths with start")
+        assert "): mine (" in said[0] and not any("mine" in sentence for sentence in said[1:])
+        assert not any("**Derived" in sentence or "Over all" in sentence for sentence in said)
+        assert said[1].startswith("**Unrelated models**: twin (")
+        assert said[2].startswith("Of the other models, the rule misses")
 
 
 def test_the_margin_with_fewer_texts():
@@ -364,11 +438,12 @@ def test_the_margin_with_fewer_texts():
     made = lineage.alignments(own)
     derived = [np.diagonal(made[pair]).mean() for pair in (("a", "b"), ("a", "c"), ("b", "c"))]
     others = [made[name, "random"][[1, 2], [0, 1]].mean() for name in "abc"]
-    assert lineage.margin(made, list("abc")) == pytest.approx(min(derived) - max(others))
-    found = lineage.margin_by_texts(own, list("abc"), [5, 20, 60])
+    known = dict(a=True, b=True, c=True, random=False)
+    assert lineage.margin(made, known) == pytest.approx(min(derived) - max(others))
+    found = lineage.margin_by_texts(own, known, [5, 20, 60])
     assert (found["low"] <= found["median"]).all()
     assert (found["high"] - found["low"]).is_monotonic_decreasing
-    assert found["median"].iloc[-1] == pytest.approx(lineage.margin(made, list("abc")))
+    assert found["median"].iloc[-1] == pytest.approx(lineage.margin(made, known))
 
     def fewest(*lows):
         return lineage.enough(pd.DataFrame({"texts": [10, 25, 50, 100][: len(lows)], "low": lows}))
@@ -381,3 +456,26 @@ def test_the_margin_with_fewer_texts():
 def test_permuting_needs_a_llama(tiny_directories):
     with pytest.raises(StudyError, match="in Llama models only, this is 'gpt_neox'"):
         lineage.permuted(load_base(f"path:{tiny_directories['gpt_neox']}", "float32").model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copied", ["", "start"])
+def test_the_chapter_runs_on_one_model(copied, tiny_directories, tmp_path, monkeypatch):
+    """Without copies, or with those of start itself, and where no other model of the study is."""
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path))
+    model, other = (f"path:{tiny_directories[kind]}" for kind in ("llama", "gpt_neox"))
+    save_untrained(load_base(model, "float32"), tmp_path / "models" / "mine")
+    encoder = load_base(other, "float32")
+    monkeypatch.setattr(
+        "rlhf_trust.sources.sentence_encoder", lambda: (encoder.model, encoder.tokenizer)
+    )
+    sizes = dict(n_train=16, n_held_out=8, max_length=2000, n_texts=12, text_counts=[8, 12])
+    chapter = run_cells(
+        "50-lineage", model=model, trained=["mine"], copied=copied, scratch_steps=1, **sizes
+    )
+    copies = [f"start {how}" for how in ("pruned", "8-bit", "renamed", "rescaled")]
+    derived = ["start", "mine", *(copies if copied else [])]
+    assert [name for name, known in chapter["known"].items() if known] == derived
+    told = chapter["told"].iloc[0]
+    assert told["n_derived"] == len(derived) * (len(derived) - 1) / 2
+    assert told["n_unrelated"] == 3 * len(derived) + 3

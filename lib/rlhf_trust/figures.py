@@ -462,3 +462,24 @@ def separation(told: pd.DataFrame, curves: pd.DataFrame):
     right.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     _legend_right(right)
     return figure
+
+
+def margins(by_texts: dict[str, pd.DataFrame], by_depth: pd.Series):
+    """Margin between derived and unrelated pairs: left by number of texts (median, and middle 90 %
+    of random subsets), right by relative depth.
+
+    ``by_texts``: measure → as of ``lineage.margin_by_texts``.
+    """
+    figure, (axis, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
+    for (measure, rows), tone in zip(by_texts.items(), (BLUE, ORANGE)):
+        axis.fill_between(
+            rows["texts"], rows["low"], rows["high"], color=tone, alpha=0.2, linewidth=0
+        )
+        axis.plot(rows["texts"], rows["median"], "o-", color=tone, label=measure)
+    axis.set(xlabel="texts", ylabel="margin, CKA", title="by number of texts")
+    axis.legend(frameon=False)
+    right.plot(by_depth.index, by_depth, "o-", color=GREEN)
+    right.set(xlabel="relative depth", title="by depth, unbiased")
+    for each in (axis, right):
+        each.axhline(0, color="black", linewidth=0.8)
+    return figure

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -57,6 +57,10 @@ Kernels = Mapping[str, np.ndarray]
 
 Cubes = Mapping[tuple[str, str], np.ndarray]
 """Two models → CKA of all layer pairs, [layers of first, layers of second]."""
+
+Known = Mapping[str, bool]
+"""Model → derived from start by construction (start itself, too), or unrelated to it. A model that
+is not in it is of unknown origin: it gets a verdict, and counts nowhere as an example of either."""
 
 FEWEST = 5
 """Fewest texts that can be compared."""
@@ -339,51 +343,64 @@ def similarities(states: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["first", "second", "measure", "value"])
 
 
-def _by_measure(table: pd.DataFrame, family: Sequence[str]) -> Iterator[tuple]:
-    """Each measure with the similarities of pairs within ``family`` and of all other pairs."""
+def _sides(pairs: Iterable[tuple[str, str, float]], known: Known) -> tuple[np.ndarray, np.ndarray]:
+    """Of pairs (two models, their similarity): the similarities where both are derived, and where
+    at least one is unrelated. Pairs with a model of unknown origin are left out."""
+    sides = {True: [], False: []}
+    for first, second, value in pairs:
+        if first in known and second in known:
+            sides[known[first] and known[second]].append(value)
+    return np.array(sides[True]), np.array(sides[False])
+
+
+def _by_measure(table: pd.DataFrame, known: Known) -> Iterator[tuple]:
+    """Each measure with the :func:`_sides` of its pairs; nothing where one side has no pair."""
     for measure, rows in table.groupby("measure", sort=False):
-        derived = rows["first"].isin(family) & rows["second"].isin(family)
-        yield measure, rows.loc[derived, "value"].to_numpy(), rows.loc[~derived, "value"].to_numpy()
+        derived, unrelated = _sides(zip(rows["first"], rows["second"], rows["value"]), known)
+        if len(derived) and len(unrelated):
+            yield measure, derived, unrelated
 
 
-def separation(table: pd.DataFrame, family: Sequence[str]) -> pd.DataFrame:
-    """How well each measure separates pairs within ``family`` (derived from one another) from all
-    other pairs: columns measure, auc (area under the ROC curve), derived (lowest), unrelated
-    (highest), n_derived, n_unrelated.
+def separation(table: pd.DataFrame, known: Known) -> pd.DataFrame:
+    """How well each measure separates pairs of derived models from all other pairs of ``known``:
+    columns measure, auc (area under the ROC curve), derived (lowest), unrelated (highest),
+    n_derived, n_unrelated. No rows where no two models are known to be derived, or none to be
+    unrelated.
 
     ``table``: as :func:`similarities` gives it.
     """
     rows = []
-    for measure, derived, unrelated in _by_measure(table, family):
+    for measure, derived, unrelated in _by_measure(table, known):
         auc = float((1 + np.sign(derived[:, None] - unrelated)).mean() / 2)
         rows.append((measure, auc, derived.min(), unrelated.max(), len(derived), len(unrelated)))
     return pd.DataFrame(rows, columns=TABLES["lineage_separation"])
 
 
-def roc(table: pd.DataFrame, family: Sequence[str]) -> pd.DataFrame:
+def roc(table: pd.DataFrame, known: Known) -> pd.DataFrame:
     """Each measure's ROC curve, as the threshold for "derived" falls: columns measure,
-    false_positive (share of the other pairs), true_positive (share of the pairs within
-    ``family``)."""
+    false_positive (share of the other pairs), true_positive (share of the derived pairs). The pairs
+    are those of :func:`separation`."""
     curves = []
-    for measure, derived, unrelated in _by_measure(table, family):
+    for measure, derived, unrelated in _by_measure(table, known):
         thresholds = np.unique([*derived, *unrelated, np.inf])[::-1, None]
         false, true = ((values >= thresholds).mean(1) for values in (unrelated, derived))
         curves.append({"measure": measure, "false_positive": false, "true_positive": true})
+    if not curves:
+        return pd.DataFrame(columns=["measure", "false_positive", "true_positive"])
     return pd.concat(map(pd.DataFrame, curves), ignore_index=True)
 
 
-def margin(cubes: Cubes, family: Sequence[str], depth: float | None = None) -> float:
+def margin(cubes: Cubes, known: Known, depth: float | None = None) -> float:
     """Similarity of the least similar derived pair less that of the most similar other pair: where
-    it is above 0, a threshold separates them without error. ``cubes``: as :func:`alignments` gives
-    it."""
-    values = {True: [], False: []}
-    for pair, cube in cubes.items():
-        values[set(pair) <= set(family)].append(one_number(cube, depth))
-    return float(min(values[True]) - max(values[False]))
+    it is above 0, a threshold separates them without error. NaN where :func:`separation` has no
+    rows. ``cubes``: as :func:`alignments` gives it."""
+    values = ((*pair, float(one_number(cube, depth))) for pair, cube in cubes.items())
+    derived, unrelated = _sides(values, known)
+    return float(min(derived, default=np.nan) - max(unrelated, default=np.nan))
 
 
 def margin_by_texts(
-    kernels: Kernels, family: Sequence[str], counts: Sequence[int], unbiased: bool = True
+    kernels: Kernels, known: Known, counts: Sequence[int], unbiased: bool = True
 ) -> pd.DataFrame:
     """:func:`margin` over 20 random subsets of the texts: columns texts, median, low, high (5 and
     95 %).
@@ -397,7 +414,7 @@ def margin_by_texts(
         for _ in range(20 if count < m else 1):
             texts = np.sort(rng.permutation(m)[:count])
             subset = {name: own[:, texts[:, None], texts] for name, own in kernels.items()}
-            margins.append(margin(alignments(subset, unbiased), family))
+            margins.append(margin(alignments(subset, unbiased), known))
         rows.append((count, *np.quantile(margins, (0.5, 0.05, 0.95))))
     return pd.DataFrame(rows, columns=["texts", "median", "low", "high"])
 
@@ -410,15 +427,15 @@ def enough(by_texts: pd.DataFrame) -> int | None:
 
 
 def against_start(
-    kernels: Kernels, pairwise: pd.DataFrame, family: Sequence[str], random_init, draws: int = 199
+    kernels: Kernels, pairwise: pd.DataFrame, known: Known, random_init, draws: int = 199
 ) -> pd.DataFrame:
     """Every other model against the first: the table ``lineage``.
 
-    Interval and verdict belong to the study's measure; p, and shuffled (the 95 % quantile under
-    shuffled texts), also to the best pair of layers, which is a maximum and as such high by chance.
-    Column twins: the highest similarity to start of the models with random weights whose kernel
-    matrices are ``random_init``. ``kernels``: linear, by model; ``pairwise``: :func:`similarities`
-    of the same models.
+    Column derived: as in ``known``, empty for models of unknown origin. Interval and verdict belong
+    to the study's measure; p, and shuffled (the 95 % quantile under shuffled texts), also to the
+    best pair of layers, which is a maximum and as such high by chance. Column twins: the highest
+    similarity to start of the models with random weights whose kernel matrices are ``random_init``.
+    ``kernels``: linear, by model; ``pairwise``: :func:`similarities` of the same models.
     """
     start, *suspects = kernels
     values = pairwise[pairwise["first"] == start].set_index(["second", "measure"])["value"]
@@ -434,42 +451,73 @@ def against_start(
         evidence[STUDY] |= {"ci_low": found.low, "ci_high": found.high, "twins": highest}
         evidence[STUDY]["verdict"] = verdict(found, evidence[STUDY]["p"], highest)
         for measure in MEASURES:
-            row = {"suspect": name, "derived": name in family, "measure": measure, "n": found.n}
+            row = {"suspect": name, "derived": known.get(name), "measure": measure, "n": found.n}
             row |= {"value": values[name, measure], "verdict": ""}
             rows.append(row | evidence.get(measure, {}))
     return pd.DataFrame(rows, columns=TABLES["lineage"])
 
 
 def words(table: pd.DataFrame, told: pd.DataFrame) -> list[str]:
-    """The tables ``lineage`` and ``lineage_separation`` in sentences."""
+    """The tables ``lineage`` and ``lineage_separation`` in sentences.
+
+    First the verdicts on models of unknown origin (``derived`` is empty); all that follows is about
+    the others.
+    """
     own, best, paper = (table[table["measure"] == measure] for measure in (STUDY, BEST, PAPER))
-    correct = own["verdict"] == own["derived"].map({True: "derived", False: "unrelated"})
-    mistaken = paper[paper["derived"] != (paper["value"] >= DERIVED)]
-    widest = told.loc[(told["derived"] - told["unrelated"]).idxmax()]
-    imperfect = told.loc[told["auc"] < 1, "measure"]
-    others = f" (the others: {'; '.join(imperfect)})" if len(imperfect) else ""
-    least = best[best["derived"]].nsmallest(1, "value").assign(which="least similar derived")
-    most = best[~best["derived"]].nlargest(1, "value").assign(which="most similar unrelated")
-    extremes = [
+    unknown, derived, unrelated = _by_origin(own)
+    how = f" ({STUDY} with start, 95 % interval over {own['n'].iloc[0]} texts)"
+    rule, sentences = "The rule", []
+    if len(unknown):
+        sentences.append(f"**Models of unknown origin**{how}: {_listed(unknown)}.")
+        if (unknown["verdict"] == "derived").any():
+            sentences[0] += (
+                " *derived* has no direction: one of the two models descends from the other, or "
+                "both from a third."
+            )
+        how, rule = "", "Of the other models, the rule"
+    if len(derived):
+        sentences.append(f"**Derived models**{how}: {_listed(derived)}.")
+    missed = pd.concat(
+        [derived[derived["verdict"] != "derived"], unrelated[unrelated["verdict"] != "unrelated"]]
+    )
+    _, below, above = _by_origin(paper)
+    below, above = below[below["value"] < DERIVED], above[above["value"] >= DERIVED]
+    overlooked = f", and {_listed(below, 'no derived model')} would be missed"
+    sentences += [
+        f"**Unrelated models**: {_listed(unrelated)}. The most similar of the models "
+        f"with random weights: {own['twins'].iloc[0]:.3f}.",
+        f"{rule} misses {_listed(missed, 'no model')}.",
+        f"By the paper's number alone ({PAPER}, derived from {DERIVED} on), "
+        f"{_listed(above, 'no unrelated model')} would be called derived"
+        f"{overlooked if len(derived) else ''}.",
+    ]
+    _, least, most = _by_origin(best)
+    least = least.nsmallest(1, "value").assign(which="least similar derived")
+    most = most.nlargest(1, "value").assign(which="most similar unrelated")
+    sentences += [
         f"At the best of all pairs of layers, the {row.which} model reaches {row.value:.3f} "
         f"({row.suspect}; 95 % of shuffled texts stay below {row.shuffled:.3f}, p = {row.p:.3f})."
         for row in pd.concat([least, most]).itertuples()
     ]
-    return [
-        f"**Derived models** ({STUDY} with start, 95 % interval over {own['n'].iloc[0]} texts): "
-        f"{_listed(own[own['derived']])}.",
-        f"**Unrelated models**: {_listed(own[~own['derived']])}. The most similar of the models "
-        f"with random weights: {own['twins'].iloc[0]:.3f}.",
-        f"The rule misses {_listed(own[~correct], 'no model')}.",
-        f"By the paper's number alone ({PAPER}, derived from {DERIVED} on), "
-        f"{_listed(mistaken[~mistaken['derived']], 'no unrelated model')} would be called derived, "
-        f"and {_listed(mistaken[mistaken['derived']], 'no derived model')} would be missed.",
-        *extremes,
-        f"Over all pairs of models ({widest['n_derived']} derived, {widest['n_unrelated']} "
-        f"unrelated), {len(told) - len(imperfect)} of {len(told)} measures separate without error"
-        f"{others}. The widest margin is that of {widest['measure']}: at least "
-        f"{widest['derived']:.2f} for derived pairs, at most {widest['unrelated']:.2f} for others.",
-    ]
+    if len(told):
+        widest = told.loc[(told["derived"] - told["unrelated"]).idxmax()]
+        imperfect = told.loc[told["auc"] < 1, "measure"]
+        others = f" (the others: {'; '.join(imperfect)})" if len(imperfect) else ""
+        sentences.append(
+            f"Over all pairs of models ({widest['n_derived']} derived, {widest['n_unrelated']} "
+            f"unrelated), {len(told) - len(imperfect)} of {len(told)} measures separate without "
+            f"error{others}. The widest margin is that of {widest['measure']}: at least "
+            f"{widest['derived']:.2f} for derived pairs, at most {widest['unrelated']:.2f} for "
+            "others."
+        )
+    return sentences
+
+
+def _by_origin(rows: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
+    """Rows of the table ``lineage`` on models of unknown origin, on derived and on unrelated
+    ones."""
+    derived = rows["derived"]  # bool, or objects where places are empty
+    return rows[derived.isna()], rows[derived.eq(True)], rows[derived.eq(False)]
 
 
 def _listed(rows: pd.DataFrame, nothing: str = "none") -> str:
