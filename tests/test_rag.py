@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import run_cells, save_tiny, save_untrained
 from rlhf_trust import StudyError
+from rlhf_trust.models import load_base
 from rlhf_trust.rag import questions as rag, trust_align, trust_score as ts
 from rlhf_trust.rag.entailment import (
     LexicalEntailment,
@@ -358,3 +361,30 @@ def test_pairs_leave_out_what_is_said_already():
     assert (pair.chosen, pair.rejected) == (trust_align.positive(some[0]), "Something else.")
     with pytest.raises(StudyError, match="no response is wrong"):
         trust_align.pairs(some[:1], [trust_align.positive(some[0])])
+
+
+# --- the chapter without any training -------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_without_alignment_the_chapter_measures_what_is_there(tmp_path, monkeypatch):
+    """One adapter, no SFT model and no question to train on: start and it are measured, compared,
+    and nothing is made."""
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path / "build"))
+    model = f"path:{save_tiny('llama', tmp_path / 'model', positions=4096)}"
+    save_untrained(load_base(model, "float32"), tmp_path / "build" / "models" / "mine")
+    sizes = dict(n_held_out=3, n_train=0, max_new_tokens=4, n_samples=1)
+    chapter = run_cells(
+        "40-rag-trust", model=model, dtype="float32", trained=["mine"], align=False, **sizes
+    )
+    assert [path.name for path in (tmp_path / "build" / "models").iterdir()] == ["mine"]
+    parts = tmp_path / "build" / "tables" / "parts"
+    assert {path.name for path in parts.iterdir()} == {
+        "grounding.40.csv",
+        "grounding_change.40.csv",
+    }
+    models = pd.read_csv(parts / "grounding.40.csv")["model"].unique().tolist()
+    assert models == ["start", "mine", "perfect answers", "always refuses", "always answers"]
+    changes = pd.read_csv(parts / "grounding_change.40.csv")
+    assert set(zip(changes["model"], changes["baseline"])) == {("mine", "start")}
+    assert list(chapter["kinds"]) == ["start", "mine"]
