@@ -120,8 +120,8 @@ def test_the_interval_covers_the_similarity_over_many_texts():
 
 
 def test_layers_are_compared_at_equal_relative_depth():
-    assert lineage.same_depth(32, 32, lineage.PAPER_DEPTH) == [(17, 17)]
-    assert lineage.same_depth(30, 6, lineage.PAPER_DEPTH) == [(16, 2)]
+    assert lineage.same_depth(32, 32, lineage.PAPER_DEPTH) == [(18, 18)]  # the authors' layers[18]
+    assert lineage.same_depth(30, 6, lineage.PAPER_DEPTH) == [(17, 3)]
     assert lineage.same_depth(30, 6) == [(4, 0), (9, 1), (14, 2), (19, 3), (24, 4), (29, 5)]
     assert lineage.same_depth(2, 2) == [(0, 0), (1, 1)]
 

@@ -71,8 +71,9 @@ DERIVED, UNRELATED = 0.8, 0.5
 CHANCE = 0.05
 """A similarity that shuffled texts reach more often than this is no evidence."""
 
-PAPER_DEPTH = 18 / 32
-"""The paper's headline layer: 18 of Llama-2-7b's 32."""
+PAPER_DEPTH = 19 / 32
+"""The paper's headline layer: its 18 of Llama-2-7b's 32 is counted from 0 (the authors' code reads
+``layers[18]``), hence the state after the 19th block."""
 
 
 def usable_counts(
