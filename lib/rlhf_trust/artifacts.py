@@ -73,12 +73,12 @@ model. ``validation``: do influence scores predict retraining? ``mitigation``: e
 flipping or down-weighting the pairs called harmful, against random ones. ``reward_models``: how
 well rewards learnt on embeddings rank answers. ``rm_bench``: RM-Bench. ``grounding``: Trust-Score
 and its parts by one entailment judge, and ``grounding_change`` what training did to them.
-``lineage``: similarity of each model to start, and ``lineage_separation`` how well each measure
-separates derived from unrelated models. ``arms``: how far each training of a stage, true or
-placebo, moved from SFT, and how far it was brought back (alpha); ``kl_<vertical>``: on the
-documents that the vertical reads. ``headline``: what each stage changed against start and against
-its placebo, over items and seeds (SFT against start alone), and ``validity`` whether the vertical's
-instrument measures anything on each model.
+``lineage``: similarity of each model to start (``derived`` is empty where its origin is unknown),
+and ``lineage_separation`` how well each measure separates derived from unrelated models. ``arms``:
+how far each training of a stage, true or placebo, moved from SFT, and how far it was brought back
+(alpha); ``kl_<vertical>``: on the documents that the vertical reads. ``headline``: what each stage
+changed against start and against its placebo, over items and seeds (SFT against start alone), and
+``validity`` whether the vertical's instrument measures anything on each model.
 """
 
 
