@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-for name in "DATA SEED SET BEFORE AFTER".split():  # of a study, which make hands on
-    os.environ.pop(name, None)
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,6 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+for name in "DATA SEED SET BEFORE AFTER".split():  # of a study, which make hands on
+    os.environ.pop(name, None)
 torch.set_num_threads(1)  # tiny tensors gain nothing from threads
 
 REAL_DATA = Path(

@@ -458,7 +458,7 @@ class ModelSet:
         self.names = ["start", *members]
         self.prompt_format = prompt_format
         self.fingerprints: dict[str, str] = {}
-        self.formats: dict[str, str] = {}  # of checkpoints that were asked, and of start
+        self.formats: dict[str, str] = {}  # of the checkpoints that were asked
         self._adapters = {name: of for name, of in members.items() if isinstance(of, Path)}
         loaders = {"start": base} | members
         self._load = {n: of for n, of in loaders.items() if n not in self._adapters}
@@ -515,7 +515,7 @@ class ModelSet:
             chat = Chat(self.tokenizer(name), self.prompt_format)
         except StudyError as error:
             raise StudyError(f"{name}: {error}") from None
-        self.formats |= {"start": default.name, name: chat.name}
+        self.formats[name] = chat.name
         return chat
 
     def active(self, name: str) -> AbstractContextManager:

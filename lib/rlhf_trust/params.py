@@ -21,7 +21,6 @@ from typing import Any
 import yaml
 
 from . import ROOT, StudyError
-from .artifacts import content_key
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = ROOT / "params"
@@ -76,12 +75,6 @@ def stages() -> list[str]:
                 "or give it a number and a name of its own, such as 17-mine"
             )
     return found
-
-
-def cells_hash(path: Path) -> str:
-    """Of what the cells of a notebook say, whatever was run in it or saved with it."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return content_key([(c["cell_type"], "".join(c["source"])) for c in cells])
 
 
 def notebook_parameters(path: Path) -> dict[str, Parameter]:

@@ -169,12 +169,19 @@ class Conditions(NamedTuple):
 
 
 def conditions(manifests: Mapping[str, dict]) -> Conditions:
-    """From the manifests of 10 to 14; raises :class:`StudyError` if there is none of them."""
+    """From the manifests of 10 to 14; raises :class:`StudyError` if there is none of them, or if
+    they compared different models."""
     chapters = [made for stage, made in manifests.items() if stage[:2] in "10 11 12 13 14".split()]
     if not chapters:
         raise StudyError("no manifest of a vertical's chapter (10 to 14), so nothing was compared")
     settings, others, facts, hashes = chapters[0]["parameters"], {}, {}, {}
     for made in chapters:
+        for name in ("model", "trained", "seed", "benchmarks"):
+            if made["parameters"][name] != settings[name]:
+                raise StudyError(
+                    f"{made['stage']} was run with another {name} than {chapters[0]['stage']}; run "
+                    "it again, or delete its manifest and its rows in tables/parts"
+                )
         for entry in made["parameters"]["trained"]:
             name, _, source = entry.partition("=")
             others[name] = source or f"models/{name}"
@@ -186,10 +193,17 @@ def conditions(manifests: Mapping[str, dict]) -> Conditions:
         others,
         {name: hashes[name] for name in ("start", *others) if name in hashes},
         dtype.removeprefix("torch."),
-        facts.get("prompt_format") or settings["prompt_format"],
+        _formats(facts.get("prompt_formats", {})) or settings["prompt_format"],
         settings["benchmarks"],
         settings["seed"],
     )
+
+
+def _formats(of_models: Mapping[str, str]) -> str:
+    if len(set(of_models.values())) < 2:
+        return next(iter(of_models.values()), "")
+    listed = ", ".join(f"{model} {name}" for model, name in of_models.items())
+    return f"{listed} (so a change is also one of format)"
 
 
 def shown_source(source: str) -> str:

@@ -32,7 +32,8 @@ from typing import Any
 import yaml
 
 from . import ROOT, StudyError, build_root
-from .params import NOTEBOOKS, cells_hash, notebook_parameters, resolve, stages, terms_accepted
+from .artifacts import content_key
+from .params import NOTEBOOKS, notebook_parameters, resolve, stages, terms_accepted
 from .sources import ACCEPTED, TERMS, first_line
 
 
@@ -157,6 +158,12 @@ def model_overrides(before: str, after: str) -> dict[str, Any]:
         name = name or source.partition(":")[2].partition("@")[0].rstrip("/").rpartition("/")[2]
         trained.append(f"{name}={source}")
     return {"model": before, "trained": trained}
+
+
+def cells_hash(path: Path) -> str:
+    """Of what the cells of a notebook say, whatever was run in it or saved with it."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return content_key([(c["cell_type"], "".join(c["source"])) for c in cells])
 
 
 def write_resolved(run: str, parameters: dict[str, dict]) -> None:

@@ -20,7 +20,7 @@ from .artifacts import Build, Manifest, sha256_of, versions, write_table
 from .chat import Chat
 from .data.preferences import Preferences, load_preferences
 from .decode import Generations
-from .models import Base, Loader, ModelSet, load_base, load_tokenizer
+from .models import Base, Loader, ModelSet, load_base, load_tokenizer, parse_dtype
 from .params import NOTEBOOKS, notebook_parameters
 from .sources import is_adapter, model_directory, read_json
 
@@ -102,9 +102,10 @@ class Study:
             if name in members:
                 raise StudyError(f"trained: two models are called {name!r}")
             members[name] = self._member(name, source) if source else self.build.model(name)
-        # One that can be loaded again can be let go of.
         whole = any(not isinstance(member, Path) for member in members.values())
-        start = self.load_base if whole and base is None else base or self.base
+        # One that can be loaded again can be let go of.
+        again = whole and base is None and "base" not in vars(self)
+        start = self.load_base if again else base or self.base
         self._compared = ModelSet(start, members, *self._need("prompt_format"))
         return self._compared
 
@@ -141,10 +142,13 @@ class Study:
         self.manifest.inputs = {f"preferences: {name}": files[name] for name in files}
         for entry in models:
             name, brought, _ = entry.partition("=")
-            hashed = self._compared.fingerprints[name] if brought else None
+            hashed = brought and self._compared.fingerprints[name]
             self.manifest.inputs[name] = hashed or sha256_of(self.build.model(name), 16)
-        formats = self._compared.formats if self._compared else {}
-        self.manifest.facts = facts | ({"prompt_formats": formats} if formats else {})
+        if any("=" in entry for entry in models):
+            self.manifest.inputs["start"] = self._compared.fingerprints["start"]
+            facts["dtype"] = str(parse_dtype(*self._need("dtype")))
+            facts["prompt_formats"] = {"start": self.chat.name} | self._compared.formats
+        self.manifest.facts = facts
         self.manifest.write()
 
 
