@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import OTHERS, save_tiny, some_examples
-from rlhf_trust.decode import Decoding, LowerStates, MultipleChoice, option_logps, sample_batch
-from rlhf_trust.models import LoRA, load_adapters, load_base, new_adapter, save_adapter
+from rlhf_trust.chat import Chat
+from rlhf_trust.decode import (
+    Decoding,
+    Generations,
+    LowerStates,
+    MultipleChoice,
+    option_logps,
+    sample_batch,
+)
+from rlhf_trust.headline import measure_all, one_measure
+from rlhf_trust.models import LoRA, ModelSet, load_adapters, load_base, new_adapter, save_adapter
+from rlhf_trust.verticals import HEADLINE
 
 PAD, EOS = 0, 2
 ROWS = [[5, 6, 7, 8] * 8, [9, 10, 11], [12] * 20]  # longer than the window of those that have one
@@ -30,6 +42,28 @@ def test_answers_are_the_models_own(family):
     for row, (answer,) in zip(ROWS, drawn):
         for i, token in enumerate(answer):
             assert next_logps(family.model, row + answer[:i])[-1].argmax() == token
+
+
+def test_every_familys_models_are_compared(family, tmp_path):
+    """Two checkpoints, as `make evaluate` measures them, by all instruments that weigh options."""
+
+    def other():
+        base = load_base(family.source, "float32")
+        with torch.no_grad():
+            for weight in base.model.parameters():
+                weight.mul_(1.5)
+        return replace(base, fingerprint="other")
+
+    found = ModelSet(family, {"same": lambda: family, "other": other})
+    generations = Generations(tmp_path, Chat(family.tokenizer, "auto"))
+    sizes = dict(ethics=8, truthfulness=4)
+    for vertical, measures in measure_all(found, generations, "shipped", sizes, 0).items():
+        metric, condition = HEADLINE[vertical][:2]
+        start, same, changed = (
+            one_measure(measures[name], metric, condition).item_values for name in found.names
+        )
+        np.testing.assert_allclose(same, start, atol=1e-6)
+        assert not np.allclose(changed, start)
 
 
 def test_options_are_weighed_as_alone(family):
