@@ -235,16 +235,19 @@ def test_an_appendix_links_its_neighbours(tmp_path):
 
 
 def test_links_to_notebooks_lead_to_their_pages(tmp_path):
+    data = {"text/markdown": "Computed: [pairs](01-sft.ipynb)."}
+    said = new_output("display_data", data=data)
     cells = [
         new_markdown_cell("# Last?\n\nSee [pairs](01-sft.ipynb) and [rewards](30-rewards.ipynb)."),
         new_code_cell("# Parameters\nn = 4", metadata={"tags": ["injected-parameters"]}),
+        new_code_cell("say()", outputs=[said]),
     ]
     nbformat.write(new_notebook(cells=cells), tmp_path / "90-report.ipynb")
     write_notebook(tmp_path / "01-sft.ipynb", "First?")
     page = tmp_path / "out.html"
     write_html(tmp_path / "90-report.ipynb", page, code=True, folder="pages/")
     links = [a["href"] for a in Page(page).of("a") if not a["href"].startswith("#")]
-    assert links == ["pages/01-sft.html"]  # 30-rewards was not run
+    assert links == 2 * ["pages/01-sft.html"]  # 30-rewards was not run
     text = render.html.unescape(re.sub("<[^>]+>", "", page.read_text()))
     assert "and rewards." in text and "# This run's values" in text
 

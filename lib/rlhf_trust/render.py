@@ -214,7 +214,7 @@ def page_cells(notebook, code: bool, pages: Collection[str] = (), folder: str = 
         yield new_code_cell("" if not code or "hide-input" in tags else source)
         for output in cell.outputs:
             if "text/markdown" in output.get("data", {}):
-                yield new_markdown_cell(output.data["text/markdown"])
+                yield new_markdown_cell(LINK.sub(to_page, output.data["text/markdown"]))
             elif output.get("name") != "stderr":
                 yield new_code_cell(outputs=[output])
 
