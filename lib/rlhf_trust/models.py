@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from . import StudyError
+from . import ROOT, StudyError
 from .artifacts import atomic_write, content_key, sha256_of
 from .chat import Chat, choose_pad
 from .sources import first_line, is_adapter, model_directory
@@ -388,6 +388,7 @@ def save_adapter(
         "layers_to_transform": config.layers_to_transform,
         "bias": "none",
         "tokenizer": _tokenizer_hash(base.tokenizer),
+        **_named(base.source),
     }
     with atomic_write(directory) as aside:
         aside.mkdir()
@@ -399,6 +400,18 @@ def save_adapter(
             save_file({"weight": head.detach().float()}, aside / "head.safetensors")
         for name, text in (files or {}).items():
             (aside / name).write_text(text)
+
+
+def _named(source: str) -> dict[str, str | None]:
+    """A backbone as PEFT's ``AutoPeftModel`` finds it; one of a package from the repository's root
+    on."""
+    kind, _, place = source.partition(":")
+    if kind == "hub":
+        name, _, revision = place.partition("@")
+        return {"base_model_name_or_path": name, "revision": revision or None}
+    directory = model_directory(source)
+    inside = directory.is_relative_to(ROOT)
+    return {"base_model_name_or_path": str(directory.relative_to(ROOT) if inside else directory)}
 
 
 def load_reward_head(directory: Path) -> torch.Tensor:
