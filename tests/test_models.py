@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from rlhf_trust import StudyError, sources
 from rlhf_trust.decode import first_adapted_layer
 from rlhf_trust.models import (
@@ -90,6 +90,12 @@ def test_saved_adapters_load_alike_and_do_not_disturb_each_other(two_adapters, k
     with wrapped.disable_adapter():
         assert torch.equal(logits(wrapped), seen["start"])
     assert torch.equal(logits(wrapped), seen["dpo"])
+
+
+def test_a_saved_adapter_opens_with_its_backbone_in_peft(two_adapters):
+    _, folders, seen = two_adapters("llama")
+    opened = AutoPeftModelForCausalLM.from_pretrained(folders["sft"], dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(opened), seen["sft"])
 
 
 def test_a_fresh_adapter_changes_nothing(tiny):
