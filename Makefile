@@ -11,8 +11,15 @@ BEFORE ?=
 AFTER ?=
 CHAPTERS ?= toxicity,stereotype,ethics,truthfulness,privacy
 # The launcher reads them from the environment, as they were written: neither make nor a shell runs what is in them.
-$(foreach name,DATA SEED SET BEFORE AFTER,$(eval override $(name) := $$(value $(name))))
+$(foreach name,PROFILE DATA SEED SET BEFORE AFTER CHAPTERS A B,$(eval override $(name) := $$(value $(name))))
 export DATA SEED SET BEFORE AFTER
+# Those that name folders, or stand in a recipe, are names.
+LETTERS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
+LETTERS += 0 1 2 3 4 5 6 7 8 9 _ . - ,
+without = $(if $(1),$(call without,$(wordlist 2,99,$(1)),$(subst $(firstword $(1)),,$(2))),$(2))
+named = $(and $(filter 1,$(words $(1))),$(filter-out .% -%,$(1)),$(if $(call without,$(LETTERS),$(1)),,yes))
+$(foreach name,PROFILE SEED CHAPTERS A B,$(if $(filter PROFILE,$(name))$(strip $($(name))),$(if $(call named,$($(name))),,$(error $(name) must be \
+  a name of letters, digits, "_", "." and "-", got "$($(name))"))))
 # Two notebooks at a time, each on half of the cores, are half as fast again as one on all of them.
 # JOBS=1 needs less memory, and suits a model that fills a GPU.
 JOBS ?= 2

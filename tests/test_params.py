@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
-from rlhf_trust import StudyError, params, run, sources
+from rlhf_trust import StudyError, build_root, params, run, sources
 
 PROFILES = sorted({"embedded", *(path.stem for path in params.PROFILES.glob("*.yaml"))})
 CELL = """\
@@ -215,6 +215,32 @@ def test_make_hands_on_what_it_is_given_and_runs_none_of_it(tmp_path):
     )
     assert done.stdout.splitlines() == [given] * 2, done.stderr
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "PROFILE=../params",
+        "PROFILE=x /other",
+        "PROFILE=",
+        "PROFILE=..",
+        "PROFILE=a;ls",
+        "SEED=../1",
+        "B=$(shell ls)",
+    ],
+)
+def test_make_removes_no_folder_but_a_runs(given):
+    make = ["make", "--dry-run", "clean", "compare", given]
+    done = subprocess.run(make, cwd=params.ROOT, capture_output=True, text=True)
+    assert done.returncode and "must be a name of letters" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("profile", ["../params", "x /other", "", "..", "a;ls"])
+def test_the_launcher_takes_names_alone(profile, capsys):
+    assert run.main(["params", "--profile", profile]) == 2
+    assert f"error: {profile!r} is no name of a profile or run" in capsys.readouterr().err
+    with pytest.raises(StudyError, match="is no name of a profile or run"):
+        build_root(profile)
 
 
 def test_a_model_under_terms_of_its_own_waits_for_them(study, tmp_path, monkeypatch, capsys):

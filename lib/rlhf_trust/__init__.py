@@ -5,6 +5,7 @@ from the modules themselves (``from rlhf_trust.decode import sample``).
 """
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -29,8 +30,17 @@ class StudyError(ValueError):
     to do."""
 
 
+def check_name(profile: str) -> None:
+    """Refuse what is no name of a profile or run."""
+    if not re.fullmatch(r"\w[\w.-]*", profile):
+        raise StudyError(
+            f"{profile!r} is no name of a profile or run; use letters, digits, '_', '.' and '-'"
+        )
+
+
 def build_root(profile: str) -> Path:
     """Where a profile's products lie; ``RLHF_TRUST_BUILD`` puts them elsewhere (a second run beside
-    the first)."""
+    the first). Raises :class:`StudyError` for what is no name but leads to another folder."""
+    check_name(profile)
     elsewhere = os.environ.get("RLHF_TRUST_BUILD")
     return Path(elsewhere).resolve() if elsewhere else ROOT / "build" / profile

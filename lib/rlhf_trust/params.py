@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from . import ROOT, StudyError
+from . import ROOT, StudyError, check_name
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = ROOT / "params"
@@ -112,6 +112,7 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     With ``extends`` they lie over those of another profile (``below`` are the profiles that led
     here).
     """
+    check_name(profile)
     path, file = PROFILES / f"{profile}.yaml", f"params/{profile}.yaml"
     if not path.exists():
         if profile == "embedded":
