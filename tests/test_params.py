@@ -112,6 +112,8 @@ def test_a_profile_changes_another_parameter_by_parameter(study, tmp_path):
         ("01-one: {targets: [1]}", "targets must be list[str] | None"),
         ("01-one: steps", "must map `all` or a notebook's name"),
         ("01-one: {steps: [}", "params/p.yaml: not valid YAML"),
+        ("01-one: {steps: 2}\nall: {}\n01-one: {}", "'01-one' stands there twice"),
+        ("01-one: {steps: 2, steps: 3}", "'steps' stands there twice"),
         (
             "extends: q",
             "params/p.yaml: extends: params/q.yaml: no such profile; known are embedded, p",

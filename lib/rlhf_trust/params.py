@@ -105,6 +105,21 @@ def notebook_parameters(path: Path) -> dict[str, Parameter]:
     return found
 
 
+class KeysOnce(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that stands twice, of which it would drop the first."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = self.construct_object(key)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} stands there twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     """A profile's overrides by notebook; ``embedded`` without a file of its own is the notebooks'
     defaults.
@@ -121,7 +136,7 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
         where = f"params/{below[-1]}.yaml: {EXTENDS}: " if below else ""
         raise StudyError(f"{where}{file}: no such profile{_nearest(profile, known)}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), KeysOnce) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise StudyError(f"{file}: not valid YAML: {problem}") from None
