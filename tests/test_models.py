@@ -387,3 +387,17 @@ def test_weights_that_lack_a_layer_are_refused(tiny_directories, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StudyError, match="model.layers.1.mlp.up_proj.weight"):
         load_base(f"path:{folder}", "float32")
+
+
+def test_nothing_in_a_models_folder_is_run(tiny_directories, tmp_path):
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(tiny_directories["llama"], folder)
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text()) | {"model_type": "own"}
+        classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+        settings["auto_map"] = {kind: "own.Own" for kind in classes}
+        (folder / name).write_text(json.dumps(settings))
+    with pytest.raises(StudyError, match="cannot be read"):
+        load_base(f"path:{folder}")
+    assert not ran.exists()

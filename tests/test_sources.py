@@ -26,7 +26,7 @@ def pip(tmp_path, monkeypatch):
 
         def run(self, command, **_):
             self.calls += 1
-            assert command[1:5] == ["-m", "pip", "download", "--no-deps"]
+            assert command[1:6] == ["-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
             name = command[-1].removesuffix("==1.0").replace("-", "_")
             if self.content is None:
                 return subprocess.CompletedProcess(

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import ROOT
 from .models import device
+from .sources import NO_CODE
 
 MEASURED = ROOT / "tests" / "reference" / "minutes.json"
 START_UP = 0.5
@@ -63,7 +64,7 @@ def weights_of(source: str) -> float | None:
     """Number of weights of a model: known, or from its folder's config; None where neither is."""
     if source.startswith("path:"):
         try:
-            config = AutoConfig.from_pretrained(source.removeprefix("path:"))
+            config = AutoConfig.from_pretrained(source.removeprefix("path:"), **NO_CODE)
         except (OSError, ValueError):
             return None
         with torch.device("meta"):

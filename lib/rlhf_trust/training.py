@@ -64,7 +64,7 @@ from .models import (
     save_adapter,
     using,
 )
-from .sources import model_directory
+from .sources import NO_CODE, model_directory
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
@@ -491,6 +491,7 @@ def reward_trainer(
         num_labels=1,
         dtype=base.model.dtype,
         pad_token_id=chat.tokenizer.pad_token_id,
+        **NO_CODE,
     ).to(base.device)
     # From zero all rewards are equal at first; a random head would begin with a preference.
     torch.nn.init.zeros_(model.score.weight)

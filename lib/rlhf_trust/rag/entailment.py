@@ -22,7 +22,7 @@ from .. import StudyError
 from ..artifacts import progress
 from ..decode import batches_by_length
 from ..models import auto_dtype, device
-from ..sources import locate, model_directory, read_jsonl
+from ..sources import NO_CODE, locate, model_directory, read_jsonl
 from ..stats import mean_interval
 from .trust_score import EntailmentModel, Question
 
@@ -83,9 +83,9 @@ class NeuralEntailment:
 
     def __init__(self, source: str, batch_size: int = 8, max_length: int = 1024):
         folder = model_directory(source)
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
         self.name, self.batch_size = source, batch_size
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
         self.classifies = "ForSequenceClassification" in " ".join(config.architectures or ())
         if self.classifies:
             kind, labels = transformers.AutoModelForSequenceClassification, config.id2label
@@ -99,7 +99,8 @@ class NeuralEntailment:
         else:
             raise StudyError(f"judge {source}: neither a classifier nor sequence-to-sequence")
         self.yes = yes[0]
-        self.model = kind.from_pretrained(folder, dtype=auto_dtype()).eval().to(device())
+        model = kind.from_pretrained(folder, dtype=auto_dtype(), **NO_CODE)
+        self.model = model.eval().to(device())
         # T5's positions are relative; RoBERTa keeps two for itself.
         positions = getattr(config, "max_position_embeddings", None) or max_length
         self.max_length = min(max_length, positions - 2, self.tokenizer.model_max_length)
