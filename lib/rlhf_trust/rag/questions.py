@@ -3,14 +3,16 @@ set.
 
 A row has ``question``, ``docs`` (``title``, ``text``, ``answers_found``: one bit per gold claim)
 and gold claims: short answers with their aliases (``answers``, or ``qa_pairs`` with
-``short_answers``), or sentences (``claims``). Shipped rows also put each short answer into a
-sentence (``statements``). Only the first five documents are read; fewer are fine.
+``short_answers``), or sentences (``claims``, or ``answers`` with one each). Shipped rows also put
+each short answer into a sentence (``statements``). Only the first five documents are read; fewer
+are fine. Short answers without a letter or digit are left out, and counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from .. import StudyError
@@ -66,27 +68,84 @@ def _row(where: str, needs: str) -> Iterator[None]:
 
 
 def _read(path: Path, name: str, kind: str) -> list[ts.Question]:
-    rows, questions = read_json(path), {}
+    return [q for q in from_rows(read_json(path), name, kind, str(path)) if q]
+
+
+def from_rows(
+    rows: list[dict],
+    name: str,
+    kind: str,
+    where: str,
+    entails: ts.EntailmentModel | None = None,
+) -> list[ts.Question | None]:
+    """A question a row, ids as ``<name>/<sample_id>``; None where no gold claim can be looked for.
+
+    ``kind``: one of ``KINDS``; ``where``: what errors, StudyErrors that name the row, begin with.
+    ``entails``: says which documents hold which claims (:func:`annotate`) where a row does not.
+    """
     if not isinstance(rows, list) or not rows:
-        raise StudyError(f"{path}: expected a list of questions")
+        raise StudyError(f"{where}: expected a list of questions")
+    questions, left_out = {}, 0
     for number, row in enumerate(rows, start=1):
         key = str(row.get("sample_id", number) if isinstance(row, dict) else number)
-        where = f"{path}: question {key}"
+        place = f"{where}: question {key}"
         if key in questions:
-            raise StudyError(f"{where}: this sample_id is there twice")
-        with _row(where, "question, docs with title, text and answers_found, and gold claims"):
-            documents = tuple(_document(d, d["answers_found"]) for d in row["docs"][: ts.DOCUMENTS])
+            raise StudyError(f"{place}: this sample_id is there twice")
+        with _row(place, "question, docs with title, text and answers_found, and gold claims"):
             asked, claims = _text(row["question"]), _claims(row, kind)
-            question = ts.Question(f"{name}/{key}", kind, asked, claims, documents)
-        if row.get("answerable") not in (None, question.answerable):
-            raise StudyError(f"{where}: answerable contradicts answers_found; fix one of the two")
+            kept = [i for i, claim in enumerate(claims) if kind == "long" or _names(claim)]
+            left_out += len(claims) - len(kept)
+            some, documents = tuple(claims[i] for i in kept), []
+            for document in row["docs"][: ts.DOCUMENTS]:
+                found = document.get("answers_found") if entails else document["answers_found"]
+                if found is not None and len(found) == len(claims):
+                    found = [found[i] for i in kept]
+                documents.append(_document(document, [0] * len(kept) if found is None else found))
+            question = None
+            if some:
+                question = ts.Question(f"{name}/{key}", kind, asked, some, tuple(documents))
+                if any("answers_found" not in d for d in row["docs"][: ts.DOCUMENTS]):
+                    question = annotate(question, entails)
+        if question and row.get("answerable") not in (None, question.answerable):
+            raise StudyError(f"{place}: answerable contradicts answers_found; fix one of the two")
         questions[key] = question
+    if left_out:
+        print(f"{where}: {left_out} gold answers without a letter or digit left out")
     return list(questions.values())
+
+
+def _names(claim: ts.Claim) -> bool:
+    return not claim.aliases or any(map(ts.name_of, claim.aliases))
+
+
+def annotate(question: ts.Question, entails: ts.EntailmentModel) -> ts.Question:
+    """The question with ``answers_found`` of every document, as the authors find it.
+
+    A document holds a sentence that follows from it. It holds a short answer if one of its aliases
+    stands there and the question with the first of them behind follows. (The authors also try
+    ASQA's partial questions.)
+    """
+    pairs, places = [], []
+    for d, document in enumerate(question.documents):
+        text = ts.normalised(document.premise)
+        for c, claim in enumerate(question.claims):
+            named = any(name in text for name in map(ts.name_of, claim.aliases) if name)
+            if question.kind == "long" or named:
+                short = f"{question.question} {claim.aliases[0]}" if claim.aliases else ""
+                pairs.append((document.premise, claim.text if question.kind == "long" else short))
+                places.append((d, c))
+    found = {place for place, held in zip(places, entails(pairs) if pairs else ()) if held}
+    documents = tuple(
+        replace(one, answers_found=tuple((d, c) in found for c in range(len(question.claims))))
+        for d, one in enumerate(question.documents)
+    )
+    return replace(question, documents=documents)
 
 
 def _claims(row: dict, kind: str) -> tuple[ts.Claim, ...]:
     if kind == "long":
-        return tuple(map(ts.Claim, _texts(row["claims"])))
+        texts = row["claims"] if "claims" in row else [first for first, *_ in row["answers"]]
+        return tuple(map(ts.Claim, _texts(texts)))
     pairs = row.get("qa_pairs")
     aliases = [pair["short_answers"] for pair in pairs] if pairs is not None else row["answers"]
     aliases = tuple(map(_texts, aliases))
@@ -99,7 +158,10 @@ def _claims(row: dict, kind: str) -> tuple[ts.Claim, ...]:
 def _document(row: dict, bits: list) -> ts.Document:
     if not isinstance(bits, list) or any(bit not in (0, 1) for bit in bits):
         raise TypeError(f"expected 0 or 1 per claim, got {bits!r}")
-    return ts.Document(_text(row["title"]), _text(row["text"]), tuple(map(bool, bits)))
+    title = row["title"]
+    if not isinstance(title, str):
+        raise TypeError(f"expected a title, got {title!r}")
+    return ts.Document(title, _text(row["text"]), tuple(map(bool, bits)))
 
 
 def _text(value) -> str:

@@ -102,7 +102,7 @@ class Question:
         if not self.claims or not self.documents:
             raise StudyError(f"{self.id}: needs at least one gold claim and one document")
         for claim in self.claims:
-            if self.kind != "long" and not any(map(normalised, claim.aliases)):
+            if self.kind != "long" and not any(map(name_of, claim.aliases)):
                 raise StudyError(f"{self.id}: claim {claim.text or claim.aliases!r} has no alias")
         for number, document in enumerate(self.documents, start=1):
             if len(document.answers_found) != len(self.claims):
@@ -126,6 +126,12 @@ def normalised(text: str) -> str:
     """Lower case, without punctuation, articles and extra blanks."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def name_of(alias: str) -> str:
+    """A short answer as it is looked for: normalised, unless nothing is left of it then (of blood
+    type A)."""
+    return normalised(alias) or "".join(c for c in alias.lower() if c.isalnum())
 
 
 def without_citations(text: str) -> str:
@@ -194,9 +200,9 @@ def claims_found(question: Question, response: str, entails: EntailmentModel) ->
     plain = without_citations(response)
     if question.kind == "long":
         return [bool(x) for x in entails([(plain, claim.text) for claim in question.claims])]
-    names = [set(map(normalised, claim.aliases)) - {""} for claim in question.claims]
+    names = [set(map(name_of, claim.aliases)) - {""} for claim in question.claims]
     if question.kind == "list":
-        entries = set(map(normalised, items(plain)))
+        entries = set(map(name_of, items(plain)))
         return [not entries.isdisjoint(aliases) for aliases in names]
     # Anywhere in the text, as the authors match them: 79 is found in 1979, too.
     text = normalised(plain)
@@ -212,8 +218,8 @@ def correctness(question: Question, response: str, found: Sequence[bool]) -> flo
     hits = sum(found[i] for i in supported)
     if question.kind != "list":
         return hits / len(supported)
-    entries = list(map(normalised, items(without_citations(response))))
-    right = {normalised(alias) for i in supported for alias in question.claims[i].aliases}
+    entries = list(map(name_of, items(without_citations(response))))
+    right = {name_of(alias) for i in supported for alias in question.claims[i].aliases}
     precision = _ratio(sum(entry in right for entry in entries), len(entries))
     return float(_f1(precision, min(LIST_ENOUGH, hits) / min(LIST_ENOUGH, len(supported))))
 

@@ -1,0 +1,191 @@
+"""Verticals and Trust-Score without the study: a model answers elsewhere, its answers are scored
+here, and no model is loaded.
+
+``python -m rlhf_trust.score ask ethics > prompts.jsonl``
+    a vertical's prompts as published, one a line: ``id`` and ``messages``;
+``python -m rlhf_trust.score ethics answers.jsonl``
+    its published measures, of one line a prompt: ``id`` and ``answer``, or ``answers``, as many for
+    every prompt;
+``python -m rlhf_trust.score trust-score output.json --kind short``
+    Trust-Score of rows with ``question``, ``docs``, gold answers and ``output`` (a list, or the
+    authors' files, which have it under ``data``); which document holds which answer is found by the
+    entailment model where ``answers_found`` is missing.
+
+``--save table.csv`` writes the table as well. Exit codes: 0 done, 2 the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+
+import pandas as pd
+
+from . import StudyError
+from .artifacts import atomic_write
+from .data import choose
+from .decode import Prompt
+from .rag import questions, trust_score
+from .rag.entailment import entailment_model
+from .sources import read_json, read_jsonl
+from .verticals import HEADLINE, ethics, privacy, stereotype, toxicity, truthfulness
+from .verticals.common import error_removed, reader_sentence, trust_table
+from .verticals.scorers import make_scorer
+
+MODULES = {
+    "toxicity": toxicity,
+    "stereotype": stereotype,
+    "ethics": ethics,
+    "truthfulness": truthfulness,
+    "privacy": privacy,
+}
+assert list(MODULES) == list(HEADLINE)
+SETS = {"asqa": "short", "qampari": "list", "eli5": "long", "expertqa": "long"}
+"""How claims are matched in a set of the authors that a file's name has in it."""
+
+
+def items_of(vertical: str, source: str, n: int, seed: int) -> list:
+    """``n`` of a vertical's items (0: all), as the study chooses them; of privacy, whose items are
+    made up, four of each kind of data are all."""
+    if vertical == "toxicity":
+        return toxicity.choose_items(toxicity.load_toxicity(source), n, seed)
+    if vertical == "stereotype":
+        return stereotype.choose_statements(stereotype.load_stereotype(source), n, seed)
+    if vertical == "truthfulness":
+        return truthfulness.chosen_questions(source, n, seed)
+    if vertical == "ethics":
+        items = ethics.load_ethics(source)
+        return choose(items, n or len(items), seed, by=lambda item: item.wrong)
+    facts = privacy.load_privacy(source, ceil(n / len(privacy.KINDS)) or 4, seed)
+    return choose(facts, n or len(facts), seed, by=lambda item: item.kind)
+
+
+def as_row(prompt: Prompt) -> dict:
+    """A prompt for any chat model."""
+    said = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    for number, turn in enumerate(prompt.turns):
+        said.append({"role": "assistant" if number % 2 else "user", "content": turn})
+    return {"id": prompt.id, "messages": said}
+
+
+def read_answers(path: Path, items: Sequence) -> tuple[list, list[list[str]]]:
+    """The items that a file answers, in order, and their answers, [item][sample].
+
+    Raises :class:`StudyError`, with the line, for a row that is none, for an id that is unknown or
+    there twice, and where items have different numbers of answers.
+    """
+    known, found = {item.id for item in items}, {}
+    for number, row in read_jsonl(path):
+        where, key = f"{path}:{number}", row.get("id")
+        answers = row["answers"] if "answers" in row else [row.get("answer")]
+        texts = isinstance(answers, list) and all(isinstance(text, str) for text in answers)
+        if not texts or not answers:
+            raise StudyError(f"{where}: needs id and answer, a text, or answers, a list of texts")
+        if key not in known:
+            raise StudyError(
+                f"{where}: no item has the id {key!r}; give the --items, -n and --seed that its "
+                "prompts were asked with"
+            )
+        if key in found:
+            raise StudyError(f"{where}: {key!r} is answered twice")
+        if found and len(answers) != len(next(iter(found.values()))):
+            raise StudyError(f"{where}: every prompt needs as many answers as the first one")
+        found[key] = answers
+    if not found:
+        raise StudyError(f"{path}: no answers")
+    answered = [item for item in items if item.id in found]
+    return answered, [found[item.id] for item in answered]
+
+
+def vertical_table(vertical: str, path: Path, items: Sequence, scorer: str) -> pd.DataFrame:
+    """Rows of ``trust.csv`` for one model's answers."""
+    answered, answers = read_answers(path, items)
+    if len(answered) < len(items):
+        print(f"{len(items) - len(answered)} of {len(items)} prompts are not answered: left out")
+    if vertical == "toxicity":
+        scores = toxicity.score_answers(answers, make_scorer(scorer))
+        return trust_table(vertical, {"model": toxicity.measures(answered, scores)}, 0)
+    measures = {"model": MODULES[vertical].measures(answered, answers, "main")}
+    parts = [trust_table(vertical, measures, 0), error_removed(vertical, measures, 0)]
+    table = pd.concat(parts, ignore_index=True)
+    print(reader_sentence(vertical, table))
+    return table
+
+
+def output_table(path: Path, kind: str, judge: str) -> pd.DataFrame:
+    """All of Trust-Score's metrics of one model's responses."""
+    rows = read_json(path)
+    rows = rows.get("data") if isinstance(rows, dict) else rows
+    kind = kind or next((of for name, of in SETS.items() if name in path.name.lower()), "")
+    if not kind:
+        raise StudyError(
+            f"{path}: say how its gold answers are matched: --kind short, list or long"
+        )
+    entails = entailment_model(judge)
+    asked = questions.from_rows(rows, path.stem, kind, str(path), entails)
+    pairs = []
+    for number, (question, row) in enumerate(zip(asked, rows), start=1):
+        said = row.get("output")
+        said = said[0] if isinstance(said, list) and len(said) == 1 else said
+        if not isinstance(said, str):
+            raise StudyError(f"{path}: row {number}: needs output, a text")
+        if question:
+            pairs.append((question, said))
+    if not pairs:
+        raise StudyError(f"{path}: no question has a gold answer that can be looked for")
+    print(f"entailment model: {entails.name}; scores by different ones are not comparable")
+    return trust_score.trust_score(trust_score.score_responses(*zip(*pairs), entails), path.stem)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m rlhf_trust.score", description=__doc__.split(":")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    asking = argparse.ArgumentParser(add_help=False)
+    asking.add_argument("--items", default="shipped", help="shipped, hub: or path:<directory>")
+    asking.add_argument("-n", type=int, default=0, help="how many; 0: all")
+    asking.add_argument("--seed", type=int, default=0, help="of their choice and order")
+    saving = argparse.ArgumentParser(add_help=False)
+    saving.add_argument("--save", type=Path, help="CSV file for the table")
+    ask = commands.add_parser("ask", parents=[asking], help="print a vertical's prompts")
+    ask.add_argument("vertical", choices=MODULES)
+    for name in MODULES:
+        command = commands.add_parser(name, parents=[asking, saving], help="score answers to them")
+        command.add_argument("answers", type=Path)
+        command.add_argument("--scorer", default="local", help="of toxicity")
+    trust = commands.add_parser("trust-score", parents=[saving], help="score grounded responses")
+    trust.add_argument("answers", type=Path)
+    trust.add_argument("--kind", choices=trust_score.KINDS, default="")
+    trust.add_argument("--judge", default="lexical", help="lexical, hub:<id>@<revision>, path:")
+    given = parser.parse_args(argv)
+    try:
+        if given.command == "trust-score":
+            table = output_table(given.answers, given.kind, given.judge)
+        else:
+            vertical = given.vertical if given.command == "ask" else given.command
+            items = items_of(vertical, given.items, given.n, given.seed)
+            if given.command == "ask":
+                for prompt in MODULES[vertical].prompts(items):
+                    print(json.dumps(as_row(prompt), ensure_ascii=False))
+                return 0
+            table = vertical_table(vertical, given.answers, items, given.scorer)
+            table = table[["metric", "condition", "value", "ci_low", "ci_high", "n"]]
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table.to_string(index=False, float_format="{:.3f}".format))
+    if given.save:
+        with atomic_write(given.save) as aside:
+            table.to_csv(aside, index=False, float_format="%.6g")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… ask ethics | head` ends without a word
+    sys.exit(main())
