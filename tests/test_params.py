@@ -212,9 +212,9 @@ def test_make_hands_on_what_it_is_given_and_runs_none_of_it(tmp_path):
     given = f"$(shell touch {tmp_path}/made)`touch {tmp_path}/made`'\"$$x"
     rule = 'shown: ; @printf \'%s\\n\' "$$DATA" "$$SET"'
     make = ["make", "--no-print-directory", f"--eval={rule}", "shown"]
-    done = subprocess.run(
-        [*make, f"DATA={given}", f"SET={given}"], cwd=params.ROOT, capture_output=True, text=True
-    )
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    asked = [*make, f"DATA={given}", f"SET={given}"]
+    done = subprocess.run(asked, cwd=params.ROOT, env=outside, capture_output=True, text=True)
     assert done.stdout.splitlines() == [given] * 2, done.stderr
     assert not (tmp_path / "made").exists()
 
@@ -233,7 +233,8 @@ def test_make_hands_on_what_it_is_given_and_runs_none_of_it(tmp_path):
 )
 def test_make_removes_no_folder_but_a_runs(given):
     make = ["make", "--dry-run", "clean", "compare", given]
-    done = subprocess.run(make, cwd=params.ROOT, capture_output=True, text=True)
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    done = subprocess.run(make, cwd=params.ROOT, env=outside, capture_output=True, text=True)
     assert done.returncode and "must be a name of letters" in done.stderr and not done.stdout
 
 

@@ -242,6 +242,15 @@ class Actors:
     def active(self, model):
         return nullcontext(model)
 
+    def is_checkpoint(self, model):
+        return False
+
+    def chat(self, model, default):
+        return default
+
+    def asked_by(self, chat):
+        return self
+
     def answer(self, model, fingerprint, name, prompts, decoding):
         beginnings = [prompt.turns[0].split("next: ")[1] for prompt in prompts]
         return [[self.parts[model](text)] * decoding.samples for text in beginnings]

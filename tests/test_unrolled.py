@@ -488,10 +488,11 @@ def test_any_run_is_attributed(own, stage, tmp_path, monkeypatch):
         loss = NextTokenLoss("mean") if stage == "sft" else loss
         return example_losses(own, "default", asked, loss, PAD).mean()
 
+    # A smaller step loses INPO's slope, 5e-11, in the last bits of its loss, 25.
     weights = np.ones((2, 5))
-    weights[:, 2] += 0.01, -0.01
-    slope = np.subtract(*map(held_out_loss, weights)) / 0.02
-    assert scores["held out"][2] == pytest.approx(slope, rel=1e-2)
+    weights[:, 2] += 0.05, -0.05
+    slope = np.subtract(*map(held_out_loss, weights)) / 0.1
+    assert scores["held out"][2] == pytest.approx(slope, rel=2e-2)
 
     monkeypatch.setattr(unrolled, "fit", None)
     again = unrolled.attribute(own, rows, stage, queries, SMOOTH, tmp_path)
