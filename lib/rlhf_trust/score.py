@@ -33,7 +33,7 @@ from .decode import Prompt
 from .rag import questions, trust_score
 from .rag.entailment import entailment_model
 from .sources import read_json, read_jsonl
-from .verticals import HEADLINE, ethics, privacy, stereotype, toxicity, truthfulness
+from .verticals import ethics, privacy, stereotype, toxicity, truthfulness
 from .verticals.common import error_removed, reader_sentence, trust_table
 from .verticals.scorers import make_scorer
 
@@ -44,9 +44,6 @@ MODULES = {
     "truthfulness": truthfulness,
     "privacy": privacy,
 }
-assert list(MODULES) == list(HEADLINE)
-SETS = {"asqa": "short", "qampari": "list", "eli5": "long", "expertqa": "long"}
-"""How claims are matched in a set of the authors that a file's name has in it."""
 
 
 def items_of(vertical: str, source: str, n: int, seed: int) -> list:
@@ -121,7 +118,8 @@ def output_table(path: Path, kind: str, judge: str) -> pd.DataFrame:
     """All of Trust-Score's metrics of one model's responses."""
     rows = read_json(path)
     rows = rows.get("data") if isinstance(rows, dict) else rows
-    kind = kind or next((of for name, of in SETS.items() if name in path.name.lower()), "")
+    sets = questions.OFFICIAL.items()
+    kind = kind or next((of for name, of in sets if name in path.name.lower()), "")
     if not kind:
         raise StudyError(
             f"{path}: say how its gold answers are matched: --kind short, list or long"
