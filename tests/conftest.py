@@ -185,14 +185,19 @@ def run_cells(stage: str, **given) -> dict:
     return variables
 
 
-def save_untrained(base, directory: Path) -> None:
-    """An adapter of random weights, which changes what the model says."""
-    wrapped = new_adapter(base, LoRA(4, 8))
+def untrained(base, lora: LoRA):
+    """The backbone with an adapter of random weights, which changes what the model says."""
+    wrapped = new_adapter(base, lora)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, weight in wrapped.named_parameters():
             if ".lora_B." in name:
                 weight.normal_(std=0.1)
+    return wrapped.eval()
+
+
+def save_untrained(base, directory: Path) -> None:
+    wrapped = untrained(base, LoRA(4, 8))
     save_adapter(base, wrapped, directory)
     wrapped.unload()
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from conftest import save_tiny, tiny_tokenizer
+from conftest import save_tiny, save_untrained, tiny_tokenizer
 from rlhf_trust import StudyError, models, params, run
 from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.chat import Chat
 from rlhf_trust.decode import Decoding, Generations, MultipleChoice, Prompt
-from rlhf_trust.models import LoRA, ModelSet, load_base, new_adapter, save_adapter
+from rlhf_trust.models import ModelSet, load_base
 from rlhf_trust.study import Study
 from rlhf_trust.verticals.common import answer_all, score_options
 
@@ -33,12 +32,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def adapter(tiny_llama, tmp_path):
-    network = new_adapter(load_base(tiny_llama.source, "float32"), LoRA(2, 4))
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            if "lora_B" in name:
-                weight.fill_(0.1)
-    save_adapter(tiny_llama, network, tmp_path / "mine")
+    save_untrained(load_base(tiny_llama.source, "float32"), tmp_path / "mine")
     return tmp_path / "mine"
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import NAN
+from conftest import NAN, untrained
 from rlhf_trust import StudyError
 from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.attribution.gradients import per_example_gradients
@@ -32,7 +32,7 @@ from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import Pair, PreferencePair
 from rlhf_trust.decode import Example, Prompt, option_logps, rewards
 from rlhf_trust.losses import LogOddsLoss, RewardGapLoss, log_odds
-from rlhf_trust.models import LoRA, fresh_adapters, new_adapter, snapshot
+from rlhf_trust.models import LoRA, fresh_adapters, snapshot
 from rlhf_trust.verticals import ethics, privacy, stereotype, toxicity, truthfulness
 from rlhf_trust.verticals.ethics import load_ethics
 from rlhf_trust.verticals.privacy import make_private_facts
@@ -42,14 +42,7 @@ from rlhf_trust.verticals.truthfulness import load_primer, load_truthfulness
 
 
 def trained(base):
-    """An adapter that changes something."""
-    model = new_adapter(base, LoRA(2, 4))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if ".lora_B." in name:
-                weight.normal_(std=0.1)
-    return model.eval()
+    return untrained(base, LoRA(2, 4))
 
 
 def texts(example, chat):

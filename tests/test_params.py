@@ -208,13 +208,15 @@ def test_a_wrong_setting_is_one_line(text, message):
         params.resolve("embedded", settings=run.settings(text))
 
 
+OUTSIDE_MAKE = {name: text for name, text in os.environ.items() if not name.startswith("MAKE")}
+
+
 def test_make_hands_on_what_it_is_given_and_runs_none_of_it(tmp_path):
     given = f"$(shell touch {tmp_path}/made)`touch {tmp_path}/made`'\"$$x"
     rule = 'shown: ; @printf \'%s\\n\' "$$DATA" "$$SET"'
     make = ["make", "--no-print-directory", f"--eval={rule}", "shown"]
-    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     asked = [*make, f"DATA={given}", f"SET={given}"]
-    done = subprocess.run(asked, cwd=params.ROOT, env=outside, capture_output=True, text=True)
+    done = subprocess.run(asked, cwd=params.ROOT, env=OUTSIDE_MAKE, capture_output=True, text=True)
     assert done.stdout.splitlines() == [given] * 2, done.stderr
     assert not (tmp_path / "made").exists()
 
@@ -233,8 +235,7 @@ def test_make_hands_on_what_it_is_given_and_runs_none_of_it(tmp_path):
 )
 def test_make_removes_no_folder_but_a_runs(given):
     make = ["make", "--dry-run", "clean", "compare", given]
-    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
-    done = subprocess.run(make, cwd=params.ROOT, env=outside, capture_output=True, text=True)
+    done = subprocess.run(make, cwd=params.ROOT, env=OUTSIDE_MAKE, capture_output=True, text=True)
     assert done.returncode and "must be a name of letters" in done.stderr and not done.stdout
 
 

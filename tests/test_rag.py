@@ -133,6 +133,7 @@ def test_official_files_are_read(tmp_path):
         ([row("asqa", docs=[])], "needs at least one gold claim and one document"),
         ([row("asqa", qa_pairs=named("1932"))], "gold claims: expected a list, got '1932'"),
         ([row("asqa", qa_pairs=named([1932]))], "gold claims: expected a text, got 1932"),
+        ([row("asqa", docs=[{"title": "T", "text": "D", "answers_found": None}])], "got None"),
         ([row("asqa", bits=[("0", 1)])], r"expected 0 or 1 per claim, got \['0', 1\]"),
         ([row("asqa", statements=["One."])], "1 statements for 2 answers"),
         (["text"], "question 1: needs question"),

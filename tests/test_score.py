@@ -102,7 +102,9 @@ def test_responses_of_the_authors_files_are_scored(tmp_path, kind, capsys):
     assert found.to_dict() == pytest.approx(wanted.set_index("metric")["value"].to_dict(), abs=1e-5)
 
     for row in written:
-        for document in row["docs"]:
+        first, *others = row["docs"]
+        first["answers_found"] = None
+        for document in others:
             del document["answers_found"]
     path.write_text(json.dumps(written))
     assert score.main(given) == 0  # found by the entailment model instead

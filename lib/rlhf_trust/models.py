@@ -481,7 +481,7 @@ class ModelSet:
     def _open(self, name: str) -> tuple[Base, PreTrainedModel]:
         """A backbone, and the network that is asked: the same, or wrapped in its adapters."""
         if name not in self._loaded:
-            self._make_room(name)
+            self._make_room()
             load = self._load[name]
             base = load if isinstance(load, Base) else load()
             network, adapters = base.model, self._adapters if name == "start" else {}
@@ -493,7 +493,7 @@ class ModelSet:
             self._loaded[name] = base, network
         return self._loaded[name]
 
-    def _make_room(self, name: str) -> None:
+    def _make_room(self) -> None:
         """Let go of other checkpoints, and of ``start`` where another model of its size would not
         fit beside it."""
         for other in [*self._loaded]:
@@ -502,11 +502,6 @@ class ModelSet:
             if other != "start" or (not own and free_memory() < size):
                 del self._loaded[other]
         gc.collect()
-
-    @property
-    def base(self) -> Base:
-        """The backbone of ``start``."""
-        return self._open("start")[0]
 
     @property
     def model(self) -> PreTrainedModel:

@@ -38,11 +38,6 @@ class Study:
     manifest: Manifest
     _compared: ModelSet | None = None
 
-    @property
-    def _trained(self) -> list[str]:
-        """The models that are compared with start."""
-        return self.parameters.get("trained", [])
-
     def _need(self, *names: str) -> list[Any]:
         missing = [name for name in names if name not in self.parameters]
         if missing:
@@ -63,7 +58,8 @@ class Study:
         """The prompt format, over the model's tokenizer."""
         source, prompt_format = self._need("model", "prompt_format")
         # Without a hold on the weights, a line-up of large models can let go of them.
-        brought = "base" not in vars(self) and any("=" in m for m in self._trained)
+        compared = self.parameters.get("trained", [])
+        brought = "base" not in vars(self) and any("=" in entry for entry in compared)
         tokenizer = load_tokenizer(model_directory(source)) if brought else self.base.tokenizer
         chat = Chat(tokenizer, prompt_format)
         if chat.name == "template":

@@ -95,17 +95,17 @@ def from_rows(
             asked, claims = _text(row["question"]), _claims(row, kind)
             kept = [i for i, claim in enumerate(claims) if kind == "long" or _names(claim)]
             left_out += len(claims) - len(kept)
-            some, documents = tuple(claims[i] for i in kept), []
-            for document in row["docs"][: ts.DOCUMENTS]:
-                found = document.get("answers_found") if entails else document["answers_found"]
-                if found is not None and len(found) == len(claims):
-                    found = [found[i] for i in kept]
-                documents.append(_document(document, [0] * len(kept) if found is None else found))
-            question = None
+            some, documents, question = tuple(claims[i] for i in kept), [], None
+            given = row["docs"][: ts.DOCUMENTS]
+            unknown = ("answers_found" not in d or d["answers_found"] is None for d in given)
+            missing = entails and any(unknown)
+            for document in given:
+                found = [0] * len(claims) if missing else document["answers_found"]
+                whole = isinstance(found, list) and len(found) == len(claims)
+                documents.append(_document(document, [found[i] for i in kept] if whole else found))
             if some:
                 question = ts.Question(f"{name}/{key}", kind, asked, some, tuple(documents))
-                if any("answers_found" not in d for d in row["docs"][: ts.DOCUMENTS]):
-                    question = annotate(question, entails)
+                question = annotate(question, entails) if missing else question
         if question and row.get("answerable") not in (None, question.answerable):
             raise StudyError(f"{place}: answerable contradicts answers_found; fix one of the two")
         questions[key] = question
