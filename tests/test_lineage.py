@@ -143,10 +143,6 @@ def test_bad_states_are_named():
     states[1] = [0.1, 0.7, 1.3]  # whose mean over texts is not exactly these
     with pytest.raises(StudyError, match="mine: layer 2 has the same state for every text"):
         lineage.kernel_matrices(states, name="mine")
-    states = noise(0, 2, 10, 3)
-    states[0, :, 1] = 0.1
-    with pytest.raises(StudyError, match="1 features are the same for every text"):
-        lineage.kernel_matrices(states, standardised=True)
     with pytest.raises(StudyError, match="kernel: must be one of linear, radial"):
         lineage.kernel_matrices(states, "rbf")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from rlhf_trust import StudyError, decode, models
+from rlhf_trust import StudyError, decode, models, score
+from rlhf_trust.chat import Chat
+from rlhf_trust.data import choose
 from rlhf_trust.rewards import rm_bench
 from rlhf_trust.rewards.rm_bench import DOMAINS, LEVELS, Item
 from test_ppo import write_adapters
@@ -188,7 +191,10 @@ def save_classifier(
 def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
     source = save_classifier(tmp_path / "one", tiny_directories["llama"])
     items = some_items(1)
-    batched, alone = (rm_bench.classifier_scores(source, items, rows=rows) for rows in (8, 1))
+    batched, alone = (
+        rm_bench.classifier_scores(source, items, tmp_path / f"kept {rows}", rows=rows)
+        for rows in (8, 1)
+    )
     np.testing.assert_allclose(batched, alone, atol=1e-4)
     model = LlamaForSequenceClassification.from_pretrained(tmp_path / "one").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
@@ -202,7 +208,9 @@ def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
     with torch.no_grad():  # at the end token, though the tokenizer would pad with it
         wanted = float(model.score(model.model(input_ids=ids).last_hidden_state)[0, -1, 0])
     assert int(ids[0, -1]) == tokenizer.eos_token_id
-    assert rm_bench.classifier_scores(ended, items)[0, 0, 0] == pytest.approx(wanted, abs=1e-4)
+    assert rm_bench.classifier_scores(ended, items, tmp_path)[0, 0, 0] == pytest.approx(
+        wanted, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +224,60 @@ def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
 def test_what_is_no_reward_model_is_refused(tiny_directories, tmp_path, made, said):
     source = save_classifier(tmp_path / "made", tiny_directories["llama"], **made)
     with pytest.raises(StudyError, match=said):
-        rm_bench.classifier_scores(source, some_items(1))
+        rm_bench.classifier_scores(source, some_items(1), tmp_path)
+
+
+def test_scores_of_a_classifier_are_kept(tiny_directories, tmp_path, monkeypatch, capsys):
+    source = save_classifier(tmp_path / "one", tiny_directories["llama"])
+    items, kept = some_items(1), tmp_path / "kept"
+    first = rm_bench.classifier_scores(source, items[:2], kept)
+    read = []
+    monkeypatch.setattr(decode, "pad_right", lambda *a, f=decode.pad_right: read.append(a) or f(*a))
+    again = rm_bench.classifier_scores(source, items, kept)
+    assert (again[:2] == first).all() and sum(len(ids) for ids, *_ in read) == 6 * 2
+    assert capsys.readouterr().out == ""
+    rm_bench.classifier_scores(source, items, kept, max_length=5)
+    assert "24 answers lose what is beyond 5 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["reference", *rm_bench.FORMS])
+def test_scores_of_language_models(tiny_directories, tmp_path, monkeypatch, capsys, form):
+    """Whole models, through the command, against a plain loop over tokens."""
+    mine, theirs = (f"path:{tiny_directories[kind]}" for kind in ("llama", "gpt_neox"))
+    monkeypatch.setattr(score, "ROOT", tmp_path)
+    reference = ["--reference", theirs] if form == "reference" else ["--form", form]
+    given = ["rm-bench", mine, "-n", "4", *reference, "--save", str(tmp_path / "table.csv")]
+    assert score.main(given) == 0
+    assert f"**{mine}**" in capsys.readouterr().out
+    items = choose(rm_bench.load_rm_bench("shipped"), 4, 0, by=lambda item: item.domain)
+
+    def of_tokens(source, count):
+        base = models.load_base(source)
+        chat = Chat(base.tokenizer, "auto")
+        found = []
+        for sequence in rm_bench.answers_of(items, chat):
+            with torch.no_grad():
+                logits = base.model(torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
+            places = range(sequence.answer_start, len(sequence.input_ids))
+            found.append(count([float(logits[i - 1, sequence.input_ids[i]]) for i in places]))
+        return np.reshape(found, (4, 2, 3))
+
+    if form == "reference":
+        wanted = of_tokens(mine, np.sum) - of_tokens(theirs, np.sum)
+    else:
+        count = {"sum": np.sum, "average": np.mean, "norm": lambda x: -np.linalg.norm(x)}[form]
+        wanted = of_tokens(mine, count)
+    found = rm_bench.policy_scores(
+        mine,
+        items,
+        tmp_path / "build" / "score",
+        theirs if form == "reference" else "",
+        form if form != "reference" else "average",
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+    table = rm_bench.summary(items, rm_bench.wins(found), mine, released=False)
+    saved = pd.read_csv(tmp_path / "table.csv")
+    np.testing.assert_allclose(saved["value"], table["value"], rtol=1e-5)
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -260,6 +321,20 @@ def test_a_row_without_its_answers_is_named(tmp_path, row, said):
     row = good | row if isinstance(row, dict) else row
     (tmp_path / "rm-bench" / "code_filtered.json").write_text(json.dumps([good, row]))
     with pytest.raises(StudyError, match=f"code_filtered.json: {said}"):
+        rm_bench.load_rm_bench(f"path:{tmp_path}")
+
+
+def test_all_items_in_one_file(tmp_path):
+    (tmp_path / "rm-bench").mkdir()
+    row = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
+    rows = [row | {"domain": domain} for domain in rm_bench.FILES]
+    whole = tmp_path / "rm-bench" / "total_dataset.json"
+    whole.write_text(json.dumps(rows))
+    items = rm_bench.load_rm_bench(f"path:{tmp_path}")
+    assert [item.domain for item in items] == ["chat", "math", "code", "safety", "safety"]
+    assert len(rm_bench.by_domain(items, np.zeros(5))["safety"]) == 2
+    whole.write_text(json.dumps([*rows, row]))
+    with pytest.raises(StudyError, match="item 6: domain must be one of chat, math, code, safety-"):
         rm_bench.load_rm_bench(f"path:{tmp_path}")
 
 

@@ -30,6 +30,12 @@ class StudyError(ValueError):
     to do."""
 
 
+def require(fine: object, problem: str) -> None:
+    """Raise a :class:`StudyError` with this ``problem`` unless ``fine``."""
+    if not fine:
+        raise StudyError(problem)
+
+
 def check_name(profile: str) -> None:
     """Refuse what is no name of a profile or run."""
     if not re.fullmatch(r"\w[\w.-]*", profile):

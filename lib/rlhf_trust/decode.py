@@ -894,15 +894,16 @@ def answer_logps(
     desc: str = "log-likelihoods",
     each: Each | None = None,
     kept: LowerStates | None = None,
+    power: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Summed answer log-probabilities and answer lengths of many texts, in the given order: two
-    arrays [n]. ``each(index, sum)`` is called as soon as a text has one."""
+    """Summed answer log-probabilities (each to this ``power``) and answer lengths of many texts, in
+    the given order: two arrays [n]. ``each(index, sum)`` is called as soon as a text has one."""
     sums = np.zeros(len(sequences))
     for batch, groups in _read_in_batches(sequences, rows, desc):
         packed = pack(groups)
         states = packed_states(model, packed, pad, kept)
         predicting, targets, owner = _predictions(packed, states)
-        logps = chosen_logps(model, predicting, targets).double()
+        logps = chosen_logps(model, predicting, targets).double() ** power
         sums[batch] = logps.new_zeros(len(batch)).index_add(0, owner, logps).cpu().numpy()
         for index in batch if each else ():
             each(index, sums[index])

@@ -43,7 +43,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-from . import StudyError
+from . import StudyError, require
 from .artifacts import TABLES, progress
 from .decode import backbone, batches_by_length, pad_right
 from .models import Base, load_adapters
@@ -137,11 +137,14 @@ def last_token_states(
 
 def _blocks(model) -> torch.nn.ModuleList:
     """The transformer's blocks, in order."""
+    both = getattr(model.config, "is_encoder_decoder", False)
+    name = type(model).__name__
+    require(not both, f"lineage: {name} is an encoder with a decoder; states are read of one stack")
     depth = model.config.num_hidden_layers
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return module
-    raise StudyError(f"lineage: {type(model).__name__} has no list of {depth} blocks to read from")
+    raise StudyError(f"lineage: {name} has no list of {depth} blocks to read from")
 
 
 # --- similarity -----------------------------------------------------------------------------------
@@ -155,21 +158,26 @@ def kernel_matrices(
     ``radial``: exp(−d²/2σ²), σ² the median of the non-zero squared distances (as in the authors'
     code). ``standardised``: features are first brought to mean 0 and variance 1 over the texts, as
     in the authors' code though not in the paper; a rotated copy then no longer looks the same.
+    Features that are the same for every text say nothing and stay 0.
     """
     if kernel not in KERNELS:
         raise StudyError(f"kernel: must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    if isinstance(states, torch.Tensor):
+        states = states.double().cpu()  # NumPy has no bfloat16
     x = np.asarray(states, dtype=np.float64)
+    fine = x.ndim == 3 and x.shape[1] >= FEWEST
+    require(fine, f"lineage: {name}: states must be [layers, {FEWEST} or more texts, hidden]")
     varies = np.ptp(x, axis=1) > 0  # [layers, hidden]; before centring, which leaves rounding
     if not varies.any(1).all():
         layer = int(varies.any(1).argmin()) + 1
         raise StudyError(f"lineage: {name}: layer {layer} has the same state for every text")
-    if standardised and not varies.all():
-        count = int((~varies).sum())
-        raise StudyError(f"lineage: {name}: {count} features are the same for every text")
     x = x - x.mean(1, keepdims=True)
     if standardised:
-        x = x / x.std(1, ddof=1, keepdims=True)
-    products = x @ x.transpose(0, 2, 1)
+        x = x / np.where(varies[:, None], x.std(1, ddof=1, keepdims=True), 1.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        products = x @ x.transpose(0, 2, 1)
+        fine = (np.diagonal(products, axis1=1, axis2=2).sum(1) ** 2).max() < np.inf
+    require(fine, f"lineage: {name}: states too large to multiply, or not finite")
     if kernel == "linear":
         return products
     squares = np.diagonal(products, axis1=1, axis2=2)
@@ -230,6 +238,8 @@ def same_depth(first: int, second: int, depth: float | None = None) -> list[tupl
     Those at one relative ``depth`` (0 to 1); without one, every layer of the shallower model with
     its partner in the deeper.
     """
+    share = depth is None or 0 < depth <= 1
+    require(share, f"depth: a share of the layers, above 0 and up to 1, got {depth}")
     fewer = min(first, second)
     shares = [(i + 1) / fewer for i in range(fewer)] if depth is None else [depth]
     return [tuple(max(1, round(share * n)) - 1 for n in (first, second)) for share in shares]
@@ -578,6 +588,7 @@ def merged(base: Base, adapter: Path):
 
 def pruned(model, share: float):
     """A copy without the smallest ``share`` of each matrix's weights (by magnitude)."""
+    require(0 < share < 1, f"share: must lie between 0 and 1, got {share}")
 
     def cut(weight: torch.Tensor) -> torch.Tensor:
         size = weight.abs()

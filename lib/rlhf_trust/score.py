@@ -1,5 +1,6 @@
-"""Verticals and Trust-Score without the study: a model answers elsewhere, its answers are scored
-here, and no model is loaded.
+"""Verticals, Trust-Score and RM-Bench without the study.
+
+Answers come from any program; no model is loaded but entailment and reward models.
 
 ``python -m rlhf_trust.score ask ethics > prompts.jsonl``
     a vertical's prompts as published, one a line: ``id`` and ``messages``;
@@ -10,6 +11,10 @@ here, and no model is loaded.
     Trust-Score of rows with ``question``, ``docs``, gold answers and ``output`` (a list, or the
     authors' files, which have it under ``data``); which document holds which answer is found by the
     entailment model where ``answers_found`` is missing.
+
+``python -m rlhf_trust.score rm-bench hub:a/reward-model --items path:data``
+    RM-Bench of a sequence classifier, of a language model over a ``--reference``, or of one alone;
+    scores are kept in ``build/score``, and an interrupted run carries on;
 
 ``--save table.csv`` writes the table as well. Exit codes: 0 done, 2 the input is wrong.
 """
@@ -26,12 +31,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import StudyError
+from . import ROOT, StudyError, require
 from .artifacts import atomic_write
 from .data import choose
 from .decode import Prompt
 from .rag import questions, trust_score
 from .rag.entailment import entailment_model
+from .rewards import rm_bench
 from .sources import read_json, read_jsonl
 from .verticals import ethics, privacy, stereotype, toxicity, truthfulness
 from .verticals.common import error_removed, reader_sentence, trust_table
@@ -140,6 +146,21 @@ def output_table(path: Path, kind: str, judge: str) -> pd.DataFrame:
     return trust_score.trust_score(trust_score.score_responses(*zip(*pairs), entails), path.stem)
 
 
+def rm_bench_table(model: str, items: Sequence, source: str, reference: str, form: str):
+    """RM-Bench's summary of one model."""
+    kept = ROOT / "build" / "score"
+    if rm_bench.is_classifier(model):
+        require(not reference, f"{model}: a classifier has no reference; leave --reference out")
+        scores = rm_bench.classifier_scores(model, items, kept)
+    else:
+        scores = rm_bench.policy_scores(model, items, kept, reference, form)
+    released = source != "shipped"
+    table = rm_bench.summary(items, rm_bench.wins(scores), model, released=released)
+    for sentence in rm_bench.words(table.assign(model=model)):
+        print(sentence)
+    return table
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m rlhf_trust.score", description=__doc__.split(":")[0]
@@ -161,10 +182,23 @@ def main(argv: list[str] | None = None) -> int:
     trust.add_argument("answers", type=Path)
     trust.add_argument("--kind", choices=trust_score.KINDS, default="")
     trust.add_argument("--judge", default="lexical", help="lexical, hub:<id>@<revision>, path:")
+    bench = commands.add_parser("rm-bench", parents=[asking, saving], help="score a reward model")
+    bench.add_argument("model", help="hub:<id>@<revision>, path:<directory> or wheel:<package>")
+    bench.add_argument("--reference", default="", help="of a language model's implicit reward")
+    bench.add_argument(
+        "--form",
+        choices=rm_bench.FORMS,
+        default="average",
+        help="of log-probabilities, without one",
+    )
     given = parser.parse_args(argv)
     try:
         if given.command == "trust-score":
             table = output_table(given.answers, given.kind, given.judge)
+        elif given.command == "rm-bench":
+            items = rm_bench.load_rm_bench(given.items)
+            items = choose(items, given.n or len(items), given.seed, by=lambda item: item.domain)
+            table = rm_bench_table(given.model, items, given.items, given.reference, given.form)
         else:
             vertical = given.vertical if given.command == "ask" else given.command
             items = items_of(vertical, given.items, given.n, given.seed)

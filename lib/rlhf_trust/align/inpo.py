@@ -58,7 +58,7 @@ import pandas as pd
 from scipy.optimize import root
 from scipy.special import log_softmax, softmax
 
-from .. import StudyError, models
+from .. import StudyError, models, require
 from ..artifacts import progress
 from ..chat import Chat, EncodedExample
 from ..data.preferences import PAIRS, Pair
@@ -125,9 +125,24 @@ class INPOConfig:
 def mirror_step(
     policy: np.ndarray, reference: np.ndarray, preference: np.ndarray, tau: float, eta: float
 ) -> np.ndarray:
-    """π_{t+1} [answers] from π_t, π_ref [answers] and P[i, j] = P(i ≻ j) [answers, answers]."""
+    """π_{t+1} [answers] from π_t, π_ref [answers] and P[i, j] = P(i ≻ j) [answers, answers].
+
+    0 ≤ τ ≤ η and η > 0, as in :class:`INPOConfig`; else a StudyError.
+    """
+    require(eta > 0 and 0 <= tau <= eta, f"mirror_step: needs 0 <= tau <= eta, got {tau}, {eta}")
+    _check_game(reference, preference)
     prior = tau / eta * np.log(reference) + (1 - tau / eta) * np.log(policy)
     return softmax(preference @ policy / eta + prior)
+
+
+def _check_game(reference: np.ndarray, preference: np.ndarray) -> None:
+    """Raise for what is no policy, or no table of probabilities between its answers."""
+    fine = np.all(np.asarray(reference) > 0) and np.isclose(np.sum(reference), 1)
+    require(fine, "game: a policy's probabilities must be above 0 and sum to 1")
+    square = np.shape(preference) == (len(reference), len(reference))
+    require(square, f"game: {len(reference)} answers need a table of as many rows and columns")
+    inside = np.all((0 <= np.asarray(preference)) & (np.asarray(preference) <= 1))
+    require(inside, "game: preferences must be probabilities from 0 to 1, not per cent")
 
 
 def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float) -> np.ndarray:
@@ -137,6 +152,7 @@ def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float) -> np
     """
     if not tau > 0:
         raise StudyError(f"tau: only above 0 is there one equilibrium to find, got {tau}")
+    _check_game(reference, preference)
 
     def residual(logits: np.ndarray, tau: float) -> np.ndarray:
         return log_softmax(np.log(reference) + preference @ softmax(logits) / tau) - logits
@@ -154,6 +170,21 @@ def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float) -> np
 # --- from answers to pairs ------------------------------------------------------------------------
 
 
+def _asked(oracle: Oracle, matches: Sequence[Match]) -> np.ndarray:
+    """The oracle's probabilities, [matches], checked to be some."""
+    chances = np.asarray(oracle(matches), dtype=float)
+    count = f"oracle: gave {chances.shape} values for {len(matches)} matches"
+    require(chances.shape == (len(matches),), count)
+    require(np.all((0 <= chances) & (chances <= 1)), "oracle: gave a value that is no probability")
+    return chances
+
+
+def _check_counts(answers: Answers, allowed: Callable[[int], bool], needed: str) -> None:
+    counts = sorted({len(of_prompt) for _, of_prompt in answers})
+    fine = len(counts) == 1 and allowed(counts[0])
+    require(fine, f"answers to a prompt: must be {needed}, the same for all, got {counts}")
+
+
 def tournaments(answers: Answers, oracle: Oracle) -> list[Match]:
     """A knock-out among every prompt's K answers: (prompt's id, best, worst) of the pairs that are
     kept.
@@ -169,7 +200,7 @@ def tournaments(answers: Answers, oracle: Oracle) -> list[Match]:
         matches = []
         for (key, of_prompt), *both in zip(answers, first, second):
             matches += [(key, of_prompt[i], of_prompt[j]) for i, j in zip(*both)]
-        return np.reshape(oracle(matches), first.shape)
+        return _asked(oracle, matches).reshape(first.shape)
 
     def play(field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours play each other: winners and losers, both [prompts, matches]."""
@@ -177,6 +208,7 @@ def tournaments(answers: Answers, oracle: Oracle) -> list[Match]:
         first_wins = chances(first, second) >= 0.5
         return np.where(first_wins, first, second), np.where(first_wins, second, first)
 
+    _check_counts(answers, lambda k: k > 1 and k & (k - 1) == 0, "2, 4, 8, … for a tournament")
     best, worst = play(np.array([range(len(of_prompt)) for _, of_prompt in answers]))
     while best.shape[1] > 1:
         best, _ = play(best)
@@ -195,17 +227,19 @@ def coin_tosses(answers: Answers, oracle: Oracle, seed: int) -> list[Match]:
 
     Prompts with the same text twice are dropped: they teach nothing.
     """
+    _check_counts(answers, lambda k: k == 2, "two")
     matches = [(key, *two) for key, two in answers]
     draws = np.random.default_rng(seed).random(len(answers))
     return [
         (key, first, second) if draw < chance else (key, second, first)
-        for (key, first, second), chance, draw in zip(matches, oracle(matches), draws)
+        for (key, first, second), chance, draw in zip(matches, _asked(oracle, matches), draws)
         if first != second
     ]
 
 
 def mixed_reference(reference: PairLogps, current: PairLogps, tau: float, eta: float) -> PairLogps:
     """Example id → (τ/η) log π_ref + (1 − τ/η) log π_t of (winner, loser), for ``INPOLoss``."""
+    require(eta > 0, f"eta: must be above 0, got {eta}")
     share = tau / eta
     return {
         key: tuple(share * r + (1 - share) * c for r, c in zip(reference[key], both, strict=True))

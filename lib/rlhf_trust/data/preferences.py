@@ -8,7 +8,6 @@ the shared prompt; these are kept, with the two messages joined into one turn.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from .. import StudyError
 from ..chat import Chat, EncodedExample
+from ..sources import read_jsonl
 from . import choose, shuffle_key
 from .forms import LABELS, PKU, RATINGS, TIE, PreferencePair, joined_ratings, parse_pair, recognise
 from .parts import Part, find_parts, sha256, side_of
@@ -245,10 +245,16 @@ def load_pairs(directory: Path) -> list[Pair]:
     if not path.is_file():
         raise StudyError(f"{path}: missing; run 05-inpo first")
     pairs = []
-    for row in map(json.loads, path.read_text().splitlines()):
-        winner, loser = (
-            EncodedExample(tuple(row[side]["input_ids"]), row[side]["answer_start"])
-            for side in ("winner", "loser")
-        )
-        pairs.append(Pair(row["round"], row["prompt_id"], winner, loser, tuple(row["reference"])))
+    for number, row in read_jsonl(path):
+        try:
+            winner, loser = (
+                EncodedExample(tuple(row[side]["input_ids"]), row[side]["answer_start"])
+                for side in ("winner", "loser")
+            )
+            both = tuple(row["reference"])
+            pairs.append(Pair(row["round"], row["prompt_id"], winner, loser, both))
+        except (KeyError, TypeError):
+            raise StudyError(
+                f"{path}:{number}: no pair that INPO wrote; run 05-inpo again"
+            ) from None
     return pairs

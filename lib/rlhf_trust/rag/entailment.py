@@ -24,7 +24,7 @@ from ..decode import batches_by_length
 from ..models import auto_dtype, device
 from ..sources import NO_CODE, locate, model_directory, read_jsonl
 from ..stats import mean_interval
-from .trust_score import EntailmentModel, Question
+from .trust_score import EntailmentModel, Question, entailed
 
 NEGATIONS = frozenset("no not never none nor neither without cannot nobody nothing".split())
 ENDINGS = "ations ation ings ing ers ies ed er es ly s e y".split()
@@ -168,7 +168,7 @@ def agreement(entails: EntailmentModel, pairs: pd.DataFrame) -> pd.DataFrame:
     """How often a model agrees with the labels, over all pairs and by label: columns pairs, value,
     ci_low, ci_high, n. Pairs of one group are not independent; intervals allow for it."""
     labels = pairs["entailed"]
-    right = labels == entails(list(zip(pairs["premise"], pairs["hypothesis"])))
+    right = labels == entailed(entails, list(zip(pairs["premise"], pairs["hypothesis"])))
     rows = []
     for name, some in (("all", labels | True), ("entailed", labels), ("not entailed", ~labels)):
         found = mean_interval(right[some], clusters=pairs["group"][some], bounds=(0.0, 1.0))

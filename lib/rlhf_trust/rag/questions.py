@@ -134,7 +134,7 @@ def annotate(question: ts.Question, entails: ts.EntailmentModel) -> ts.Question:
                 short = f"{question.question} {claim.aliases[0]}" if claim.aliases else ""
                 pairs.append((document.premise, claim.text if question.kind == "long" else short))
                 places.append((d, c))
-    found = {place for place, held in zip(places, entails(pairs) if pairs else ()) if held}
+    found = {place for place, held in zip(places, ts.entailed(entails, pairs)) if held}
     documents = tuple(
         replace(one, answers_found=tuple((d, c) in found for c in range(len(question.claims))))
         for d, one in enumerate(question.documents)

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from rapidfuzz import fuzz
 
-from .. import StudyError
+from .. import StudyError, require
 from ..stats import (
     DETECTED,
     DRAWS,
@@ -64,6 +64,16 @@ ABBREVIATIONS = "dr mr mrs ms st ste no vs etc approx jr sr a.m p.m e.g i.e u.s 
 
 EntailmentModel = Callable[[Sequence[tuple[str, str]]], Sequence[bool]]
 """(premise, hypothesis) pairs → does each hypothesis follow?"""
+
+
+def entailed(entails: EntailmentModel, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """What the model says of the pairs, checked to be one yes or no each: a probability of .3 would
+    pass for a yes."""
+    said = list(entails(pairs)) if pairs else []
+    require(len(said) == len(pairs), f"judge: {len(said)} answers to {len(pairs)} pairs")
+    unclear = next((answer for answer in said if answer not in (0, 1)), None)
+    require(unclear is None, f"judge: must say True or False of each pair, got {unclear}")
+    return list(map(bool, said))
 
 
 @dataclass(frozen=True)
@@ -199,7 +209,7 @@ def claims_found(question: Question, response: str, entails: EntailmentModel) ->
     """Which gold claims the response holds, [claims]."""
     plain = without_citations(response)
     if question.kind == "long":
-        return [bool(x) for x in entails([(plain, claim.text) for claim in question.claims])]
+        return list(entails([(plain, claim.text) for claim in question.claims]))
     names = [set(map(name_of, claim.aliases)) - {""} for claim in question.claims]
     if question.kind == "list":
         entries = set(map(name_of, items(plain)))
@@ -260,6 +270,7 @@ def citation_scores(question: Question, response: str, entails) -> tuple[float, 
 
 
 def score_response(question: Question, response: str, entails: EntailmentModel) -> Scores:
+    require(isinstance(response, str), f"{question.id}: the response is no text: {response!r:.60}")
     response = one_number_per_bracket(response)
     if refused(response):
         return Scores(False, question.answerable)
@@ -275,6 +286,7 @@ def score_responses(
 ) -> list[Scores]:
     """:func:`score_response` of many. The entailment model is asked in few large batches: a pass
     over all responses collects what is not known yet, until nothing is missing."""
+    require(not isinstance(responses, str), "trust-score: responses must be a list of texts")
     if len(questions) != len(responses):
         raise StudyError(f"trust-score: {len(responses)} responses to {len(questions)} questions")
     known: dict[tuple[str, str], bool] = {}
@@ -288,7 +300,7 @@ def score_responses(
         scores = [score_response(q, r, look_up) for q, r in zip(questions, responses)]
         if not missing:
             return scores
-        known.update(zip(missing, entails(list(missing))))
+        known.update(zip(missing, entailed(entails, list(missing))))
 
 
 # --- all responses --------------------------------------------------------------------------------
@@ -301,6 +313,7 @@ def trust_score(scores: Sequence[Scores], name: str = "", draws: int = DRAWS) ->
     """All metrics with 95 % intervals from resampled questions: columns metric, value, ci_low,
     ci_high, n."""
     n = len(scores)
+    require(draws >= 1, f"draws: must be at least 1, got {draws}")
     value = _metrics(scores, np.ones((1, n))).iloc[0]
     low, high = np.quantile(_metrics(scores, _resamples(name, n, draws)), TAILS, axis=0)
     table = pd.DataFrame({"value": value, "ci_low": low, "ci_high": high, "n": n})
@@ -319,6 +332,7 @@ def trust_score_change(
     is then unknown.
     """
     n, both = len(after), [*after, *before]
+    require(draws >= 1, f"draws: must be at least 1, got {draws}")
     if n != len(before):
         raise StudyError(f"trust-score: {n} responses of one model, {len(before)} of the other")
 

@@ -16,17 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from .. import StudyError, decode
+from .. import StudyError, decode, require
+from ..artifacts import ResultCache, content_key, progress, sha256_of
 from ..chat import Chat, EncodedExample
 from ..decode import Generations
-from ..models import device, load_tokenizer, using
-from ..sources import locate, model_directory, read_json
+from ..models import device, load_base, load_tokenizer, using
+from ..sources import NO_CODE, locate, model_directory, read_json
 from ..stats import mean_interval, row_rank_correlations, stratified_interval
 
 STYLES = ("concise", "plain", "markdown")
@@ -55,6 +57,7 @@ class Item:
 
 def load_rm_bench(source: str) -> list[Item]:
     """All items of a data source, in the order of ``FILES``; domains without a file are left out.
+    Where there is none of them, those of ``rm-bench/total_dataset.json``, whose rows name theirs.
 
     Raises
     ------
@@ -62,17 +65,34 @@ def load_rm_bench(source: str) -> list[Item]:
         If there is no file at all, or a row lacks its prompt or its three answers on either side,
         or has the same answer on both, with file and row.
     """
-    items = []
-    for name in FILES:
-        path = locate(source, f"rm-bench/{name}_filtered.json", required=False)
-        rows = read_json(path) if path else ()
-        if path and not (isinstance(rows, list) and rows):
-            raise StudyError(f"{path}: expected a list of items")
-        for number, row in enumerate(rows, start=1):
-            texts = _texts(row, f"{path}: item {number}")
-            items.append(Item(f"{name}:{number}", name.split("-")[0], *texts))
+    parts = {name: _located(source, f"{name}_filtered") for name in FILES}
+    if not any(parts.values()):
+        parts = {"": _located(source, "total_dataset")}
+    items = [item for name, path in parts.items() if path for item in _read(path, name)]
     if not items:
-        raise StudyError(f"data source {source}: has no rm-bench/<domain>_filtered.json")
+        raise StudyError(
+            f"data source {source}: has no rm-bench/<domain>_filtered.json or total_dataset.json"
+        )
+    return items
+
+
+def _located(source: str, name: str) -> Path | None:
+    return locate(source, f"rm-bench/{name}.json", required=False)
+
+
+def _read(path: Path, name: str) -> list[Item]:
+    """A file's items; without the ``name`` of one of ``FILES``, its rows say which they would be
+    in."""
+    rows = read_json(path)
+    if not (isinstance(rows, list) and rows):
+        raise StudyError(f"{path}: expected a list of items")
+    items = []
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}: item {number}"
+        texts, file = _texts(row, place), name or row.get("domain")
+        if file not in FILES:
+            raise StudyError(f"{place}: domain must be one of {', '.join(FILES)}, got {file!r}")
+        items.append(Item(f"{file}:{number}", file.split("-")[0], *texts))
     return items
 
 
@@ -133,17 +153,51 @@ def adapter_scores(
     return scores.reshape(len(items), 2, 3)
 
 
+FORMS = ("average", "norm", "sum")
+"""What a language model's log-probabilities of an answer's tokens make of it without a reference:
+their mean, less their length as a vector (−‖·‖₂), or their sum, as RewardBench's and RM-Bench's
+code has them."""
+
+
+def policy_scores(
+    source: str, items: Sequence[Item], kept: Path, reference: str = "", form: str = "average"
+) -> np.ndarray:
+    """Scores [items, 2, 3] of a language model (sources as of ``models.load_base``), kept in the
+    directory ``kept``: the implicit reward log π(y|x) − log π_ref(y|x) over a ``reference``, or
+    without one of ``FORMS``. Each model is asked by its own chat template, or as a plain
+    dialogue."""
+    require(form in FORMS, f"form: must be one of {', '.join(FORMS)}, got {form!r}")
+    if reference:
+        return policy_scores(source, items, kept, form="sum") - policy_scores(
+            reference, items, kept, form="sum"
+        )
+    base, power = load_base(source), 2 if form == "norm" else 1
+    chat = Chat(base.tokenizer, "auto")
+    answers = answers_of(items, chat)
+
+    def measure(sequences, each):
+        options = (sequences, base.tokenizer.pad_token_id, ROWS, f"RM-Bench, {source}", each)
+        decode.answer_logps(base.model, *options, power=power)
+
+    name = f"rm-bench.{power}"
+    sums = Generations(kept, chat).numbers(base.fingerprint, name, answers, measure)
+    if form == "average":
+        sums = sums / [len(answer.answer_ids) for answer in answers]
+    return (-np.sqrt(sums) if form == "norm" else sums).reshape(len(items), 2, 3)
+
+
 @torch.no_grad()
 def classifier_scores(
-    source: str, items: Sequence[Item], max_length: int = 2048, rows: int = 8
+    source: str, items: Sequence[Item], kept: Path, max_length: int = 2048, rows: int = 8
 ) -> np.ndarray:
     """Scores [items, 2, 3] of a sequence classifier with one label, ``hub:<id>`` or
-    ``path:<directory>``, read through its own chat template."""
+    ``path:<directory>``, read through its own chat template and kept in the directory ``kept``. A
+    longer text is cut at ``max_length`` tokens, and the number of those is printed."""
     directory = model_directory(source)
     # The score is read at the last token that is not padding, so the end token must not pad.
     tokenizer = load_tokenizer(directory)
     load = AutoModelForSequenceClassification.from_pretrained
-    model, loading = load(directory, output_loading_info=True)
+    model, loading = load(directory, output_loading_info=True, **NO_CODE)
     missing, labels = sorted(loading["missing_keys"]), model.config.num_labels
     for wrong, problem in (
         (labels != 1, f"has {labels} labels; a reward model has one"),
@@ -159,14 +213,31 @@ def classifier_scores(
         for item in items
         for answer in item.chosen + item.rejected
     ]
-    options = {"truncation": True, "max_length": max_length, "return_dict": True}
-    ids = tokenizer.apply_chat_template(dialogues, **options)["input_ids"]
-    scores = np.zeros(len(ids))
-    for batch in decode.batches_by_length([len(i) for i in ids], rows):
-        padded, mask = decode.pad_right([ids[i] for i in batch], pad, model.device)
+    ids = tokenizer.apply_chat_template(dialogues, return_dict=True)["input_ids"]
+    if cut := sum(len(i) > max_length for i in ids):
+        side = tokenizer.truncation_side
+        print(
+            f"{source}: {cut} of {len(ids)} answers lose what is beyond {max_length} tokens, {side}"
+        )
+    ends = slice(-max_length, None) if tokenizer.truncation_side == "left" else slice(max_length)
+    ids = [tuple(i[ends]) for i in ids]
+    scores = ResultCache(kept / f"rm-bench.classifier.{sha256_of(directory, 16)}.jsonl")
+    keys = list(map(content_key, ids))
+    missing = [place for place, key in enumerate(keys) if key not in scores]
+    batches = decode.batches_by_length([len(ids[place]) for place in missing], rows)
+    for batch in progress(batches, desc=f"RM-Bench, {source}", unit="batch"):
+        places = [missing[i] for i in batch]
+        padded, mask = decode.pad_right([ids[place] for place in places], pad, model.device)
         logits = model(input_ids=padded, attention_mask=mask).logits
-        scores[batch] = logits[:, 0].float().cpu().numpy()
-    return scores.reshape(len(items), 2, 3)
+        for place, score in zip(places, logits[:, 0].float().tolist()):
+            scores.add(keys[place], value=score)
+    return np.array([scores[key]["value"] for key in keys]).reshape(len(items), 2, 3)
+
+
+def is_classifier(source: str) -> bool:
+    """Does the model's config name a sequence classifier?"""
+    named = read_json(model_directory(source) / "config.json").get("architectures") or []
+    return any(name.endswith("ForSequenceClassification") for name in named)
 
 
 # --- the metric -----------------------------------------------------------------------------------
@@ -176,6 +247,8 @@ def wins(scores: np.ndarray) -> np.ndarray:
     """Whether the right answer in style i scores strictly above the wrong one in style j: [items,
     2, 3] → float [items, 3, 3]."""
     scores = np.asarray(scores, dtype=float)
+    fine = scores.ndim == 3 and scores.shape[1:] == (2, 3)
+    require(fine, f"rm-bench: scores must be [items, 2, 3], got {scores.shape}")
     if not np.isfinite(scores).all():
         raise StudyError(f"rm-bench: {int((~np.isfinite(scores)).sum())} scores are not finite")
     return (scores[:, 0, :, None] > scores[:, 1, None, :]).astype(float)
@@ -190,6 +263,9 @@ def level_rates(cells: np.ndarray) -> dict[str, np.ndarray]:
 
 def by_domain(items: Sequence[Item], values: np.ndarray) -> dict[str, np.ndarray]:
     """Values [items, …] by domain, in the order of ``DOMAINS``, without empty ones."""
+    require(items, "rm-bench: no items")
+    enough = len(items) == len(values)
+    require(enough, f"rm-bench: {len(values)} rows of scores for {len(items)} items")
     domains = np.array([item.domain for item in items])
     return {domain: values[domains == domain] for domain in DOMAINS if domain in domains}
 
@@ -248,6 +324,7 @@ def style_bias(items: Sequence[Item], scores: np.ndarray, lengths: np.ndarray) -
 
     ``scores``, ``lengths``: [items, 2, 3].
     """
+    wins(scores)  # raises for other shapes
     six = scores.reshape(len(items), 6)
     variances = by_domain(items, six.var(1, ddof=1)).values()
     spread = np.sqrt(np.mean([part.mean() for part in variances]))
@@ -270,6 +347,7 @@ def words(table: pd.DataFrame) -> list[str]:
     """One sentence a reward model: its average, and whether style misleads it (by the interval of
     ``style_gap``; no verdict where a domain has a single item). ``table``: models' :func:`summary`,
     with a column model."""
+    require("model" in table, "rm-bench: the table has no column model")
     sentences = []
     for model, rows in table.groupby("model", sort=False):
         in_domain = rows["domain"].isin(DOMAINS)
