@@ -100,6 +100,47 @@ def test_refusals(text, expected):
     assert ts.refused(text) is expected
 
 
+@pytest.mark.parametrize(
+    ("response", "reader", "strict"),
+    [
+        # (Trust-Score, recall and precision of citations) of one answerable question, in per cent.
+        ("1932, by Kessland. [1]", (83.3, 100, 100), (50.0, 0, 0)),
+        ("1932, by Kessland [1].", (83.3, 100, 100), (83.3, 100, 100)),
+        ("1932, by Kessland [1][1].", (83.3, 100, 100), (83.3, 100, 100)),
+        ("1932, by Kessland [0].", (50.0, 0, 0), (83.3, 100, 100)),
+        ("Answer:", (16.7, 0, 0), (0.0, 0, 0)),  # refused: no answerable question is answered
+    ],
+)
+def test_strict_reads_as_the_authors_code(response, reader, strict):
+    asked = question(((1, 1),) * 5)
+    for how, wanted in ((False, reader), (True, strict)):
+        scores = ts.score_responses(
+            [asked], [response], lambda pairs: ["1932" in text for _, text in pairs], strict=how
+        )
+        table = ts.trust_score(scores, draws=2).set_index("metric")["value"]
+        found = table[["trust_score", "citation_recall", "citation_precision"]]
+        np.testing.assert_allclose(100 * found, wanted, atol=0.05)
+
+
+def test_strict_leaves_empty_responses_out_of_citations_means():
+    asked, said = [question(((1, 1),) * 5)] * 2, ["1932, by Kessland [1].", ""]
+    recalls = [
+        means(ts.score_responses(asked, said, lambda pairs: [True] * len(pairs), strict))[
+            "citation_recall"
+        ]
+        for strict in (False, True)
+    ]
+    assert recalls == [0.5, 1.0]
+
+
+def test_strict_parametric_share_of_a_list_is_of_five():
+    names = tuple((f"Name {i}",) for i in range(10))
+    asked = question([[1] * 4 + [0] * 6] + [[0] * 10] * 4, "list", names)
+    said = ", ".join(f"Name {i}" for i in range(8))
+    found = [ts.score_response(asked, said, entails({}), s).parametric for s in (False, True)]
+    assert found == pytest.approx([0.4, 0.2])
+
+
 # --- one response ---------------------------------------------------------------------------------
 
 
@@ -129,6 +170,7 @@ def test_lists_are_matched_name_by_name():
     assert correct("Name 0 and Name 1") == 0.0
     # Precision counts every entry.
     assert correct("Name 0, Name 0, Name 0, Other") == pytest.approx(2 * 0.75 * 0.2 / 0.95)
+    assert correct("Name 0, The, !!!") == correct("Name 0")
     one = question([[1, 0]] + [[0, 0]] * 4, "list")
     assert correct("1932, Kessland", one) == pytest.approx(2 * 0.5 / 1.5)
 

@@ -120,7 +120,7 @@ def vertical_table(vertical: str, path: Path, items: Sequence, scorer: str) -> p
     return table
 
 
-def output_table(path: Path, kind: str, judge: str) -> pd.DataFrame:
+def output_table(path: Path, kind: str, judge: str, strict: bool) -> pd.DataFrame:
     """All of Trust-Score's metrics of one model's responses."""
     rows = read_json(path)
     rows = rows.get("data") if isinstance(rows, dict) else rows
@@ -143,7 +143,8 @@ def output_table(path: Path, kind: str, judge: str) -> pd.DataFrame:
     if not pairs:
         raise StudyError(f"{path}: no question has a gold answer that can be looked for")
     print(f"entailment model: {entails.name}; scores by different ones are not comparable")
-    return trust_score.trust_score(trust_score.score_responses(*zip(*pairs), entails), path.stem)
+    scores = trust_score.score_responses(*zip(*pairs), entails, strict)
+    return trust_score.trust_score(scores, path.stem)
 
 
 def rm_bench_table(model: str, items: Sequence, source: str, reference: str, form: str):
@@ -181,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     trust = commands.add_parser("trust-score", parents=[saving], help="score grounded responses")
     trust.add_argument("answers", type=Path)
     trust.add_argument("--kind", choices=trust_score.KINDS, default="")
+    trust.add_argument("--strict", action="store_true", help="read responses as trust-eval does")
     trust.add_argument("--judge", default="lexical", help="lexical, hub:<id>@<revision>, path:")
     bench = commands.add_parser("rm-bench", parents=[asking, saving], help="score a reward model")
     bench.add_argument("model", help="hub:<id>@<revision>, path:<directory> or wheel:<package>")
@@ -194,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         if given.command == "trust-score":
-            table = output_table(given.answers, given.kind, given.judge)
+            table = output_table(given.answers, given.kind, given.judge, given.strict)
         elif given.command == "rm-bench":
             items = rm_bench.load_rm_bench(given.items)
             items = choose(items, given.n or len(items), given.seed, by=lambda item: item.domain)

@@ -15,6 +15,27 @@ questions. Trust-Score is the mean of three parts, each between 0 and 1:
   documents they cite (recall) and the share of citations that are needed for that (precision).
 
 An ``EntailmentModel`` decides what follows from what; scores by different ones are not comparable.
+
+Responses are read as a reader would. ``strict`` reads them as the authors' code does (trust-eval,
+declare-lab/trust-align), where that is something else:
+
+=============================  =============================  ================================
+what is read                   here                           ``strict``
+=============================  =============================  ================================
+"So. [1] Or." or "So. [1]"     [1] belongs to the sentence    to the next one, or stands alone
+                               before
+"1." of a numbered list        no sentence                    a sentence without citation
+an empty response              has no support (0)             left out of citations' means
+"Answer:", "I", "Log"          answered: too short to be the  refused (a part of the refusal)
+                               refusal
+[1][1]                         one citation                   two
+[1, 2]                         [1]; both go with the text     [1]; ", 2" stays, and splits lists
+[0]                            out of range                   the last document
+a gold answer "A", "?"         looked for as it is            in every text, in no list
+parametric share of a list     claims in no document          of recall up to five hits
+=============================  =============================  ================================
+
+(Sentences end by the same few rules, not by NLTK's model, and ratios are rapidfuzz's, in both.)
 Every part is a ratio of sums over questions, so resampling questions gives all intervals at once
 (:func:`trust_score`).
 """
@@ -148,10 +169,11 @@ def without_citations(text: str) -> str:
     return re.sub(r"\s*\[\d+", "", text).replace(" |", "").replace("]", "")
 
 
-def citations(sentence: str) -> list[int]:
+def citations(sentence: str, strict: bool = False) -> list[int]:
     """Numbers cited, in order, each once: ``[1][2]``, and 1 of ``[1, 2]`` (the convention is one
     number per bracket)."""
-    return list(dict.fromkeys(int(number) for number in re.findall(r"\[(\d+)", sentence)))
+    numbers = [int(number) for number in re.findall(r"\[(\d+)", sentence)]
+    return numbers if strict else list(dict.fromkeys(numbers))
 
 
 def one_number_per_bracket(response: str) -> str:
@@ -159,31 +181,35 @@ def one_number_per_bracket(response: str) -> str:
     return re.sub(r"\[(\d+)(?:\s*[,;]\s*\d+)+\]", r"[\1]", response)
 
 
-def refused(response: str) -> bool:
+def refused(response: str, strict: bool = False) -> bool:
     """Does the response say that no answer was found? An empty one counts as answered, with no
     claim."""
     text, core = normalised(response), normalised(REFUSAL_CORE)
-    long_enough = len(text) >= REFUSAL_LENGTH * len(core)
+    long_enough = strict or len(text) >= REFUSAL_LENGTH * len(core)
     return long_enough and fuzz.partial_ratio(core, text) > REFUSAL_THRESHOLD
 
 
-def sentences(response: str) -> list[str]:
+def sentences(response: str, strict: bool = False) -> list[str]:
     """Sentences with the citations that follow their full stop; a sentence has at least one letter.
     (By a few rules instead of NLTK's model: no sentence ends at an initial or one of
     ``ABBREVIATIONS``.)"""
     text, found, start = response.strip(), [], 0
     ends = r"""[.!?]["')\]]*(?:\s*\[\d+\])*(?:\s+(?=[^\s\[])|(?<=\])(?=[A-Z]))"""
+    ends = r"""[.!?]["')\]]*\s+""" if strict else ends
     for end in re.finditer(ends, text):
         word = re.search(r"\S*$", text[start : end.start()])[0].lstrip("\"'([").lower()
         if text[end.start()] != "." or not (word in ABBREVIATIONS or re.fullmatch(r"[a-z]", word)):
             found.append(text[start : end.end()].strip())
             start = end.end()
     found.append(text[start:].strip())
-    return [sentence for sentence in found if re.search(r"[^\W\d_]", sentence)]
+    return [one for one in found if (one if strict else re.search(r"[^\W\d_]", one))]
 
 
-def items(response: str) -> list[str]:
+def items(response: str, strict: bool = False) -> list[str]:
     """The entries of a list answer, separated by commas."""
+    if strict:
+        entries = response.rstrip().rstrip(".").rstrip(",").split(",")
+        return [entry.strip() for entry in entries]
     entries = response.rstrip(" .\n").split(",")
     return [entry.strip() for entry in entries if without_citations(entry).strip(" .")]
 
@@ -195,7 +221,7 @@ def items(response: str) -> list[str]:
 class Scores:
     """Scores of one response. ``correct``: AC of the question (0 where it is unanswerable or
     refused). ``parametric``: share of gold claims that the response holds and no document does.
-    ``recall`` and ``precision``: of its citations."""
+    ``recall`` and ``precision``: of its citations. ``cites``: does it count in their means?"""
 
     answered: bool
     answerable: bool
@@ -203,23 +229,30 @@ class Scores:
     parametric: float = 0.0
     recall: float = 0.0
     precision: float = 0.0
+    cites: bool = True
 
 
-def claims_found(question: Question, response: str, entails: EntailmentModel) -> list[bool]:
+def claims_found(
+    question: Question, response: str, entails: EntailmentModel, strict: bool = False
+) -> list[bool]:
     """Which gold claims the response holds, [claims]."""
     plain = without_citations(response)
     if question.kind == "long":
         return list(entails([(plain, claim.text) for claim in question.claims]))
-    names = [set(map(name_of, claim.aliases)) - {""} for claim in question.claims]
+    read = normalised if strict else name_of
+    names = [set(map(read, claim.aliases)) for claim in question.claims]
+    names = names if strict else [aliases - {""} for aliases in names]
     if question.kind == "list":
-        entries = set(map(name_of, items(plain)))
+        entries = set(map(read, items(plain, strict))) - {""}
         return [not entries.isdisjoint(aliases) for aliases in names]
     # Anywhere in the text, as the authors match them: 79 is found in 1979, too.
     text = normalised(plain)
     return [any(alias in text for alias in aliases) for aliases in names]
 
 
-def correctness(question: Question, response: str, found: Sequence[bool]) -> float:
+def correctness(
+    question: Question, response: str, found: Sequence[bool], strict: bool = False
+) -> float:
     """AC of an answered question: the share of supported gold claims found; of a list, F1 of its
     precision and of its recall, for which five hits are enough."""
     supported = [i for i, held in enumerate(question.supported) if held]
@@ -228,13 +261,18 @@ def correctness(question: Question, response: str, found: Sequence[bool]) -> flo
     hits = sum(found[i] for i in supported)
     if question.kind != "list":
         return hits / len(supported)
-    entries = list(map(name_of, items(without_citations(response))))
-    right = {name_of(alias) for i in supported for alias in question.claims[i].aliases}
+    read = normalised if strict else name_of
+    right = {read(alias) for i in supported for alias in question.claims[i].aliases}
+    # "The" is no name, but "A" is one where it is a gold answer.
+    texts = items(without_citations(response), strict)
+    entries = [read(text) for text in texts if normalised(text) or read(text) in right - {""}]
     precision = _ratio(sum(entry in right for entry in entries), len(entries))
     return float(_f1(precision, min(LIST_ENOUGH, hits) / min(LIST_ENOUGH, len(supported))))
 
 
-def citation_scores(question: Question, response: str, entails) -> tuple[float, float]:
+def citation_scores(
+    question: Question, response: str, entails, strict: bool = False
+) -> tuple[float, float]:
     """Citation recall (mean over sentences) and precision (over citations).
 
     A citation out of range leaves the whole sentence unsupported and its citations out of the
@@ -247,11 +285,12 @@ def citation_scores(question: Question, response: str, entails) -> tuple[float, 
         return bool(entails([("\n".join(d.premise for d in cited), text)])[0])
 
     in_list = question.kind == "list"
-    parts = items(response) if in_list else sentences(response)
+    parts = items(response, strict) if in_list else sentences(response, strict)
     n_supported = n_needed = n_cited = 0
     for part in parts:
-        numbers = citations(part)
-        if not numbers or not all(1 <= i <= len(question.documents) for i in numbers):
+        numbers = citations(part, strict)
+        least = 0 if strict else 1
+        if not numbers or not all(least <= i <= len(question.documents) for i in numbers):
             continue
         text = without_citations(part).strip()
         text = f"{question.question} {text}" if in_list else text
@@ -269,20 +308,28 @@ def citation_scores(question: Question, response: str, entails) -> tuple[float, 
     return float(_ratio(n_supported, len(parts))), float(_ratio(n_needed, n_cited))
 
 
-def score_response(question: Question, response: str, entails: EntailmentModel) -> Scores:
+def score_response(
+    question: Question, response: str, entails: EntailmentModel, strict: bool = False
+) -> Scores:
     require(isinstance(response, str), f"{question.id}: the response is no text: {response!r:.60}")
-    response = one_number_per_bracket(response)
-    if refused(response):
+    response = response if strict else one_number_per_bracket(response)
+    if refused(response, strict):
         return Scores(False, question.answerable)
-    found = claims_found(question, response, entails)
-    correct = correctness(question, response, found)
-    parametric = sum(f and not s for f, s in zip(found, question.supported)) / len(found)
-    recall, precision = citation_scores(question, response, entails)
-    return Scores(True, question.answerable, correct, parametric, recall, precision)
+    found = claims_found(question, response, entails, strict)
+    correct = correctness(question, response, found, strict)
+    held = sum(f and s for f, s in zip(found, question.supported))
+    most = min(LIST_ENOUGH, len(found)) if strict and question.kind == "list" else len(found)
+    parametric = (min(most, sum(found)) - min(most, held)) / most
+    cites = bool(not strict or question.kind == "list" or response.strip())
+    recall, precision = citation_scores(question, response, entails, strict)
+    return Scores(True, question.answerable, correct, parametric, recall, precision, cites)
 
 
 def score_responses(
-    questions: Sequence[Question], responses: Sequence[str], entails: EntailmentModel
+    questions: Sequence[Question],
+    responses: Sequence[str],
+    entails: EntailmentModel,
+    strict: bool = False,
 ) -> list[Scores]:
     """:func:`score_response` of many. The entailment model is asked in few large batches: a pass
     over all responses collects what is not known yet, until nothing is missing."""
@@ -297,7 +344,7 @@ def score_responses(
             missing.update(dict.fromkeys(pair for pair in pairs if pair not in known))
             return [known.get(pair, False) for pair in pairs]
 
-        scores = [score_response(q, r, look_up) for q, r in zip(questions, responses)]
+        scores = [score_response(q, r, look_up, strict) for q, r in zip(questions, responses)]
         if not missing:
             return scores
         known.update(zip(missing, entailed(entails, list(missing))))
@@ -369,7 +416,7 @@ def _metrics(scores: Sequence[Scores], weights: np.ndarray) -> pd.DataFrame:
     if not scores:
         raise StudyError("trust-score: no responses to score")
     columns = np.array([astuple(score) for score in scores], dtype=float).T
-    answered, answerable, correct, parametric, recall, precision = columns
+    answered, answerable, correct, parametric, recall, precision, cites = columns
     withheld, unanswerable = 1 - answered, 1 - answerable
 
     def share(part, whole):
@@ -386,8 +433,8 @@ def _metrics(scores: Sequence[Scores], weights: np.ndarray) -> pd.DataFrame:
         "over_response_rate": share(answered * unanswerable, unanswerable),
         "precision_correctness": share(correct, answered),
         "recall_correctness": share(correct, answerable),
-        "citation_recall": share(recall * answered, answered),
-        "citation_precision": share(precision * answered, answered),
+        "citation_recall": share(recall * answered, answered * cites),
+        "citation_precision": share(precision * answered, answered * cites),
         "parametric_share": share(parametric, answered),
     }
     parts = {
