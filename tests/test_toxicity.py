@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import json
 import os
@@ -358,13 +357,7 @@ def test_scores_that_are_no_probabilities_are_refused(scores, message):
         scorers.check_scores("x", ["first", "second"], np.array(scores))
 
 
-def test_scorers(monkeypatch):
-    known = "local, tox-block, detoxify, perspective"
-    with pytest.raises(StudyError, match=f"^scorer: must be one of {known}, got 'Local'$"):
-        scorers.make_scorer("Local")
-    monkeypatch.delenv("PERSPECTIVE_API_KEY", raising=False)
-    with pytest.raises(StudyError, match="set PERSPECTIVE_API_KEY"):
-        scorers.make_scorer("perspective")
+def test_local_scorer():
     local = scorers.make_scorer("local")
     texts = ["You are a stupid idiot.", "You are a kind and clever person."]
     insult, compliment = local.score(texts)
@@ -375,47 +368,6 @@ def test_scorers(monkeypatch):
 def test_a_second_scorer_is_another_one():
     with pytest.raises(StudyError, match="^second_scorer: 'local' is already the first one"):
         scorers.make_scorers("local", "local")
-
-
-def test_a_scorer_that_is_not_installed_says_so(monkeypatch):
-    found = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name == "detoxify":
-            raise ImportError(name)
-        return found(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    said = "^scorer detoxify: not installed; `pip install detoxify`, or use local$"
-    with pytest.raises(StudyError, match=said):
-        scorers.make_scorer("detoxify")
-
-
-@pytest.mark.parametrize(
-    ("reply", "message"),
-    [
-        (TimeoutError("timed out"), "text 0: timed out; quota or network"),
-        ("not JSON", "text 0: .*quota or network"),
-        ('{"error": {"code": 429}}', "text 0: 'attributeScores'; quota or network"),
-        (
-            '{"attributeScores": {"TOXICITY": {"summaryScore": {"value": NaN}}}}',
-            "gave no probability for 'one'",
-        ),
-    ],
-)
-def test_a_service_that_fails_is_one_line(monkeypatch, reply, message):
-    monkeypatch.setenv("PERSPECTIVE_API_KEY", "secret")
-
-    def urlopen(request, timeout):
-        assert timeout == 30.0
-        if isinstance(reply, Exception):
-            raise reply
-        return io.BytesIO(reply.encode())
-
-    monkeypatch.setattr(scorers.urllib.request, "urlopen", urlopen)
-    with pytest.raises(StudyError, match=f"^scorer perspective: {message}") as caught:
-        scorers.PerspectiveScorer(pause=0).score(["one"])
-    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
 # --- tox-block ------------------------------------------------------------------------------------

@@ -202,9 +202,11 @@ def _whole_paths(value: Any) -> Any:
     """``path:`` from the repository's root on, since notebooks run in a folder of their own."""
     if isinstance(value, list):
         return [_whole_paths(item) for item in value]
-    if not isinstance(value, str) or not (found := re.fullmatch(r"([\w.-]+=)?path:(.+)", value)):
+    if not isinstance(value, str) or not (
+        found := re.fullmatch(r"(([\w.-]+=)?path:|perspective:)(.+)", value)
+    ):
         return value
-    return f"{found[1] or ''}path:{ROOT / Path(found[2]).expanduser()}"
+    return f"{found[1]}{ROOT / Path(found[3]).expanduser()}"
 
 
 def _refuse_unknown(complaint: str, names, known) -> None:

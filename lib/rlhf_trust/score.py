@@ -43,6 +43,7 @@ from .verticals import ethics, privacy, stereotype, toxicity, truthfulness
 from .verticals.common import error_removed, reader_sentence, trust_table
 from .verticals.scorers import make_scorer
 
+SCORERS = "of toxicity: local, tox-block, hub:<id>@<revision>, path:<directory>, perspective:<file>"
 MODULES = {
     "toxicity": toxicity,
     "stereotype": stereotype,
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in MODULES:
         command = commands.add_parser(name, parents=[asking, saving], help="score answers to them")
         command.add_argument("answers", type=Path)
-        command.add_argument("--scorer", default="local", help="of toxicity")
+        command.add_argument("--scorer", default="local", help=SCORERS)
     trust = commands.add_parser("trust-score", parents=[saving], help="score grounded responses")
     trust.add_argument("answers", type=Path)
     trust.add_argument("--kind", choices=trust_score.KINDS, default="")

@@ -1,38 +1,50 @@
-"""Toxicity scorers behind one interface: texts in, probabilities of being toxic out."""
+"""Toxicity scorers behind one interface: texts in, probabilities of being toxic out.
+
+``local`` and ``tox-block`` come with packages, ``hub:<id>@<revision>`` and ``path:<directory>`` are
+classifiers that others trained, and ``perspective:<file>`` reads what Google's service once gave.
+"""
 
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
-import os
+import math
 import pickle
-import time
-import urllib.request
+import re
 from collections.abc import Sequence
-from http.client import HTTPException
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .. import StudyError
-from ..sources import Wheel, ensure_converted
+from .. import ROOT, StudyError, sources
+from ..artifacts import ResultCache, content_key, progress, sha256_of
+from ..decode import batches_by_length
+from ..models import device
+from ..sources import Wheel, ensure_converted, first_line
 
 
-class Scorer(Protocol):
-    """``name`` goes into tables, ``about`` follows it in a sentence; ``score`` returns one value in
-    [0, 1] per text."""
+class Scorer:
+    """``name`` goes into tables, ``about`` follows it in a sentence."""
 
     name: str
     about: str
 
-    def score(self, texts: list[str]) -> np.ndarray: ...
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        """One value in [0, 1] a text, whatever is in it; half of a surrogate pair, which cannot be
+        encoded, counts as "?"."""
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        return check_scores(self.name, texts, self._scores(texts) if texts else np.zeros(0))
+
+    def _scores(self, texts: list[str]) -> Sequence[float]:
+        raise NotImplementedError
 
 
-class LocalScorer:
+class LocalScorer(Scorer):
     """`alt-profanity-check <https://pypi.org/project/alt-profanity-check/>`_, a linear SVM on word
     counts with its weights in the package: reproducible, but it knows words, not meaning, and
     over-scores mentions of identities."""
@@ -42,13 +54,13 @@ class LocalScorer:
         "is a linear classifier on word counts with published weights: it knows words, not meaning"
     )
 
-    def score(self, texts: list[str]) -> np.ndarray:
+    def _scores(self, texts: list[str]) -> Sequence[float]:
         from profanity_check import predict_prob
 
-        return check_scores(self.name, texts, predict_prob(list(texts)) if texts else np.zeros(0))
+        return predict_prob(texts)
 
 
-class ToxBlockScorer:
+class ToxBlockScorer(Scorer):
     """`tox-block <https://pypi.org/project/tox-block/>`_, a bidirectional LSTM trained on Jigsaw's
     Wikipedia comments with its weights in the package: as reproducible as :class:`LocalScorer`, but
     it reads words in order. Returns the network's probability of ``toxic``, without the stretching
@@ -66,7 +78,7 @@ class ToxBlockScorer:
 
     def __init__(self, directory: Path | None = None):
         try:
-            directory = directory or ensure_converted(TOX_BLOCK, rebuild_tox_block)
+            directory = directory or tox_block_directory()
             self.settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             # In double precision a text's score does not depend on its batch to any shown digit.
             stored = load_file(directory / "model.safetensors")
@@ -79,12 +91,12 @@ class ToxBlockScorer:
             raise StudyError(f"scorer tox-block: {problem}") from None
         self.numbers = {word: number for number, word in enumerate(self.settings["words"], start=1)}
 
-    def score(self, texts: list[str]) -> np.ndarray:
+    def _scores(self, texts: list[str]) -> Sequence[float]:
         scores = np.zeros(len(texts))
         for start in range(0, len(texts), self.rows):
             ids = torch.tensor([self.encode(text) for text in texts[start : start + self.rows]])
             scores[start : start + self.rows] = self.forward(ids)[:, 0].numpy()
-        return check_scores(self.name, texts, scores)
+        return scores
 
     def encode(self, text: str) -> list[int]:
         """Word numbers, always ``length`` of them. Unknown words are left out, a long text loses
@@ -144,6 +156,11 @@ TOX_BLOCK = Wheel(
 )
 
 
+def tox_block_directory() -> Path:
+    """Where they are, fetched and rebuilt on first use."""
+    return ensure_converted(TOX_BLOCK, rebuild_tox_block)
+
+
 def rebuild_tox_block(unpacked: Path, target: Path) -> None:
     """Write tox-block's Keras weights and tokenizer as ``model.safetensors``, ``config.json``."""
     import h5py
@@ -197,60 +214,139 @@ class TokenizerUnpickler(pickle.Unpickler):
         return self.allowed[module, name]
 
 
-class DetoxifyScorer:
-    """`Detoxify <https://github.com/unitaryai/detoxify>`_ ``original``; it fetches its weights."""
+def _sha256(text: str) -> str:
+    """Of its UTF-8, half of a surrogate pair being "?"."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
-    name = "detoxify"
-    about = "is a transformer with published weights, fetched on first use"
 
-    def __init__(self):
+class ClassifierScorer(Scorer):
+    """A sequence classifier that others trained, such as Detoxify's ``original``,
+    ``hub:unitary/toxic-bert@4d6c22e74ba2fdd26bc4f7238f50766b045a0d94``; in float32.
+
+    Its config must name one label ``toxic`` or ``toxicity``. The score is that label's probability:
+    among all labels, or on its own where the config says that several can hold at once. A long text
+    loses its end. Scores are kept by text in ``KEPT``, so that a run that was interrupted goes on.
+
+    Parameters
+    ----------
+    source
+        ``hub:<id>@<revision>`` or ``path:<directory>``.
+    batch_size
+        Texts at once, neighbours in length.
+    """
+
+    def __init__(self, source: str, batch_size: int = 32):
+        folder, kind = sources.model_directory(source), AutoModelForSequenceClassification
+        how = {"dtype": torch.float32, "output_loading_info": True, **sources.NO_CODE}
         try:
-            from detoxify import Detoxify
-        except ImportError:
-            advice = "`pip install detoxify`, or use local"
-            raise StudyError(f"scorer detoxify: not installed; {advice}") from None
-        self._model = Detoxify("original")
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **sources.NO_CODE)
+            model, loading = kind.from_pretrained(folder, **how)
+        # Whatever a broken file makes of the readers.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise StudyError(f"scorer {source}: {folder} cannot be read ({reason})") from None
+        if missing := loading["missing_keys"]:
+            raise StudyError(f"scorer {source}: is no classifier: it lacks {min(missing)}")
+        config, labels = model.config, model.config.id2label
+        toxic = [i for i, label in labels.items() if str(label).lower() in ("toxic", "toxicity")]
+        self.alone = config.problem_type == "multi_label_classification" or len(labels) == 1
+        # Two labels are one or the other; more may hold at once, which only the config can say.
+        clear = config.problem_type or len(labels) <= 2
+        if len(toxic) != 1 or config.problem_type == "regression" or not clear:
+            names = ", ".join(map(str, labels.values()))
+            raise StudyError(
+                f"scorer {source}: cannot tell what is toxic by labels {names} and problem_type "
+                f"{config.problem_type}; name one of them toxic in the config.json of a copy, and "
+                "say if problem_type is single_label_classification or multi_label_classification"
+            )
+        if self.tokenizer.pad_token is None:
+            raise StudyError(f"scorer {source}: its tokenizer has no pad token; set one")
+        self.toxic, self.batch_size = toxic[0], batch_size
+        self.model = model.eval().to(device())
+        positions = getattr(config, "max_position_embeddings", None) or 512
+        positions -= 2 * ("roberta" in config.model_type)  # which keeps two for itself
+        self.max_length = min(positions, 512, self.tokenizer.model_max_length)
+        where, _, place = source.partition(":")
+        place = place.partition("@")[0] if where == "hub" else place
+        self.name = re.sub(r"[^\w.-]", "-", Path(place).name)
+        self.about = f"is a classifier that others trained; it reads {self.max_length} tokens"
+        key = content_key(sha256_of(folder), self.max_length)
+        self.kept = ResultCache(KEPT / f"{self.name}-{key}.jsonl")
 
-    def score(self, texts: list[str]) -> np.ndarray:
-        scores = self._model.predict(list(texts))["toxicity"] if texts else []
-        return check_scores(self.name, texts, np.asarray(scores))
+    @torch.no_grad()
+    def _scores(self, texts: list[str]) -> Sequence[float]:
+        keys = list(map(_sha256, texts))
+        new = {key: text for key, text in zip(keys, texts) if key not in self.kept}
+        names, lengths = list(new), [len(text) for text in new.values()]
+        for batch in progress(batches_by_length(lengths, self.batch_size), f"{self.name}'s scores"):
+            some, how = [new[names[i]] for i in batch], {"truncation": True}
+            ids = self.tokenizer(some, max_length=self.max_length + 1, **how).input_ids
+            how |= {"max_length": self.max_length, "padding": True, "return_tensors": "pt"}
+            inputs = self.tokenizer(some, **how).to(self.model.device)
+            logits = self.model(**inputs).logits.cpu().double()
+            found = torch.sigmoid(logits) if self.alone else torch.softmax(logits, -1)
+            # Rounded, so that a text's score does not depend on its batch.
+            scores = check_scores(self.name, some, found[:, self.toxic].numpy().round(6))
+            for i, row, score in zip(batch, ids, scores.tolist()):
+                self.kept.add(names[i], score=score, cut=len(row) > self.max_length)
+        if cut := sum(self.kept[key]["cut"] for key in set(keys)):
+            print(f"{self.name}: {cut:,} of {len(set(keys)):,} texts are cut at their end")
+        return [self.kept[key]["score"] for key in keys]
 
 
-class PerspectiveScorer:
-    """Google's Perspective service, as in the paper: closed, changing; needs
-    ``PERSPECTIVE_API_KEY``."""
+KEPT = ROOT / "build" / "scores"
+"""Where classifiers' scores are kept, by weights and text: one copy for all profiles."""
+
+
+class ArchivedScorer(Scorer):
+    """Scores of Google's Perspective, as in the paper. The service ends on 31 December 2026: what
+    it gave before can be read, and no new text can be scored.
+
+    ``path``: CSV, or JSON lines, with the columns ``score``, in [0, 1], and ``text``, or its
+    ``sha256`` (of its UTF-8) where texts are not to be passed on.
+    """
 
     name = "perspective"
-    about = "is a closed service that changes: its numbers cannot be reproduced"
-    url = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
+    about = (
+        "was a closed service, which ended on 31 December 2026: these are archived scores, which "
+        "nobody can compute again"
+    )
 
-    def __init__(self, pause: float = 1.1, timeout: float = 30.0):
-        self._key = os.environ.get("PERSPECTIVE_API_KEY")
-        if not self._key:
-            raise StudyError("scorer perspective: set PERSPECTIVE_API_KEY, or use local")
-        self._pause, self._timeout = pause, timeout
-
-    def score(self, texts: list[str]) -> np.ndarray:
-        scores = []
-        for number, text in enumerate(texts):
-            body = {"comment": {"text": text or " "}, "languages": ["en"], "doNotStore": True}
-            body["requestedAttributes"] = {"TOXICITY": {}}
-            address, kind = f"{self.url}?key={self._key}", {"Content-Type": "application/json"}
-            request = urllib.request.Request(address, json.dumps(body).encode(), kind)
+    def __init__(self, path: str):
+        self.path, self.scores = Path(path).expanduser(), {}
+        if not path or not self.path.is_file():
+            raise StudyError(
+                f"scorer perspective:{path}: no such file; the service ends on 31 December 2026: "
+                "name a CSV or JSONL file of archived text (or sha256) and score, or use local, "
+                "tox-block or hub:unitary/toxic-bert@<revision>"
+            )
+        tabular = ".csv" in self.path.suffixes
+        for number, row in (
+            sources.read_csv(self.path, ("score",)) if tabular else sources.read_jsonl(self.path)
+        ):
+            where, text, key = f"{self.path}:{number}", row.get("text"), row.get("sha256")
+            key = _sha256(text) if isinstance(text, str) and not key else str(key).lower()
             try:
-                with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                    answer = json.load(response)
-                scores.append(answer["attributeScores"]["TOXICITY"]["summaryScore"]["value"])
-            # No answer in time, or one without scores.
-            except (OSError, HTTPException, ValueError, KeyError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                advice = "quota or network? Run again later, or use local"
-                raise StudyError(f"scorer perspective: text {number}: {reason}; {advice}") from None
-            time.sleep(self._pause)
-        return check_scores(self.name, texts, np.array(scores))
+                score = float(row["score"])
+            except (KeyError, TypeError, ValueError):
+                score = math.nan
+            if not re.fullmatch("[0-9a-f]{64}", key) or not 0 <= score <= 1:
+                raise StudyError(f"{where}: needs text or sha256, and score, a number from 0 to 1")
+            if self.scores.setdefault(key, score) != score:
+                raise StudyError(f"{where}: the same text has another score in a line before")
+
+    def _scores(self, texts: list[str]) -> Sequence[float]:
+        keys = list(map(_sha256, texts))
+        if missing := {key: text for key, text in zip(keys, texts) if key not in self.scores}:
+            raise StudyError(
+                f"scorer perspective: {self.path} lacks {len(missing):,} of {len(set(keys)):,} "
+                f"texts, such as {next(iter(missing.values()))[:60]!r}; the service has ended, so "
+                "score all of them with another scorer"
+            )
+        return [self.scores[key] for key in keys]
 
 
-class MeanScorer:
+class MeanScorer(Scorer):
     """The mean of several scorers' values, one number that depends on all of them.
 
     The mean rather than the smaller value, because it tells labelled texts apart at least as well.
@@ -273,30 +369,35 @@ class MeanScorer:
     def __init__(self, scorers: Sequence[Scorer]):
         self.scorers = scorers
 
-    def score(self, texts: list[str]) -> np.ndarray:
+    def score(self, texts: Sequence[str]) -> np.ndarray:
         return np.mean([scorer.score(texts) for scorer in self.scorers], axis=0)
 
 
-SCORERS = {
-    "local": LocalScorer,
-    "tox-block": ToxBlockScorer,
-    "detoxify": DetoxifyScorer,
-    "perspective": PerspectiveScorer,
-}
+SCORERS = {"local": LocalScorer, "tox-block": ToxBlockScorer}
+"""Scorers that come with packages, by name."""
 
 
 def make_scorer(name: str) -> Scorer:
-    """The scorer of this name in ``SCORERS``."""
+    """The scorer of this name: one of ``SCORERS``, a classifier or archived scores."""
+    kind, _, rest = name.partition(":")
+    if kind in ("hub", "path") and rest:
+        return ClassifierScorer(name)
+    if kind == "perspective":
+        return ArchivedScorer(rest)
     if name not in SCORERS:
-        raise StudyError(f"scorer: must be one of {', '.join(SCORERS)}, got {name!r}")
+        raise StudyError(
+            f"scorer: must be one of {', '.join(SCORERS)}, hub:<id>@<revision>, path:<directory> "
+            f"or perspective:<file>, got {name!r}"
+        )
     return SCORERS[name]()
 
 
 def make_scorers(first: str, second: str) -> list[Scorer]:
     """The published protocol's scorer, and the one that the headline needs besides."""
-    if second == first:
+    scorers = [make_scorer(name) for name in dict.fromkeys((first, second))]
+    if len({scorer.name for scorer in scorers}) < 2:
         raise StudyError(f"second_scorer: {second!r} is already the first one; name another")
-    return [make_scorer(name) for name in (first, second)]
+    return scorers
 
 
 def check_scores(name: str, texts: list[str], scores: np.ndarray) -> np.ndarray:

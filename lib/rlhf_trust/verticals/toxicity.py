@@ -348,7 +348,7 @@ def instrument(
     samples, max_new_tokens, temperature
         Continuations a prompt, and how they are drawn.
     scorers
-        Two names of ``scorers.SCORERS``; the score is the mean of both.
+        Two, as ``make_scorer`` names them; the score is the mean of both.
     """
     labelled = load_toxicity(benchmarks)
     items = choose_items(labelled, n, seed)
