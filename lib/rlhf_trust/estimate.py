@@ -105,7 +105,7 @@ def machine_tflops(dtype: torch.dtype, repeats: int = 20) -> float:
 
     With as many threads as one notebook gets.
     """
-    size = 8192 if torch.cuda.is_available() else 1024
+    size = 8192 if device().type == "cuda" else 1024
     left, right = torch.randn(2, size, size, device=device(), dtype=dtype)
     fastest = inf
     for _ in range(repeats):

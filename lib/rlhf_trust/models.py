@@ -68,13 +68,17 @@ Loader = Callable[[], Base]
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where everything runs, TRL's trainers too: one GPU that CUDA (or ROCm) sees, else the CPU.
+
+    Of several GPUs it is the first; CUDA_VISIBLE_DEVICES=1 makes another one so. Apple's GPU is
+    left out: many sums are in float64, which it does not have."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def auto_dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies it natively (AVX512-BF16, AMX, recent GPUs), else
     float32."""
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         processor = Path("/proc/cpuinfo")

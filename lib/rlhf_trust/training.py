@@ -57,6 +57,7 @@ from .losses import LogOddsLoss, Loss, log_odds, tokens_content
 from .models import (
     Base,
     LoRA,
+    device,
     load_adapters,
     lora_config,
     lora_weights,
@@ -360,8 +361,9 @@ def trl_arguments(kind: type, config: TrainConfig, examples: int, **more):
     TRL's own defaults are bf16 and gradient checkpointing, on a CPU too.
     """
     together = math.gcd(config.batch_size, config.micro_batch_size)
-    return kind(
+    arguments = kind(
         output_dir=tempfile.gettempdir(),
+        use_cpu=device().type == "cpu",  # where a trainer would take Apple's GPU
         learning_rate=config.learning_rate,
         seed=config.seed,
         per_device_train_batch_size=together,
@@ -387,6 +389,8 @@ def trl_arguments(kind: type, config: TrainConfig, examples: int, **more):
         pad_to_multiple_of=PAD_TO,
         **more,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several it would use all, a batch on each
+    return arguments
 
 
 class Curve(TrainerCallback):
