@@ -23,6 +23,8 @@ $(foreach name,PROFILE SEED CHAPTERS A B,$(if $(filter PROFILE,$(name))$(strip $
 # Two notebooks at a time, each on half of the cores, are half as fast again as one on all of them.
 # JOBS=1 needs less memory, and suits a model that fills a GPU.
 JOBS ?= 2
+# Of the launcher too, since `make -j8` is not held by the line with MAKEFLAGS.
+export JOBS
 # Options for pip, such as a CPU-only index for torch: --extra-index-url https://download.pytorch.org/whl/cpu
 PIP_ARGS ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -56,13 +58,15 @@ MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
 chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
 EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
 
-.PHONY: help setup reproduce flagship quick evaluate card report params appendix lab lint format unit test compare parity bench clean resolve
+.PHONY: help setup fetch reproduce flagship quick evaluate card report params appendix lab lint format unit test compare parity bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo "  variables: PROFILE=$(PROFILE) (of: embedded $(sort $(basename $(notdir $(wildcard params/*.yaml))))), DATA=<directory>, SEED=<number>, SET=\"<notebook>.<parameter>=<value> …\", JOBS=$(JOBS), PIP_ARGS="
 
-setup: $(INSTALLED) ## install everything into .venv
+setup: $(INSTALLED) fetch ## install everything into .venv, and fetch what PROFILE needs: it then runs without a network
+fetch: $(INSTALLED) ## fetch the models and data that PROFILE needs, which `make setup` does too
+	$(LAUNCH) fetch $(OPTIONS)
 $(INSTALLED): lib/pyproject.toml lib/constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), "Python 3.11 or 3.12 is needed, this is " + sys.version'
 	$(PYTHON) -m venv .venv
@@ -108,10 +112,10 @@ compare: $(INSTALLED) ## hold a run against its profile's reference tables, or A
 clean: ## remove what PROFILE made (the model and .venv stay)
 	rm -rf $(BUILD)
 
-# Parameters are checked, and written with a hash of the notebook's cells to a file that changes only when they do: make
+# What the run needs from elsewhere is fetched. Parameters are checked, and written with a hash of the notebook's cells to a file that changes only when they do: make
 # then knows what to run again.
 resolve: $(INSTALLED)
-	@$(LAUNCH) resolve $(OPTIONS)
+	@$(LAUNCH) resolve $(OPTIONS) --stages "$(READ) $(filter 90-%,$(STAGES))"
 $(STAGES:%=$(BUILD)/params/%.yaml): resolve ;
 
 $(BUILD)/notebooks/%.ipynb: $(BUILD)/params/%.yaml

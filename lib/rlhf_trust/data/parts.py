@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import StudyError
-from ..sources import first_line, locate, read_csv, read_json, read_jsonl, read_text
+from ..sources import ONLINE, first_line, locate, read_csv, read_json, read_jsonl, read_text
 from .forms import HH
 
 SUBSETS = {"harmless": "hh-rlhf/harmless-base", "helpful": "hh-rlhf/helpful-base"}
@@ -153,21 +153,27 @@ def saved_parts(root: Path) -> list[Part]:
     return parts
 
 
-def hub_parts(place: str) -> tuple[str, list[Part]]:
-    """What a data set of the hub, ``<owner>/<name>[/<folder>][@<revision>][:<splits>]``, is called,
-    and its splits. Their hashes are over the rows as JSON."""
+def hub_splits(rest: str):
+    """A data set of the hub, ``<owner>/<name>[/<folder>][@<revision>]``, fetched on first use."""
     import datasets
 
-    rest, _, wanted = place.partition(":")
     path, _, revision = rest.partition("@")
     dataset, folder = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
     try:
-        found = datasets.load_dataset(dataset, data_dir=folder or None, revision=revision or None)
+        return datasets.load_dataset(dataset, data_dir=folder or None, revision=revision or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise StudyError(
-            f"preferences hub:{rest}: cannot be had ({first_line(error)}); check the name, the "
-            "revision and the network, or use path:<file or directory>"
+            f"preferences hub:{rest}: cannot be had ({first_line(error)}); check its name and "
+            f"revision, {ONLINE}, or use path:<file or directory>"
         ) from None
+
+
+def hub_parts(place: str) -> tuple[str, list[Part]]:
+    """What a data set of the hub, ``<owner>/<name>[/<folder>][@<revision>][:<splits>]``, is called,
+    and its splits. Their hashes are over the rows as JSON."""
+    rest, _, wanted = place.partition(":")
+    path, found = rest.partition("@")[0], hub_splits(rest)
+    dataset = "/".join(path.split("/")[:2])
     splits = list(filter(None, wanted.split(","))) or list(found)
     if unknown := [split for split in splits if split not in found]:
         known = f"no split {unknown[0]!r}; it has {', '.join(found)}"
