@@ -114,8 +114,9 @@ clean: ## remove what PROFILE made (the model and .venv stay)
 
 # What the run needs from elsewhere is fetched. Parameters are checked, and written with a hash of the notebook's cells to a file that changes only when they do: make
 # then knows what to run again.
+resolve: export FETCH = $(READ) $(filter 90-%,$(STAGES))
 resolve: $(INSTALLED)
-	@$(LAUNCH) resolve $(OPTIONS) --stages "$(READ) $(filter 90-%,$(STAGES))"
+	@$(LAUNCH) resolve $(OPTIONS)
 $(STAGES:%=$(BUILD)/params/%.yaml): resolve ;
 
 $(BUILD)/notebooks/%.ipynb: $(BUILD)/params/%.yaml

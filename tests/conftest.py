@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-for name in "DATA SEED SET BEFORE AFTER".split():  # of a study, which make hands on
+for name in "DATA SEED SET BEFORE AFTER FETCH".split():  # of a study, which make hands on
     os.environ.pop(name, None)
 torch.set_num_threads(1)  # tiny tensors gain nothing from threads
 

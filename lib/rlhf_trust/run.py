@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         if name == "stage":
             command.add_argument("stage")
         if name in ("resolve", "fetch"):
-            about = "notebooks to fetch for" + (" (all)" if name == "fetch" else " (none)")
-            command.add_argument("--stages", default="", help=about)
+            about = "notebooks to fetch for, by default " + ("all" if name == "fetch" else "none")
+            command.add_argument("--stages", default=os.environ.get("FETCH", ""), help=about)
     arguments = parser.parse_args(argv)
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
+from urllib.error import URLError
 
 import torch
 from filelock import FileLock
@@ -100,21 +100,24 @@ ONLINE = "check the network, then run `make fetch` with the same PROFILE"
 
 def _passing(error: BaseException) -> bool:
     """May it go better next time? No answer, one that was cut off, or a server that is busy."""
-    if isinstance(error, HTTPError):
-        return error.code in (408, 425, 429) or error.code >= 500
-    return isinstance(error, (OSError, HTTPException))
+    said = error.__cause__ or error  # the hub's client looks into its cache, and complains of that
+    code = getattr(getattr(said, "response", said), "status_code", getattr(said, "code", None))
+    if code is not None:
+        return code in (408, 425, 429) or code >= 500
+    return isinstance(error, (URLError, TimeoutError, ConnectionError, HTTPException))
 
 
-TIMEOUT = 60
-"""Seconds that a server may be silent."""
-
-
-@retry(
+patiently = retry(
     retry=retry_if_exception(_passing),
     stop=stop_after_attempt(5),
     wait=wait_exponential(max=30),
     reraise=True,
 )
+TIMEOUT = 60
+"""Seconds that a server may be silent."""
+
+
+@patiently
 def read_url(url: str) -> bytes:
     """All that lies at an address; http.client's IncompleteRead if it breaks off."""
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
@@ -352,7 +355,8 @@ def model_directory(source: str) -> Path:
         name, _, revision = rest.partition("@")
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         try:
-            return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+            get = patiently(snapshot_download)
+            return Path(get(name, revision=revision or None, allow_patterns=wanted))
         # Whatever the hub's client makes of no network, a wrong name, a refusal.
         except Exception as error:
             raise StudyError(

@@ -8,8 +8,10 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -167,6 +169,25 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(monkeypatch, error):
     )
     with pytest.raises(StudyError, match=said):
         sources.model_directory("hub:a/b@c")
+
+
+@pytest.mark.parametrize(("code", "tries"), [(429, 2), (503, 2), (404, 1), (401, 1)])
+def test_a_busy_hub_is_asked_again(monkeypatch, tmp_path, code, tries):
+    asked = []
+
+    def snapshot_download(*_, **__):
+        asked.append(code)
+        if len(asked) > 1:
+            return tmp_path
+        cause = Exception()
+        cause.response = SimpleNamespace(status_code=code)
+        raise FileNotFoundError("nothing in the cache") from cause
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    with nullcontext() if tries > 1 else pytest.raises(StudyError):
+        assert sources.model_directory("hub:a/b@c") == tmp_path
+    assert len(asked) == tries
 
 
 # --- before anything computes ---------------------------------------------------------------------
