@@ -14,7 +14,7 @@ from rlhf_trust import params
 
 PACKAGE = Path(rlhf_trust.__file__).parent
 ROOMS = (
-    "__init__ params artifacts stats sources chat data decode models losses training "
+    "__init__ masking params artifacts stats sources chat data decode models losses training "
     "align verticals headline attribution rewards rag lineage distance figures render report "
     "card score estimate study run"
 ).split()

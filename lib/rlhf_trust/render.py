@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -21,34 +21,7 @@ from IPython.display import HTML, Image, Markdown
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from .artifacts import Build, atomic_write, write_text
-
-EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-SAFE_EMAIL = re.compile(r"@example\.(?:com|org|net)$", re.IGNORECASE)
-
-
-class Masker:
-    """Replaces real people's names and e-mail addresses by ``[name]`` and ``[e-mail]``.
-
-    Parameters
-    ----------
-    names
-        Full names; each part of at least three letters is masked too, since a model may use it
-        alone.
-
-    E-mail addresses are masked in any case, except made-up ones at example.com.
-    """
-
-    def __init__(self, names: Iterable[str] = ()):
-        names = set(names)
-        words = names | {part for name in names for part in name.split() if len(part) >= 3}
-        # Longest first, so that a full name is masked before its parts; (?!) matches nothing.
-        either = "|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)"
-        # Don, but not the beginning of don't.
-        self._words = re.compile(rf"(?<!\w)(?:{either})(?!\w|['’]t\b)", re.IGNORECASE)
-
-    def __call__(self, text: str) -> str:
-        text = EMAIL.sub(lambda m: m.group() if SAFE_EMAIL.search(m.group()) else "[e-mail]", text)
-        return self._words.sub("[name]", text)
+from .masking import LONGEST, Masker
 
 
 def escaped(text: str, limit: int = 600) -> str:
@@ -73,7 +46,7 @@ def conversation(turns: Sequence[str], masker: Masker | None = None) -> str:
     """A prompt's turns as HTML."""
     mask, shown = masker or Masker(), []
     for speaker, turn in zip(cycle(("Human", "Assistant")), turns):
-        shown.append(f"<b>{speaker}:</b> {escaped(mask(turn))}")
+        shown.append(f"<b>{speaker}:</b> {escaped(mask(turn[:LONGEST]))}")
     return "<br>".join(shown)
 
 
@@ -106,7 +79,7 @@ def samples(
     for asked, answers in rows:
         shown.append({"asked": asked})
         for model, answer in answers.items():
-            shown[-1][html.escape(model)] = escaped(mask(answer)) or "<i>(empty)</i>"
+            shown[-1][html.escape(model)] = escaped(mask(answer[:LONGEST])) or "<i>(empty)</i>"
     content = _html_table(pd.DataFrame(shown), "samples", escape=False)
     return HTML(fold(content, warning) if warning else content)
 
