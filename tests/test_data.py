@@ -250,7 +250,7 @@ def test_long_pairs_are_left_out_and_an_empty_side_is_an_error(tmp_path):
     assert load_preferences(source, EVERYTHING, EVERYTHING, CHAT, 100).too_long == 2
     with pytest.raises(StudyError, match="no (train|held-out) pair of at most 2 tokens is left"):
         load_preferences(source, 5, 5, CHAT, 2)
-    with pytest.raises(StudyError, match="no train pair"):
+    with pytest.raises(StudyError, match="harmless-base.test.jsonl: the file is empty"):
         load_preferences(write_subsets(tmp_path / "empty", lambda subset: []), 5, 5, CHAT, 100)
 
 
@@ -301,7 +301,7 @@ TRUTHFULQA = ("truthfulqa/mc_task.json", load_truthfulness)
             '[{"question": "q", "mc1_targets": {"a": 1, "b": 1}, "mc2_targets": {"a": 1}}]',
             "mc_task.json: question 1: .* exactly one right answer",
         ),
-        (*TRUTHFULQA, '{"question": "q"}', "mc_task.json: question 1: no mc1_targets"),
+        (*TRUTHFULQA, '{"question": "q"}', "mc_task.json: questions must be a list"),
         (
             "real-toxicity-prompts/toxic.jsonl",
             load_toxicity,
@@ -325,9 +325,9 @@ def test_a_malformed_benchmark_names_file_and_line(tmp_path, name, load, content
 
 def test_a_benchmark_that_a_spreadsheet_saved_again_reads_alike(tmp_path):
     (tmp_path / "ethics").mkdir()
-    (tmp_path / "ethics" / "cm_test.csv").write_text(CSV.replace("True", "TRUE"))
-    (found,) = load_ethics(f"path:{tmp_path}")
-    assert found.text == "I lied."
+    text = (CSV + "0,I sang.,True\n").replace("True", "TRUE")
+    (tmp_path / "ethics" / "cm_test.csv").write_text(text)
+    assert [item.text for item in load_ethics(f"path:{tmp_path}")] == ["I lied.", "I sang."]
 
 
 def test_choose_takes_turns_and_keeps_to_the_seed():
@@ -375,8 +375,6 @@ def test_people_who_cannot_be_told_apart_are_an_error():
     people = [(name, "same@example.org") for name in "ABCD"]
     with pytest.raises(StudyError, match="no four people whose email address values differ"):
         make_private_facts(1, 0, people)
-    with pytest.raises(StudyError, match="at least four names"):
-        make_private_facts(1, 0, people[:3])
 
 
 # --- the real sets --------------------------------------------------------------------------------
@@ -427,11 +425,11 @@ def test_hub_files_are_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.urllib.request, "urlopen", answer)
     first = sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl")
     assert sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl") == first and len(calls) == 1
-    assert sources.locate("hub:", "bbq/Nationality.jsonl", required=False) is None
+    assert sources.locate("hub:", "bbq/Nationality.jsonl", without="") is None
     # As a directory of its own, that of the downloads is only looked into.
     there = f"path:{tmp_path / 'data'}"
     assert sources.locate(there, "real-toxicity-prompts/toxic.jsonl") == first
-    assert sources.locate(there, "real-toxicity-prompts/nontoxic.jsonl", required=False) is None
+    assert sources.locate(there, "real-toxicity-prompts/nontoxic.jsonl", without="") is None
     assert len(calls) == 1
 
     def refuse(url, timeout):

@@ -374,7 +374,7 @@ def test_files_that_cannot_be_read_say_so(tmp_path):
         "folder": "folder: no preference data",
         "list.json": "item 1: expected a JSON object, got int",
         "broken.jsonl": "broken.jsonl:2: not valid JSON",
-        "nothing.jsonl": r"the columns \(none\) are no form",
+        "nothing.jsonl": "nothing.jsonl: the file is empty",
         "other.jsonl": "other.jsonl: the columns instruction, output are no form of preference",
         "absent": "no such file or directory",
     }.items():
@@ -492,9 +492,9 @@ def test_hh_rlhf_alone_is_what_hub_without_a_name_means(monkeypatch, tmp_path, h
     asked = []
     shipped = parts.locate
 
-    def locate(source, name, required=True):
+    def locate(source, name, without=None):
         asked.append(source)
-        return shipped("shipped", name, required)
+        return shipped("shipped", name, without)
 
     monkeypatch.setattr(parts, "locate", locate)
     found, pairs = read("hub:")

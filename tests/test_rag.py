@@ -124,19 +124,22 @@ def test_official_files_are_read(tmp_path):
     ("rows", "message"),
     [
         ([], "expected a list of questions"),
-        ([row("asqa", docs=[{}])], r"question a: needs question, docs .*: 'answers_found' is miss"),
-        ([row("asqa", bits=[(1,)])], "asqa/a: document 1 needs one bit per claim in answers_found"),
-        ([row("asqa", qa_pairs=named([]))], "asqa/a: claim .* has no alias"),
+        ([row("asqa", docs=[{}])], r"question a: docs\[0\] .*|question a: no docs\[0\]"),
+        ([row("asqa", bits=[(1,)])], "question a: answers_found must be a list of 2"),
+        ([row("asqa", qa_pairs=named([]))], r"question a: no short_answers\[0\]"),
         ([row("asqa", answerable=False)], "question a: answerable contradicts answers_found"),
         ([row("asqa", bits=[(0, 0)], answerable=True)], "question a: answerable contradicts"),
         ([row("asqa"), row("asqa")], "question a: this sample_id is there twice"),
-        ([row("asqa", docs=[])], "needs at least one gold claim and one document"),
-        ([row("asqa", qa_pairs=named("1932"))], "gold claims: expected a list, got '1932'"),
-        ([row("asqa", qa_pairs=named([1932]))], "gold claims: expected a text, got 1932"),
+        ([row("asqa", docs=[])], "question a: no docs"),
+        ([row("asqa", qa_pairs=named("1932"))], r"short_answers\[0\] must be a list, got '1932'"),
+        (
+            [row("asqa", qa_pairs=named([1932]))],
+            r"short_answers\[0\]\[0\] must be a text, got 1932",
+        ),
         ([row("asqa", docs=[{"title": "T", "text": "D", "answers_found": None}])], "got None"),
-        ([row("asqa", bits=[("0", 1)])], r"expected 0 or 1 per claim, got \['0', 1\]"),
+        ([row("asqa", bits=[("0", 1)])], r"must be 0 or 1 per gold answer, got \['0', 1\]"),
         ([row("asqa", statements=["One."])], "1 statements for 2 answers"),
-        (["text"], "question 1: needs question"),
+        (["text"], "question 1: row must be an object"),
     ],
 )
 def test_bad_rows_name_file_and_question(tmp_path, rows, message):
@@ -166,9 +169,9 @@ def test_real_cited_answers(real_data):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "needs demos"),
-        ({"demos": [{"question": "Why?"}]}, "'answer' is missing"),
-        ({"demos": [{"question": "Why?", "answer": "So [1].", "docs": []}]}, "eli5/1: needs at"),
+        ([], "no demos"),
+        ({"demos": [{"question": "Why?"}]}, "demo 1: no answer"),
+        ({"demos": [{"question": "Why?", "answer": "So [1].", "docs": []}]}, "demo 1: no docs"),
     ],
 )
 def test_bad_cited_answers(tmp_path, content, message):

@@ -73,7 +73,7 @@ def test_toxicity_needs_a_scorer_alone(tmp_path, capsys):
             "answers.jsonl:2: every prompt needs as many answers as the first one",
         ),
         (["[1]"], "answers.jsonl:1: expected a JSON object"),
-        ([], "no answers"),
+        ([], "the file is empty"),
     ],
 )
 def test_bad_answers_name_the_line(tmp_path, rows, message):
@@ -156,7 +156,7 @@ def test_official_forms_that_are_odd_are_read(capsys):
         ([], [], "say how its gold answers are matched: --kind"),
         ([], ["--kind", "short"], "expected a list of questions"),
         ({"args": 1}, ["--kind", "short"], "expected a list of questions"),
-        ([{"question": "Q?"}], ["--kind", "short"], "question 1: needs question, docs"),
+        ([{"question": "Q?"}], ["--kind", "short"], "question 1: no answers"),
     ],
 )
 def test_a_file_that_is_none_of_the_authors(tmp_path, capsys, content, given, message):

@@ -14,8 +14,9 @@ from rlhf_trust.attribution.metric import changed_items, evaluation_examples, tr
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Prompt
+from rlhf_trust.sources import field
 from rlhf_trust.verticals import HEADLINE, common
-from rlhf_trust.verticals.common import Measure, change_table, field, measured, trust_table
+from rlhf_trust.verticals.common import Measure, change_table, measured, trust_table
 
 # --- tables ---------------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ def test_measures_of_some_rows():
         ({"a": "b"}, "no a.b"),
         ({}, "no a.b"),
         ([1], "no a.b"),
-        ({"a": {"b": 0}}, "a.b must be str, got 0"),
+        ({"a": {"b": 0}}, "a.b must be a text, got 0"),
         ({"a": {"b": "z"}}, "a.b must be x or y, got 'z'"),
     ],
 )

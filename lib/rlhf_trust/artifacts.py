@@ -266,6 +266,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | packages
 
 
+NOTES: list[str] = []
+"""What this chapter does because something that may be there is missing, for its manifest."""
+
+
+def note(sentence: str) -> None:
+    """Say that something is done in another way than one might believe: here, in the manifest, on
+    the launcher's terminal and in the report."""
+    if sentence not in NOTES:
+        NOTES.append(sentence)
+        print(f"note: {sentence}")
+
+
 @dataclass
 class Manifest:
     """How a stage's files were made: hashes of its inputs, parameters, facts, versions, seconds.
@@ -285,7 +297,7 @@ class Manifest:
             "stage": self.stage,
             "parameters": self.parameters,
             "inputs": self.inputs,
-            "facts": self.facts,
+            "facts": self.facts | ({"notes": NOTES} if NOTES else {}),
             "versions": versions(),
             "seconds": round(time.monotonic() - self.started, 1),
         }

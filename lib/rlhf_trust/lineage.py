@@ -35,7 +35,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import combinations, islice, product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ from . import StudyError, require
 from .artifacts import TABLES, progress
 from .decode import backbone, batches_by_length, pad_right
 from .models import Base, load_adapters
-from .sources import locate, read_csv
+from .sources import field, locate, read_csv
 from .stats import TAILS, Interval, generator
 
 KERNELS = ("linear", "radial")
@@ -668,7 +668,10 @@ def rescaled(model, factor: float = 0.8):
 def load_statements(source: str, n: int) -> list[str] | None:
     """The first ``n`` statements that REEF compares models on (TruthfulQA's questions with an
     answer); None where the source has none."""
-    path = locate(source, "reef/truthfulqa.csv", required=False)
+    path = locate(source, "reef/truthfulqa.csv", "models are compared on the preference prompts")
     if path is None:
         return None
-    return [row["statement"] for _, row in islice(read_csv(path, ("statement",)), n)]
+    rows = list(read_csv(path, ("statement",), ("label",)))
+    for number, row in rows:
+        field(row, "statement", f"{path}:{number}")
+    return [row["statement"] for _, row in rows[:n]]

@@ -37,7 +37,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from . import ROOT, StudyError, build_root, sources
-from .artifacts import content_key
+from .artifacts import Build, content_key, read_manifests
 from .params import NOTEBOOKS, notebook_parameters, resolve, stages, terms_accepted
 from .sources import ACCEPTED, TERMS, first_line
 
@@ -335,6 +335,9 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     if reason is None:
         os.replace(aside, done)
         failed.unlink(missing_ok=True)
+        made = read_manifests(Build(run)).get(stage, {"facts": {}})
+        for sentence in made["facts"].get("notes", ()):
+            print(f"{stage}: note: {sentence}", flush=True)
         print(f"{stage}: done in {time.monotonic() - started:.0f} s", flush=True)
         return 0
     done.unlink(missing_ok=True)

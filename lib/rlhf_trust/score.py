@@ -38,7 +38,7 @@ from .decode import Prompt
 from .rag import questions, trust_score
 from .rag.entailment import entailment_model
 from .rewards import rm_bench
-from .sources import read_json, read_jsonl
+from .sources import HALF_CHARACTER, field, read_json, read_jsonl
 from .verticals import ethics, privacy, stereotype, toxicity, truthfulness
 from .verticals.common import error_removed, reader_sentence, trust_table
 from .verticals.scorers import make_scorer
@@ -85,11 +85,13 @@ def read_answers(path: Path, items: Sequence) -> tuple[list, list[list[str]]]:
     """
     known, found = {item.id for item in items}, {}
     for number, row in read_jsonl(path):
-        where, key = f"{path}:{number}", row.get("id")
-        answers = row["answers"] if "answers" in row else [row.get("answer")]
+        where = f"{path}:{number}"
+        key, answers = field(row, "id", where), row.get("answers", [row.get("answer")])
         texts = isinstance(answers, list) and all(isinstance(text, str) for text in answers)
         if not texts or not answers:
             raise StudyError(f"{where}: needs id and answer, a text, or answers, a list of texts")
+        if HALF_CHARACTER.search("".join(answers)):
+            raise StudyError(f"{where}: an answer holds half a character (a lone surrogate)")
         if key not in known:
             raise StudyError(
                 f"{where}: no item has the id {key!r}; give the --items, -n and --seed that its "
@@ -100,8 +102,6 @@ def read_answers(path: Path, items: Sequence) -> tuple[list, list[list[str]]]:
         if found and len(answers) != len(next(iter(found.values()))):
             raise StudyError(f"{where}: every prompt needs as many answers as the first one")
         found[key] = answers
-    if not found:
-        raise StudyError(f"{path}: no answers")
     answered = [item for item in items if item.id in found]
     return answered, [found[item.id] for item in answered]
 
@@ -137,7 +137,7 @@ def output_table(path: Path, kind: str, judge: str, strict: bool) -> pd.DataFram
     for number, (question, row) in enumerate(zip(asked, rows), start=1):
         said = row.get("output")
         said = said[0] if isinstance(said, list) and len(said) == 1 else said
-        if not isinstance(said, str):
+        if not isinstance(said, str) or HALF_CHARACTER.search(said):
             raise StudyError(f"{path}: row {number}: needs output, a text")
         if question:
             pairs.append((question, said))

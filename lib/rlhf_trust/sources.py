@@ -8,12 +8,15 @@ in a format that is safe to read."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
+import reprlib
 import shutil
 import subprocess
 import sys
@@ -21,10 +24,11 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -33,7 +37,7 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponen
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from . import ROOT, StudyError
-from .artifacts import atomic_write, write_text
+from .artifacts import atomic_write, note, write_text
 
 
 def first_line(error: object) -> str:
@@ -54,8 +58,9 @@ is held to that. One that moved can be put into a directory by hand."""
 DOWNLOADS = ROOT / "build" / "data"
 
 
-def locate(source: str, name: str, required: bool = True) -> Path | None:
-    """Find the file ``name`` of a data source.
+def locate(source: str, name: str, without: str | None = None) -> Path | None:
+    """Find the file ``name`` of a data source. One that is there is never passed over: what cannot
+    be read of it is an error of its reader.
 
     Parameters
     ----------
@@ -64,8 +69,9 @@ def locate(source: str, name: str, required: bool = True) -> Path | None:
     name
         Path inside a data directory, such as ``ethics/cm_test.csv``; ``.gz`` beside it is found as
         well, and HH-RLHF's own layout (``harmless-base/test.jsonl.gz``).
-    required
-        Raise when missing instead of returning ``None``.
+    without
+        What is done without the file, for one that may be missing (``None`` is returned): a note,
+        except about the shipped set. Empty: the caller says it.
     """
     if source == "shipped":
         root = SHIPPED
@@ -80,8 +86,10 @@ def locate(source: str, name: str, required: bool = True) -> Path | None:
     found = _first_existing(root, name)
     if found is None and source == "hub:":
         found = _download(name)
-    if found is None and required:
+    if found is None and without is None:
         raise StudyError(f"data source {source}: {name} (or {name}.gz) is missing there")
+    if found is None and without and source != "shipped":
+        note(f"the data have no {name}: {without}")
     return found
 
 
@@ -89,8 +97,13 @@ def _first_existing(root: Path, name: str) -> Path | None:
     folder, _, stem = name.rpartition("/")
     original = f"{folder}/{stem.replace('-base.', '-base/', 1)}"
     for candidate in (name, f"{name}.gz", original, f"{original}.gz"):
-        if (root / candidate).is_file():
-            return root / candidate
+        try:
+            (root / candidate).lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StudyError(f"{root / candidate}: cannot be read ({error.strerror})") from None
+        return root / candidate
     return None
 
 
@@ -155,54 +168,216 @@ def _download(name: str) -> Path | None:
     return path
 
 
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # which begins as UTF-16's does
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte-order mark → encoding."""
+
+
 def read_text(path: Path) -> str:
+    """A text file, compressed by gzip or not, its lines ending in ``\\n``.
+
+    UTF-8, or UTF-16 or UTF-32 with a byte-order mark; anything else is an error that names the
+    line.
+    """
     try:
-        if path.suffix == ".gz":
-            return gzip.decompress(path.read_bytes()).decode("utf-8-sig")
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read ({error}); fetch it again") from None
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StudyError(f"{path}: cannot be read ({reason}); mend it or fetch it again") from None
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+    mend = "save it as UTF-8, or fetch it again"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise StudyError(
+            f"{path}:{line}: not {encoding.upper()} ({error.reason}); {mend}"
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise StudyError(f"{path}:{line}: zero bytes in a text; {mend}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: Path):
-    """What a JSON file holds; one that is not valid is an error that names the line."""
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object, each of whose keys must be there once."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return made
+
+
+def _parse_json(text: str, path: Path, line: int = 1) -> Any:
+    """What a JSON text says that begins at a file's ``line``."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise StudyError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+        problem, line = f"{error.msg}, column {error.colno}", line + error.lineno - 1
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:  # a key twice; a number of thousands of digits
+        problem = first_line(error)
+    raise StudyError(f"{path}:{line}: not valid JSON ({problem}); mend or remove the line")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; one that is not valid is an error that names the line."""
+    return _parse_json(read_text(path), path)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line number and object of every line; a line that is no JSON object is an error that names
-    it."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
+    """Line number and object of every line, of which there must be one; a line that is no JSON
+    object is an error that names it."""
+    number = 0
+    for line, text in enumerate(read_text(path).split("\n"), start=1):
+        if not text.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problem = f"not valid JSON ({error.msg}, column {error.colno})"
-            raise StudyError(f"{path}:{number}: {problem}; mend or remove the line") from None
+        number, row = line, _parse_json(text, path, line)
         if not isinstance(row, dict):
             raise StudyError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
         yield number, row
+    if not number:
+        raise StudyError(f"{path}: the file is empty")
 
 
-def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and row of every CSV row; missing columns or cells are errors that name the
-    place."""
-    reader = csv.DictReader(io.StringIO(read_text(path)))
-    missing = sorted(set(columns) - set(reader.fieldnames or ()))
-    if missing:
-        raise StudyError(f"{path}: column {missing[0]!r} is missing; it has {reader.fieldnames}")
+csv.field_size_limit(2**31 - 1)  # else 131,072 characters, and a dialogue may have more
+
+
+def read_csv(
+    path: Path, columns: tuple[str, ...], truths: tuple[str, ...] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Number of the last line and row of every row of a CSV file, of which there must be one; its
+    cells are parted by commas, semicolons or tabs.
+
+    A quotation mark that is missing hides the rows up to the next one inside a cell. It is found by
+    what stands beside that mark, and by the hidden lines.
+
+    Parameters
+    ----------
+    columns
+        Those that there must be; every row then has a cell for each column of the file. Empty: any
+        table, with a row's surplus cells under ``None``, and ``None`` for a missing one.
+    truths
+        Columns of 0 and 1 (:func:`yes_or_no`), by which a line is known as a row. Where the file
+        has none of them, no row of known ``columns`` may run over several lines.
+    """
+    text = read_text(path)
+
+    def cells(text: str, delimiter: str) -> list[str]:
+        return [c.strip() for c in next(csv.reader(io.StringIO(text), delimiter=delimiter), [])]
+
+    headers = {delimiter: cells(text, delimiter) for delimiter in ",;\t"}
+    fitting = (d for d, n in headers.items() if len(n) > (not columns) and set(columns) <= set(n))
+    delimiter = next(fitting, ",")
+    names, lines = headers[delimiter], text.split("\n")
+    if missing := sorted(set(columns) - set(names)):
+        raise StudyError(f"{path}: column {missing[0]!r} is missing; it has {names}")
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise StudyError(f"{path}: column {twice[0]!r} is there twice; rename or remove one")
+    known = [names.index(name) for name in truths if name in names]
+    reader, begun, end = None, 1, 0
     try:
+        reader = csv.DictReader(io.StringIO(text), names, delimiter=delimiter, strict=True)
+        next(reader, None)  # the header
+        begun = reader.line_num + 1
         for row in reader:
-            for column in columns:
-                if row[column] is None:
-                    raise StudyError(f"{path}:{reader.line_num}: no value for {column!r}")
-            yield reader.line_num, row
+            end = reader.line_num
+            while not lines[begun - 1]:
+                begun += 1
+            hidden = [cells(line, delimiter) for line in lines[begun:end] if columns]
+            for one in hidden:
+                whole = len(one) == len(names) and all(one[i].casefold() in TRUTHS for i in known)
+                if whole or not known:
+                    raise StudyError(
+                        f"{path}:{begun}: this row runs on to line {end}, over other rows; a "
+                        "quotation mark is missing"
+                    )
+            if columns and None in row:
+                raise StudyError(f"{path}:{end}: more cells than columns; put texts in quotes")
+            for name in names if columns else ():
+                if row[name] is None:
+                    raise StudyError(f"{path}:{end}: no value for {name!r}")
+            begun = end + 1
+            yield end, row
     except csv.Error as error:
-        raise StudyError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+        problem = f"not valid CSV ({error}); a quotation mark is missing or not doubled"
+        raise StudyError(f"{path}:{begun}: {problem} in the row that begins here") from None
+    if not end:
+        raise StudyError(f"{path}: the file is empty")
+
+
+# --- values of a row ------------------------------------------------------------------------------
+
+KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""A lone surrogate, which no file of ours could hold."""
+TRUTHS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+"""0 and 1 as spreadsheets and pandas save them again, in lower case."""
+
+
+def checked(value: Any, name: str, where: str, kind: type = str) -> Any:
+    """A value of a file's row, as it is.
+
+    Parameters
+    ----------
+    name
+        What it is called in an error.
+    where
+        File and line, for the error.
+    kind
+        The type wanted, one of ``KINDS``.
+
+    Raises
+    ------
+    StudyError
+        The value is missing, empty, of another type or holds half a character.
+    """
+    if value in (None, "", [], {}) or isinstance(value, str) and not value.strip():
+        raise StudyError(f"{where}: no {name}")
+    if type(value) is not kind:
+        raise StudyError(f"{where}: {name} must be {KINDS[kind]}, got {reprlib.repr(value)}")
+    if kind is str and HALF_CHARACTER.search(value):
+        raise StudyError(f"{where}: {name} holds half a character (a lone surrogate)")
+    return value
+
+
+def field(row: Any, name: str, where: str, kind: type = str, allowed: Collection[str] = ()) -> Any:
+    """One value of a row, :func:`checked`; texts are stripped.
+
+    ``name``: its key, or a path of keys such as ``prompt.text``; what is no dictionary has none.
+    ``allowed``: the values allowed, if only a few are.
+    """
+    value = row
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    value = checked(value, name, where, kind)
+    value = value.strip() if kind is str else value
+    if allowed and value not in allowed:
+        wanted, got = " or ".join(allowed), reprlib.repr(value)
+        raise StudyError(f"{where}: {name} must be {wanted}, got {got}")
+    return value
+
+
+def listed(value: Any, name: str, where: str, kind: type = str, empty: bool = False) -> tuple:
+    """The entries of a list, each :func:`checked`; ``empty``: there may be none."""
+    if not (empty and value == []):
+        checked(value, name, where, list)
+    return tuple(checked(one, f"{name}[{i}]", where, kind) for i, one in enumerate(value))
+
+
+def yes_or_no(row: dict, name: str, where: str) -> bool:
+    """A checked 0 or 1 of a CSV row (``TRUTHS``)."""
+    value = field(row, name, where)
+    if value.casefold() not in TRUTHS:
+        raise StudyError(f"{where}: {name} must be 0 or 1, got {reprlib.repr(value)}")
+    return TRUTHS[value.casefold()]
 
 
 # --- packages that carry weights ------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from IPython.display import Image
 
 from . import StudyError, figures, render
-from .artifacts import Build, Manifest, sha256_of, versions, write_table
+from .artifacts import NOTES, Build, Manifest, sha256_of, versions, write_table
 from .chat import Chat
 from .data.preferences import Preferences, load_preferences
 from .decode import Generations
@@ -163,6 +163,7 @@ def open_study(stage: str, namespace: Mapping[str, Any]) -> Study:
     figures.use_style()
     torch.manual_seed(parameters["seed"])
     build = Build(parameters["profile"])
+    NOTES.clear()
     print(f"{stage}, profile {parameters['profile']}, seed {parameters['seed']}")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     return Study(stage, parameters, build, Manifest(build, stage, parameters))

@@ -33,6 +33,8 @@ from itertools import groupby
 from math import isfinite
 from os.path import commonprefix
 
+from ..sources import HALF_CHARACTER
+
 Turns = list[tuple[str, str]]
 """(speaker, stripped text), the speaker ``Human`` or ``Assistant``."""
 
@@ -126,7 +128,7 @@ def checked(turns: Turns) -> Turns:
         "does not end in an Assistant turn": speakers[-1:] != ["Assistant"],
         "empty answer": not any(texts[-1:]),
         "empty turn": not all(texts),
-        "half a character (a lone surrogate)": re.search("[\ud800-\udfff]", "".join(texts)),
+        "half a character (a lone surrogate)": HALF_CHARACTER.search("".join(texts)),
     }
     for problem, present in problems.items():
         if present:
@@ -159,7 +161,7 @@ def _number(row: dict, name: str) -> float:
     (value,) = _fields(row, name)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not isfinite(number):
         raise ValueError(f"{name} is not a number")
@@ -312,4 +314,6 @@ def parse_pair(row: dict, id: str, source: str, form: str = HH, label: str = "")
         raise ValueError("both answers are the same")
     named = row.get("source")
     group = named if isinstance(named, str) and named.strip() else source
+    if HALF_CHARACTER.search(group):
+        raise ValueError("half a character (a lone surrogate) in source")
     return PreferencePair(id, join_turns(chosen[:-1]), chosen[-1][1], rejected[-1][1], group)

@@ -96,7 +96,7 @@ def _parquet_rows(path: Path) -> Iterable[tuple[int, dict]]:
 
     try:
         return enumerate(read_table(path).to_pylist(), start=1)
-    except (OSError, ArrowException) as error:
+    except (OSError, ValueError, ArrowException) as error:
         raise StudyError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
@@ -118,7 +118,7 @@ def file_parts(root: Path) -> list[Part]:
     """A file, or all files of a directory that can hold pairs."""
     files = [root]
     if root.is_dir():
-        inside = (path for path in root.rglob("*") if path.is_file() and _reader(path))
+        inside = (path for path in root.rglob("*") if _reader(path) and not path.is_dir())
         files = sorted(path for path in inside if not path.name.startswith(("dataset_info", ".")))
     if not files or not _reader(files[0]):
         raise StudyError(
@@ -131,6 +131,8 @@ def file_parts(root: Path) -> list[Part]:
         # A directory's own name says nothing of a side.
         group, side = group_of(name, root.name if root.is_dir() else name), side_of(name)
         rows = list(_reader(path)(path))
+        if not rows:
+            raise StudyError(f"{path}: the file is empty")
         parts.append(Part(name, rows, sha256(path.read_bytes()), group, side=side))
     return parts
 
@@ -141,15 +143,17 @@ def saved_parts(root: Path) -> list[Part]:
 
     try:
         found = datasets.load_from_disk(str(root))
-    except (OSError, ValueError) as error:
+        splits = found if isinstance(found, dict) else {"": found}
+        read = {split: list(enumerate(rows, start=1)) for split, rows in splits.items()}
+    # A damaged folder ends in whatever the readers of its JSON and Arrow files trip over.
+    except Exception as error:
         raise StudyError(f"{root}: cannot be read ({first_line(error)}); save it again") from None
-    splits = found if isinstance(found, dict) else {"": found}
     parts = []
-    for split, rows in splits.items():
+    for split, rows in read.items():
         arrow = sorted((root / split).glob("*.arrow"))
         digest = sha256(*(path.read_bytes() for path in arrow))
         name = f"{root.name}.{split}" if split else root.name
-        parts.append(Part(name, list(enumerate(rows, 1)), digest, root.name, side=side_of(split)))
+        parts.append(Part(name, rows, digest, root.name, side=side_of(split)))
     return parts
 
 
@@ -193,13 +197,18 @@ def hub_parts(place: str) -> tuple[str, list[Part]]:
 
 
 def hh_parts(source: str) -> list[Part]:
-    """HH-RLHF's files: those of the test split are required."""
-    parts = []
+    """HH-RLHF's files: those of the test split are required, of the training split both or none."""
+    paths = {}
     for subset, stem in SUBSETS.items():
-        for split in ("test", "train"):
-            path = locate(source, f"{stem}.{split}.jsonl", required=split == "test")
-            parts += [hh_part(path, subset)] if path else []
-    return parts
+        paths[subset, "test"] = locate(source, f"{stem}.test.jsonl")
+        paths[subset, "train"] = locate(source, f"{stem}.train.jsonl", without="")
+    missing = [SUBSETS[subset] for subset in SUBSETS if not paths[subset, "train"]]
+    if len(missing) == 1:
+        raise StudyError(
+            f"preferences {source}: {missing[0]}.train.jsonl (or .gz) is missing, and the other "
+            "half is there; add it, or name the files that you mean by path:<file or directory>"
+        )
+    return [hh_part(path, subset) for (subset, _), path in paths.items() if path]
 
 
 def find_parts(source: str) -> tuple[str, list[Part]]:

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from .. import StudyError
+from ..artifacts import note
 from ..chat import Chat, EncodedExample
 from ..sources import read_jsonl
 from . import choose, shuffle_key
@@ -22,8 +23,8 @@ from .forms import LABELS, PKU, RATINGS, TIE, PreferencePair, joined_ratings, pa
 from .parts import Part, find_parts, sha256, side_of
 
 MAX_BAD_ROWS = 0.1
-"""Share of bad rows above which nothing is read; ``#max_bad_rows=<share>`` behind a source sets
-another."""
+"""Share of bad rows in a file above which nothing is read; ``#max_bad_rows=<share>`` behind a
+source sets another."""
 
 
 @dataclass
@@ -133,19 +134,23 @@ def read_preferences(source: str) -> tuple[Preferences, dict[str, list[Preferenc
         pairs, left_out = read_pairs(part, label)
         for side, pair in pairs:
             sides[side].append(pair)
+        read = Preferences([], [], rows=len(pairs) + len(left_out))
+        read.bad_rows = [f"{where}: {reason}" for where, reason in left_out if reason != TIE]
+        read.reasons = Counter(reason for _, reason in left_out)
+        read.ties = read.reasons.pop(TIE, 0)
+        # File by file: the rows of another one must not hide that one is damaged.
+        if read.bad_rows and (not pairs or len(read.bad_rows) > share * read.rows):
+            mend = f"{',' if '#' in source else '#'}max_bad_rows=<share> to the source"
+            mend = f"more than {share:.0%} stops the run: mend them, or append {mend}"
+            mend = mend if pairs else "none is good: mend the file or leave it out"
+            raise StudyError(f"preferences {source}: {part.name}: {read.counted()}; {mend}")
         found.files[part.prefix or part.name] = part.sha256
-        found.rows += len(pairs) + len(left_out)
-        found.bad_rows += [f"{where}: {reason}" for where, reason in left_out if reason != TIE]
-        found.reasons.update(reason for _, reason in left_out)
-    found.ties = found.reasons.pop(TIE, 0)
+        found.rows += read.rows
+        found.bad_rows += read.bad_rows
+        found.reasons += read.reasons
+        found.ties += read.ties
     found.form = ", ".join(dict.fromkeys(part.form for part in parts))
     found.form += f" ({label})" if label else ""
-    if len(found.bad_rows) > share * found.rows:
-        raise StudyError(
-            f"preferences {source}: {found.counted()}; more than {share:.0%} stops the run: mend "
-            "them, or append "
-            f"{',' if '#' in source else '#'}max_bad_rows=<share> to the source"
-        )
     return found, sides
 
 
@@ -185,6 +190,8 @@ def load_preferences(
         openings = {pair.opening for pair in held_out}
         result.shared_openings = sum(pair.opening in openings for pair in train)
     else:
+        if held_out:
+            note("the preference data have no training files: their test pairs are split by prompt")
         train = held_out = train + held_out
         openings = _held_out_openings(held_out, n_held_out, seed)
     train = [pair for pair in train if pair.opening not in openings]
@@ -199,6 +206,11 @@ def load_preferences(
                 "tokens is left; raise max_length or check the files"
             )
         setattr(result, side, chosen)
+        groups = Counter(dict.fromkeys((pair.source for pair in pairs), 0))
+        groups.update(pair.source for pair in chosen)
+        if 2 * min(groups.values()) < max(groups.values()):
+            shares = ", ".join(f"{group} {count}" for group, count in sorted(groups.items()))
+            note(f"{side.replace('_', '-')} pairs are unlike in number by source: {shares}")
     return result
 
 

@@ -10,14 +10,11 @@ are fine. Short answers without a letter or digit are left out, and counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from .. import StudyError
 from ..decode import Prompt
-from ..sources import locate, read_json
+from ..sources import checked, listed, locate, read_json
 from . import trust_score as ts
 
 OFFICIAL = {"asqa": "short", "qampari": "list", "eli5": "long", "expertqa": "long"}
@@ -46,29 +43,13 @@ def load_questions(source: str) -> list[ts.Question]:
         kinds, ending = dict(zip(ts.KINDS, ts.KINDS)), ".json"
     questions = []
     for name, kind in kinds.items():
-        required = not source.startswith("path:")
-        path = locate(source, f"trust-score/{name}{ending}", required)
+        without = f"Trust-Score has no questions of {name}" if source.startswith("path:") else None
+        path = locate(source, f"trust-score/{name}{ending}", without)
         if path:
-            questions += _read(path, name, kind)
+            questions += [q for q in from_rows(read_json(path), name, kind, str(path)) if q]
     if not questions:
         raise StudyError(f"{source} has none of trust-score/<set>_eval_top100_calibrated.json")
     return questions
-
-
-@contextmanager
-def _row(where: str, needs: str) -> Iterator[None]:
-    """Errors in a row say where it is and what a row needs."""
-    try:
-        yield
-    except StudyError as error:
-        raise StudyError(f"{where}: {error}") from None
-    except (KeyError, TypeError) as error:
-        problem = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise StudyError(f"{where}: needs {needs}: {problem}") from None
-
-
-def _read(path: Path, name: str, kind: str) -> list[ts.Question]:
-    return [q for q in from_rows(read_json(path), name, kind, str(path)) if q]
 
 
 def from_rows(
@@ -91,21 +72,22 @@ def from_rows(
         place = f"{where}: question {key}"
         if key in questions:
             raise StudyError(f"{place}: this sample_id is there twice")
-        with _row(place, "question, docs with title, text and answers_found, and gold claims"):
-            asked, claims = _text(row["question"]), _claims(row, kind)
-            kept = [i for i, claim in enumerate(claims) if kind == "long" or _names(claim)]
-            left_out += len(claims) - len(kept)
-            some, documents, question = tuple(claims[i] for i in kept), [], None
-            given = row["docs"][: ts.DOCUMENTS]
-            unknown = ("answers_found" not in d or d["answers_found"] is None for d in given)
-            missing = entails and any(unknown)
-            for document in given:
-                found = [0] * len(claims) if missing else document["answers_found"]
-                whole = isinstance(found, list) and len(found) == len(claims)
-                documents.append(_document(document, [found[i] for i in kept] if whole else found))
-            if some:
-                question = ts.Question(f"{name}/{key}", kind, asked, some, tuple(documents))
-                question = annotate(question, entails) if missing else question
+        checked(row, "row", place, dict)
+        asked, claims = checked(row.get("question"), "question", place), _claims(row, kind, place)
+        kept = [i for i, claim in enumerate(claims) if kind == "long" or _names(claim)]
+        left_out += len(claims) - len(kept)
+        some, documents, question = tuple(claims[i] for i in kept), [], None
+        given = listed(row.get("docs"), "docs", place, dict)[: ts.DOCUMENTS]
+        missing = entails and any(d.get("answers_found") is None for d in given)
+        for document in given:
+            found = [0] * len(claims) if missing else document.get("answers_found")
+            if not isinstance(found, list) or len(found) != len(claims):
+                wanted = f"answers_found must be a list of {len(claims)}, one per gold answer"
+                raise StudyError(f"{place}: {wanted}, got {found!r}")
+            documents.append(_document(document, [found[i] for i in kept], place))
+        if some:
+            question = ts.Question(f"{name}/{key}", kind, asked, some, tuple(documents))
+            question = annotate(question, entails) if missing else question
         if question and row.get("answerable") not in (None, question.answerable):
             raise StudyError(f"{place}: answerable contradicts answers_found; fix one of the two")
         questions[key] = question
@@ -142,38 +124,33 @@ def annotate(question: ts.Question, entails: ts.EntailmentModel) -> ts.Question:
     return replace(question, documents=documents)
 
 
-def _claims(row: dict, kind: str) -> tuple[ts.Claim, ...]:
+def _claims(row: dict, kind: str, place: str) -> tuple[ts.Claim, ...]:
+    if kind == "long" and "claims" in row:
+        return tuple(map(ts.Claim, listed(row["claims"], "claims", place, empty=True)))
+    groups, name = row.get("answers"), "answers"
+    if kind != "long" and row.get("qa_pairs") is not None:
+        pairs, name = listed(row["qa_pairs"], "qa_pairs", place, dict, empty=True), "short_answers"
+        groups = [pair.get("short_answers") for pair in pairs]
+    groups = listed(groups, name, place, list, empty=True)
+    aliases = tuple(listed(group, f"{name}[{i}]", place) for i, group in enumerate(groups))
     if kind == "long":
-        texts = row["claims"] if "claims" in row else [first for first, *_ in row["answers"]]
-        return tuple(map(ts.Claim, _texts(texts)))
-    pairs = row.get("qa_pairs")
-    aliases = [pair["short_answers"] for pair in pairs] if pairs is not None else row["answers"]
-    aliases = tuple(map(_texts, aliases))
-    statements = _texts(row["statements"]) if "statements" in row else ("",) * len(aliases)
+        return tuple(ts.Claim(sentence) for sentence, *_ in aliases)
+    statements = ("",) * len(aliases)
+    if "statements" in row:
+        statements = listed(row["statements"], "statements", place, empty=True)
     if len(statements) != len(aliases):
-        raise TypeError(f"{len(statements)} statements for {len(aliases)} answers")
+        raise StudyError(f"{place}: {len(statements)} statements for {len(aliases)} answers")
     return tuple(map(ts.Claim, statements, aliases))
 
 
-def _document(row: dict, bits: list) -> ts.Document:
-    if not isinstance(bits, list) or any(bit not in (0, 1) for bit in bits):
-        raise TypeError(f"expected 0 or 1 per claim, got {bits!r}")
-    title = row["title"]
-    if not isinstance(title, str):
-        raise TypeError(f"expected a title, got {title!r}")
-    return ts.Document(title, _text(row["text"]), tuple(map(bool, bits)))
-
-
-def _text(value) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise TypeError(f"expected a text, got {value!r}")
-    return value
-
-
-def _texts(value) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise TypeError(f"expected a list, got {value!r}")
-    return tuple(map(_text, value))
+def _document(row: dict, bits: list, place: str) -> ts.Document:
+    if any(bit not in (0, 1) for bit in bits):
+        raise StudyError(f"{place}: answers_found must be 0 or 1 per gold answer, got {bits!r}")
+    title = row.get("title")
+    if title != "":
+        checked(title, "title of a document", place)
+    text = checked(row.get("text"), "text of a document", place)
+    return ts.Document(title, text, tuple(map(bool, bits)))
 
 
 def load_cited(source: str) -> list[tuple[ts.Question, str]]:
@@ -186,23 +163,28 @@ def load_cited(source: str) -> list[tuple[ts.Question, str]]:
     """
     cited = []
     for name, kind in (("asqa", "long"), ("eli5", "long"), ("qampari", "list")):
-        path = locate(source, f"alce/{name}_default.json", required=False)
+        without = "the entailment model is not tried on answers that people cited there"
+        path = locate(source, f"alce/{name}_default.json", without)
         if path:
-            with _row(str(path), "demos with question, answer and docs with title and text"):
-                rows = enumerate(read_json(path)["demos"], start=1)
-                cited += [_cited(f"{name}/{number}", kind, row) for number, row in rows]
+            content = checked(read_json(path), "demos", str(path), dict)
+            rows = listed(content.get("demos"), "demos", str(path), dict)
+            for number, row in enumerate(rows, start=1):
+                cited.append(_cited(f"{name}/{number}", kind, row, f"{path}: demo {number}"))
     return cited
 
 
-def _cited(key: str, kind: str, row: dict) -> tuple[ts.Question, str]:
-    answer = _text(row["answer"])
+def _cited(key: str, kind: str, row: dict, place: str) -> tuple[ts.Question, str]:
+    asked, answer = (checked(row.get(part), part, place) for part in ("question", "answer"))
     parts = ts.items(answer) if kind == "list" else ts.sentences(answer)
-    texts = [ts.without_citations(part).strip(" .") for part in parts]
-    claims = tuple(ts.Claim(text, (text,) if kind == "list" else ()) for text in texts)
+    said = [ts.without_citations(part).strip(" .") for part in parts]
+    claims = tuple(ts.Claim(text, (text,) if kind == "list" else ()) for text in said)
     documents = []
-    for number, document in enumerate(row["docs"], start=1):
-        documents.append(_document(document, [number in ts.citations(part) for part in parts]))
-    return ts.Question(key, kind, _text(row["question"]), claims, tuple(documents)), answer
+    for number, document in enumerate(listed(row.get("docs"), "docs", place, dict), start=1):
+        held = [number in ts.citations(part) for part in parts]
+        documents.append(_document(document, held, place))
+    if not claims or kind == "list" and not all(map(_names, claims)):
+        raise StudyError(f"{place}: its answer has a part that says nothing")
+    return ts.Question(key, kind, asked, claims, tuple(documents)), answer
 
 
 def prompt(question: ts.Question) -> Prompt:

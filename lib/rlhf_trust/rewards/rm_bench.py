@@ -28,7 +28,7 @@ from ..artifacts import ResultCache, content_key, progress, sha256_of
 from ..chat import Chat, EncodedExample
 from ..decode import Generations
 from ..models import device, load_base, load_tokenizer, using
-from ..sources import NO_CODE, locate, model_directory, read_json
+from ..sources import NO_CODE, checked, field, listed, locate, model_directory, read_json
 from ..stats import mean_interval, row_rank_correlations, stratified_interval
 
 STYLES = ("concise", "plain", "markdown")
@@ -65,9 +65,10 @@ def load_rm_bench(source: str) -> list[Item]:
         If there is no file at all, or a row lacks its prompt or its three answers on either side,
         or has the same answer on both, with file and row.
     """
-    parts = {name: _located(source, f"{name}_filtered") for name in FILES}
-    if not any(parts.values()):
-        parts = {"": _located(source, "total_dataset")}
+    whole = locate(source, "rm-bench/total_dataset.json", "")
+    without = "" if whole else "RM-Bench is measured without it"
+    parts = {name: locate(source, f"rm-bench/{name}_filtered.json", without) for name in FILES}
+    parts = parts if any(parts.values()) else {"": whole}
     items = [item for name, path in parts.items() if path for item in _read(path, name)]
     if not items:
         raise StudyError(
@@ -76,39 +77,28 @@ def load_rm_bench(source: str) -> list[Item]:
     return items
 
 
-def _located(source: str, name: str) -> Path | None:
-    return locate(source, f"rm-bench/{name}.json", required=False)
-
-
 def _read(path: Path, name: str) -> list[Item]:
     """A file's items; without the ``name`` of one of ``FILES``, its rows say which they would be
     in."""
-    rows = read_json(path)
-    if not (isinstance(rows, list) and rows):
-        raise StudyError(f"{path}: expected a list of items")
     items = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(listed(read_json(path), "items", str(path), dict), start=1):
         place = f"{path}: item {number}"
-        texts, file = _texts(row, place), name or row.get("domain")
-        if file not in FILES:
-            raise StudyError(f"{place}: domain must be one of {', '.join(FILES)}, got {file!r}")
-        items.append(Item(f"{file}:{number}", file.split("-")[0], *texts))
+        file = name or field(row, "domain", place, allowed=FILES)
+        said = _prompt_and_answers(row, place)
+        items.append(Item(f"{file}:{number}", file.split("-")[0], *said))
     return items
 
 
-def _texts(row, place: str) -> tuple[str, tuple, tuple]:
-    """Prompt, right and wrong answers of a row; ``place`` names it in errors."""
-    row = row if isinstance(row, dict) else {}
-    prompt, *sides = (row.get(key) for key in ("prompt", "chosen", "rejected"))
-    complete = all(isinstance(side, list) and len(side) == 3 for side in sides)
-    texts = [prompt, *sides[0], *sides[1]] if complete else [None]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+def _prompt_and_answers(row: dict, place: str) -> tuple[str, tuple, tuple]:
+    """Prompt, right and wrong answers of a row, as they are; ``place`` names it in errors."""
+    sides = [listed(row.get(name), name, place) for name in ("chosen", "rejected")]
+    if any(len(side) != len(STYLES) for side in sides):
         answers = f"three answers each ({', '.join(STYLES)})"
-        raise StudyError(f"{place}: needs a prompt, and chosen and rejected with {answers}")
+        raise StudyError(f"{place}: chosen and rejected must have {answers}")
     for style, right, wrong in zip(STYLES, *sides):
         if right == wrong:
             raise StudyError(f"{place}: chosen and rejected are the same {style} answer")
-    return prompt, *map(tuple, sides)
+    return checked(row.get("prompt"), "prompt", place), *sides
 
 
 # --- scores ---------------------------------------------------------------------------------------

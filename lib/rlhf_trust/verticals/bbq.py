@@ -21,8 +21,8 @@ from .. import StudyError
 from ..chat import Chat
 from ..data import choose
 from ..decode import MultipleChoice
-from ..sources import locate, read_jsonl
-from .common import Measure, field, measured
+from ..sources import field, locate, read_jsonl
+from .common import Measure, measured
 
 # --- rows and loader ------------------------------------------------------------------------------
 
@@ -51,13 +51,17 @@ BBQ_CATEGORIES = ("Age", "Disability_status", "Physical_appearance")
 
 def load_bbq(source: str) -> list[AmbiguousQuestion]:
     """BBQ's questions in ambiguous contexts, of the categories in the data source (maybe none)."""
-    items = []
+    items, ids = [], set()
     for category in BBQ_CATEGORIES:
-        path = locate(source, f"bbq/{category}.jsonl", required=False)
+        without = "BBQ is measured without this category"
+        path = locate(source, f"bbq/{category}.jsonl", without)
         for number, row in read_jsonl(path) if path else ():
             where = f"{path}:{number}"
             if field(row, "context_condition", where, allowed=("ambig", "disambig")) == "ambig":
                 items.append(_ambiguous_question(row, category, where))
+                if items[-1].id in ids:
+                    raise StudyError(f"{where}: example_id {row['example_id']} is there twice")
+                ids.add(items[-1].id)
     return items
 
 
@@ -70,6 +74,9 @@ def _ambiguous_question(row: dict, category: str, where: str) -> AmbiguousQuesti
     stereotyped = field(row, "additional_metadata.stereotyped_groups", where, list)
     unknown = [i for i, group in enumerate(groups) if group == "unknown"]
     targets = [i for i, group in enumerate(groups) if group in stereotyped]
+    answers = tuple(field(row, place, where) for place in places)
+    if len(set(answers)) < 3:
+        raise StudyError(f"{where}: ans0, ans1 and ans2 must differ")
     if len(unknown) != 1 or len(targets) != 1 or unknown == targets:
         raise StudyError(
             f"{where}: answer_info and stereotyped_groups must single out one answer 'unknown' and "
@@ -82,7 +89,7 @@ def _ambiguous_question(row: dict, category: str, where: str) -> AmbiguousQuesti
         f"{category}/{field(row, 'question_index', where)}",
         field(row, "context", where),
         field(row, "question", where),
-        tuple(field(row, place, where) for place in places),
+        answers,
         unknown[0],
         targets[0] if polarity == "neg" else other,
     )

@@ -1,12 +1,11 @@
-"""What all verticals share: checked rows, answers of every model, measures, tables, sentences."""
+"""What all verticals share: answers of every model, measures, tables, sentences."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,55 +32,6 @@ from . import HEADLINE, PUBLISHED
 
 Answers = dict[str, list[list[str]]]
 """Model name → per prompt → the sampled answers."""
-
-# --- rows and loaders -----------------------------------------------------------------------------
-
-
-def field(row: Any, name: str, where: str, kind: type = str, allowed: Collection[str] = ()) -> Any:
-    """One value of a file's row, checked; texts are stripped.
-
-    Parameters
-    ----------
-    row
-        The row; anything but a dictionary has no value.
-    name
-        Its key, or a path of keys such as ``prompt.text``.
-    where
-        File and line, for the error.
-    kind
-        The type wanted.
-    allowed
-        The values allowed, if only a few are.
-
-    Raises
-    ------
-    StudyError
-        The value is missing, empty, of another type or not allowed.
-    """
-    value = row
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    value = value.strip() if isinstance(value, str) else value
-    if value in (None, "", [], {}):
-        raise StudyError(f"{where}: no {name}")
-    if not isinstance(value, kind):
-        raise StudyError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
-    if allowed and value not in allowed:
-        raise StudyError(f"{where}: {name} must be {' or '.join(allowed)}, got {value!r}")
-    return value
-
-
-def yes_or_no(row: dict, name: str, where: str) -> bool:
-    """A checked 0 or 1 of a CSV row."""
-    return field(row, name, where, allowed=("0", "1")) == "1"
-
-
-def not_empty(items: list, vertical: str, source: str) -> list:
-    """``items``; an error if there are none."""
-    if not items:
-        raise StudyError(f"{vertical} data of {source}: the file is empty")
-    return items
-
 
 # --- answers --------------------------------------------------------------------------------------
 

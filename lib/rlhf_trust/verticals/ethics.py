@@ -27,24 +27,14 @@ from functools import partial
 
 import numpy as np
 
+from .. import StudyError
 from ..chat import Chat
 from ..data import choose
 from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
-from ..sources import locate, read_csv
+from ..sources import field, locate, read_csv, yes_or_no
 from . import contrast
-from .common import (
-    Measure,
-    clauses,
-    field,
-    measured,
-    not_empty,
-    score_options,
-    unparsable,
-    verdict_of,
-    within,
-    yes_or_no,
-)
+from .common import Measure, clauses, measured, score_options, unparsable, verdict_of, within
 
 # --- rows and loader ------------------------------------------------------------------------------
 
@@ -62,12 +52,16 @@ def load_ethics(source: str) -> list[Scenario]:
     """Short scenarios of ETHICS' commonsense morality, in file order, as in the paper."""
     path = locate(source, "ethics/cm_test.csv")
     items = []
-    for number, row in read_csv(path, ("label", "input", "is_short")):
+    truths = ("label", "is_short")
+    for number, row in read_csv(path, (*truths, "input"), truths):
         where = f"{path}:{number}"
-        wrong, text = yes_or_no(row, "label", where), field(row, "input", where)
-        if row["is_short"].casefold() == "true":  # spreadsheets write TRUE
+        wrong, short = (yes_or_no(row, name, where) for name in truths)
+        text = field(row, "input", where)
+        if short:
             items.append(Scenario(f"scenario:{number}", text, wrong))
-    return not_empty(items, "ethics", source)
+    if len({item.wrong for item in items}) < 2:
+        raise StudyError(f"{path}: needs short acts (is_short) with label 1 and with label 0")
+    return items
 
 
 # --- prompts --------------------------------------------------------------------------------------

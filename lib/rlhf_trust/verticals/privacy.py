@@ -31,7 +31,7 @@ from ..chat import Chat
 from ..data import choose
 from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
-from ..sources import locate, read_json
+from ..sources import checked, locate, read_json
 from .common import Measure, measured, read_each, score_options, unparsable
 from .ethics import roc_area_values
 
@@ -108,11 +108,27 @@ KINDS: dict[str, Callable[[Random, str], str]] = {
 
 
 def load_privacy(source: str, per_kind: int, seed: int) -> list[PrivateFact]:
-    """Privacy items; with real names only if the data directory has ``enron/name2email.json``."""
-    path = locate(source, "enron/name2email.json", required=False)
-    people = read_json(path).items() if path else ()
-    full_names = [pair for pair in people if re.fullmatch(r"[A-Z][a-z]+ [A-Z][a-z]+", pair[0])]
-    return make_private_facts(per_kind, seed, full_names)
+    """Privacy items; with real names only if the data directory has ``enron/name2email.json``.
+
+    Of these, the names of two words, as in ``Jane Dorset``; of a file that has none such, those in
+    capitals or in small letters.
+    """
+    path = locate(source, "enron/name2email.json", "people and their e-mail addresses are made up")
+    if path is None:
+        return make_private_facts(per_kind, seed)
+    people = read_json(path)
+    if not isinstance(people, dict) or not people:
+        raise StudyError(f"{path}: expected an object, name: e-mail address")
+    for number, (name, address) in enumerate(people.items(), start=1):  # no real name in an error
+        checked(name, "name", f"{path}: entry {number}")
+        if "@" not in checked(address, "e-mail address", f"{path}: entry {number}"):
+            raise StudyError(f"{path}: entry {number}: no e-mail address")
+    titled = [(name.title(), address) for name, address in people.items()]
+    for pairs in (people.items(), titled):
+        found = [pair for pair in pairs if re.fullmatch(r"[A-Z][a-z]+ [A-Z][a-z]+", pair[0])]
+        if len(found) >= 4:
+            return make_private_facts(per_kind, seed, found)
+    raise StudyError(f"{path}: needs at least four names of two words, such as Jane Dorset")
 
 
 def make_private_facts(
@@ -124,8 +140,6 @@ def make_private_facts(
     ask for the real address, all other values stay made up.
     """
     random, real_people = Random(f"privacy:{seed}"), list(real_people)
-    if real_people and len(real_people) < 4:
-        raise StudyError("privacy: at least four names are needed")
     facts = []
     for kind in KINDS:
         for number in range(per_kind):

@@ -31,21 +31,18 @@ from ..chat import Chat
 from ..data import choose
 from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
-from ..sources import locate, read_csv
+from ..sources import field, locate, read_csv, yes_or_no
 from ..stats import Change, paired_change
 from . import contrast
 from .common import (
     NEGATION,
     Measure,
     clauses,
-    field,
     measured,
-    not_empty,
     read_each,
     score_options,
     unparsable,
     verdict_of,
-    yes_or_no,
 )
 from .ethics import roc_area_values
 from .toxicity import SYSTEMS
@@ -120,7 +117,8 @@ def load_stereotype(source: str) -> list[Statement]:
     path = locate("shipped", "stereotype-controls/targets.csv")
     targets = {row["topic"]: row["groups"] for _, row in read_csv(path, ("topic", "groups"))}
     path, items = locate(source, "decodingtrust-stereotype/user_prompts.csv"), []
-    for number, row in read_csv(path, ("stereotype_topic", "target_group", "stereotype_template")):
+    columns, truths = ("stereotype_topic", "target_group", "stereotype_template"), ("stereotyped",)
+    for number, row in read_csv(path, columns, truths):
         where = f"{path}:{number}"
         topic, group = field(row, "stereotype_topic", where), field(row, "target_group", where)
         if "stereotyped" in row:
@@ -131,7 +129,9 @@ def load_stereotype(source: str) -> list[Statement]:
         if TARGET not in template:
             raise StudyError(f"{where}: the statement has no {TARGET}")
         items.append(Statement(f"statement:{number}", topic, group, template, stereotyped))
-    return not_empty(items, "stereotype", source)
+    if "stereotyped" in row and len({item.stereotyped for item in items}) < 2:
+        raise StudyError(f"{path}: stereotyped is the same in every row; needs both 1 and 0")
+    return items
 
 
 def load_harmless(groups: Sequence[str]) -> list[Statement]:

@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 from ..data import choose
 from ..decode import Decoding, Generations, Prompt
 from ..models import ModelSet
-from ..sources import locate, read_jsonl
+from ..sources import field, locate, read_jsonl
 from ..stats import DRAWS, NORMAL, Interval, generator, interval_words, item_means, mean_interval
 from . import HEADLINE
 from .common import (
@@ -35,9 +35,7 @@ from .common import (
     Measure,
     answer_all,
     corrected_row,
-    field,
     measured,
-    not_empty,
     read_each,
     unparsable,
     within,
@@ -65,7 +63,7 @@ def load_toxicity(source: str) -> list[ToxicityPrompt]:
         for number, row in read_jsonl(path):
             text = field(row, "prompt.text", f"{path}:{number}")
             items.append(ToxicityPrompt(f"{split}:{number}", text, split))
-    return not_empty(items, "toxicity", source)
+    return items
 
 
 def choose_items(items: Sequence[ToxicityPrompt], n: int, seed: int) -> list[ToxicityPrompt]:

@@ -31,8 +31,8 @@ from ..chat import Chat
 from ..data import choose
 from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
-from ..sources import locate, read_json, read_text
-from .common import Measure, field, measured, not_empty, read_each, score_options, unparsable
+from ..sources import checked, field, listed, locate, read_json, read_text
+from .common import Measure, measured, read_each, score_options, unparsable
 
 # --- rows and loaders -----------------------------------------------------------------------------
 
@@ -58,12 +58,16 @@ class Question:
 def load_truthfulness(source: str) -> list[Question]:
     """TruthfulQA's questions, in file order."""
     path, items = locate(source, "truthfulqa/mc_task.json"), []
-    for number, row in enumerate(read_json(path), start=1):
+    for number, row in enumerate(listed(read_json(path), "questions", str(path), dict), start=1):
         where = f"{path}: question {number}"
         # TruthfulQA's {answer: 1 or 0}, split into right and wrong answers in file order.
         answers = []
         for name in ("mc1_targets", "mc2_targets"):
             labels = field(row, name, where, dict)
+            for text in labels:
+                checked(text, f"answer in {name}", where)
+                if labels[text] not in (0, 1):
+                    raise StudyError(f"{where}: {name}: every answer needs 1 (right) or 0 (wrong)")
             answers += [tuple(text for text in labels if labels[text] == of) for of in (1, 0)]
         if len(answers[0]) != 1 or not all(answers):
             raise StudyError(
@@ -73,7 +77,7 @@ def load_truthfulness(source: str) -> list[Question]:
         (right,), *others = answers
         text = field(row, "question", where)
         items.append(Question(f"question:{number}", text, right, *others))
-    return not_empty(items, "truthfulness", source)
+    return items
 
 
 def load_primer() -> str:
