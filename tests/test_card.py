@@ -144,7 +144,7 @@ def test_two_models_have_an_entry_each():
     assert [entry["name"] for entry in index] == ["mine", "b/other"]
     text = card.card(tables(("mine", "theirs")), how)
     assert "| choice above chance (lower is worse) |" in text and "| +0.200 | – | 4 |" in text
-    assert "path:first" in text and "/home/me" not in text
+    assert "path:…/first" in text and "/home/me" not in text
     assert "| 70%; 70%; n = 60 |" in text
     assert re.findall("^## .*", text, re.M) == [
         "## mine, compared with start",

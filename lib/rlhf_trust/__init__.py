@@ -25,9 +25,32 @@ ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the folder that holds ``notebooks``, ``params`` and ``lib``."""
 
 
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+    # Joiners, where neither letters that they shape nor parts of an emoji are on both sides.
+    "|(?<![\u0590-\u1fff\u2190-\U0001ffff])[\u200c\u200d]|[\u200c\u200d](?![\u0590-\u1fff\u2190-\U0001ffff])"
+)
+"""What acts on a terminal or a page without being seen there: control characters, changes of
+direction, characters of no width, halves of surrogate pairs."""
+
+
+def visible(text: str) -> str:
+    """Text with a mark in place of each character of ``UNSEEN``: ␛, ␀, or ``[U+202E]``."""
+
+    def mark(found: re.Match) -> str:
+        code = ord(found[0])
+        return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"[U+{code:04X}]"
+
+    return UNSEEN.sub(mark, text.replace("\r\n", "\n"))
+
+
 class StudyError(ValueError):
     """Something the user can mend: the message is one line that names the file, key or row and what
-    to do."""
+    to do. Of data that it cites nothing acts on the terminal."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(visible(str(message)).replace("\n", "␊"))
 
 
 def require(fine: object, problem: str) -> None:

@@ -20,6 +20,7 @@ from huggingface_hub.repocard_data import CardData, EvalResult, eval_results_to_
 from . import StudyError, lineage
 from .artifacts import Build, read_manifests, read_table, write_text
 from .headline import clear_verdict, gated
+from .params import shown_source
 from .rag import trust_score
 from .render import as_markdown, write_markdown_page
 from .report import (
@@ -30,7 +31,6 @@ from .report import (
     headline_rows,
     p_words,
     readable_answers,
-    shown_source,
     validity_of,
 )
 from .stats import FEW, LEVEL, UNCLEAR, Interval, interval_words, verdict

@@ -55,6 +55,7 @@ def use_style() -> None:
         "grid.color": "#E5E5E5",
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
+        "text.parse_math": False,  # names with a dollar sign are shown as they are
     }
     sns.set_theme(style="whitegrid", font="DejaVu Sans", rc=settings)
 

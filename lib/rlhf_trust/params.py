@@ -12,6 +12,7 @@ import ast
 import difflib
 import io
 import json
+import os
 import re
 import tokenize
 from dataclasses import dataclass
@@ -207,6 +208,23 @@ def _whole_paths(value: Any) -> Any:
     ):
         return value
     return f"{found[1]}{ROOT / Path(found[3]).expanduser()}"
+
+
+def shown_path(path: str) -> str:
+    """A path as a page may publish it: from the repository's root on if it is inside, else its last
+    part, after an ellipsis."""
+    whole = os.path.normpath(ROOT / path)
+    if Path(whole).is_relative_to(ROOT):
+        return os.path.relpath(whole, ROOT)
+    return f"…/{os.path.basename(whole)}"
+
+
+def shown_source(source: str) -> str:
+    """A model's or a data set's source, of a path what :func:`shown_path` shows."""
+    kind, _, place = source.partition("path:")
+    return (
+        f"{kind}path:{shown_path(place)}" if re.fullmatch(r"([^:]+=)?", kind) and place else source
+    )
 
 
 def _refuse_unknown(complaint: str, names, known) -> None:

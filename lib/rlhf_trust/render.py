@@ -1,7 +1,9 @@
 """What a reader sees: text escaped, harsh text folded away, real people masked; notebooks as pages.
 
-Model text is data: it is escaped before it becomes HTML. A rendered notebook is one HTML file that
-contains everything it shows and makes no network request.
+Text is data: only :class:`Html` becomes HTML as it stands, and what is put into one is escaped. A
+rendered notebook is one HTML file that contains everything it shows and makes no network request:
+pandoc runs where it can open nothing, what it returns is cleaned by a list of what may stay, and a
+policy tells browsers to load nothing but images that the page holds.
 """
 
 from __future__ import annotations
@@ -9,48 +11,99 @@ from __future__ import annotations
 import html
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
+import markupsafe
 import matplotlib.pyplot as plt
 import nbformat
+import nh3
 import pandas as pd
 import pypandoc
 from IPython.display import HTML, Image, Markdown
+from matplotlib.text import Text
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
+from . import ROOT, UNSEEN, visible
 from .artifacts import Build, atomic_write, write_text
 from .masking import LONGEST, Masker
+from .params import shown_path
 
 
-def escaped(text: str, limit: int = 600) -> str:
-    """Text as HTML: escaped, line breaks kept, cut at ``limit`` characters with an ellipsis."""
-    text = text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
-    # One line in the source: a blank line would end a raw HTML block in Markdown.
-    return html.escape(text).replace("\n", "<br>")
+class Html(markupsafe.Markup):
+    """HTML that is safe, on one line. Text that :meth:`format`, :meth:`join` or ``+`` puts into it
+    is escaped, its line breaks are kept, and what acts unseen in it gets a mark."""
+
+    @classmethod
+    def escape(cls, text: object) -> Html:
+        if hasattr(text, "__html__"):
+            return cls(text)
+        # A blank line would end a raw HTML block in Markdown.
+        return cls(str(markupsafe.escape(visible(str(text)))).replace("\n", "<br>"))
+
+
+def escaped(text: str, limit: int = 600) -> Html:
+    """Text as HTML, cut at ``limit`` characters with an ellipsis."""
+    return Html.escape(text if len(text) <= limit else text[: limit - 1].rstrip() + "…")
+
+
+def as_html(*parts: str | HTML) -> HTML:
+    """Parts one after the other, to end a cell with: HTML as it stands, text escaped."""
+    return _holding(HTML(), str(Html("").join(parts)))
+
+
+def _holding(output: HTML | Markdown, text: str) -> HTML | Markdown:
+    """IPython takes a text that it is made with and that begins with "http" for an address, and
+    fetches it."""
+    output.data = text
+    return output
+
+
+IN_MARKDOWN = re.compile(
+    # What stays: escaped characters, code, links to notebooks.
+    r"\\[!-/:-@\[-`{-~]|&(?:lt|gt|amp);|(?<!`)`[^`\n]+`(?!`)|\[[^\[\]<`\\]*\]\(\d\d-[\w-]+\.ipynb\)"
+    r"|(?P<html>[<&](?=[a-z#/!?]))"
+    r"|(?P<acts>\](?=[(\[:{])|!(?=\[)|:(?=//)|(?<=www)\.|(?<=\w)@(?=\w)|[\\`_~$|{])",
+    re.IGNORECASE,
+)
+
+
+def prose(text: str) -> str:
+    """Markdown of which headings, lists, emphasis by ``*``, code and links to notebooks remain; the
+    rest shows as it is written: HTML, images, other links, formulas, tables."""
+
+    def literal(found: re.Match) -> str:
+        if found["html"]:
+            return html.escape(found[0])
+        return "\\" * bool(found["acts"]) + found[0]
+
+    return IN_MARKDOWN.sub(literal, visible(text))
 
 
 def as_markdown(text: str) -> str:
     """Text for Markdown, where it shows as it is: neither HTML nor a link, nor a new table cell."""
-    flat = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", flat)
+    flat = html.escape(" ".join(visible(text).split()), quote=False)
+    flat = re.sub(r"([\\`*_\[\]|~${}]|(?<=\w)@|:(?=//)|(?<=www)\.)", r"\\\1", flat)
+    return re.sub(r"^(\d*)([-+.)]|#+)(?=\s|$)", r"\1\\\2", flat)  # no list, no heading
 
 
-def fold(content: str, warning: str) -> str:
-    """HTML behind a warning that the reader opens on purpose."""
-    return f'<details class="harsh"><summary>{html.escape(warning)}</summary>{content}</details>'
+def fold(content: str, warning: str) -> Html:
+    """HTML (or text) behind a warning that the reader opens on purpose."""
+    folded = Html('<details class="harsh"><summary>{}</summary>{}</details>')
+    return folded.format(warning, content)
 
 
-def conversation(turns: Sequence[str], masker: Masker | None = None) -> str:
+def conversation(turns: Sequence[str], masker: Masker | None = None) -> Html:
     """A prompt's turns as HTML."""
     mask, shown = masker or Masker(), []
     for speaker, turn in zip(cycle(("Human", "Assistant")), turns):
-        shown.append(f"<b>{speaker}:</b> {escaped(mask(turn[:LONGEST]))}")
-    return "<br>".join(shown)
+        shown.append(Html("<b>{}:</b> {}").format(speaker, escaped(mask(turn[:LONGEST]))))
+    return Html("<br>").join(shown)
 
 
-def coloured(pieces: Sequence[str], values: Sequence[float], largest: float) -> str:
+def coloured(pieces: Sequence[str], values: Sequence[float], largest: float) -> Html:
     """Text as HTML, each piece over red where its value is above 0 and over blue where it is below.
 
     Full colour at ±``largest``. The value itself shows on hovering, and its sign also as a line
@@ -61,27 +114,30 @@ def coloured(pieces: Sequence[str], values: Sequence[float], largest: float) -> 
     for piece, value in zip(pieces, values, strict=True):
         share = min(1.0, abs(value) / largest) if largest else 0.0
         tint = "196, 60, 40" if value > 0 else "50, 100, 190"
-        style = f"background: rgba({tint}, {0.6 * share:.2f})"
+        style = f"background-color: rgba({tint}, {0.6 * share:.2f})"
         if share >= 1 / 3:
             style += f"; text-decoration: {'overline' if value > 0 else 'underline'}"
-        shown.append(f'<span style="{style}" title="{value:+.4f}">{html.escape(piece)}</span>')
-    return "".join(shown).replace("\n", "<br>")
+        span = Html('<span style="{}" title="{:+.4f}">{}</span>')
+        shown.append(span.format(style, value, piece))
+    return Html("").join(shown)
 
 
 def samples(
     rows: Sequence[tuple[str, dict[str, str]]], masker: Masker | None = None, warning: str = ""
 ) -> HTML:
-    """A table of items: the prompt (HTML) and each model's answer (raw text).
+    """A table of items: what was asked (:class:`Html`, or text) and each model's answer (text).
 
     ``warning``: fold the table behind this sentence, for text that may offend.
     """
     mask, shown = masker or Masker(), []
     for asked, answers in rows:
-        shown.append({"asked": asked})
-        for model, answer in answers.items():
-            shown[-1][html.escape(model)] = escaped(mask(answer[:LONGEST])) or "<i>(empty)</i>"
-    content = _html_table(pd.DataFrame(shown), "samples", escape=False)
-    return HTML(fold(content, warning) if warning else content)
+        cells = {name: escaped(mask(answer[:LONGEST])) for name, answer in answers.items()}
+        shown.append({"asked": asked} | cells)
+    heads = list(dict.fromkeys(name for cells in shown for name in cells))
+    nothing, absent = Html("<i>(empty)</i>"), "–"
+    body = [[cells.get(head, absent) or nothing for head in heads] for cells in shown]
+    content = _html_table(heads, body, "samples")
+    return as_html(fold(content, warning) if warning else content)
 
 
 def table(frame: pd.DataFrame, digits: int = 3) -> HTML:
@@ -96,35 +152,43 @@ def table(frame: pd.DataFrame, digits: int = 3) -> HTML:
             return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
         return str(value)
 
-    return HTML(_html_table(frame.map(cell), "figures"))
+    rows = frame.map(cell).itertuples(index=False, name=None)
+    return as_html(_html_table(frame, rows, "figures"))
 
 
-def _html_table(frame: pd.DataFrame, kind: str, escape: bool = True) -> str:
-    """On one line: a blank line would end a raw HTML block in Markdown.
+def _html_table(heads: Iterable, rows: Iterable[Iterable], kind: str) -> Html:
+    """Without an index. Not pandas' own, which escapes all cells or none."""
 
-    Without the name of the columns (a pivot has one), which would be a column of its own.
-    """
-    frame = frame.rename_axis(columns=None)
-    with pd.option_context("display.max_colwidth", None):
-        rows = frame.to_html(index=False, border=0, classes=kind, escape=escape, justify="left")
-    return "".join(line.strip() for line in rows.splitlines())
+    def line(tag: str, cells: Iterable) -> Html:
+        return Html("").join(Html(f"<{tag}>{{}}</{tag}>").format(cell) for cell in cells)
+
+    head = '<table class="dataframe {}"><thead><tr style="text-align: left;">{}</tr></thead>'
+    body = Html("").join(Html("<tr>{}</tr>").format(line("td", row)) for row in rows)
+    return Html(head + "<tbody>{}</tbody></table>").format(kind, line("th", heads), body)
 
 
 def show(figure, path: Path, alt: str) -> Image:
     """Save a figure as PNG and put it on the page at its drawn size; ``alt`` says what it shows.
 
-    Without the name of the software, whose version would make equal runs differ.
+    Without the name of the software, whose version would make equal runs differ. Names on it are
+    shown as they are: a dollar sign does not begin a formula (see :func:`figures.use_style`).
     """
+    for text in figure.findobj(Text):
+        text.set_text(visible(text.get_text()))
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        names = [label.get_text() for label in axis.get_ticklabels()]
+        if any(map(UNSEEN.search, names)):
+            axis.set_ticks(axis.get_ticklocs(), map(visible, names))
     with atomic_write(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
     width = round(figure.get_size_inches()[0] * 100)
     plt.close(figure)
-    return Image(data=path.read_bytes(), format="png", width=width, alt=alt)
+    return Image(data=path.read_bytes(), format="png", width=width, alt=visible(alt))
 
 
 def say(*sentences: str) -> Markdown:
-    """Sentences computed from the run, as prose."""
-    return Markdown(" ".join(sentences))
+    """Sentences computed from the run, as :func:`prose`."""
+    return _holding(Markdown(), prose(" ".join(sentences)))
 
 
 # --- notebooks to HTML ---------------------------------------------------------------------------
@@ -152,7 +216,31 @@ summary { cursor: pointer; }
 nav { font-size: .9rem; display: flex; gap: 1.2rem; flex-wrap: wrap; margin: 1rem 0; }
 nav.sequence { justify-content: space-between; }
 @media print { details.harsh { display: none; } }
+code span.kw, code span.cf, code span.im { color: #007020; font-weight: bold; }
+code span.st, code span.ch { color: #4070a0; } code span.co { color: #60a0b0; font-style: italic; }
+code span.dv, code span.fl, code span.bn { color: #40a070; } code span.op { color: #666; }
+pre > code.sourceCode > span { display: inline-block; line-height: 1.25; }
+pre > code.sourceCode > span:empty { height: 1.2em; }
 """
+
+PAGE = Html(
+    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    "<title>{title}</title><style>{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+)
+"""A page's frame. Its policy: browsers load nothing but images that the page itself holds."""
+
+MATHS = set(
+    "math semantics mrow mi mn mo mtext mspace ms mfrac msqrt mroot mstyle mpadded mphantom "
+    "menclose msub msup msubsup munder mover munderover mmultiscripts mtable mtr mtd".split()
+)
+TAGS = (nh3.ALLOWED_TAGS | MATHS | {"section", "label"}) - {"area", "map"}
+EVERYWHERE = set("class id style title align role display stretchy columnalign accent".split())
+OWN = {"img": {"src", "alt", "width", "height"}, "a": {"href"}, "ol": {"start", "type"}}
+OWN |= {cell: {"colspan", "rowspan"} for cell in ("td", "th")}
+STYLES = set("background-color color font-weight text-align text-decoration width".split())
 
 
 NEIGHBOURS = re.compile(r"^(?:← )?\[[^\]]*\]\(\d\d-[\w-]+\.ipynb\).*$", re.MULTILINE)
@@ -169,9 +257,12 @@ def page_cells(notebook, code: bool, pages: Collection[str] = (), folder: str = 
     """A notebook's cells as pandoc should read them.
 
     Code that is not to be seen is removed, and so are warnings and progress bars (stderr). Markdown
-    outputs become cells, since pandoc renders those and drops Markdown outputs. Links to other
-    notebooks become links to their pages (``pages``: the names of those there are) in ``folder``.
+    outputs become cells, since pandoc renders those and drops Markdown outputs; as they may quote
+    data they are :func:`prose`, and HTML outputs are cleaned of links. Links to other notebooks
+    become links to their pages (``pages``: the names of those there are) in ``folder``. Directories
+    of this machine are shortened everywhere.
     """
+    shown = _without_directories(notebook)
 
     def to_page(link: re.Match) -> str:
         text, name = link.groups()
@@ -179,17 +270,90 @@ def page_cells(notebook, code: bool, pages: Collection[str] = (), folder: str = 
 
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            yield new_markdown_cell(LINK.sub(to_page, NEIGHBOURS.sub("", cell.source)))
+            yield new_markdown_cell(LINK.sub(to_page, NEIGHBOURS.sub("", shown(cell.source))))
             continue
-        source, tags = cell.source, cell.metadata.get("tags", [])
+        source, tags = shown(cell.source), cell.metadata.get("tags", [])
         if "injected-parameters" in tags:  # by papermill
             source = source.replace("# Parameters", "# This run's values", 1)
         yield new_code_cell("" if not code or "hide-input" in tags else source)
         for output in cell.outputs:
-            if "text/markdown" in output.get("data", {}):
-                yield new_markdown_cell(LINK.sub(to_page, output.data["text/markdown"]))
-            elif output.get("name") != "stderr":
+            data = output.get("data", {})
+            if "text/markdown" in data:
+                yield new_markdown_cell(LINK.sub(to_page, prose(shown(data["text/markdown"]))))
+                continue
+            for kind in {"text/html", "text/plain"} & set(data):
+                data[kind] = shown(data[kind])
+            if "text/html" in data:
+                data["text/html"] = clean(data["text/html"], links=False)
+            if output.output_type == "stream":
+                output.text = shown(output.text, prints=True)
+            if output.output_type == "error":
+                plain = (re.sub(r"\x1b\[[\d;]*m", "", line) for line in output.traceback)
+                output.traceback = [shown(line, prints=True) for line in plain]
+                output.ename, output.evalue = shown(output.ename), shown(output.evalue, prints=True)
+            if output.get("name") != "stderr":
                 yield new_code_cell(outputs=[output])
+
+
+GIVEN = re.compile(r"""(["'])(?:[^"'=:]+=)?path:((?:\\.|(?!\1).)+)\1""")
+"""A directory among a notebook's parameters."""
+
+USERS = (
+    "/(?:home|Users|root|tmp|mnt|media|data|scratch|srv|opt|usr|var|work|workspace|Volumes|private)"
+)
+"""Where directories of users lie."""
+
+
+def _without_directories(notebook) -> Callable:
+    """Text to show, with its directories of this machine as :func:`shown_path` has them.
+
+    Those are the ones given as parameters and those under the repository, the home folder and
+    Python's; in what was printed (``prints``) also others that lie where directories of users do.
+    """
+    sources = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    given = {place for _, place in GIVEN.findall(sources) if len(Path(place).parts) > 1}
+    given |= {str(markupsafe.escape(place)) for place in given}
+    machine = {str(folder) for folder in (ROOT, Path.home(), sys.prefix, tempfile.gettempdir())}
+    folders = "|".join(map(re.escape, sorted(given | machine - {"/"}, key=len, reverse=True)))
+    name = r"[^\s\"'<>|:;,()\\]"
+    here = rf"(?:path:)?(?:{folders})(?![\w.-])(?:/{name}*)?|path:/[^\s\"'<>|\\]+"
+    in_page, printed = (
+        re.compile(rf"(?:(?<![\w./…])|(?<=file://))(?:{found})")
+        for found in (here, rf"{here}|{USERS}/{name}+")
+    )
+
+    def short(found: re.Match) -> str:
+        kind, _, place = found[0].rpartition("path:")
+        return f"{'path:' * ('path:' in found[0])}{shown_path(place)}"
+
+    def shown(text: str, prints: bool = False) -> str:
+        return visible((printed if prints else in_page).sub(short, text))
+
+    return shown
+
+
+def clean(page: str, links: bool = True) -> str:
+    """HTML without anything that runs or asks for something: by a list of what may stay. Images
+    must be data; links lead to the web, to other pages beside this one or (without ``links``)
+    nowhere."""
+
+    def kept(tag: str, name: str, value: str) -> str | None:
+        if name == "src":
+            return value if re.match(r"data:image/[\w.+-]+[;,]", value) else None
+        if name == "href":
+            near = re.fullmatch(r"(?:[\w-]+/)?[\w.-]+\.html|#[^\s]*", value)
+            return value if links and (near or re.match(r"https?://|mailto:", value)) else None
+        return value
+
+    return nh3.clean(
+        page,
+        tags=TAGS,
+        attributes=OWN | {"*": EVERYWHERE},
+        attribute_filter=kept,
+        url_schemes={"http", "https", "mailto", "data"},
+        filter_style_properties=STYLES,
+        clean_content_tags={"script", "style", "annotation", "title"},
+    )
 
 
 def write_html(
@@ -205,57 +369,55 @@ def write_html(
     notebook.cells = list(page_cells(notebook, code, pages, folder))
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # equal runs give equal pages
-    rendered = _page(nbformat.writes(notebook), "ipynb+smart", title, navigation)
-    write_text(out, NO_CODE.sub("", rendered))
+    body = NO_CODE.sub("", _converted(nbformat.writes(notebook), "ipynb+smart-autolink_bare_uris"))
+    write_text(out, _page(title, Html("{0}{1}{0}").format(navigation, Html(body))))
 
 
 def write_markdown_page(text: str, out: Path, title: str) -> None:
     """Render Markdown as one HTML file that makes no network request. HTML in it shows as text."""
-    write_text(out, _page(text, "gfm-raw_html-tex_math_dollars-autolink_bare_uris", title))
+    form = "gfm-raw_html-tex_math_dollars-autolink_bare_uris"
+    write_text(out, _page(title, Html(_converted(visible(text), form))))
 
 
-def _page(text: str, form: str, title: str, navigation: str = "") -> str:
-    """What pandoc makes of a text of that form: a page with the study's style."""
-    options = [
-        "--standalone",
-        "--embed-resources",
-        "--mathml",
-        f"--metadata=pagetitle:{title}",
-        "--metadata=lang:en",
-        "--metadata=document-css:false",
-        f"--variable=header-includes:<style>{STYLE}</style>",
-        f"--variable=include-before:{navigation}",
-        f"--variable=include-after:{navigation}",
-    ]
-    return pypandoc.convert_text(text, "html5", format=form, extra_args=options)
+def _converted(text: str, form: str) -> str:
+    """What pandoc makes of a text of that form, cleaned. In its sandbox it opens no file and no
+    connection; images are embedded where the text itself holds them."""
+    options = ["--sandbox", "--embed-resources", "--mathml", "--quiet"]
+    text = text.encode(errors="replace").decode()  # half a surrogate pair, in an image's metadata
+    made = pypandoc.convert_text(text, "html5", format=form, extra_args=options)
+    return visible(clean(made))
+
+
+def _page(title: str, body: Html) -> Html:
+    return PAGE.format(title=title, style=Html(STYLE), body=body)
 
 
 def write_appendix(notebooks: Path, out: Path) -> list[Path]:
     """All executed notebooks as linked HTML pages, with an index; returns the pages."""
     found = sorted(notebooks.glob("[0-9][0-9]-*.ipynb"))
     sources = [path for path in found if not path.name.endswith(".failed.ipynb")]
-    titles = [html.escape(_title(nbformat.read(p, as_version=4), p.stem)) for p in sources]
+    titles = [_title(nbformat.read(p, as_version=4), p.stem) for p in sources]
     pages = [out / f"{source.stem}.html" for source in sources]
     for index, (source, page) in enumerate(zip(sources, pages)):
-        links = ['<a href="index.html">Contents</a>']
+        links = [("index.html", "Contents")]
         if index:
-            links.insert(0, f'<a href="{pages[index - 1].name}">← {titles[index - 1]}</a>')
+            links.insert(0, (pages[index - 1].name, f"← {titles[index - 1]}"))
         if index + 1 < len(pages):
-            links.append(f'<a href="{pages[index + 1].name}">{titles[index + 1]} →</a>')
-        navigation = f'<nav class="sequence">{"".join(links)}</nav>'
+            links.append((pages[index + 1].name, f"{titles[index + 1]} →"))
+        navigation = Html('<nav class="sequence">{}</nav>').format(_links(links))
         write_html(source, page, code=True, navigation=navigation)
-    entries = "".join(
-        f'<li><a href="{page.name}">{page.name[:2]} · {title}</a></li>'
-        for page, title in zip(pages, titles)
-    )
-    write_text(
-        out / "index.html",
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Appendix</title>'
-        f"<style>{STYLE}</style><h1>Appendix: the notebooks as they ran</h1>"
-        f"<p>One page a notebook, with its code and results. The last one is the report.</p>"
-        f'<ol style="list-style:none">{entries}</ol></html>',
-    )
+    entries = [(page.name, f"{page.name[:2]} · {title}") for page, title in zip(pages, titles)]
+    body = Html(
+        "<h1>Appendix: the notebooks as they ran</h1>"
+        "<p>One page a notebook, with its code and results. The last one is the report.</p>"
+        '<ol style="list-style:none">{}</ol>'
+    ).format(Html("").join(Html("<li>{}</li>").format(_links([entry])) for entry in entries))
+    write_text(out / "index.html", _page("Appendix", body))
     return [out / "index.html", *pages]
+
+
+def _links(links: Iterable[tuple[str, str]]) -> Html:
+    return Html("").join(Html('<a href="{}">{}</a>').format(*link) for link in links)
 
 
 def _title(notebook, default: str) -> str:
@@ -270,7 +432,8 @@ def main() -> None:
     build = Build(profile)
     if kind == "report":
         report, source = build.path("report.html"), build.path("notebooks", "90-report.ipynb")
-        links = '<nav><a href="appendix/index.html">All notebooks as they ran</a></nav>'
+        links = _links([("appendix/index.html", "All notebooks as they ran")])
+        links = Html("<nav>{}</nav>").format(links)
         write_html(source, report, code=False, navigation=links, folder="appendix/")
         print(report)
     else:

@@ -24,16 +24,16 @@ import shutil
 import sys
 from collections.abc import Collection, Mapping
 from math import sqrt
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from . import ROOT, StudyError, build_root
+from . import ROOT, StudyError, build_root, visible
 from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
 from .models import parse_dtype
+from .render import as_markdown, prose
 from .rewards import rm_bench
 from .stats import FEW, LEVEL, Change, Interval, holm, interval_words, paired_change, verdict
 from .verticals import HEADLINE, PUBLISHED
@@ -204,12 +204,6 @@ def _formats(of_models: Mapping[str, str]) -> str:
         return next(iter(of_models.values()), "")
     listed = ", ".join(f"{model} {name}" for model, name in of_models.items())
     return f"{listed} (so a change is also one of format)"
-
-
-def shown_source(source: str) -> str:
-    """A model's source; of a directory only its name, as the page may be published."""
-    kind, _, place = source.partition(":")
-    return f"path:{Path(place).name}" if kind == "path" else source
 
 
 def readable_answers(trust: pd.DataFrame) -> pd.DataFrame:
@@ -691,11 +685,15 @@ def compare(run: str, other: str = "") -> int:
     both = joined[joined["only_in"] == ""]
     differing = both[both["differs"]]
     for row in differing.itertuples():
-        print(
-            f"differs: {row.model}, {row.vertical}, {row.metric}, {row.condition}: "
-            f"{row.value_run:.3f} [{row.ci_low_run:.3f}, {row.ci_high_run:.3f}], {against} "
-            f"{row.value_reference:.3f} [{row.ci_low_reference:.3f}, {row.ci_high_reference:.3f}]"
+        what = visible(f"{row.model}, {row.vertical}, {row.metric}, {row.condition}")
+        found, wanted = (
+            f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            for value, low, high in (
+                (row.value_run, row.ci_low_run, row.ci_high_run),
+                (row.value_reference, row.ci_low_reference, row.ci_high_reference),
+            )
         )
+        print(f"differs: {what}: {found}, {against} {wanted}")
     for where in ("run", "reference"):
         if count := int((joined["only_in"] == where).sum()):
             name = run if where == "run" else against
@@ -747,7 +745,9 @@ def results_markdown(profile: str) -> str:
         "than half of the answers of start or of the model could be read: the change is first of "
         "all one of format.",
         "",
-        "| vertical | metric (worse when) | n | start | " + " | ".join(models) + " |",
+        "| vertical | metric (worse when) | n | start | "
+        + " | ".join(map(as_markdown, models))
+        + " |",
         "|---" * (4 + len(models)) + "|",
     ]
     for vertical, rows in glance.groupby("vertical", sort=False):
@@ -762,10 +762,10 @@ def results_markdown(profile: str) -> str:
             fewer = f", n = {row.n}" if row.n < n else ""
             cells.append(f"{text}{fewer}{' †' if row.mostly_unreadable else ''}")
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"- {said}" for said in reference_table(profile, "checks")["sentence"])]
+    lines += ["", *(f"- {prose(said)}" for said in reference_table(profile, "checks")["sentence"])]
     if (REFERENCE / profile / "rm_bench.csv").exists():
         words = rm_bench.words(reference_table(profile, "rm_bench"))
-        lines += ["", "Rewards on RM-Bench:", "", *(f"- {said}" for said in words)]
+        lines += ["", "Rewards on RM-Bench:", "", *(f"- {prose(said)}" for said in words)]
     return "\n".join(lines)
 
 

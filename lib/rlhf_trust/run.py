@@ -36,7 +36,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from . import ROOT, StudyError, build_root, sources
+from . import ROOT, StudyError, build_root, sources, visible
 from .artifacts import Build, content_key, read_manifests
 from .params import NOTEBOOKS, notebook_parameters, resolve, stages, terms_accepted
 from .sources import ACCEPTED, TERMS, first_line
@@ -331,7 +331,7 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     except RuntimeError as error:
         reason = first_line(error)
     except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or folder}"
+        reason = first_line(f"{error.strerror or error}: {error.filename or folder}")
     if reason is None:
         os.replace(aside, done)
         failed.unlink(missing_ok=True)
@@ -401,7 +401,7 @@ def _follow(stage: str, path: Path, every: float = 10.0) -> Iterator[None]:
             text = text.replace("\x1b[A", "").strip()  # a bar within a bar moves up a line
             latest = text.splitlines()[-1].strip() if text else shown
             if latest != shown:
-                print(f"{stage}: {latest}", file=sys.stderr, flush=True)
+                print(f"{stage}: {visible(latest)}", file=sys.stderr, flush=True)
                 shown = latest
 
     path.unlink(missing_ok=True)

@@ -36,13 +36,13 @@ from filelock import FileLock
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from . import ROOT, StudyError
+from . import ROOT, StudyError, visible
 from .artifacts import atomic_write, note, write_text
 
 
 def first_line(error: object) -> str:
     """What an error says, in one line."""
-    return (str(error).strip().splitlines() or ["no message"])[0]
+    return (visible(str(error).strip()).splitlines() or ["no message"])[0]
 
 
 # --- data -----------------------------------------------------------------------------------------
