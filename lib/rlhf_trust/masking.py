@@ -15,7 +15,7 @@ ALIKE = str.maketrans(
     "АВЕЅІЈКМНОРСТУХЗаеѕіјкмнорстухвһӏԁԛԝѵгΑΒΕΖΗΙΚΜΝΟΡΤΥΧαβεηικνορτυχγω"
     "ᴀʙᴄᴅᴇɢʜɪᴊᴋʟᴍɴᴏᴘʀᴛᴜᴠᴡʏᴢօսոհցıɑɡłøđħŧŁØĐĦŦ‘’‛ʼ′´`＇‐‑‒–—―−。",
     "ABESIJKMHOPCTYX3aesijkmhopctyxbhldqwvrABEZHIKMNOPTYXabenikvoptuxyw"
-    "abcdeghijklmnoprtuvwyzouńhgiaglodhtLODHT''''''''-------.".replace("ń", "n"),
+    "abcdeghijklmnoprtuvwyzounhgiaglodhtLODHT''''''''-------.",
 )
 """Cyrillic, Greek, small-capital, Armenian and other letters, quotation marks and dashes."""
 
