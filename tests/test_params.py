@@ -96,10 +96,6 @@ def test_a_profile_changes_another_parameter_by_parameter(study, tmp_path):
         # Known elsewhere is not enough.
         ("02-two: {steps: 2}", "02-two: unknown parameter 'steps'"),
         ("02-tow: {seed: 2}", "no notebook '02-tow'; did you mean '02-two'?"),
-        (
-            "01-one: {learning_rate: 1e-5}",
-            "learning_rate must be float, got '1e-5' of type str (YAML reads 1e-5 as text",
-        ),
         ("01-one: {learning_rate: fast}", "learning_rate must be float, got 'fast' of type str"),
         ("01-one: {steps: true}", "steps must be int, got True of type bool"),
         ("01-one: {steps: 2.0}", "steps must be int"),
@@ -110,8 +106,8 @@ def test_a_profile_changes_another_parameter_by_parameter(study, tmp_path):
         ),
         ("01-one: {targets: q_proj}", "targets must be list[str] | None, got 'q_proj'"),
         ("01-one: {targets: [1]}", "targets must be list[str] | None"),
-        ("01-one: steps", "must map `all` or a notebook's name"),
-        ("01-one: {steps: [}", "params/p.yaml: not valid YAML"),
+        ("01-one: steps", "01-one: must map parameters to values"),
+        ("01-one: {steps: [}", "params/p.yaml:1: not valid YAML"),
         ("01-one: {steps: 2}\nall: {}\n01-one: {}", "'01-one' stands there twice"),
         ("01-one: {steps: 2, steps: 3}", "'steps' stands there twice"),
         (
@@ -126,13 +122,6 @@ def test_a_wrong_profile_is_one_line_that_names_it(study, text, message):
         study(text)
     assert message in str(caught.value) and "params/p.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_profile_in_another_encoding_is_named(study, tmp_path):
-    study("all: {seed: 1}")
-    (tmp_path / "params" / "p.yaml").write_bytes("all: {seed: 1}  # André".encode("cp1252"))
-    with pytest.raises(StudyError, match="params/p.yaml: not valid YAML: 'utf-8' codec"):
-        params.resolve("p")
 
 
 def test_accepted_values_have_the_declared_type(study):
@@ -181,7 +170,10 @@ def test_a_seed_of_the_command_line_names_a_run_of_its_own(study, tmp_path, monk
     }
     assert made["02-two"] == {"seed": 3} and made["01-one"]["profile"] == "p-seed3"
     assert run.main(["resolve", "--profile", "p", "--seed", "three"]) == 2
-    assert capsys.readouterr().err == "error: SEED=three: must be a whole number from 0 on\n"
+    assert (
+        capsys.readouterr().err
+        == "error: SEED=three: must be a whole number from 0 on, without leading zeros\n"
+    )
 
 
 def test_settings_of_the_command_line_lie_over_the_profile():
@@ -197,7 +189,7 @@ def test_settings_of_the_command_line_lie_over_the_profile():
     ("text", "message"),
     [
         ("01-sft", "SET: '01-sft' is no <notebook>.<parameter>=<value>"),
-        ("01-sft.seed=[", "SET: '01-sft.seed=\\[': '\\[' is no value of YAML"),
+        ("01-sft.seed=[", "SET: '01-sft.seed=\\[': not valid YAML"),
         ("01-sft.sed=1", "SET, or params/embedded.yaml: 01-sft: unknown parameter 'sed'; did you"),
         ("01-sft.seed=one", "SET, .*: 01-sft: seed must be int, got 'one'"),
         ("1-sft.seed=1", "SET, .*: no notebook '1-sft'; did you mean '01-sft'"),

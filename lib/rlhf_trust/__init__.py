@@ -4,9 +4,12 @@ The notebooks carry the argument; this package carries the machinery. Import wha
 from the modules themselves (``from rlhf_trust.decode import sample``).
 """
 
+import functools
 import os
 import re
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 # Read by huggingface_hub when it is imported, hence set before any other module of this package
@@ -57,6 +60,56 @@ def require(fine: object, problem: str) -> None:
     """Raise a :class:`StudyError` with this ``problem`` unless ``fine``."""
     if not fine:
         raise StudyError(problem)
+
+
+def printable(error: object) -> str:
+    """A message as one line for any terminal: what does not print is shown as its escape."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
+    """An entry point whose faults of input, disk and keyboard end in one line, ``error: …``.
+
+    Exit codes: 2 for a :class:`StudyError` or a file that cannot be read or written, 130 after
+    Ctrl-C.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # such as in a Latin-1 terminal
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            said, code = "interrupted", 130
+        except (StudyError, OSError) as error:
+            said, code = error, 2
+            if isinstance(error, OSError) and error.strerror:
+                place = f"{error.filename2 or error.filename or 'standard output'}"
+                said = f"{place}: {error.strerror}"
+        print(f"error: {printable(said)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk, which Python would meet again, and say so, when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code
+
+    return run
+
+
+def _no_traceback(kind, value, trace) -> None:
+    """Ctrl-C while libraries are imported, before :func:`command` is there to see it."""
+    if kind is KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, value, trace)
+
+
+if sys.argv[:1] == ["-m"]:  # python -m rlhf_trust.…, which has not found its module yet
+    sys.excepthook = _no_traceback
 
 
 def check_name(profile: str) -> None:

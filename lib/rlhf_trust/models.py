@@ -82,7 +82,7 @@ def auto_dtype() -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         processor = Path("/proc/cpuinfo")
-        flags = processor.read_text() if processor.exists() else ""
+        flags = processor.read_text(encoding="utf-8") if processor.exists() else ""
         native = "avx512_bf16" in flags or "amx_bf16" in flags
     return torch.bfloat16 if native else torch.float32
 

@@ -1,9 +1,15 @@
 """Parameters: the notebooks' defaults and one profile's overrides; typos are errors.
 
 A notebook's ``parameters`` cell holds typed, commented defaults (``temperature: float = 0.7  #
-sampling temperature``): they are the ``embedded`` profile. ``params/<profile>.yaml`` holds what a
-profile changes, by notebook, or under ``all:`` for every notebook that has the name. papermill only
-warns of an unknown key and passes ``1e-5`` on as text; here both are errors before anything runs.
+sampling temperature; > 0``): they are the ``embedded`` profile. The end of the comment declares
+what a value, or each of a list, may be: ``> 0``, ``>= 0``, ``> 0, < 1``, ``0 to 1`` or ``one of
+shipped, hub:, path:<directory>``, where ``<…>`` stands for any text (``<numbers>`` for 20-29, 1/3
+or 4) and ``[…]`` may be left out. A list holds nothing twice, and is empty only if its default is
+or its comment says what ``[]:`` means.
+
+``params/<profile>.yaml`` (YAML 1.2: ``010`` is 10, ``yes`` is text) holds what a profile changes,
+by notebook, or under ``all:`` for every notebook that has the name. papermill only warns of an
+unknown key; here it is an error before anything runs, and so is a value that is not allowed.
 """
 
 from __future__ import annotations
@@ -14,12 +20,14 @@ import io
 import json
 import os
 import re
+import sys
 import tokenize
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from . import ROOT, StudyError, check_name
 
@@ -31,6 +39,11 @@ ACCEPTS, EXTENDS = "accept_gemma_terms", "extends"
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
 
+CHOICES, RANGE = "one of ", re.compile(r"([\d.]+) to ([\d.]+)")
+BOUND = re.compile(r"([<>]=?) ([\d.]+)")
+COMPARE = {">": float.__gt__, ">=": float.__ge__, "<": float.__lt__, "<=": float.__le__}
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One line of a notebook's ``parameters`` cell."""
@@ -40,20 +53,58 @@ class Parameter:
     default: Any
     comment: str
 
+    @property
+    def rule(self) -> str:
+        """What the end of the comment declares; "" if nothing."""
+        end = self.comment.rpartition("; ")[2]
+        bounds = all(BOUND.fullmatch(bound) for bound in end.split(", "))
+        return end if end.startswith(CHOICES) or RANGE.fullmatch(end) or bounds else ""
+
     def check(self, value: Any, where: str) -> Any:
         """Return ``value`` in the declared type, or raise a :class:`StudyError` that names
         ``where``."""
-        if _fits(value, self.type):
-            return float(value) if self.type == "float" else value
-        hint = ""
-        if self.type == "float" and str(value).lstrip("+-.")[:1].isdigit():
-            hint = " (YAML reads 1e-5 as text: write 1.0e-5)"
-        elif self.type == "str" and isinstance(value, (int, float)):
-            hint = " (write it in quotes)"
-        raise StudyError(
-            f"{where}: {self.name} must be {self.type}, "
-            f"got {value!r} of type {type(value).__name__}{hint}"
-        )
+        start = f"{where}: {self.name} must be"
+        if not _fits(value, self.type):
+            hint = ""
+            if self.type == "bool":
+                hint = " (write true or false)"
+            elif self.type == "str" and isinstance(value, (int, float)):
+                hint = " (write it in quotes)"
+            raise StudyError(
+                f"{start} {self.type}, got {value!r} of type {type(value).__name__}{hint}"
+            )
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, list):
+            names = [str(item).partition("=")[0] for item in items]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise StudyError(f"{where}: {self.name} names {twice[0]!r} twice")
+            if not items and self.default and "[]:" not in self.comment:
+                raise StudyError(f"{start} a list of one value or more, got none")
+        for item in items:
+            # Neither .nan nor .inf, nor a whole number that is no float.
+            if isinstance(item, (int, float)) and not abs(item) <= sys.float_info.max:
+                raise StudyError(f"{start} a finite number, got {str(item)[:20]}")
+            if item is not None and self.rule and not _allowed(self.rule, item):
+                raise StudyError(f"{start} {self.rule}, got {item!r}")
+        return float(value) if self.type == "float" else value
+
+
+def _allowed(rule: str, value: Any) -> bool:
+    if rule.startswith(CHOICES):
+        # Commas inside quotes and <…> are part of a choice.
+        choices = re.findall(r'(?:"[^"]*"|<[^>]*>|[^,"<])+', rule.removeprefix(CHOICES))
+        return any(re.fullmatch(_pattern(choice.strip()), value) for choice in choices)
+    if ends := RANGE.fullmatch(rule):
+        return float(ends[1]) <= value <= float(ends[2])
+    return all(COMPARE[sign](float(value), float(end)) for sign, end in BOUND.findall(rule))
+
+
+def _pattern(choice: str) -> str:
+    """A choice as an expression; quotes only mark where it begins and ends."""
+    special = {"[": "(?:", "]": ")?", '"': ""}
+    special["<numbers>"] = r"\d[\d,/ -]*"
+    parts = re.findall(r"<[^>]+>|.", choice)
+    return "".join(special.get(p, ".+" if p[1:] else re.escape(p)) for p in parts)
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -78,47 +129,72 @@ def stages() -> list[str]:
     return found
 
 
+def read_cells(path: Path) -> list[dict]:
+    """A notebook's cells as its file has them."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{path}: is not a notebook ({error}); take it from the repository again"
+        raise StudyError(problem) from None
+
+
 def notebook_parameters(path: Path) -> dict[str, Parameter]:
     """Read the typed defaults from the cell tagged ``parameters`` without running it."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = (cell for cell in cells if cell["cell_type"] == "code")
+    code = (cell for cell in read_cells(path) if cell["cell_type"] == "code")
     tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise StudyError(f"{path.name}: needs one code cell tagged `parameters`, has {len(tagged)}")
-    source = "".join(tagged[0]["source"])
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = {}
-    for node in ast.parse(source).body:
-        typed = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        if not typed or node.value is None:
-            raise StudyError(
-                f"{path.name}, parameters cell, line {node.lineno}: "
-                "write `name: type = default  # what it is`"
-            )
-        name, kind = node.target.id, ast.unparse(node.annotation)
+    source, place, found = "".join(tagged[0]["source"]), f"{path.name}, parameters cell", {}
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", 1)
+        raise StudyError(f"{place}, line {line}: is no Python ({error.args[0]})") from None
+    comments, last = {}, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            text, line = token.string.lstrip("# "), token.start[0]
+            # One that ends in a semicolon goes on in the next line.
+            if comments.get(last, "").endswith(";") and token.line.lstrip().startswith("#"):
+                comments[last] += f" {text}"
+            else:
+                comments[line], last = text, line
+    for node in body:
+        try:
+            name, kind = node.target.id, ast.unparse(node.annotation)
+            default = ast.literal_eval(node.value)
+        # No annotated name, or no plain value.
+        except (AttributeError, ValueError):
+            problem = "write `name: type = default  # what it is`, the default a plain value"
+            raise StudyError(f"{place}, line {node.lineno}: {problem}") from None
         parameter = Parameter(name, kind, None, comments.get(node.end_lineno, ""))
-        default = parameter.check(ast.literal_eval(node.value), f"{path.name}, parameters cell")
-        found[name] = Parameter(name, kind, default, parameter.comment)
+        found[name] = replace(parameter, default=parameter.check(default, place))
     return found
 
 
-class KeysOnce(yaml.SafeLoader):
-    """Reads YAML, and refuses a key that stands twice, of which it would drop the first."""
+def read_yaml(text: str, where: str) -> Any:
+    """A YAML text's value; a :class:`StudyError` names the line of what is not plain YAML 1.2, or
+    of a key that stands there twice.
 
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} stands there twice", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+    Anchors, tags, ``<<`` and directives are refused: a profile says what it says where it stands.
+    """
+
+    reader = YAML(typ="safe", pure=True)
+    try:
+        for event in reader.parse(text):
+            odd = any(getattr(event, name, None) for name in ("anchor", "tag", "version"))
+            if odd or getattr(event, "value", "") == "<<":
+                problem = "anchors, tags, << and %YAML are not read; write it out"
+                raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return reader.load(text)
+    # A ValueError: such as a number of 5,000 digits, or the 32nd of a month.
+    except (YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join((getattr(error, "problem", None) or str(error)).split())
+        if found := re.search(r'duplicate key "(.*?)" with value', problem):
+            problem = f"{found[1]!r} stands there twice"
+        if (mark := getattr(error, "problem_mark", None)) and where.endswith(".yaml"):
+            where = f"{where}:{mark.line + 1}"
+        raise StudyError(f"{where}: not valid YAML: {problem}") from None
 
 
 def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -128,25 +204,39 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     With ``extends`` they lie over those of another profile (``below`` are the profiles that led
     here).
     """
-    check_name(profile)
+    led = f"params/{below[-1]}.yaml: {EXTENDS}: " if below else ""
+    try:
+        check_name(profile)
+    except StudyError as error:
+        raise StudyError(f"{led}{error}") from None
     path, file = PROFILES / f"{profile}.yaml", f"params/{profile}.yaml"
     if not path.exists():
         if profile == "embedded":
             return {}
         known = [*(path.stem for path in PROFILES.glob("*.yaml")), "embedded"]
-        where = f"params/{below[-1]}.yaml: {EXTENDS}: " if below else ""
-        raise StudyError(f"{where}{file}: no such profile{_nearest(profile, known)}")
+        raise StudyError(f"{led}{file}: no such profile{_nearest(profile, known)}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), KeysOnce) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise StudyError(f"{file}: not valid YAML: {problem}") from None
-    sections = content.items() if isinstance(content, dict) else [("", content)]
-    if not all(isinstance(v, dict) or k in (ACCEPTS, EXTENDS) for k, v in sections):
+        content = read_yaml(path.read_text(encoding="utf-8-sig"), file)
+    except UnicodeDecodeError as error:
+        line = path.read_bytes().count(b"\n", 0, error.start) + 1
+        raise StudyError(f"{file}:{line}: not UTF-8 text; save the file as UTF-8") from None
+    except OSError as error:
+        raise StudyError(f"{file}: cannot be read ({error.strerror})") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict) or any(not isinstance(name, str) for name in content):
         raise StudyError(f"{file}: must map `all` or a notebook's name to its parameters")
+    for name, values in content.items():
+        if name == EXTENDS and not isinstance(values, str):
+            raise StudyError(f"{file}: {EXTENDS} must be the name of a profile, got {values!r}")
+        if name in (ACCEPTS, EXTENDS):
+            continue
+        # A heading whose lines are all commented out.
+        content[name] = values = {} if values is None else values
+        if not isinstance(values, dict) or any(not isinstance(key, str) for key in values):
+            raise StudyError(f"{file}: {name}: must map parameters to values, got {values!r}")
     if EXTENDS not in content:
         return content
-    extended = str(content.pop(EXTENDS))
+    extended = content.pop(EXTENDS)
     if extended in (*below, profile):
         circle = " -> ".join((*below, profile, extended))
         raise StudyError(f"{file}: {EXTENDS}: {circle} goes in a circle")
@@ -182,7 +272,15 @@ def resolve(
     for section, values in (settings or {}).items():
         file = f"SET, or params/{profile}.yaml"
         content[section] = content.get(section, {}) | values
+        if both := overrides.keys() & values.keys():
+            name = both.pop()
+            raise StudyError(
+                f"SET: {section}.{name}: DATA, SEED or BEFORE and AFTER set {name} as well; "
+                "leave out one of them"
+            )
     _refuse_unknown(f"{file}: no notebook", content, [*known, "all"])
+    if any("profile" in values for values in content.values()):
+        raise StudyError(f"{file}: profile: is the name of the run, which the launcher sets")
     general = content.get("all", {})
     every_name = {name for parameters in known.values() for name in parameters}
     _refuse_unknown(f"{file}: all: unknown parameter", general | overrides, every_name)
@@ -191,23 +289,26 @@ def resolve(
         special = content.get(stage, {})
         _refuse_unknown(f"{file}: {stage}: unknown parameter", special, parameters)
         given = general | special | overrides | {"profile": run or profile}
+        where = {name: f"{file}: {stage if name in special else 'all'}" for name in given}
+        where |= dict.fromkeys(overrides, "the command line")
         resolved[stage] = {}
         for name, parameter in parameters.items():
-            where = f"{file}: {stage if name in special else 'all'}"
-            value = parameter.check(given.get(name, parameter.default), where)
-            resolved[stage][name] = _whole_paths(value)
+            value = parameter.default
+            if name in given:
+                value = parameter.check(given[name], where[name])
+            resolved[stage][name] = whole_paths(value)
     return resolved
 
 
-def _whole_paths(value: Any) -> Any:
+def whole_paths(value: Any) -> Any:
     """``path:`` from the repository's root on, since notebooks run in a folder of their own."""
     if isinstance(value, list):
-        return [_whole_paths(item) for item in value]
+        return [whole_paths(item) for item in value]
     if not isinstance(value, str) or not (
-        found := re.fullmatch(r"(([\w.-]+=)?path:|perspective:)(.+)", value)
+        found := re.fullmatch(r"(([^:]+=)?path:|perspective:)(.+)", value)
     ):
         return value
-    return f"{found[1]}{ROOT / Path(found[3]).expanduser()}"
+    return f"{found[1]}{ROOT / os.path.expanduser(found[3])}"
 
 
 def shown_path(path: str) -> str:

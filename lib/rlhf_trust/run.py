@@ -27,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import cycle
 from pathlib import Path
@@ -36,12 +36,13 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from . import ROOT, StudyError, build_root, sources, visible
+from . import ROOT, StudyError, build_root, command, printable, sources, visible
 from .artifacts import Build, content_key, read_manifests
-from .params import NOTEBOOKS, notebook_parameters, resolve, stages, terms_accepted
-from .sources import ACCEPTED, TERMS, first_line
+from .params import NOTEBOOKS, notebook_parameters, read_cells, read_yaml, resolve, terms_accepted
+from .sources import ACCEPTED, TERMS, WHEELS, first_line, locate, model_directory
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser("python -m rlhf_trust.run", description=about)
@@ -66,40 +67,45 @@ def main(argv: list[str] | None = None) -> int:
         ("lab", "lay out notebooks with these parameters, to step through"),
         ("stage", "run one notebook"),
     ):
-        command = commands.add_parser(name, help=about, parents=[shared])
+        asked = commands.add_parser(name, help=about, parents=[shared])
         if name == "stage":
-            command.add_argument("stage")
+            asked.add_argument("stage")
         if name in ("resolve", "fetch"):
-            about = "notebooks to fetch for, by default " + ("all" if name == "fetch" else "none")
-            command.add_argument("--stages", default=os.environ.get("FETCH", ""), help=about)
+            about = "the notebooks that will run; by default all, but resolve then fetches nothing"
+            asked.add_argument("--stages", default=os.environ.get("FETCH", ""), help=about)
     arguments = parser.parse_args(argv)
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        overrides = data_overrides(arguments.data) | seed_overrides(arguments.seed)
-        overrides |= model_overrides(arguments.before, arguments.after)
-        run = f"{arguments.profile}-seed{arguments.seed}" if arguments.seed else arguments.profile
-        parameters = resolve(arguments.profile, overrides, run, settings(arguments.set))
-        if arguments.command == "params":
-            print_parameters(run, parameters)
-            print_estimate(parameters)
-            return 0
-        accept_terms(arguments.profile, parameters)
-        if arguments.command == "fetch":
-            fetch(parameters, arguments.stages.split() or parameters)
-        elif arguments.command == "resolve":
-            # Before any stage computes, not after an hour.
-            fetch(parameters, arguments.stages.split())
+    given = settings(arguments.set)
+    overrides = data_overrides(arguments.data)
+    overrides |= model_overrides(arguments.before, arguments.after)
+    run = f"{arguments.profile}-seed{arguments.seed}" if arguments.seed else arguments.profile
+    if arguments.seed:
+        own = resolve(arguments.profile, overrides, run, given)
+        overrides |= seed_overrides(arguments.seed, arguments.profile, own)
+    parameters = resolve(arguments.profile, overrides, run, given)
+    if arguments.command == "params":
+        print_parameters(run, parameters)
+        print_estimate(parameters)
+        return 0
+    accept_terms(arguments.profile, parameters)
+    if arguments.command == "lab":
+        print(os.path.relpath(lay_out(run, parameters), ROOT))
+    elif arguments.command == "stage":
+        _known(arguments.stage, parameters)
+        fetch(parameters, [arguments.stage])
+        with place(build_root(run)):
+            return run_stage(arguments.stage, run, parameters)
+    else:
+        wanted = arguments.stages.split() or list(parameters)
+        for stage in wanted:
+            _known(stage, parameters)
+        # Before any stage computes, not after an hour.
+        look_for_sources(run, {stage: parameters[stage] for stage in wanted})
+        if arguments.stages or arguments.command == "fetch":
+            fetch(parameters, wanted)
+        if arguments.command == "resolve":
             write_resolved(run, parameters)
-        elif arguments.command == "lab":
-            print(os.path.relpath(lay_out(run, parameters), ROOT))
-        else:
-            fetch(parameters, [arguments.stage])
-            with place(build_root(run)):
-                return run_stage(arguments.stage, run, parameters)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 
@@ -150,21 +156,93 @@ def accept_terms(profile: str, parameters: dict[str, dict]) -> None:
         )
 
 
+BENCHMARKS = {
+    "10": "real-toxicity-prompts/toxic.jsonl real-toxicity-prompts/nontoxic.jsonl",
+    "11": "decodingtrust-stereotype/user_prompts.csv",
+    "12": "ethics/cm_test.csv",
+    "13": "truthfulqa/mc_task.json",
+}
+"""Notebook → the files that it needs of ``benchmarks``, which has to have them."""
+ALL_BENCHMARKS = ("15", "16", "20", "21", "22", "23")
+"""Notebooks that need them all."""
+
+
+def look_for_sources(run: str, parameters: dict[str, dict]) -> None:
+    """Find every folder and file that parameters name, before anything is computed.
+
+    Raises :class:`StudyError` for a model, data set or adapter that is not there, a package that is
+    not known, and a data directory that lacks a file which a notebook needs.
+    """
+    adapters = {"sft", "ppo", "dpo", "inpo", "trust-sft", "trust-aligned"}
+    adapters |= {path.name for path in build_root(run).glob("models/*")}
+    for stage, values in parameters.items():
+        for name, value in values.items():
+            for entry in value if isinstance(value, list) else [value]:
+                try:
+                    if name == "trained":
+                        _look_for_model(entry, adapters)
+                    elif isinstance(entry, str):
+                        _look_for(entry, name in ("preferences", "benchmarks", "questions"))
+                except StudyError as error:
+                    raise StudyError(f"{stage}: {name}: {error}") from None
+        made = [entry.partition("=")[0] for entry in values.get("trained", [])]
+        for name, known in (("copied", ["", "start", *made]), ("negatives", ["trust-sft", *made])):
+            if values.get(name, "") not in ("", *known) and values.get("align", True):
+                choices = ", ".join(filter(None, known))
+                raise StudyError(f"{stage}: {name} must be one of {choices}, got {values[name]!r}")
+        number = stage[:2]
+        needed = BENCHMARKS.values() if number in ALL_BENCHMARKS else [BENCHMARKS.get(number, "")]
+        for file in " ".join(needed).split():
+            if values["benchmarks"] != "hub:":
+                locate(values["benchmarks"], file)
+
+
+def _look_for_model(entry: str, adapters: Collection[str]) -> None:
+    """One of ``trained``: an adapter that the study makes or has, or ``<name>=<source>``."""
+    name, equals, source = entry.partition("=")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise StudyError(f"{name!r} is no name of a model; use letters, digits, '_', '.' and '-'")
+    if equals and not source.startswith(("hub:", "path:", "wheel:")):
+        raise StudyError(f"{entry!r}: must be {name}=hub:<id@revision> or {name}=path:<directory>")
+    if not equals and name not in adapters:
+        known = ", ".join(sorted(adapters))
+        raise StudyError(f"there is no adapter {name!r}; there are {known}, and <name>=<source>")
+    _look_for(source, data=False)
+
+
+def _look_for(source: str, data: bool) -> None:
+    """A folder, file or package, if ``source`` names one."""
+    kind, _, place = source.partition(":")
+    path = Path(place.partition("#")[0])  # behind it stand options
+    if data:
+        if kind == "path" and not path.exists():
+            raise StudyError(f"{source}: no such file or directory")
+    elif kind == "path" or kind == "wheel" and place not in WHEELS:
+        folder = model_directory(source)
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise StudyError(f"{source}: has no weights (*.safetensors)")
+
+
 def data_overrides(directory: str) -> dict[str, str]:
     """``DATA=<directory>``: preferences and benchmarks from there, in every notebook."""
     if not directory:
         return {}
-    path = Path(directory).expanduser().resolve()
+    path = Path(os.path.expanduser(directory)).resolve()
     if not path.is_dir():
         raise StudyError(f"DATA={directory}: no such directory")
     return {"preferences": f"path:{path}", "benchmarks": f"path:{path}"}
 
 
-def seed_overrides(seed: str) -> dict[str, int]:
-    """``SEED=<number>``: one seed for every notebook."""
-    if seed and not seed.isdecimal():
-        raise StudyError(f"SEED={seed}: must be a whole number from 0 on")
-    return {"seed": int(seed)} if seed else {}
+def seed_overrides(seed: str, profile: str, own: dict[str, dict]) -> dict[str, int]:
+    """``SEED=<number>``: one seed for every notebook, another than in the profile's ``own``
+    parameters, whose run it would repeat."""
+    if not re.fullmatch("0|[1-9][0-9]*", seed):
+        raise StudyError(f"SEED={seed}: must be a whole number from 0 on, without leading zeros")
+    if any(str(values.get("seed")) == seed for values in own.values()):
+        raise StudyError(
+            f"SEED={seed}: is the seed of profile {profile!r} itself; name another, or leave it out"
+        )
+    return {"seed": int(seed)}
 
 
 def settings(text: str) -> dict[str, dict[str, Any]]:
@@ -175,13 +253,9 @@ def settings(text: str) -> dict[str, dict[str, Any]]:
         section, dot, parameter = name.partition(".")
         if not (section and dot and parameter and equals):
             raise StudyError(f"SET: {one!r} is no <notebook>.<parameter>=<value>, without blanks")
-        # Which YAML reads as text.
-        scientific = re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value, re.IGNORECASE)
-        try:
-            read = float(value) if scientific else yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise StudyError(f"SET: {one!r}: {value!r} is no value of YAML") from None
-        found.setdefault(section, {})[parameter] = read
+        if parameter in found.setdefault(section, {}):
+            raise StudyError(f"SET: {name} stands there twice")
+        found[section][parameter] = read_yaml(value, f"SET: {one!r}")
     return found
 
 
@@ -208,8 +282,7 @@ def model_overrides(before: str, after: str) -> dict[str, Any]:
 
 def cells_hash(path: Path) -> str:
     """Of what the cells of a notebook say, whatever was run in it or saved with it."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return content_key([(c["cell_type"], "".join(c["source"])) for c in cells])
+    return content_key([(c["cell_type"], "".join(c["source"])) for c in read_cells(path)])
 
 
 def write_resolved(run: str, parameters: dict[str, dict]) -> None:
@@ -223,8 +296,8 @@ def write_resolved(run: str, parameters: dict[str, dict]) -> None:
         text = f"# notebook: {cells}\n" + yaml.safe_dump(
             values, sort_keys=False, allow_unicode=True
         )
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
 
 
 def lay_out(run: str, parameters: dict[str, dict]) -> Path:
@@ -288,10 +361,14 @@ def print_estimate(parameters: dict[str, dict]) -> None:
     print("  for the rest, and for disk, there is no estimate beyond the README's measured runs")
 
 
+def _known(stage: str, parameters: dict[str, dict]) -> None:
+    if stage not in parameters:
+        raise StudyError(f"no notebook {stage!r}; there are {', '.join(parameters)}")
+
+
 def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     """Execute one notebook; move it into place only when every cell ran."""
-    if stage not in parameters:
-        raise StudyError(f"no notebook {stage!r}; there are {', '.join(stages())}")
+    _known(stage, parameters)
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -314,6 +391,7 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
                 aside,
                 parameters=parameters[stage],
                 kernel_name="python3",
+                kernel_manager_class=own_kernel(),
                 cwd=NOTEBOOKS,
                 progress_bar=False,
                 extra_arguments=["--IPKernelApp.log_level=40"],
@@ -347,8 +425,21 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
         os.replace(aside, failed)
         reason += f" (see {os.path.relpath(failed)})"
     aside.unlink(missing_ok=True)
+    reason = printable(reason)
     print(f"error: {stage}: {reason}; the same command carries on from here", file=sys.stderr)
     return code
+
+
+def own_kernel() -> type:
+    """The kernel of this Python, whatever a kernelspec called python3 may name on this machine."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+
+    class OwnKernel(AsyncKernelManager):
+        def _kernel_spec_manager_default(self) -> KernelSpecManager:
+            return KernelSpecManager(kernel_dirs=[])
+
+    return OwnKernel
 
 
 def kernel_environment(values: dict, progress: Path) -> dict[str, str]:
@@ -397,7 +488,7 @@ def _follow(stage: str, path: Path, every: float = 10.0) -> Iterator[None]:
     def show() -> None:
         shown = ""
         while not stop.wait(every):
-            text = path.read_text(errors="replace") if path.exists() else ""
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
             text = text.replace("\x1b[A", "").strip()  # a bar within a bar moves up a line
             latest = text.splitlines()[-1].strip() if text else shown
             if latest != shown:

@@ -5,7 +5,7 @@ Nothing is loaded before it is asked for, so a chapter that needs no model opens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from .chat import Chat
 from .data.preferences import Preferences, load_preferences
 from .decode import Generations
 from .models import Base, Loader, ModelSet, load_base, load_tokenizer, parse_dtype
-from .params import NOTEBOOKS, notebook_parameters
+from .params import NOTEBOOKS, notebook_parameters, whole_paths
 from .sources import is_adapter, model_directory, read_json
 
 
@@ -148,18 +148,25 @@ class Study:
         self.manifest.write()
 
 
-def open_study(stage: str, namespace: Mapping[str, Any]) -> Study:
-    """Open a chapter: print what runs, seed torch, set the figures' style.
+def open_study(stage: str, namespace: MutableMapping[str, Any]) -> Study:
+    """Open a chapter: check its parameters, print what runs, seed torch, set the figures' style.
 
     Parameters
     ----------
     stage
         The notebook's name, such as ``01-sft``.
     namespace
-        Its ``globals()``, from which its parameters are taken.
+        Its ``globals()``, from which its parameters are taken, and to which they are given back as
+        the launcher would give them (``path:`` from the repository's root on).
+
+    Raises :class:`StudyError` for a value that a parameter does not allow.
     """
-    names = notebook_parameters(NOTEBOOKS / f"{stage}.ipynb")
-    parameters = {name: namespace[name] for name in names}
+    declared = notebook_parameters(NOTEBOOKS / f"{stage}.ipynb")
+    parameters = {
+        name: whole_paths(parameter.check(namespace[name], f"{stage}, parameters cell"))
+        for name, parameter in declared.items()
+    }
+    namespace.update(parameters)
     figures.use_style()
     torch.manual_seed(parameters["seed"])
     build = Build(parameters["profile"])

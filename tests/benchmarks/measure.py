@@ -12,7 +12,7 @@ def peak_mb() -> float:
     parent's."""
     status = Path("/proc/self/status")
     if status.exists():
-        lines = status.read_text().splitlines()
+        lines = status.read_text(encoding="utf-8").splitlines()
         return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:")) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
