@@ -243,18 +243,31 @@ def merge_tables(
         if required:
             raise StudyError(f"{folder}: no parts of {table}; run `make reproduce` first")
         return pd.DataFrame(columns=TABLES[table])
-    frames = [frame for frame in map(pd.read_csv, parts) if len(frame)]
+    frames = [frame for path in parts if len(frame := read_csv_table(path, table))]
     merged = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TABLES[table])
     merged = finish(merged) if finish else merged
     _write_csv(build.table(table), table, merged)
     return merged
 
 
+def read_csv_table(path: Path, table: str) -> pd.DataFrame:
+    """A file of a table's rows; a :class:`StudyError` if it is not that."""
+    try:
+        frame = pd.read_csv(path)
+        missing = [name for name in TABLES[table] if name not in frame]
+        problem = missing and f"has no column {missing[0]!r}"
+    except ValueError as error:  # empty, no CSV, or not UTF-8
+        problem = f"is no table ({error})"
+    if problem:
+        raise StudyError(f"{path}: {problem}; remove it and run its notebook again")
+    return frame
+
+
 def read_table(build: Build, table: str, required: bool = True) -> pd.DataFrame:
     """A merged table; if it is missing, an error, or an empty table if not ``required``."""
     path = build.table(table)
     if path.exists():
-        return pd.read_csv(path)
+        return read_csv_table(path, table)
     if required:
         raise StudyError(f"{path}: no such file; run `make report PROFILE={build.profile}` first")
     return pd.DataFrame(columns=TABLES[table])
@@ -307,8 +320,14 @@ class Manifest:
 
 def read_manifests(build: Build) -> dict[str, dict]:
     """All stages' manifests, by stage name in reading order."""
-    paths = sorted((build.root / "manifests").glob("*.json"))
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    manifests = {}
+    for path in sorted((build.root / "manifests").glob("*.json")):
+        try:
+            manifests[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            problem = f"is no manifest ({error}); remove it and run its notebook again"
+            raise StudyError(f"{path}: {problem}") from None
+    return manifests
 
 
 def progress(

@@ -9,6 +9,7 @@ if a table is missing.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 from huggingface_hub.repocard_data import CardData, EvalResult, eval_results_to_model_index
 
-from . import StudyError, lineage
+from . import StudyError, command, lineage
 from .artifacts import Build, read_manifests, read_table, write_text
 from .headline import clear_verdict, gated
 from .params import shown_source
@@ -268,16 +269,11 @@ def write_card(build: Build) -> tuple[Path, Path]:
     return markdown, page
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 1:
-        print("usage: python -m rlhf_trust.card <run>", file=sys.stderr)
-        return 2
-    try:
-        print("\n".join(map(str, write_card(Build(arguments[0])))))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser("python -m rlhf_trust.card", description="Write its card.")
+    parser.add_argument("run", help="the name of its folder in build/")
+    print("\n".join(map(str, write_card(Build(parser.parse_args(argv).run)))))
     return 0
 
 

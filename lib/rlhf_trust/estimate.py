@@ -85,7 +85,7 @@ def hours(parameters: dict[str, dict], weights: float, tflops: float) -> pd.Data
     machine (:func:`machine_tflops`). Columns stage, hours, sizes (times those of the reference
     run), scaled_from.
     """
-    runs, rows = json.loads(MEASURED.read_text()), []
+    runs, rows = json.loads(MEASURED.read_text(encoding="utf-8")), []
     for stage in SIZES.keys() & parameters.keys():
         own = prod(sizes(stage, parameters[stage]).values())
         best = (inf, nan, (nan, "unknown: a size of 0 means all"))

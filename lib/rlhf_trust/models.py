@@ -128,7 +128,7 @@ def load_base(source: str, dtype: str = "auto") -> Base:
         raise StudyError(f"{where} holds an adapter; name the model that it was trained on")
     try:
         tokenizer = load_tokenizer(directory)
-        config = json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         for name in config.get("architectures") or []:
             if name.endswith("ForSequenceClassification"):
                 raise StudyError(f"{where} holds a classifier ({name}), not a language model")
@@ -323,7 +323,7 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     for name, directory in adapters.items():
         path = directory / "adapter_model.safetensors"
         try:
-            saved = json.loads((directory / "adapter_config.json").read_text())
+            saved = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
             weights = {key: value for key, value in load_file(path).items() if ".lora_" in key}
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
@@ -403,7 +403,7 @@ def save_adapter(
         if head is not None:
             save_file({"weight": head.detach().float()}, aside / "head.safetensors")
         for name, text in (files or {}).items():
-            (aside / name).write_text(text)
+            (aside / name).write_text(text, encoding="utf-8")
 
 
 def _named(source: str) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ policy tells browsers to load nothing but images that the page holds.
 
 from __future__ import annotations
 
+import argparse
 import html
 import re
 import sys
@@ -26,10 +27,11 @@ from IPython.display import HTML, Image, Markdown
 from matplotlib.text import Text
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from . import ROOT, UNSEEN, visible
+from . import ROOT, UNSEEN, StudyError, command, visible
 from .artifacts import Build, atomic_write, write_text
 from .masking import LONGEST, Masker
 from .params import shown_path
+from .sources import first_line
 
 
 class Html(markupsafe.Markup):
@@ -356,6 +358,17 @@ def clean(page: str, links: bool = True) -> str:
     )
 
 
+def read_notebook(path: Path):
+    """An executed notebook; a :class:`StudyError` if it is missing or broken."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except Exception as error:  # no such file, not JSON, or another form of it
+        problem = f"is no executed notebook ({first_line(error)}); run `make reproduce`"
+        raise StudyError(f"{path}: {problem}") from None
+    return notebook
+
+
 def write_html(
     notebook_path: Path, out: Path, code: bool, navigation: str = "", folder: str = ""
 ) -> None:
@@ -363,7 +376,7 @@ def write_html(
 
     ``folder``: where, from this page, the pages of the notebooks beside it are.
     """
-    notebook = nbformat.read(notebook_path, as_version=4)
+    notebook = read_notebook(notebook_path)
     title = _title(notebook, notebook_path.stem)
     pages = {path.stem for path in notebook_path.parent.glob("[0-9][0-9]-*.ipynb")}
     notebook.cells = list(page_cells(notebook, code, pages, folder))
@@ -384,7 +397,10 @@ def _converted(text: str, form: str) -> str:
     connection; images are embedded where the text itself holds them."""
     options = ["--sandbox", "--embed-resources", "--mathml", "--quiet"]
     text = text.encode(errors="replace").decode()  # half a surrogate pair, in an image's metadata
-    made = pypandoc.convert_text(text, "html5", format=form, extra_args=options)
+    try:
+        made = pypandoc.convert_text(text, "html5", format=form, extra_args=options)
+    except RuntimeError as error:  # such as no room for its temporary files
+        raise StudyError(f"pandoc cannot render a page ({first_line(error)})") from None
     return visible(clean(made))
 
 
@@ -396,7 +412,9 @@ def write_appendix(notebooks: Path, out: Path) -> list[Path]:
     """All executed notebooks as linked HTML pages, with an index; returns the pages."""
     found = sorted(notebooks.glob("[0-9][0-9]-*.ipynb"))
     sources = [path for path in found if not path.name.endswith(".failed.ipynb")]
-    titles = [_title(nbformat.read(p, as_version=4), p.stem) for p in sources]
+    if not sources:
+        raise StudyError(f"{notebooks}: no notebook has run; run `make reproduce` first")
+    titles = [_title(read_notebook(p), p.stem) for p in sources]
     pages = [out / f"{source.stem}.html" for source in sources]
     for index, (source, page) in enumerate(zip(sources, pages)):
         links = [("index.html", "Contents")]
@@ -426,11 +444,15 @@ def _title(notebook, default: str) -> str:
     return first.splitlines()[0].lstrip("# ").strip()
 
 
-def main() -> None:
-    """``python -m rlhf_trust.render report|appendix <profile>``"""
-    kind, profile = sys.argv[1:]
-    build = Build(profile)
-    if kind == "report":
+@command
+def main(argv: list[str] | None = None) -> int:
+    about = "Render a run's executed notebooks."
+    parser = argparse.ArgumentParser("python -m rlhf_trust.render", description=about)
+    parser.add_argument("page", choices=("report", "appendix"))
+    parser.add_argument("run", help="the name of its folder in build/")
+    arguments = parser.parse_args(argv)
+    build = Build(arguments.run)
+    if arguments.page == "report":
         report, source = build.path("report.html"), build.path("notebooks", "90-report.ipynb")
         links = _links([("appendix/index.html", "All notebooks as they ran")])
         links = Html("<nav>{}</nav>").format(links)
@@ -438,7 +460,8 @@ def main() -> None:
         print(report)
     else:
         print(write_appendix(build.path("notebooks"), build.path("appendix"))[0])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

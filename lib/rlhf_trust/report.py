@@ -30,8 +30,16 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from . import ROOT, StudyError, build_root, visible
-from .artifacts import TABLES, Build, merge_tables, read_manifests, read_table, write_text
+from . import ROOT, StudyError, build_root, command, visible
+from .artifacts import (
+    TABLES,
+    Build,
+    merge_tables,
+    read_csv_table,
+    read_manifests,
+    read_table,
+    write_text,
+)
 from .models import parse_dtype
 from .render import as_markdown, prose
 from .rewards import rm_bench
@@ -673,7 +681,7 @@ def reference_table(profile: str, table: str) -> pd.DataFrame:
     path = REFERENCE / profile / f"{table}.csv"
     if not path.exists():
         raise StudyError(f"{path.relative_to(ROOT)}: no reference run of profile {profile!r}")
-    return pd.read_csv(path)
+    return read_csv_table(path, table)
 
 
 def compare(run: str, other: str = "") -> int:
@@ -683,6 +691,8 @@ def compare(run: str, other: str = "") -> int:
     joined = differences(read_table(Build(run), "trust"), reference)
     against = other or "reference"
     both = joined[joined["only_in"] == ""]
+    if both.empty:
+        raise StudyError(f"{run} and {against} have no figure in common")
     differing = both[both["differs"]]
     for row in differing.itertuples():
         what = visible(f"{row.model}, {row.vertical}, {row.metric}, {row.condition}")
@@ -735,7 +745,7 @@ def results_markdown(profile: str) -> str:
     """The reference run's measures as published, its checks and RM-Bench results, in Markdown."""
     trust, changes = (reference_table(profile, name) for name in ("trust", "trust_change"))
     glance = as_published(trust, changes)
-    record = json.loads((REFERENCE / profile / "run.json").read_text())
+    record = json.loads((REFERENCE / profile / "run.json").read_text(encoding="utf-8"))
     models = list(dict.fromkeys(glance["model"]))
     lines = [
         f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, "
@@ -779,6 +789,7 @@ def with_results(readme: str, profile: str) -> str:
     return f"{before}{begin}\n{results_markdown(profile)}\n{end}{after}"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     about = "Hold a run against its profile's reference."
     parser = argparse.ArgumentParser("python -m rlhf_trust.report", description=about)
@@ -788,17 +799,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", action="store_true", help="put its results into the README")
     arguments = parser.parse_args(argv)
     readme = ROOT / "README.md"
-    try:
-        if arguments.save:
-            save(arguments.profile)
-        if arguments.readme:
-            write_text(readme, with_results(readme.read_text(encoding="utf-8"), arguments.profile))
-        return (
-            0 if arguments.save or arguments.readme else compare(arguments.profile, arguments.other)
-        )
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.save:
+        save(arguments.profile)
+    if arguments.readme:
+        write_text(readme, with_results(readme.read_text(encoding="utf-8"), arguments.profile))
+    return 0 if arguments.save or arguments.readme else compare(arguments.profile, arguments.other)
 
 
 if __name__ == "__main__":

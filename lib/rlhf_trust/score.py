@@ -31,7 +31,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import ROOT, StudyError, require
+from . import ROOT, StudyError, command, require
 from .artifacts import atomic_write
 from .data import choose
 from .decode import Prompt
@@ -163,6 +163,7 @@ def rm_bench_table(model: str, items: Sequence, source: str, reference: str, for
     return table
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m rlhf_trust.score", description=__doc__.split(":")[0]
@@ -177,9 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     ask = commands.add_parser("ask", parents=[asking], help="print a vertical's prompts")
     ask.add_argument("vertical", choices=MODULES)
     for name in MODULES:
-        command = commands.add_parser(name, parents=[asking, saving], help="score answers to them")
-        command.add_argument("answers", type=Path)
-        command.add_argument("--scorer", default="local", help=SCORERS)
+        asked = commands.add_parser(name, parents=[asking, saving], help="score answers to them")
+        asked.add_argument("answers", type=Path)
+        asked.add_argument("--scorer", default="local", help=SCORERS)
     trust = commands.add_parser("trust-score", parents=[saving], help="score grounded responses")
     trust.add_argument("answers", type=Path)
     trust.add_argument("--kind", choices=trust_score.KINDS, default="")
@@ -195,25 +196,21 @@ def main(argv: list[str] | None = None) -> int:
         help="of log-probabilities, without one",
     )
     given = parser.parse_args(argv)
-    try:
-        if given.command == "trust-score":
-            table = output_table(given.answers, given.kind, given.judge, given.strict)
-        elif given.command == "rm-bench":
-            items = rm_bench.load_rm_bench(given.items)
-            items = choose(items, given.n or len(items), given.seed, by=lambda item: item.domain)
-            table = rm_bench_table(given.model, items, given.items, given.reference, given.form)
-        else:
-            vertical = given.vertical if given.command == "ask" else given.command
-            items = items_of(vertical, given.items, given.n, given.seed)
-            if given.command == "ask":
-                for prompt in MODULES[vertical].prompts(items):
-                    print(json.dumps(as_row(prompt), ensure_ascii=False))
-                return 0
-            table = vertical_table(vertical, given.answers, items, given.scorer)
-            table = table[["metric", "condition", "value", "ci_low", "ci_high", "n"]]
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if given.command == "trust-score":
+        table = output_table(given.answers, given.kind, given.judge, given.strict)
+    elif given.command == "rm-bench":
+        items = rm_bench.load_rm_bench(given.items)
+        items = choose(items, given.n or len(items), given.seed, by=lambda item: item.domain)
+        table = rm_bench_table(given.model, items, given.items, given.reference, given.form)
+    else:
+        vertical = given.vertical if given.command == "ask" else given.command
+        items = items_of(vertical, given.items, given.n, given.seed)
+        if given.command == "ask":
+            for prompt in MODULES[vertical].prompts(items):
+                print(json.dumps(as_row(prompt), ensure_ascii=False))
+            return 0
+        table = vertical_table(vertical, given.answers, items, given.scorer)
+        table = table[["metric", "condition", "value", "ci_low", "ci_high", "n"]]
     print(table.to_string(index=False, float_format="{:.3f}".format))
     if given.save:
         with atomic_write(given.save) as aside:

@@ -262,7 +262,7 @@ class Trainer:
         settings = self.parameters[arm.stage], asdict(config), self.chat.name
         key, note = content_key(asdict(arm), weights, data, settings), out / NOTE
         if note.is_file():
-            kept = json.loads(note.read_text())
+            kept = json.loads(note.read_text(encoding="utf-8"))
             if kept["key"] == key:
                 return kept["reward"]
         change = (
