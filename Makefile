@@ -28,6 +28,8 @@ export JOBS
 # Options for pip, such as a CPU-only index for torch: --extra-index-url https://download.pytorch.org/whl/cpu
 PIP_ARGS ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# PYTHON_ENV=active runs in the conda or virtual environment that is active, as it is, instead of making .venv.
+PYTHON_ENV ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
@@ -42,9 +44,18 @@ KEEP_FREED := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:gl
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:$(KEEP_FREED)
 # Read by the hub's libraries when they are imported: no usage reports.
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Text is UTF-8 whatever the terminal's locale.
+export PYTHONUTF8 := 1
 
-BIN := .venv/bin
+ENVIRONMENT := .venv
 INSTALLED := .venv/.installed
+ifneq ($(PYTHON_ENV),)
+ENVIRONMENT := $(if $(filter active,$(PYTHON_ENV)),$(or $(VIRTUAL_ENV),$(CONDA_PREFIX)),$(error PYTHON_ENV must be active, or empty))
+$(if $(ENVIRONMENT),,$(error PYTHON_ENV=active: no conda or virtual environment is active; activate one, or leave it out))
+override PYTHON := $(ENVIRONMENT)/bin/python
+INSTALLED := build/.installed-$(firstword $(shell cksum <<< "$(ENVIRONMENT)"))
+endif
+BIN := $(ENVIRONMENT)/bin
 RUN := $(PROFILE)$(if $(SEED),-seed$(SEED))
 BUILD := build/$(RUN)
 STAGES := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]-*.ipynb))))
@@ -67,11 +78,15 @@ help: ## list the targets
 setup: $(INSTALLED) fetch ## install everything into .venv, and fetch what PROFILE needs: it then runs without a network
 fetch: $(INSTALLED) ## fetch the models and data that PROFILE needs, which `make setup` does too
 	$(LAUNCH) fetch $(OPTIONS)
-$(INSTALLED): lib/pyproject.toml lib/constraints.txt
-	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), "Python 3.11 or 3.12 is needed, this is " + sys.version'
+.venv/.installed: lib/pyproject.toml lib/constraints.txt
+	$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("error: Python 3.11, 3.12 or 3.13 is needed, this is " + sys.version.split()[0] + "; name another by PYTHON=")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint lib/constraints.txt --editable "lib[dev]"
+	.venv/bin/python -m pip install $(PIP_ARGS) --quiet --constraint lib/constraints.txt --editable "lib[dev]"
 	touch $@
+build/.installed-%: lib/pyproject.toml lib/constraints.txt
+	@cd / && $(PYTHON) -c 'import rlhf_trust as r; r.ROOT.samefile("$(CURDIR)") or r.missing' 2> /dev/null || { echo >&2 \
+	  'error: PYTHON_ENV=active: $(ENVIRONMENT) lacks this study; there, run: pip install --constraint lib/constraints.txt --editable "lib[dev]"'; exit 2; }
+	@mkdir -p build && touch $@
 
 # --- the study --------------------------------------------------------------------------------------------------
 
@@ -104,7 +119,7 @@ params: $(INSTALLED) ## print what every notebook would run with (* = changed by
 	@$(LAUNCH) params $(OPTIONS)
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab, with the parameters of PROFILE
-	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url="/lab/tree/$$($(LAUNCH) lab $(OPTIONS))"
+	$(BIN)/jupyter lab --notebook-dir . --KernelSpecManager.kernel_dirs="[]" --LabApp.default_url="/lab/tree/$$($(LAUNCH) lab $(OPTIONS))"
 
 compare: $(INSTALLED) ## hold a run against its profile's reference tables, or A=<run> against B=<run>
 	$(BIN)/python -m rlhf_trust.report $(or $(A),$(RUN)) $(if $(B),--with $(B))
@@ -112,8 +127,8 @@ compare: $(INSTALLED) ## hold a run against its profile's reference tables, or A
 clean: ## remove what PROFILE made (the model and .venv stay)
 	rm -rf $(BUILD)
 
-# What the run needs from elsewhere is fetched. Parameters are checked, and written with a hash of the notebook's cells to a file that changes only when they do: make
-# then knows what to run again.
+# What the run needs from elsewhere is fetched. Parameters are checked, and written with a hash of the notebook's cells to
+# a file that changes only when they do: make then knows what to run again.
 resolve: export FETCH = $(READ) $(filter 90-%,$(STAGES))
 resolve: $(INSTALLED)
 	@$(LAUNCH) resolve $(OPTIONS)
@@ -167,7 +182,7 @@ bench: .trl-ppo/.installed .yardsticks/.installed parity ## speed of sampling, t
 	.yardsticks/bin/python tests/benchmarks/yardsticks.py
 	$(BIN)/python tests/benchmarks/coverage.py
 
-# Environments of their own, which see .venv's packages and add to them.
+# Environments of their own, which see the study's packages and add to them.
 .parity/.installed: ADDED := --constraint lib/constraints.txt --requirement tests/parity/requirements.txt
 .parity/.installed: tests/parity/requirements.txt
 .trl-ppo/.installed: ADDED := --no-deps trl==1.12.0
@@ -177,6 +192,6 @@ bench: .trl-ppo/.installed .yardsticks/.installed parity ## speed of sampling, t
 .parity/.installed .trl-ppo/.installed .yardsticks/.installed .bergson/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(@D)
 	packages() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
-	echo "import site; site.addsitedir('$$(packages $(CURDIR)/.venv)')" > $$(packages $(@D))/study.pth
+	echo "import site; site.addsitedir('$$(packages $(abspath $(ENVIRONMENT)))')" > $$(packages $(@D))/study.pth
 	$(@D)/bin/python -m pip install $(PIP_ARGS) --quiet $(ADDED)
 	touch $@
