@@ -1,29 +1,36 @@
 """Files that stages pass to each other: where they are, written atomically, with a manifest.
 
 Stages share files, never memory: adapters (safetensors), generations (JSONL) and tidy tables (CSV)
-under ``build/<profile>/``. Each file is written to a temporary name and moved into place when
-complete, so an interrupted stage leaves nothing that could be mistaken for a result.
+under ``build/<profile>/``. Each file is written to a temporary name, brought to the disk and moved
+into place when complete, so an interrupted stage leaves nothing that could be mistaken for a
+result. A stage's manifest has the sha256 of all that it wrote, and :func:`checked` holds a file
+against it before another stage reads it.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
+import psutil
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as terminal_bar
 
-from . import StudyError, build_root
+from . import ROOT, StudyError, build_root
 
 PACKAGES = (
     "torch transformers trl peft datasets accelerate numpy pandas scikit-learn alt-profanity-check"
@@ -104,6 +111,74 @@ class Build:
     def table(self, name: str) -> Path:
         return self.path("tables", f"{name}.csv")
 
+    @property
+    def remedy(self) -> str:
+        """What mends a product of this run."""
+        found = re.fullmatch(r"(.+)-seed(\d+)", self.profile)
+        profile, seed = found.groups() if found else (self.profile, "")
+        command = f"make reproduce PROFILE={profile}{f' SEED={seed}' if seed else ''}"
+        return f"`{command}`, with the run's other options, makes it again"
+
+
+WRITTEN: dict[Path, str] = {}
+READ: dict[str, str] = {}
+SOURCES: dict[str, str] = {}
+"""What this process has written (file → sha256) since its last manifest; and since it began one the
+products and models that it read (name → hash), and the files of data that it looked for (path →
+:func:`state_of`)."""
+
+
+def file_sha256(path: Path | str) -> str:
+    """A file's sha256, as ``sha256sum`` gives it."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+LARGE = 1 << 24
+"""Bytes above which a source is known by its size and time, not by what is in it."""
+
+
+def state_of(path: Path) -> str:
+    """Stands for a file of data, or for the names of a folder's; empty if there is none."""
+    if path.is_dir():
+        return content_key(sorted(str(p) for p in path.rglob("[!.]*") if p.is_file()))
+    if not path.is_file():
+        return ""
+    size, changed = path.stat().st_size, path.stat().st_mtime_ns
+    return file_sha256(path) if size <= LARGE else f"{size} bytes, {changed}"
+
+
+def note_source(path: Path) -> None:
+    """Note a file or folder of data as looked for, by its path from the checkout on."""
+    path = path.absolute()
+    SOURCES[str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)] = state_of(path)
+
+
+@cache
+def code_hash(*modules: str) -> str:
+    """Of the code of these modules of the library (``align.ppo``), without comments and layout:
+    other code may make other results."""
+    files = (ROOT.joinpath("lib", __package__, *name.split(".")) for name in modules)
+    files = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in files)
+    return content_key([ast.dump(ast.parse(f.read_bytes())) for f in files if f.is_file()])
+
+
+def loaded_code() -> dict[str, str]:
+    """The library's modules that are loaded → their hash when this was first asked."""
+    names = (name.partition(".") for name in sorted(sys.modules))
+    return {own: code_hash(own) for package, _, own in names if package == __package__}
+
+
+def file_hash(path: Path) -> str:
+    """:func:`sha256_of` a file, which is read once as long as its size and time stay."""
+    found = path.stat()
+    return _hash_of_state(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _hash_of_state(path: Path, size: int, changed: int) -> str:
+    return sha256_of(path)
+
 
 def sha256_of(path: Path | str, length: int = 64) -> str:
     """Hex digest of a file's bytes, or of a folder's files (names and bytes, in order).
@@ -112,7 +187,7 @@ def sha256_of(path: Path | str, length: int = 64) -> str:
     """
     path, digest = Path(path), hashlib.sha256()
     inside = (p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
-    files = sorted(inside) if path.is_dir() else [path]
+    files = [path] if path.is_file() else sorted(inside)
     if not files:
         raise StudyError(f"{path}: no files to read")
     for file in files:
@@ -133,7 +208,8 @@ class ResultCache:
     """Results of a long computation, one line each in a JSONL file, so that a run can be resumed.
 
     The file's name stands for what its results share (weights, settings), a row's ``key`` for its
-    item. With ``RLHF_TRUST_CACHE=off`` the file is started anew.
+    item. Each line begins with the hash of its rest: one that was changed is passed over, so that
+    its item runs again. With ``RLHF_TRUST_CACHE=off`` the file is started anew.
     """
 
     def __init__(self, path: Path | str):
@@ -153,12 +229,18 @@ class ResultCache:
         """Store the result for ``key``; it is on disk when this returns."""
         self._rows[key] = {"key": key, **row}
         with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(self._rows[key], ensure_ascii=False) + "\n")
+            handle.write(_hashed(json.dumps(self._rows[key], ensure_ascii=False)) + "\n")
+
+
+def _hashed(line: str) -> str:
+    """A line of JSON with the hash of what it holds put in front."""
+    return f'{{"sha256": "{hashlib.sha256(line.encode()).hexdigest()[:16]}", {line[1:]}'
 
 
 def _complete_lines(path: Path) -> list[dict]:
     """Rows of a JSONL file. An incomplete last line is removed from the file; a line that cannot be
-    read (zeros, after a crash of the machine) is passed over, so that its item runs again."""
+    read (zeros, after a crash of the machine) or has not its hash is passed over. Lines of earlier
+    versions have none, and begin with their key."""
     if not path.exists():
         return []
     data = path.read_bytes()  # the cut may be inside a character
@@ -166,9 +248,12 @@ def _complete_lines(path: Path) -> list[dict]:
     if len(whole) < len(data):
         os.truncate(path, len(whole))
     rows = []
-    for line in whole.splitlines():
+    for line in whole.split(b"\n"):
         with suppress(ValueError):
-            rows.append(json.loads(line))
+            text = line.decode()
+            plain = "{" + text[31:]
+            if _hashed(plain) == text or (plain := text).startswith('{"key": '):
+                rows.append(json.loads(plain))
     return rows
 
 
@@ -178,19 +263,57 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
     Yields the temporary path (its parent exists; make the folder yourself). On an error the
     temporary is removed and ``path`` stays as it was. For one writer at a time: a file is swapped
-    in one step, a folder in two, so a folder that other processes use needs a lock.
+    in one step, a folder in two, so a folder that other processes use needs a lock. What was moved
+    is noted for the stage's manifest.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     _remove(aside)
     try:
         yield aside
-        if aside.is_dir() and path.is_dir():
-            _remove(path)
-        os.replace(aside, path)
+        move(aside, path)
+        note_written(path)
     finally:
         _remove(aside)
+
+
+def move(aside: Path, path: Path) -> None:
+    """Move a file or folder into place, in the place of another, and bring both to the
+    disk: first what it holds, then its name. After a power cut it is there whole or not at all."""
+    for inside in aside.rglob("*"):
+        _to_disk(inside)
+    _to_disk(aside)
+    if aside.is_dir() and path.is_dir():
+        _remove(path)
+    os.replace(aside, path)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # which some file systems do not sync
+            raise
+    finally:
+        os.close(handle)
+
+
+def note_written(path: Path) -> None:
+    """Note a file, or a folder's files, as this stage's."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            WRITTEN[file.absolute()] = file_sha256(file)
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove what :func:`atomic_write` was at when its process was killed."""
+    for path in folder.rglob(".*.part"):
+        number = path.name.split(".")[-2]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -233,17 +356,19 @@ def merge_tables(
 ) -> pd.DataFrame:
     """Join a table's parts in the order of their names and write ``tables/<table>.csv``.
 
-    Without parts: an error, or an empty table if not ``required``. ``finish`` adds what needs all
-    parts, such as a correction for multiple tests.
+    Only those that a stage has written, and as it wrote them: any other file there (a copy, an
+    earlier run's) is named on standard error and left out. Without parts: an error, or an empty
+    table if not ``required``. ``finish`` adds what needs all parts, such as a correction for
+    multiple tests.
     """
     folder = build.path("tables", "parts")
-    parts = sorted(folder.glob(f"{table}.*.csv"))
+    parts = sorted({*folder.glob(f"{table}.*.csv")} - warn_of_strays(build))
     if not parts:
         build.table(table).unlink(missing_ok=True)
         if required:
             raise StudyError(f"{folder}: no parts of {table}; run `make reproduce` first")
         return pd.DataFrame(columns=TABLES[table])
-    frames = [frame for path in parts if len(frame := read_csv_table(path, table))]
+    frames = [frame for path in parts if len(frame := read_csv_table(checked(path), table))]
     merged = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TABLES[table])
     merged = finish(merged) if finish else merged
     _write_csv(build.table(table), table, merged)
@@ -266,7 +391,7 @@ def read_csv_table(path: Path, table: str) -> pd.DataFrame:
 def read_table(build: Build, table: str, required: bool = True) -> pd.DataFrame:
     """A merged table; if it is missing, an error, or an empty table if not ``required``."""
     path = build.table(table)
-    if path.exists():
+    if checked(path).exists():
         return read_csv_table(path, table)
     if required:
         raise StudyError(f"{path}: no such file; run `make report PROFILE={build.profile}` first")
@@ -295,7 +420,9 @@ def note(sentence: str) -> None:
 class Manifest:
     """How a stage's files were made: hashes of its inputs, parameters, facts, versions, seconds.
 
-    Create it at the head of a notebook, ``write`` it at the end.
+    Create it at the head of a notebook, ``write`` it at the end. It lists every file that the stage
+    wrote (``outputs``, by their path in the build folder, with their sha256), and what it read:
+    products and models (``inputs``), files of data (``sources``) and the library's ``code``.
     """
 
     build: Build
@@ -305,29 +432,107 @@ class Manifest:
     facts: dict = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        READ.clear()
+        SOURCES.clear()
+        loaded_code()
+
     def write(self) -> None:
+        folders = [self.build.root / folder for folder in PRODUCTS]
+        outputs = {
+            path.relative_to(self.build.root).as_posix(): digest
+            for path, digest in WRITTEN.items()
+            if path.is_file() and any(map(path.is_relative_to, folders))
+        }
         record = {
             "stage": self.stage,
             "parameters": self.parameters,
-            "inputs": self.inputs,
+            "inputs": READ | self.inputs,
+            "sources": SOURCES,
+            "code": loaded_code(),
+            "outputs": outputs,
             "facts": self.facts | ({"notes": NOTES} if NOTES else {}),
             "versions": versions(),
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        path = self.build.path("manifests", f"{self.stage}.json")
-        write_text(path, json.dumps(record, indent=1, sort_keys=True))
+        write_record(self.build.path("manifests", f"{self.stage}.json"), record)
+        WRITTEN.clear()
+
+
+PRODUCTS = "models", "tables", "figures", "generations"
+"""Folders of a build whose files stages write for each other, or for a reader."""
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a JSON file that holds its own hash, for :func:`read_record`."""
+    record = json.loads(json.dumps(record, sort_keys=True))
+    write_text(path, json.dumps({"sha256": content_key(record)} | record, indent=1))
+
+
+def read_record(path: Path) -> dict:
+    """What :func:`write_record` wrote; a ValueError if it was changed since. (Those of earlier
+    versions have no hash.)"""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    said = record.pop("sha256", None) if isinstance(record, dict) else ""
+    if said not in (None, content_key(record)):
+        raise ValueError("it was changed since it was written")
+    return record
 
 
 def read_manifests(build: Build) -> dict[str, dict]:
-    """All stages' manifests, by stage name in reading order."""
-    manifests = {}
+    """All stages' manifests, by stage name in reading order. Copies under another name are none."""
+    found = {}
     for path in sorted((build.root / "manifests").glob("*.json")):
         try:
-            manifests[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            problem = f"is no manifest ({error}); remove it and run its notebook again"
-            raise StudyError(f"{path}: {problem}") from None
-    return manifests
+            manifest = read_record(path)
+        except (OSError, ValueError) as error:
+            raise StudyError(f"{path}: is damaged ({error}); {build.remedy}") from None
+        if manifest.get("stage", path.stem) == path.stem:
+            found[path.stem] = manifest
+    return found
+
+
+def changed_files(build: Build, manifest: dict, inside: str = "") -> list[Path]:
+    """A stage's files that are missing, or not as it wrote them; of a file or folder ``inside`` the
+    build, or of all."""
+    outputs = manifest.get("outputs", {})
+    paths = {build.root / name: digest for name, digest in outputs.items()}
+    return [
+        path
+        for path, digest in paths.items()
+        if path.is_relative_to(build.root / inside) and path not in WRITTEN
+        if not path.is_file() or file_sha256(path) != digest
+    ]
+
+
+def checked(path: Path) -> Path:
+    """A file or folder that is about to be read, noted as an input of this stage.
+
+    Raises :class:`StudyError` if it is not as the stage that made it left it. What no manifest
+    lists, or this process wrote, passes."""
+    path = Path(path).absolute()
+    owners = (Build(root.name) for root in path.parents if (root / "manifests").is_dir())
+    build = next((owner for owner in owners if path.is_relative_to(owner.root)), None)
+    if build is None or any(own.is_relative_to(path) for own in WRITTEN):
+        return path
+    name = path.relative_to(build.root).as_posix()
+    for stage, manifest in read_manifests(build).items():
+        for file in changed_files(build, manifest, name):
+            problem = f"not as {stage} wrote it" if file.exists() else "missing"
+            raise StudyError(f"{file}: {problem}; {build.remedy}")
+    if path.exists():
+        READ[name] = sha256_of(path, 16) if path.is_dir() else file_sha256(path)
+    return path
+
+
+def warn_of_strays(build: Build) -> set[Path]:
+    """Files among the tables' parts that no stage has written, each named on standard error."""
+    outputs = (made.get("outputs", {}) for made in read_manifests(build).values())
+    known = {build.root / name for some in outputs for name in some}.union(WRITTEN)
+    strays = {*(build.root / "tables" / "parts").glob("[!.]*")} - known
+    for path in sorted(strays):
+        print(f"warning: {path}: left out, as no stage that ended wrote it", file=sys.stderr)
+    return strays
 
 
 def progress(

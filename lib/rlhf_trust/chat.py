@@ -12,9 +12,11 @@ that follows. A special token's name inside a text is text: it never becomes the
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os.path import commonprefix
 
 from jinja2 import TemplateError
@@ -263,11 +265,17 @@ class Chat:
         separator = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
         self._separator = (separator,)
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Stands for the format in the key of what a model said in it."""
-        own = self.name == "template"
-        return content_key(self.tokenizer.chat_template) if own else self.name
+        """Stands for the format and the tokenizer in the key of what a model said in it."""
+        tokenizer, own = self.tokenizer, self.name == "template"
+        kind = getattr(tokenizer, "backend_tokenizer", None)
+        backend = json.loads(kind.to_str()) if kind else sorted(tokenizer.get_vocab().items())
+        if kind:  # what the last call asked for
+            del backend["truncation"], backend["padding"]
+        special = tokenizer.eos_token_id, tokenizer.pad_token_id, self._text_opening
+        template = tokenizer.chat_template if own else ""
+        return content_key(self.name, template, special, backend)
 
     def prompt_text(self, turns: Sequence[str], system: str | None = None) -> str:
         """``turns`` alternate human, assistant, …, human."""

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.cache_utils import DynamicLayer
 
 from . import StudyError
-from .artifacts import ResultCache, content_key, progress
+from .artifacts import ResultCache, code_hash, content_key, progress
 from .chat import Chat, EncodedExample
 
 
@@ -1120,4 +1120,5 @@ class Generations:
         return np.array([kept[key]["value"] for key in keys])
 
     def _kept(self, name: str, *common: object) -> ResultCache:
-        return ResultCache(self.directory / f"{name}.{content_key(*common)}.jsonl")
+        key = content_key(*common, code_hash("chat", "decode"))
+        return ResultCache(self.directory / f"{name}.{key}.jsonl")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from . import ROOT, StudyError
-from .artifacts import atomic_write, content_key, sha256_of
+from .artifacts import READ, atomic_write, checked, content_key, file_hash, sha256_of
 from .chat import Chat, choose_pad
 from .sources import NO_CODE, first_line, is_adapter, model_directory
 
@@ -124,7 +123,8 @@ def load_base(source: str, dtype: str = "auto") -> Base:
     """
     directory, kind = model_directory(source), parse_dtype(dtype)
     where, again = f"model {source}: {directory}", "fetch or save it again"
-    if is_adapter(directory) and not (directory / "config.json").is_file():
+    # Of which transformers would load the backbone from wherever the adapter says.
+    if is_adapter(directory):
         raise StudyError(f"{where} holds an adapter; name the model that it was trained on")
     try:
         tokenizer = load_tokenizer(directory)
@@ -154,20 +154,26 @@ def load_base(source: str, dtype: str = "auto") -> Base:
     model = model.to(device()).requires_grad_(False).eval()
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    weights = _short_hash("".join(map(_file_hash, files)))
+    weights = _short_hash("".join(map(file_hash, weight_files(directory))))
+    READ[f"model: {Path(source).name}"] = weights
     return Base(model, tokenizer, source, weights, _short_hash(f"{weights}:{kind}"))
 
 
-def _file_hash(path: Path) -> str:
-    """sha256 of a file, which a model that is loaded again need not read again."""
-    found = path.stat()
-    return _hash_of_state(path, found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _hash_of_state(path: Path, size: int, changed: int) -> str:
-    return sha256_of(path)
+def weight_files(directory: Path) -> list[Path]:
+    """``config.json`` and every file that transformers may take the model's weights from."""
+    whole = "model.safetensors", "model.safetensors.index.json"
+    endings = [".safetensors"]
+    if not any((directory / name).is_file() for name in whole):
+        endings.append(".bin")
+    found = set()
+    for ending in endings:
+        found |= {*directory.glob(f"*{ending}")}
+        for index in directory.glob(f"*{ending}.index.json"):
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            found |= {directory / name for name in shards}
+    if not found:
+        raise StudyError(f"{directory}: no file of weights (*.safetensors, *.bin) to know them by")
+    return [directory / "config.json", *sorted(found)]
 
 
 def _short_hash(text: str) -> str:
@@ -314,7 +320,7 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     from peft import PeftModel, set_peft_model_state_dict
 
     # All are looked for before the first changes the backbone.
-    for directory in adapters.values():
+    for directory in map(checked, adapters.values()):
         if not (directory / "adapter_model.safetensors").is_file():
             raise StudyError(
                 f"{directory}: no adapter there; run the stage that trains {directory.name!r} first"
@@ -322,6 +328,7 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     wrapped, tokenizer = None, _tokenizer_hash(base.tokenizer)
     for name, directory in adapters.items():
         path = directory / "adapter_model.safetensors"
+        again = f"run the stage that trains {directory.name!r} again"
         try:
             saved = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
             weights = {key: value for key, value in load_file(path).items() if ".lora_" in key}
@@ -329,10 +336,7 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
                 facts = file.metadata() or {}
         except (OSError, ValueError, SafetensorError) as error:
             reason = first_line(error)
-            raise StudyError(
-                f"{directory}: cannot be read ({reason}); delete the folder and run again"
-            ) from None
-        again = f"run the stage that trains {directory.name!r} again"
+            raise StudyError(f"{directory}: cannot be read ({reason}); {again}") from None
         if saved.get("tokenizer", tokenizer) != tokenizer:
             raise StudyError(
                 f"{directory}: was trained on another tokenizer than {base.source}'s; {again}"
@@ -421,7 +425,7 @@ def _named(source: str) -> dict[str, str | None]:
 def load_reward_head(directory: Path) -> torch.Tensor:
     """The reward model's head, shape [hidden]: reward = head · last hidden state of the answer's
     end token."""
-    path = directory / "head.safetensors"
+    path = checked(directory / "head.safetensors")
     if not path.is_file():
         raise StudyError(f"{path}: missing; run 02-reward first")
     try:
@@ -490,10 +494,10 @@ class ModelSet:
             base = load if isinstance(load, Base) else load()
             network, adapters = base.model, self._adapters if name == "start" else {}
             self.fingerprints[name] = base.fingerprint
-            for adapter, directory in adapters.items():
-                self.fingerprints[adapter] = adapter_fingerprint(base, directory)
             if adapters:
                 network = load_adapters(base, adapters)
+            for adapter, directory in adapters.items():
+                self.fingerprints[adapter] = adapter_fingerprint(base, directory)
             self._loaded[name] = base, network
         return self._loaded[name]
 

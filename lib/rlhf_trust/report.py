@@ -224,19 +224,29 @@ def readable_answers(trust: pd.DataFrame) -> pd.DataFrame:
 
 
 def runs_of_seeds(build: Build) -> dict[str, Build]:
-    """This run and the profile's finished runs with other seeds, by name.
+    """This run and the profile's finished runs with other seeds, by name (``<profile>-seed<n>``).
 
-    Raises :class:`StudyError` if two of them have the same seed: one counted twice.
+    Raises :class:`StudyError` if two of them have the same seed (one counted twice), or a run has
+    not the seed of its name.
     """
-    runs = build_root(build.profile).parent
-    others = sorted(runs.glob(f"{build.profile}-seed*/tables/trust_change.csv"))
-    names = (build.profile, *(p.parents[1].name for p in others))
-    found, seeds = {name: Build(name) for name in names}, {}
-    for name, run in found.items():
-        first = next(iter(read_manifests(run).values()), {"parameters": {"seed": name}})
-        same = seeds.setdefault(first["parameters"]["seed"], name)
-        if same != name:
+    runs, of_seed = (
+        build_root(build.profile).parent,
+        rf"{re.escape(build.profile)}-seed(0|[1-9]\d*)",
+    )
+    folders = sorted(path.parents[1] for path in runs.glob("*/tables/trust_change.csv"))
+    numbers = {f.name: int(n[1]) for f in folders if (n := re.fullmatch(of_seed, f.name))}
+    found, seeds = {}, {}
+    for name in (build.profile, *numbers):
+        run, number = Build(name), numbers.get(name)
+        made = list(read_manifests(run).values())
+        if number == 0 and not made:
+            continue
+        seed = made[0]["parameters"]["seed"] if made else number
+        if (same := seeds.setdefault(seed, name)) != name:
             raise StudyError(f"{run.root}: has the same seed as {same}; delete one of the two")
+        if number is not None and seed != number:
+            raise StudyError(f"{run.root}: was run with seed {seed}; delete it, or name it so")
+        found[name] = run
     return found
 
 

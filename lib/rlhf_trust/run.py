@@ -1,8 +1,8 @@
 """The launcher: strict parameters, then papermill, then the finished notebook, or a failed one.
 
 ``python -m rlhf_trust.run resolve --profile smoke``
-    check every parameter and write ``build/smoke/params/<stage>.yaml``, only where it changed (make
-    sees which);
+    check every parameter and write ``build/smoke/params/<stage>.yaml``, only where it, the code or
+    the data changed, or a product of the stage is damaged (make sees which);
 ``python -m rlhf_trust.run stage 01-sft --profile smoke``
     run one notebook with them;
 ``python -m rlhf_trust.run params --profile smoke``
@@ -37,9 +37,21 @@ import yaml
 from filelock import FileLock, Timeout
 
 from . import ROOT, StudyError, build_root, command, printable, sources, visible
-from .artifacts import Build, content_key, read_manifests
+from .artifacts import (
+    Build,
+    changed_files,
+    code_hash,
+    content_key,
+    move,
+    read_manifests,
+    read_record,
+    remove_left_over,
+    state_of,
+    warn_of_strays,
+    write_text,
+)
 from .params import NOTEBOOKS, notebook_parameters, read_cells, read_yaml, resolve, terms_accepted
-from .sources import ACCEPTED, TERMS, WHEELS, first_line, locate, model_directory
+from .sources import ACCEPTED, BASE, DOWNLOADS, TERMS, WHEELS, first_line, locate, model_directory
 
 
 @command
@@ -286,18 +298,51 @@ def cells_hash(path: Path) -> str:
 
 
 def write_resolved(run: str, parameters: dict[str, dict]) -> None:
-    """Write every notebook's parameters and a hash of its cells, but only where they changed: make
-    compares times."""
-    folder = build_root(run) / "params"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write every notebook's parameters and a hash of its cells, but only where they changed or the
+    stage is to run again: make compares times."""
+    build = Build(run)
+    for folder in (build.root, BASE, DOWNLOADS):
+        remove_left_over(folder)
     for stage, values in parameters.items():
-        path = folder / f"{stage}.yaml"
-        cells = cells_hash(NOTEBOOKS / f"{stage}.ipynb")
-        text = f"# notebook: {cells}\n" + yaml.safe_dump(
-            values, sort_keys=False, allow_unicode=True
+        path, cells = (
+            build.path("params", f"{stage}.yaml"),
+            cells_hash(NOTEBOOKS / f"{stage}.ipynb"),
         )
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        text = f"# notebook: {cells}\n{text}".encode()
+        if reason := reason_to_repeat(build, stage):
+            print(f"{reason}; {stage} runs again", file=sys.stderr)
+            build.path("notebooks", f"{stage}.ipynb").unlink()
+        if reason or not path.exists() or path.read_bytes() != text:
+            write_text(path, text.decode())
+    with suppress(StudyError):  # a damaged manifest, whose stage runs again
+        warn_of_strays(build)
+
+
+def reason_to_repeat(build: Build, stage: str) -> str:
+    """Why a stage that has run is to run again: what it read, or the library's code, is not what it
+    was, or a product is missing or not as the stage wrote it. Empty if nothing is, or it has not
+    run."""
+    done, manifest = build.root / f"notebooks/{stage}.ipynb", build.root / f"manifests/{stage}.json"
+    if not done.exists():
+        return ""
+    try:
+        # One that does not open the study leaves no manifest.
+        cells = json.loads((path := done).read_text(encoding="utf-8"))["cells"]
+        if "open_study(" not in str(cells) and not manifest.exists():
+            return ""
+        made = read_record(path := manifest)
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path}: missing or damaged"
+    for path in changed_files(build, made):
+        return f"{path}: missing, or not as it was written"
+    for name, state in made.get("sources", {}).items():
+        if state_of(ROOT / name) != state:
+            return f"{name}: changed"
+    for name, state in made.get("code", {}).items():
+        if code_hash(name) != state:
+            return f"{__package__}.{name}: changed"
+    return ""
 
 
 def lay_out(run: str, parameters: dict[str, dict]) -> Path:
@@ -324,7 +369,7 @@ def lay_out(run: str, parameters: dict[str, dict]) -> Path:
             print(f"{os.path.relpath(copy)}: kept, as it was edited", file=sys.stderr)
             made.unlink()
         else:
-            os.replace(made, copy)
+            move(made, copy)
     return folder
 
 
@@ -374,10 +419,14 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    folder = build_root(run) / "notebooks"
+    build = Build(run)
+    folder = build.root / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     done, failed = folder / f"{stage}.ipynb", folder / f"{stage}.failed.ipynb"
     aside, shown = folder / f".{stage}.part.ipynb", folder / f".{stage}.part.progress"
+    # What is there of it does not count before it has run to its end.
+    done.unlink(missing_ok=True)
+    build.path("manifests", f"{stage}.json").unlink(missing_ok=True)
     environment = kernel_environment(parameters[stage], shown)
     started = time.monotonic()
     # A stopped job ends as cleanly as after Ctrl-C.
@@ -411,18 +460,17 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     except OSError as error:
         reason = first_line(f"{error.strerror or error}: {error.filename or folder}")
     if reason is None:
-        os.replace(aside, done)
+        move(aside, done)
         failed.unlink(missing_ok=True)
         made = read_manifests(Build(run)).get(stage, {"facts": {}})
         for sentence in made["facts"].get("notes", ()):
             print(f"{stage}: note: {sentence}", flush=True)
         print(f"{stage}: done in {time.monotonic() - started:.0f} s", flush=True)
         return 0
-    done.unlink(missing_ok=True)
     # On a full disk the notebook may not be there to its end.
     with suppress(OSError, ValueError):
         json.loads(aside.read_text(encoding="utf-8"))
-        os.replace(aside, failed)
+        move(aside, failed)
         reason += f" (see {os.path.relpath(failed)})"
     aside.unlink(missing_ok=True)
     reason = printable(reason)

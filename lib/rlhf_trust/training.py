@@ -16,7 +16,8 @@ whose log-probabilities come with the loss) and, unless the loss trains it, the 
 
 from __future__ import annotations
 
-import json
+import hashlib
+import io
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,15 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from . import StudyError
-from .artifacts import atomic_write, content_key, progress, write_text
+from .artifacts import (
+    atomic_write,
+    code_hash,
+    content_key,
+    file_sha256,
+    progress,
+    read_record,
+    write_record,
+)
 from .chat import Chat
 from .data.preferences import PreferencePair
 from .decode import (
@@ -258,6 +267,32 @@ def _accumulate(
     return total
 
 
+def training_code(*more: str) -> str:
+    """Of the modules that every training runs through, and others: part of the key of what is kept
+    of one."""
+    return code_hash("chat", "decode", "losses", "models", "training", *more)
+
+
+def keep_state(path: Path, key: str, state: Mapping) -> None:
+    """Write where a computation stands, with its hash, for :func:`kept_state`."""
+    saved = io.BytesIO()
+    torch.save({"key": key, **state}, saved)
+    with atomic_write(path) as aside:
+        aside.write_bytes(hashlib.sha256(saved.getvalue()).digest() + saved.getvalue())
+
+
+def kept_state(path: Path, key: str, device="cpu") -> dict:
+    """What :func:`keep_state` wrote under this key; empty if there is none, or it is damaged."""
+    try:
+        saved = path.read_bytes()
+        if hashlib.sha256(saved[32:]).digest() != saved[:32]:
+            return {}
+        state = torch.load(io.BytesIO(saved[32:]), map_location=device, weights_only=True)
+    except Exception:  # no file, or of another version
+        return {}
+    return state if state.get("key") == key else {}
+
+
 class Trajectory:
     """The states that a training went through, in a folder: for each step the weights, AdamW's
     moments and the gradient before clipping, and at last the weights and a manifest.
@@ -273,8 +308,12 @@ class Trajectory:
 
     @property
     def ended(self) -> bool:
-        """Is a training here, and did it end?"""
-        return (self.folder / self.MANIFEST).is_file()
+        """Is a training here, did it end, and is every state as it was written?"""
+        try:
+            files = read_record(self.folder / self.MANIFEST)["files"]
+            return all(file_sha256(self.folder / name) == files[name] for name in files)
+        except (OSError, ValueError, KeyError):
+            return False
 
     def _file(self, step: int) -> Path:
         return self.folder / f"step-{step:05}.safetensors"
@@ -302,22 +341,21 @@ class Trajectory:
     ) -> None:
         """Write the weights at the end and what the training was (:func:`training_content`)."""
         self._write({f"weight.{name}": weight.detach() for name, weight in trained.items()})
-        manifest = {"key": content_key(about), "learning_rates": rates}
-        write_text(self.folder / self.MANIFEST, json.dumps(manifest, indent=1))
+        files = {file.name: file_sha256(file) for file in map(self._file, range(self._kept))}
+        manifest = {"key": content_key(about), "learning_rates": rates, "files": files}
+        write_record(self.folder / self.MANIFEST, manifest)
         self._kept = 0
 
     def read(self) -> tuple[str, list[float]]:
         """What the training was, as a key, and the learning rate of every step; a StudyError if it
-        did not end or a state is missing."""
-        path, again = self.folder / self.MANIFEST, "train again with fit(…, trajectory=…)"
+        did not end or a state is missing or damaged."""
         if not self.ended:
-            raise StudyError(f"{path}: no such file, so the training did not end here; {again}")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        rates = manifest["learning_rates"]
-        for file in map(self._file, range(len(rates) + 1)):
-            if not file.is_file():
-                raise StudyError(f"{file}: no such file; {again}")
-        return manifest["key"], rates
+            raise StudyError(
+                f"{self.folder}: no training that ended, or a state of it is missing or damaged; "
+                "train again with fit(…, trajectory=…)"
+            )
+        manifest = read_record(self.folder / self.MANIFEST)
+        return manifest["key"], manifest["learning_rates"]
 
     def state(self, step: int, device="cpu") -> dict[str, dict[str, torch.Tensor]]:
         """``weight``, ``m``, ``v`` and ``g`` (only ``weight`` after the last step) → name →

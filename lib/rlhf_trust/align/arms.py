@@ -15,10 +15,9 @@ line of LoRA weights from SFT (:func:`match`).
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,15 @@ import torch
 from torch.nn.functional import linear
 
 from .. import StudyError, models
-from ..artifacts import Build, content_key, read_manifests, sha256_of, write_text
+from ..artifacts import (
+    Build,
+    content_key,
+    note_written,
+    read_manifests,
+    read_record,
+    sha256_of,
+    write_record,
+)
 from ..chat import Chat, EncodedExample
 from ..data.preferences import PreferencePair, Preferences
 from ..decode import (
@@ -44,7 +51,7 @@ from ..decode import (
 )
 from ..losses import DPOLoss, reference_logps
 from ..stats import generator
-from ..training import TrainConfig, fit
+from ..training import TrainConfig, fit, training_code
 from . import inpo, ppo
 from .rollout import RewardFn, RewardFnMaker, RewardModel, before_and_after, sample_answers
 
@@ -61,8 +68,9 @@ SEED_STEP = 1000
 FEWER_HELD_OUT = 8
 """Held-out prompts of an INPO arm, which only watch it. (PPO's define its score unit: all stay.)"""
 
-NOTE = "arm.json"
-"""Beside an arm's weights: the key of what it was made from, and its held-out reward."""
+NOTE = "manifest.json"
+"""Beside an arm's weights: the key of what it was made from, its held-out reward, and the weights'
+hash."""
 
 CLOSE, EXACT, MOST_STEPS = 0.05, 0.02, 12
 """Relative differences of KL that are left alone, and that a search ends at; its most steps."""
@@ -259,11 +267,13 @@ class Trainer:
         if arm.stage != "dpo":
             weights.append(sha256_of(self.reward))
         data = [asdict(p) for p in self.pairs.train], [asdict(p) for p in self.held_out]
-        settings = self.parameters[arm.stage], asdict(config), self.chat.name
-        key, note = content_key(asdict(arm), weights, data, settings), out / NOTE
-        if note.is_file():
-            kept = json.loads(note.read_text(encoding="utf-8"))
-            if kept["key"] == key:
+        settings = self.parameters[arm.stage], asdict(config), self.chat.key
+        code = training_code("align.rollout", "align.ppo", "align.inpo", "align.arms")
+        key, note = content_key(asdict(arm), weights, data, settings, code), out / NOTE
+        with suppress(OSError, ValueError):  # not there, or damaged
+            kept = read_record(note)
+            if kept["key"] == key and kept["weights"] == sha256_of(out):
+                note_written(out)
                 return kept["reward"]
         change = (
             self._train_dpo(arm, config, out)
@@ -271,7 +281,7 @@ class Trainer:
             else self._sampled(arm, config, out)
         )
         # Last, and inside the folder, which a new training replaces as a whole.
-        write_text(note, json.dumps({"key": key, "reward": change}))
+        write_record(note, {"key": key, "reward": change, "weights": sha256_of(out)})
         return change
 
     def _train_dpo(self, arm: Arm, config: TrainConfig, out: Path) -> float:

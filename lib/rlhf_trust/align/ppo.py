@@ -62,9 +62,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from .. import StudyError, models
-from ..artifacts import atomic_write, content_key, progress, sha256_of
+from ..artifacts import content_key, progress, sha256_of
 from ..chat import Chat, EncodedExample
 from ..decode import Decoding, LowerStates, Prompt, batches_by_length, token_logps
+from ..training import keep_state, kept_state, training_code
 from . import rollout
 from .rollout import RewardFnMaker, check_settings
 
@@ -354,8 +355,8 @@ class PPORun(rollout.Run):
 
     # --- interrupted runs -------------------------------------------------------------------------
 
-    def save(self, path: Path, **facts) -> None:
-        """Keep where the run stands: ``facts`` (its key and step) and everything that changes."""
+    def save(self, path: Path, key: str, step: int) -> None:
+        """Keep where the run ``key`` stands: the steps made and everything that changes."""
         state = {
             "curve": self.curve,
             "eval_history": [rows.to_dict("list") for rows in self.eval_history],
@@ -363,16 +364,12 @@ class PPORun(rollout.Run):
             "optimizer": self.optimizer.state_dict(),
             "rng": self.rng.bit_generator.state,
         }
-        with atomic_write(path) as aside:
-            torch.save(facts | state, aside)
+        keep_state(path, key, {"step": step} | state)
 
     def resume(self, path: Path, key: str) -> int:
         """Return to where the run ``key`` was interrupted; gives the steps made, 0 without one."""
-        try:
-            state = torch.load(path, weights_only=True)
-        except Exception:  # no file, half a file, or of another version: start over
-            return 0
-        if state.get("key") != key:
+        state = kept_state(path, key)
+        if not state:
             return 0
         self.curve = state["curve"]
         self.eval_history = [pd.DataFrame(rows) for rows in state["eval_history"]]
@@ -451,7 +448,8 @@ def train(
         order, done = run.rng.permutation(len(prompts)).tolist(), 0
         if isinstance(reward, Path):
             weights = models.adapter_fingerprint(base, sft), sha256_of(reward)
-            key = content_key(config, weights, prompts, held_out, chat.format, chosen)
+            code = training_code("align.rollout", "align.ppo")
+            key = content_key(config, weights, prompts, held_out, chat.key, chosen, code)
             done = run.resume(unfinished, key)
         if not done:
             run.evaluate(0)

@@ -25,7 +25,6 @@ grow with n and a killed run resumes at the block (:mod:`.store`).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -39,7 +38,15 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from .. import StudyError
-from ..artifacts import atomic_write, content_key, progress, sha256_of, write_text
+from ..artifacts import (
+    atomic_write,
+    code_hash,
+    content_key,
+    progress,
+    read_record,
+    sha256_of,
+    write_record,
+)
 from ..decode import Example, LowerStates, batches_by_length, packed_length
 from ..losses import Loss, tokens_content
 from ..models import lora_layers, using
@@ -189,6 +196,7 @@ def stored_gradients(
         "examples": tokens_content(examples),
         "number format": number_format,
         "batch plan": f"{rows} rows, blocks of {block}",
+        "code": code_hash("decode", "losses", "attribution.gradients", "attribution.store"),
     }
     key, ids = content_key(parts), [example.id for example in examples]
     manifest = {"key": key, "parts": parts, "ids": ids, "block": block, "layers": {}, "blocks": {}}
@@ -212,14 +220,12 @@ def _write_missing(
     """Complete the folder, and ``manifest`` with its ``layers`` and ``blocks`` (file name →
     hash)."""
     with suppress(OSError, ValueError):  # not there, or damaged
-        kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        kept = read_record(folder / MANIFEST)
         if kept.get("key") == manifest["key"]:
             manifest["layers"] = kept["layers"]
             for file, digest in kept["blocks"].items():
                 if (folder / file).is_file() and sha256_of(folder / file) == digest:
                     manifest["blocks"][file] = digest
-    for left_over in folder.glob(".*.part"):  # by a run that was killed while it wrote
-        left_over.unlink()
     blocks = block_files(len(examples), manifest["block"])
     missing = [(rows, file) for rows, file in blocks if file not in manifest["blocks"]]
     done = len(examples) - sum(len(examples[rows]) for rows, _ in missing)
@@ -233,7 +239,7 @@ def _write_missing(
                 # differ between runs.
                 save_file(encoded(gradients, number_format), aside)
             manifest["blocks"][file] = sha256_of(folder / file)
-            write_text(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+            write_record(folder / MANIFEST, manifest)
 
 
 def _check_examples(examples: Sequence[Example], loss: Loss, desc: str) -> None:

@@ -59,12 +59,10 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import StudyError
-from ..artifacts import atomic_write, content_key, progress
+from ..artifacts import content_key, progress
 from ..chat import preference_row
 from ..decode import Example, LowerStates, answer_token_logps
 from ..losses import (
@@ -84,8 +82,11 @@ from ..training import (
     TrainConfig,
     Trajectory,
     fit,
+    keep_state,
+    kept_state,
     trained_weights,
     training_batches,
+    training_code,
     training_content,
 )
 from .validate import Queries
@@ -375,7 +376,8 @@ class _Replay:
             for name, q in queries.items()
         ]
         references = [sorted(stage.reference.items()) for stage in self.stages]
-        key, count = content_key("by token", self.keys, references, asked), len(queries)
+        code = training_code("attribution.unrolled")
+        key, count = content_key("by token", self.keys, references, asked, code), len(queries)
         walk = [(n, t) for n, rates in enumerate(self.rates) for t in range(len(rates))][::-1]
         done = self._resumed(resume, key)
         if not done:
@@ -517,38 +519,24 @@ class _Replay:
     # --- a run that may be killed ---
 
     def _keep(self, resume: Path | None, key: str, done: int) -> None:
-        if resume is None:
-            return
-        tensors = {
-            f"{part}.{name}": tensor
-            for part in ("a", "b", "c")
-            for name, tensor in getattr(self, part).items()
-        }
-        for part in ("scores", "by_reference"):
-            tensors |= {f"{part}.{n}": tensor for n, tensor in enumerate(getattr(self, part))}
-        with atomic_write(resume) as aside:
-            whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-            save_file(whole, aside, {"done": f"{key} {done}"})
+        if resume is not None:
+            keep_state(resume, key, {"done": done} | {part: getattr(self, part) for part in PARTS})
 
     def _resumed(self, resume: Path | None, key: str) -> int:
         """Puts back what is kept of this very replay; how many steps were done."""
-        if resume is None or not resume.is_file() or os.environ.get("RLHF_TRUST_CACHE") == "off":
+        if resume is None or os.environ.get("RLHF_TRUST_CACHE") == "off":
             return 0
-        try:
-            with safe_open(resume, "pt", device=str(self.network.device)) as file:
-                found, _, done = file.metadata()["done"].partition(" ")
-                kept = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError, KeyError, TypeError):  # damaged: begin again
-            return 0
-        if found != key:
-            return 0
-        for part in ("a", "b", "c"):
-            names = (name for name in kept if name.startswith(f"{part}."))
-            setattr(self, part, {name[2:]: kept[name] for name in names})
-        for part in ("scores", "by_reference"):
-            numbers = range(len(self.stages))
-            setattr(self, part, [kept[f"{part}.{number}"].cpu() for number in numbers])
-        return int(done)
+        kept = kept_state(resume, key, self.network.device)
+        for part in PARTS if kept else ():
+            setattr(self, part, kept[part])
+        if kept:
+            self.scores = [some.cpu() for some in self.scores]
+            self.by_reference = [some.cpu() for some in self.by_reference]
+        return kept.get("done", 0)
+
+
+PARTS = "a", "b", "c", "scores", "by_reference"
+"""What changes from step to step of a replay."""
 
 
 def _units(loss: Loss, example: Example) -> list[int]:

@@ -34,7 +34,7 @@ from ..data.preferences import PreferencePair
 from ..decode import Example, LowerStates
 from ..losses import Loss, tokens_content
 from ..models import restore, snapshot
-from ..training import TrainConfig, example_losses, fit
+from ..training import TrainConfig, example_losses, fit, training_code
 from .gradients import per_example_gradients
 from .store import InMemory, whole
 
@@ -89,7 +89,7 @@ def retrained(
     """
     if not len(subsets) or not subsets.any(1).all():
         raise StudyError(f"{name}: there is no subset to train on, or one is empty")
-    kept = ResultCache(directory / f"{name}.{content_key(name, key, seed)}.jsonl")
+    kept = ResultCache(directory / f"{name}.{content_key(name, key, seed, training_code())}.jsonl")
     rows = []
     for number, subset in enumerate(progress(subsets, desc=name, unit="retraining")):
         indices = np.flatnonzero(subset)

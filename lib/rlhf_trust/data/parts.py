@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import StudyError
+from ..artifacts import note_source
 from ..sources import ONLINE, first_line, locate, read_csv, read_json, read_jsonl, read_text
 from .forms import HH
 
@@ -120,6 +121,8 @@ def file_parts(root: Path) -> list[Part]:
     if root.is_dir():
         inside = (path for path in root.rglob("*") if _reader(path) and not path.is_dir())
         files = sorted(path for path in inside if not path.name.startswith(("dataset_info", ".")))
+    for path in {root, *files}:
+        note_source(path)
     if not files or not _reader(files[0]):
         raise StudyError(
             f"{root}: no preference data; needed is a file that ends in {', '.join(READERS)} (or "
@@ -148,6 +151,8 @@ def saved_parts(root: Path) -> list[Part]:
     # A damaged folder ends in whatever the readers of its JSON and Arrow files trip over.
     except Exception as error:
         raise StudyError(f"{root}: cannot be read ({first_line(error)}); save it again") from None
+    for path in (root, *root.rglob("*.arrow")):
+        note_source(path)
     parts = []
     for split, rows in read.items():
         arrow = sorted((root / split).glob("*.arrow"))

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from .. import StudyError
-from ..artifacts import note
+from ..artifacts import checked, note
 from ..chat import Chat, EncodedExample
 from ..sources import read_jsonl
 from . import choose, shuffle_key
@@ -253,7 +253,7 @@ class Pair:
 
 def load_pairs(directory: Path) -> list[Pair]:
     """The pairs that an INPO adapter was trained on."""
-    path = directory / PAIRS
+    path = checked(directory / PAIRS)
     if not path.is_file():
         raise StudyError(f"{path}: missing; run 05-inpo first")
     pairs = []

@@ -28,7 +28,7 @@ from scipy.special import expit
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from .. import StudyError
-from ..artifacts import ResultCache, content_key, progress
+from ..artifacts import ResultCache, code_hash, content_key, progress
 from ..stats import LEVEL, mean_interval, row_rank_correlations
 
 Reward = Callable[[np.ndarray], np.ndarray]
@@ -402,7 +402,8 @@ def sweep(
     rows = []
     combinations = product(settings.choices, settings.betas, settings.n_pairs, settings.seeds)
     for how, beta, n, seed in progress(list(combinations), desc=desc, unit="set of pairs"):
-        key = content_key(how, beta, n, seed, settings.reward_models, settings.best_of, network)
+        asked = how, beta, n, seed, settings.reward_models, settings.best_of, network
+        key = content_key(*asked, code_hash("rewards.order_consistency"))
         if key not in kept:
             rng = np.random.default_rng([seed, CHOICES.index(how), n])
             annotated = bench.annotated(how, n, beta, rng)

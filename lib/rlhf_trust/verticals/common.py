@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .. import StudyError
-from ..artifacts import Build, write_text
+from ..artifacts import Build, checked, write_text
 from ..chat import Chat
 from ..decode import Decoding, Generations, LowerStates, MultipleChoice, Prompt
 from ..models import BASELINES, ModelSet
@@ -100,7 +100,7 @@ def read_answers(
     build: Build, vertical: str, condition: str = "main"
 ) -> list[tuple[Prompt, dict[str, list[str]]]]:
     """The prompts and answers that :func:`save_answers` wrote."""
-    path = build.path("generations", f"{vertical}.{condition}.jsonl")
+    path = checked(build.path("generations", f"{vertical}.{condition}.jsonl"))
     if not path.exists():
         raise StudyError(f"{path}: missing; run the {vertical} notebook first")
     # Bytes: answers may contain line separators (U+2028) at which a text would be split.
