@@ -129,9 +129,10 @@ products and models that it read (name → hash), and the files of data that it 
 
 
 def file_sha256(path: Path | str) -> str:
-    """A file's sha256, as ``sha256sum`` gives it."""
-    with Path(path).open("rb") as handle:
+    """A file's sha256, as ``sha256sum`` gives it; empty if it is missing or cannot be read."""
+    with suppress(OSError), Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+    return ""
 
 
 LARGE = 1 << 24
@@ -165,8 +166,8 @@ def code_hash(*modules: str) -> str:
 
 def loaded_code() -> dict[str, str]:
     """The library's modules that are loaded → their hash when this was first asked."""
-    names = (name.partition(".") for name in sorted(sys.modules))
-    return {own: code_hash(own) for package, _, own in names if package == __package__}
+    names = [name for name in sorted(sys.modules) if name.partition(".")[0] == __package__]
+    return {name: code_hash(name.partition(".")[2]) for name in names}
 
 
 def file_hash(path: Path) -> str:
@@ -501,7 +502,7 @@ def changed_files(build: Build, manifest: dict, inside: str = "") -> list[Path]:
         path
         for path, digest in paths.items()
         if path.is_relative_to(build.root / inside) and path not in WRITTEN
-        if not path.is_file() or file_sha256(path) != digest
+        if file_sha256(path) != digest
     ]
 
 

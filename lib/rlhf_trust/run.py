@@ -336,13 +336,10 @@ def reason_to_repeat(build: Build, stage: str) -> str:
         return f"{path}: missing or damaged"
     for path in changed_files(build, made):
         return f"{path}: missing, or not as it was written"
-    for name, state in made.get("sources", {}).items():
-        if state_of(ROOT / name) != state:
-            return f"{name}: changed"
-    for name, state in made.get("code", {}).items():
-        if code_hash(name) != state:
-            return f"{__package__}.{name}: changed"
-    return ""
+    data, code = made.get("sources", {}), made.get("code", {})
+    changed = [name for name in data if state_of(ROOT / name) != data[name]]
+    changed += [name for name in code if code_hash(name.partition(".")[2]) != code[name]]
+    return f"{changed[0]}: changed" if changed else ""
 
 
 def lay_out(run: str, parameters: dict[str, dict]) -> Path:

@@ -86,7 +86,9 @@ def locate(source: str, name: str, without: str | None = None) -> Path | None:
     found = _first_existing(root, name)
     if found is None and source == "hub:":
         found = _download(name)
-    if found is None and without is None:
+    if found:
+        note_source(found)
+    elif without is None:
         raise StudyError(f"data source {source}: {name} (or {name}.gz) is missing there")
     if found is None and without and source != "shipped":
         note(f"the data have no {name}: {without}")
@@ -97,7 +99,7 @@ def _first_existing(root: Path, name: str) -> Path | None:
     folder, _, stem = name.rpartition("/")
     original = f"{folder}/{stem.replace('-base.', '-base/', 1)}"
     for candidate in (name, f"{name}.gz", original, f"{original}.gz"):
-        note_source(root / candidate)
+        note_source(root / candidate)  # also one that is not there
         try:
             (root / candidate).lstat()
         except FileNotFoundError:

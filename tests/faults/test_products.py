@@ -173,7 +173,7 @@ def test_changed_data_and_code_run_their_stage_again(made, tmp_path, monkeypatch
     absent.unlink()
     assert run.reason_to_repeat(made, STAGE) == ""
     monkeypatch.setattr(run, "code_hash", lambda name: name)
-    assert run.reason_to_repeat(made, STAGE).startswith("rlhf_trust.")
+    assert run.reason_to_repeat(made, STAGE) == "rlhf_trust: changed"
 
 
 def test_code_is_known_without_its_comments(tmp_path, monkeypatch):

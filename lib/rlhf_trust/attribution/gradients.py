@@ -44,6 +44,7 @@ from ..artifacts import (
     content_key,
     progress,
     read_record,
+    remove_left_over,
     sha256_of,
     write_record,
 )
@@ -226,6 +227,7 @@ def _write_missing(
             for file, digest in kept["blocks"].items():
                 if (folder / file).is_file() and sha256_of(folder / file) == digest:
                     manifest["blocks"][file] = digest
+    remove_left_over(folder)
     blocks = block_files(len(examples), manifest["block"])
     missing = [(rows, file) for rows, file in blocks if file not in manifest["blocks"]]
     done = len(examples) - sum(len(examples[rows]) for rows, _ in missing)
