@@ -310,9 +310,8 @@ class Trajectory:
     def ended(self) -> bool:
         """Is a training here, did it end, and is every state as it was written?"""
         try:
-            files = read_record(self.folder / self.MANIFEST)["files"]
-            return all(file_sha256(self.folder / name) == files[name] for name in files)
-        except (OSError, ValueError, KeyError):
+            return bool(self.read())
+        except StudyError:
             return False
 
     def _file(self, step: int) -> Path:
@@ -349,12 +348,17 @@ class Trajectory:
     def read(self) -> tuple[str, list[float]]:
         """What the training was, as a key, and the learning rate of every step; a StudyError if it
         did not end or a state is missing or damaged."""
-        if not self.ended:
-            raise StudyError(
-                f"{self.folder}: no training that ended, or a state of it is missing or damaged; "
-                "train again with fit(…, trajectory=…)"
-            )
-        manifest = read_record(self.folder / self.MANIFEST)
+        path, again = self.folder / self.MANIFEST, "train again with fit(…, trajectory=…)"
+        if not path.is_file():
+            raise StudyError(f"{path}: no such file, so the training did not end here; {again}")
+        try:
+            manifest = read_record(path)
+        except (OSError, ValueError) as error:
+            raise StudyError(f"{path}: damaged ({error}); {again}") from None
+        for file, digest in manifest.get("files", {"": None}).items():
+            if file_sha256(path := self.folder / file) != digest:
+                problem = "damaged" if path.exists() else "no such file"
+                raise StudyError(f"{path}: {problem}; {again}")
         return manifest["key"], manifest["learning_rates"]
 
     def state(self, step: int, device="cpu") -> dict[str, dict[str, torch.Tensor]]:
