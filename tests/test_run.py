@@ -74,7 +74,7 @@ def test_failure_is_kept_beside_and_an_older_result_is_gone(study, capsys):
     assert names(study.made) == ["01-x.failed.ipynb"]
     assert "seen before it" in (study.made / "01-x.failed.ipynb").read_text()
     (line,) = [line for line in error if line.startswith("error:")]
-    assert line.startswith("error: 01-x: hh.jsonl:3: no chosen (see ")
+    assert line.startswith("error: 01-x: hh.jsonl:3: no chosen␊more (see ")
     assert "01-x.failed.ipynb" in line
 
 

@@ -401,7 +401,9 @@ def _converted(text: str, form: str) -> str:
         made = pypandoc.convert_text(text, "html5", format=form, extra_args=options)
     except RuntimeError as error:  # such as no room for its temporary files
         raise StudyError(f"pandoc cannot render a page ({first_line(error)})") from None
-    return visible(clean(made))
+    # Between a function and its argument a formula has a character that is not seen.
+    parts = re.split(r"(?s)(<math\b.*?</math>)", clean(made))
+    return "".join(part if part.startswith("<math") else visible(part) for part in parts)
 
 
 def _page(title: str, body: Html) -> Html:

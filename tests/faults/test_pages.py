@@ -4,11 +4,8 @@ outputs of notebooks, in Markdown, on a terminal. And no page tells where it was
 from __future__ import annotations
 
 import base64
-import html
-import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
@@ -22,7 +19,7 @@ import pypandoc
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from rlhf_trust import ROOT, StudyError, card, figures, params, render, report, stats, visible
+from rlhf_trust import ROOT, StudyError, card, figures, params, render, stats, visible
 from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.sources import first_line
 
@@ -218,16 +215,13 @@ def test_what_acts_unseen_gets_a_mark(text, shown):
     assert first_line(ValueError(text)) == shown.splitlines()[0]
 
 
-def test_an_error_on_the_terminal_cites_data_without_its_effects(tmp_path):
-    command = "from rlhf_trust import StudyError; import sys; from rlhf_trust import card\n"
-    command += (
-        "def fail(*_): raise StudyError('x.csv: \\x1b]0;title\\x07 \\u202e \\ud800\\nerror: no')\n"
-    )
-    command += "card.write_card = fail; sys.exit(card.main(['smoke']))"
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, env=environment)
-    line = "error: x.csv: ␛]0;title␇ [U+202E] [U+D800]␊error: no\n"
-    assert (done.returncode, done.stderr.decode()) == (2, line)
+def test_an_error_on_the_terminal_cites_data_without_its_effects(monkeypatch, capsys):
+    def fail(*_):
+        raise StudyError("x.csv: \x1b]0;title\x07 \u202e \ud800\nerror: no")
+
+    monkeypatch.setattr(card, "write_card", fail)
+    assert card.main(["smoke"]) == 2
+    assert capsys.readouterr().err == "error: x.csv: ␛]0;title␇ [U+202E] [U+D800]␊error: no\n"
 
 
 # --- pages ---------------------------------------------------------------------------------------
@@ -323,11 +317,20 @@ def test_a_page_of_hostile_outputs_asks_for_nothing_and_opens_nothing(tmp_path):
     assert "90-report.html" in links and "index.html" in links
 
 
+def test_a_formula_stays_one(tmp_path):
+    cells = [new_markdown_cell("# T\n\n$L = \\frac{1}{2} \\log p(y_{<t})$")]
+    path = write(new_notebook(cells=cells), tmp_path / "01-sft.ipynb")
+    render.write_html(path, tmp_path / "page.html", code=True)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<mfrac><mn>1</mn><mn>2</mn></mfrac>" in page and "&lt;" in page
+    assert "U+2061" not in page and "annotation" not in page
+
+
 def test_the_card_shows_names_as_text(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path))
     build = Build("hostile")
     row = {"vertical": "ethics", "value": 0.7, "ci_low": 0.6, "ci_high": 0.8, "n": 60, "seed": 0}
-    for name in HOSTILE:
+    for name in HOSTILE[::4]:
         rows = [
             row | {"model": model, "metric": "roc_auc", "condition": f"answers={how}"}
             for model in ("start", visible(name))
@@ -418,10 +421,6 @@ def test_a_page_does_not_tell_where_it_was_made(tmp_path):
     assert path.read_bytes() == before  # the notebook itself still runs
 
 
-def test_the_reference_in_the_readme_is_markdown_of_the_study(monkeypatch):
-    assert report.as_markdown("a|b") == "a\\|b" and report.prose("<b>") == "&lt;b>"
-
-
 def test_every_output_of_a_notebook_is_made_by_the_library():
     """No chapter makes HTML or Markdown of its own, past what escapes it."""
     for stage in params.stages():
@@ -429,4 +428,3 @@ def test_every_output_of_a_notebook_is_made_by_the_library():
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
         own = r"IPython|\bHTML\b|\bMarkdown\b|_repr_|to_html|\.style\b|Html\(f|Html\([a-z]|Markup"
         assert not re.findall(own, code), stage
-        assert html.unescape("&lt;") == "<"
