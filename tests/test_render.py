@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from rlhf_trust import render
+from rlhf_trust import StudyError, render
 from rlhf_trust.render import (
     Masker,
     conversation,
@@ -265,6 +265,6 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path, monkeypatch):
         raise RuntimeError("no pandoc")
 
     monkeypatch.setattr(render.pypandoc, "convert_text", fail)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(StudyError):
         write_html(source, page, code=True)
     assert [p.name for p in page.parent.iterdir()] == ["x.html"] and page.read_text() == "old"
