@@ -352,7 +352,7 @@ def test_every_public_topic_and_group_is_known(real_data):
         ("t, ,[target_group] x.,1", ":2: no target_group"),
         ("t,g,[target_group] x.,yes", ":2: stereotyped must be 0 or 1, got 'yes'"),
         ("t,g,[target_group] x.,", ":2: no stereotyped"),
-        ("t,g,[target_group] x.", ":2: no stereotyped"),
+        ("t,g,[target_group] x.", ":2: no value for 'stereotyped'"),
         ("t,g", ":2: no value for 'stereotype_template'"),
     ],
 )
@@ -412,7 +412,7 @@ def test_bbq_rows_are_oriented_by_polarity(tmp_path):
         ({"question": None}, "no question"),
         ({"context": ""}, "no context"),
         ({"ans2": None}, "no ans2"),
-        ({"example_id": "7"}, "example_id must be int, got '7'"),
+        ({"example_id": "7"}, "example_id must be a whole number, got '7'"),
         ({"question_polarity": "bad"}, "question_polarity must be neg or nonneg, got 'bad'"),
         ({"context_condition": "x"}, "context_condition must be ambig or disambig, got 'x'"),
         ({"answer_info": {"ans0": ["a", "left"]}}, "no answer_info.ans1"),

@@ -53,7 +53,7 @@ class StudyError(ValueError):
     to do. Of data that it cites nothing acts on the terminal."""
 
     def __init__(self, message: object = ""):
-        super().__init__(visible(str(message)).replace("\n", "␊"))
+        super().__init__(printable(message))
 
 
 def require(fine: object, problem: str) -> None:
@@ -63,9 +63,8 @@ def require(fine: object, problem: str) -> None:
 
 
 def printable(error: object) -> str:
-    """A message as one line for any terminal: what does not print is shown as its escape."""
-    text = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """A message as one line in which nothing acts on the terminal."""
+    return visible(str(error)).replace("\n", "␊")
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:

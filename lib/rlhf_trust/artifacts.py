@@ -202,7 +202,7 @@ def sha256_of(path: Path | str, length: int = 64) -> str:
 def content_key(*parts: object) -> str:
     """A short hash of anything JSON can represent: the key of a cached result."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 class ResultCache:

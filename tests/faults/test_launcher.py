@@ -82,7 +82,7 @@ def test_a_full_disk_is_one_line_of_every_command(build, monkeypatch, capsys, ma
         (
             StudyError("a.jsonl:3: no\nprompt \x1b[2J\u202e\ud83d"),
             2,
-            r"a.jsonl:3: no prompt \x1b[2J",
+            "a.jsonl:3: no␊prompt ␛[2J[U+202E][U+D83D]",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "build/x"), 2, "build/x: Permission"),
         (OSError("no more handles"), 2, "no more handles"),
@@ -102,8 +102,8 @@ def test_faults_of_a_command_are_one_line(raised, code, line, capsys):
         command(lambda argv: 1 / 0)([])
 
 
-def test_what_does_not_print_is_escaped():
-    assert printable("a\x00\x1b[1m\u202e\u200b é→\n b") == r"a\x00\x1b[1m\u202e\u200b é→ b"
+def test_what_does_not_print_is_marked():
+    assert printable("a\x00\x1b[1m\u202e\u200b é→\n b") == "a␀␛[1m[U+202E][U+200B] é→␊ b"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_table_without_figures_is_not_compared(build, monkeypatch, capsys, tex
 
 def test_a_broken_manifest_is_named(build):
     build.path("manifests", "01-sft.json").write_text("{", encoding="utf-8")
-    with pytest.raises(StudyError, match="01-sft.json: is no manifest"):
+    with pytest.raises(StudyError, match="01-sft.json: is damaged"):
         artifacts.read_manifests(build)
 
 

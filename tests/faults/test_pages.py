@@ -386,7 +386,7 @@ PRINTED = [
     (f"{ROOT}/lib/rlhf_trust/run.py", "lib/rlhf_trust/run.py"),
     (f"File {Path.home()}/x/y.py, line 2", "File …/y.py, line 2"),
     (f"file://{Path.home()}/x/y.py", "file://…/y.py"),
-    (f"{sys.prefix}/lib/python3/site-packages/torch/nn.py", "…/nn.py"),
+    (PACKAGED := f"{sys.prefix}/lib/torch/nn.py", params.shown_path(PACKAGED)),
     ("/data/jane smith/own set/part one.csv", "…/part"),
     ("and/or, 3/4, https://a.example/home/x, /etc", "and/or, 3/4, https://a.example/home/x, /etc"),
 ]

@@ -254,7 +254,7 @@ def test_archived_scores_are_read(tmp_path, name, content):
         ('{"text": "a", "score": 0.5', "s.jsonl:1: not valid JSON"),
         ('{"text": "c", "score": 0.5}', r"lacks 2 of 2 texts, such as 'a'; the service has ended"),
         ('{"text": "b", "score": 0.5}', r"lacks 1 of 2 texts, such as 'a'"),
-        ("", r"lacks 2 of 2 texts"),
+        ("", "s.jsonl: the file is empty"),
     ],
 )
 def test_archived_scores_that_do_not_do_are_one_line(tmp_path, content, message):
@@ -292,6 +292,6 @@ def test_two_scorers_are_told_apart_by_name(classifier, tmp_path):
 
 
 def test_a_relative_archive_is_found_from_a_notebook():
-    assert params._whole_paths("perspective:data/s.csv") == f"perspective:{ROOT / 'data/s.csv'}"
-    assert params._whole_paths("mine=path:a/b") == f"mine=path:{ROOT / 'a/b'}"
-    assert params._whole_paths("perspective:") == "perspective:"
+    assert params.whole_paths("perspective:data/s.csv") == f"perspective:{ROOT / 'data/s.csv'}"
+    assert params.whole_paths("mine=path:a/b") == f"mine=path:{ROOT / 'a/b'}"
+    assert params.whole_paths("perspective:") == "perspective:"
