@@ -423,6 +423,10 @@ def test_hub_files_are_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
         return io.BytesIO(b'{"prompt": {"text": "x"}}\n')
 
     monkeypatch.setattr(sources.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(sources.read_url.retry, "sleep", lambda seconds: None)
+    for name in ("toxic", "nontoxic"):
+        file = f"real-toxicity-prompts/{name}.jsonl"
+        monkeypatch.setitem(sources.HUB_FILES, file, (f"https://a.example/{name}.jsonl", ""))
     first = sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl")
     assert sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl") == first and len(calls) == 1
     assert sources.locate("hub:", "bbq/Nationality.jsonl", without="") is None
