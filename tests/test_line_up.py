@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import save_tiny, save_untrained, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
 from rlhf_trust import StudyError, models, params, run
 from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.chat import Chat
@@ -109,6 +110,16 @@ def test_a_chapter_opens_on_sources(study, checkpoint, adapter, capsys):
         study.close(entries)
     inputs = study.manifest.inputs
     assert inputs["theirs"] != inputs["mine"] == found.fingerprints["mine"]
+
+
+def test_an_adapter_that_is_more_than_lora_joins_as_a_checkpoint(study, tiny_llama, tmp_path):
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    base = models.load_base(tiny_llama.source, "float32")
+    get_peft_model(base.model, settings).save_pretrained(tmp_path / "mine")
+    found = study.models(f"mine=path:{tmp_path / 'mine'}")
+    assert found.is_checkpoint("mine")
+    with found.active("mine") as model:
+        assert not hasattr(model, "peft_config")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_tokenizer
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from rlhf_trust import StudyError, sources
 from rlhf_trust.decode import first_adapted_layer
 from rlhf_trust.models import (
@@ -18,6 +25,7 @@ from rlhf_trust.models import (
     adapter_fingerprint,
     load_adapters,
     load_base,
+    load_merged,
     load_reward_head,
     new_adapter,
     save_adapter,
@@ -286,6 +294,43 @@ def test_an_adapter_that_changes_more_than_lora_does_is_refused(tiny_llama, tmp_
     file.write_text(json.dumps(json.loads(file.read_text()) | given))
     with pytest.raises(StudyError, match=f"theirs: does not fit .*its {next(iter(given))} is"):
         load_adapters(tiny_llama, {"theirs": tmp_path / "theirs"})
+
+
+ANY_KIND = {
+    "a head of its own": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "biases": LoraConfig(target_modules=["q_proj"], bias="all"),
+    "principal components": LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
+    "tokens": LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", ANY_KIND)
+def test_any_adapter_of_pefts_acts_as_in_peft_once_it_is_merged(tiny_directories, tmp_path, kind):
+    source = f"path:{tiny_directories['llama']}"
+    made = get_peft_model(load_base(source, "float32").model, copy.deepcopy(ANY_KIND[kind]))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in made.parameters():
+            if weight.requires_grad:
+                weight.add_(0.2 * torch.randn_like(weight))
+    made.save_pretrained(tmp_path / "theirs")
+    wanted = PeftModel.from_pretrained(load_base(source, "float32").model, tmp_path / "theirs")
+    merged, plain = (
+        load_merged(source, tmp_path / "theirs", "float32"),
+        load_base(source, "float32"),
+    )
+    torch.testing.assert_close(logits(merged.model), logits(wanted.eval()), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(merged.model), logits(plain.model), atol=1e-3)
+    assert merged.fingerprint != plain.fingerprint and merged.weights != plain.weights
+
+
+def test_a_learnt_prompt_has_no_place_in_the_weights(tiny_directories, tmp_path):
+    source = f"path:{tiny_directories['llama']}"
+    settings = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    get_peft_model(load_base(source).model, settings).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(StudyError, match="theirs: PEFT cannot put it into path:"):
+        load_merged(source, tmp_path / "theirs")
 
 
 def test_an_adapter_of_layers_that_are_not_there_names_its_folder(tiny_llama, tmp_path):

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -272,10 +272,22 @@ def saved_config(model: PreTrainedModel, saved: Mapping):
     LoRA of any kind that leaves the backbone as it is: rank-stabilised, weight-decomposed (DoRA),
     with ranks and scales of single layers. Others are a StudyError.
     """
-    from peft import LoraConfig
-
+    if more := more_than_lora(saved):
+        raise StudyError(
+            f"its {more} is {saved[more]!r}, which is more than LoRA does; merge it into its "
+            "backbone and use that as model:"
+        )
     layers = saved.get("layers_to_transform")
     lora = LoRA(saved["r"], saved["lora_alpha"], saved["target_modules"], layers)
+    kind = {key: saved[key] for key in KINDS_OF_LORA if saved.get(key)}
+    return lora_config(model, lora, task_type="CAUSAL_LM", **kind)
+
+
+def more_than_lora(saved: Mapping) -> str:
+    """What of an adapter's configuration changes more than LoRA does, which acts beside the
+    backbone's weights and can be switched; empty if nothing."""
+    from peft import LoraConfig
+
     of_lora = "r", "lora_alpha", "target_modules", "layers_to_transform"
     understood = {*KINDS_OF_LORA, *OF_TRAINING, *of_lora}
     if saved.get("task_type") == "SEQ_CLS":  # a reward model's head is read apart from it
@@ -283,12 +295,29 @@ def saved_config(model: PreTrainedModel, saved: Mapping):
     for key, value in asdict(LoraConfig()).items():
         given = saved.get(key, value)
         if key not in understood and given != value and given not in (None, [], {}, False):
-            raise StudyError(
-                f"its {key} is {given!r}, which is more than LoRA does; merge it into its backbone "
-                "and use that as model:"
-            )
-    kind = {key: saved[key] for key in KINDS_OF_LORA if saved.get(key)}
-    return lora_config(model, lora, task_type="CAUSAL_LM", **kind)
+            return key
+    return ""
+
+
+def load_merged(source: str, directory: Path, dtype: str = "auto") -> Base:
+    """The backbone of a source with an adapter of any of PEFT's kinds put into its weights: a
+    checkpoint of its own.
+
+    Raises :class:`StudyError` for what PEFT cannot put there, such as a learnt prompt.
+    """
+    from peft import PeftModel
+
+    base = load_base(source, dtype)
+    try:
+        merged = PeftModel.from_pretrained(base.model, directory).merge_and_unload()
+    # Whatever PEFT makes of a broken or foreign adapter.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise StudyError(f"{directory}: PEFT cannot put it into {source} ({reason})") from None
+    weights = _short_hash(base.weights + sha256_of(directory))
+    fingerprint = _short_hash(base.fingerprint + weights)
+    model = merged.requires_grad_(False).eval()
+    return replace(base, model=model, weights=weights, fingerprint=fingerprint)
 
 
 def new_adapter(base: Base, lora: LoRA, seed: int = 0):

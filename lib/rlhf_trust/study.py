@@ -20,7 +20,16 @@ from .artifacts import NOTES, Build, Manifest, sha256_of, versions, write_table
 from .chat import Chat
 from .data.preferences import Preferences, load_preferences
 from .decode import Generations
-from .models import Base, Loader, ModelSet, load_base, load_tokenizer, parse_dtype
+from .models import (
+    Base,
+    Loader,
+    ModelSet,
+    load_base,
+    load_merged,
+    load_tokenizer,
+    more_than_lora,
+    parse_dtype,
+)
 from .params import NOTEBOOKS, notebook_parameters, whole_paths
 from .sources import is_adapter, model_directory, read_json
 
@@ -119,7 +128,9 @@ class Study:
             f"{name}: an adapter, made on {config.get('base_model_name_or_path')!r} by its own "
             f"account; here it acts on {backbone}"
         )
-        return directory
+        if not more_than_lora(config):
+            return directory
+        return partial(load_merged, backbone, directory, dtype)
 
     def write(self, table: str, rows: pd.DataFrame, part: str = "") -> pd.DataFrame:
         """Write this chapter's rows of a study table and return them as written."""
