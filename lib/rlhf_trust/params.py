@@ -2,10 +2,10 @@
 
 A notebook's ``parameters`` cell holds typed, commented defaults (``temperature: float = 0.7  #
 sampling temperature; > 0``): they are the ``embedded`` profile. The end of the comment declares
-what a value, or each of a list, may be: ``> 0``, ``>= 0``, ``> 0, < 1``, ``0 to 1`` or ``one of
-shipped, hub:, path:<directory>``, where ``<…>`` stands for any text (``<numbers>`` for 20-29, 1/3
-or 4) and ``[…]`` may be left out. A list holds nothing twice, and is empty only if its default is
-or its comment says what ``[]:`` means.
+what a value, or each of a list, may be: ``> 0``, ``0 or more``, ``> 0, < 1``, ``0 to 1`` or
+``one of shipped, hub:, path:<directory>``, where ``<…>`` stands for any text (``<numbers>`` for
+20-29, 1/3 or 4) and ``[…]`` may be left out. A list holds nothing twice, and is empty only if its
+default is or its comment says what ``[]:`` means.
 
 ``params/<profile>.yaml`` (YAML 1.2: ``010`` is 10, ``yes`` is text) holds what a profile changes,
 by notebook, or under ``all:`` for every notebook that has the name. papermill only warns of an
@@ -56,7 +56,8 @@ class Parameter:
     @property
     def rule(self) -> str:
         """What the end of the comment declares; "" if nothing."""
-        end = self.comment.rpartition("; ")[2]
+        # In a comment: papermill does not read a line with two "=".
+        end = re.sub(r"([\d.]+) or more", r">= \1", self.comment.rpartition("; ")[2])
         bounds = all(BOUND.fullmatch(bound) for bound in end.split(", "))
         return end if end.startswith(CHOICES) or RANGE.fullmatch(end) or bounds else ""
 
