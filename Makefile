@@ -79,7 +79,7 @@ setup: $(INSTALLED) fetch ## install everything into .venv, and fetch what PROFI
 fetch: $(INSTALLED) ## fetch the models and data that PROFILE needs, which `make setup` does too
 	$(LAUNCH) fetch $(OPTIONS)
 .venv/.installed: lib/pyproject.toml lib/constraints.txt
-	$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("error: Python 3.11, 3.12 or 3.13 is needed, this is " + sys.version.split()[0] + "; name another by PYTHON=")'
+	$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) or sys.exit("error: Python 3.11 or 3.12 is needed, this is " + sys.version.split()[0] + "; name another by PYTHON=")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install $(PIP_ARGS) --quiet --constraint lib/constraints.txt --editable "lib[dev]"
 	touch $@

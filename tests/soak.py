@@ -37,12 +37,14 @@ GIB = 1 << 30
 class Soak:
     """A checkout of its own, its undisturbed tables, and a tally."""
 
-    def __init__(self, profile: str, folder: Path, seed: int):
-        self.profile, self.study = profile, folder / "study"
+    def __init__(self, profile: str, stages: str, folder: Path, seed: int):
+        self.profile, self.stages, self.study = profile, stages, folder / "study"
         self.random, self.tally = random.Random(seed), {}
         if not self.study.exists():
             subprocess.run(["git", "clone", "--quiet", ROOT, self.study], check=True)
             (self.study / ".venv").symlink_to(ROOT / ".venv")
+            for name in ("pyproject.toml", "constraints.txt"):  # older than what is installed
+                os.utime(self.study / "lib" / name, (0, 0))
             # The models of packages, which need not be fetched again.
             shutil.copytree(ROOT / "build" / "base", self.study / "build" / "base")
         self.build = self.study / "build" / profile
@@ -60,6 +62,7 @@ class Soak:
         # What the checkout's own .venv imports is this copy's library.
         environment = os.environ | {"PYTHONPATH": str(self.study / "lib")}
         command = ["make", "reproduce", f"PROFILE={self.profile}"]
+        command += [f"STAGES={self.stages}"] if self.stages else []
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(
             command, cwd=self.study, env=environment, start_new_session=True, **pipes
@@ -207,6 +210,7 @@ class Soak:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", default="smoke")
+    parser.add_argument("--stages", default="", help='some notebooks alone: "01-sft 90-report"')
     parser.add_argument("--folder", type=Path, help="kept and used again; by default a new one")
     parser.add_argument("--seed", type=int, default=0)
     kinds = {"kills": 30, "two-at-once": 2, "power-cuts": 3, "full-disks": 10, "flips": 200}
@@ -214,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{kind}", type=int, default=number)
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as new:
-        soak = Soak(given.profile, (given.folder or Path(new)).resolve(), given.seed)
+        soak = Soak(given.profile, given.stages, (given.folder or Path(new)).resolve(), given.seed)
         for kind in kinds:
             name = kind.replace("-", "_")
             if number := getattr(given, name):
