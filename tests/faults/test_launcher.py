@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import nbformat
 import pandas as pd
@@ -186,7 +187,10 @@ def test_a_broken_source_notebook_is_named(build, tmp_path, monkeypatch, capsys)
 def python(*arguments: str, **environment: str) -> subprocess.Popen:
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     command_line = [sys.executable, "-m", *arguments]
-    return subprocess.Popen(command_line, env=ENVIRONMENT | environment, **streams)
+    # As on a terminal: what nohup started ignores Ctrl-C, and so do its children.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    environment = ENVIRONMENT | environment
+    return subprocess.Popen(command_line, env=environment, preexec_fn=heard, **streams)
 
 
 def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
