@@ -22,6 +22,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from rlhf_trust import ROOT, StudyError, card, figures, params, render, stats, visible
 from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.sources import first_line
+from test_render import PIXEL
 
 BIDI = "".join(map(chr, (0x202A, 0x202E, 0x2066, 0x2069, 0x200E, 0x200F)))
 HOSTILE = [
@@ -226,13 +227,6 @@ def test_an_error_on_the_terminal_cites_data_without_its_effects(monkeypatch, ca
 
 # --- pages ---------------------------------------------------------------------------------------
 
-PIXEL = base64.b64encode(
-    bytes.fromhex(
-        "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
-        "1f15c4890000000d49444154789c6360606060000000050001a5f64540"
-        "0000000049454e44ae426082"
-    )
-).decode()
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><script>x</script><image href="{}"/></svg>'
 
 
