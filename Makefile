@@ -10,15 +10,17 @@ SET ?=
 BEFORE ?=
 AFTER ?=
 CHAPTERS ?= toxicity,stereotype,ethics,truthfulness,privacy
+# For `make pdf`: full prints the harsh texts that pages fold away.
+APPENDIX_TEXT ?=
 # The launcher reads them from the environment, as they were written: neither make nor a shell runs what is in them.
-$(foreach name,PROFILE DATA SEED SET BEFORE AFTER CHAPTERS A B,$(eval override $(name) := $$(value $(name))))
+$(foreach name,PROFILE DATA SEED SET BEFORE AFTER CHAPTERS APPENDIX_TEXT A B,$(eval override $(name) := $$(value $(name))))
 export DATA SEED SET BEFORE AFTER
 # Those that name folders, or stand in a recipe, are names.
 LETTERS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
 LETTERS += 0 1 2 3 4 5 6 7 8 9 _ . - ,
 without = $(if $(1),$(call without,$(wordlist 2,99,$(1)),$(subst $(firstword $(1)),,$(2))),$(2))
 named = $(and $(filter 1,$(words $(1))),$(filter-out .% -%,$(1)),$(if $(call without,$(LETTERS),$(1)),,yes))
-$(foreach name,PROFILE SEED CHAPTERS A B,$(if $(filter PROFILE,$(name))$(strip $($(name))),$(if $(call named,$($(name))),,$(error $(name) must be \
+$(foreach name,PROFILE SEED CHAPTERS APPENDIX_TEXT A B,$(if $(filter PROFILE,$(name))$(strip $($(name))),$(if $(call named,$($(name))),,$(error $(name) must be \
   a name of letters, digits, "_", "." and "-", got "$($(name))"))))
 # Two notebooks at a time, each on half of the cores, are half as fast again as one on all of them.
 # JOBS=1 needs less memory, and suits a model that fills a GPU.
@@ -69,7 +71,7 @@ MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
 chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
 EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
 
-.PHONY: help setup fetch reproduce flagship quick evaluate card report params appendix lab lint format unit test compare parity bench clean resolve
+.PHONY: help setup fetch reproduce flagship quick evaluate card report params appendix pdf lab lint format unit test compare parity bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -115,6 +117,9 @@ $(BUILD)/report.html: $(BUILD)/notebooks/90-report.ipynb
 $(BUILD)/appendix/index.html: $(BUILD)/notebooks/90-report.ipynb
 	$(BIN)/python -m rlhf_trust.render appendix $(RUN)
 
+pdf: $(BUILD)/notebooks/90-report.ipynb ## the report and all executed notebooks as two PDFs (APPENDIX_TEXT=full: with harsh texts)
+	$(BIN)/python -m rlhf_trust.pdf $(RUN) $(if $(APPENDIX_TEXT),--text $(APPENDIX_TEXT))
+
 params: $(INSTALLED) ## print what every notebook would run with (* = changed by the profile)
 	@$(LAUNCH) params $(OPTIONS)
 
@@ -122,7 +127,7 @@ lab: $(INSTALLED) ## open the notebooks in JupyterLab, with the parameters of PR
 	$(BIN)/jupyter lab --notebook-dir . --KernelSpecManager.kernel_dirs="[]" --LabApp.default_url="/lab/tree/$$($(LAUNCH) lab $(OPTIONS))"
 
 compare: $(INSTALLED) ## hold a run against its profile's reference tables, or A=<run> against B=<run>
-	$(BIN)/python -m rlhf_trust.report $(or $(A),$(RUN)) $(if $(B),--with $(B))
+	$(BIN)/python -m rlhf_trust.reference $(or $(A),$(RUN)) $(if $(B),--with $(B))
 
 clean: ## remove what PROFILE made (the model and .venv stay)
 	rm -rf $(BUILD)

@@ -16,7 +16,7 @@ PACKAGE = Path(rlhf_trust.__file__).parent
 ROOMS = (
     "__init__ masking params artifacts stats sources chat data decode models losses training "
     "align verticals headline attribution rewards rag lineage distance figures render report "
-    "card score estimate study run"
+    "reference card pdf score estimate study run"
 ).split()
 """From the ground up."""
 

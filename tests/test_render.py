@@ -242,7 +242,6 @@ def test_links_to_notebooks_lead_to_their_pages(tmp_path):
     said = new_output("display_data", data=data)
     cells = [
         new_markdown_cell("# Last?\n\nSee [pairs](01-sft.ipynb) and [rewards](30-rewards.ipynb)."),
-        new_code_cell("# Parameters\nn = 4", metadata={"tags": ["injected-parameters"]}),
         new_code_cell("say()", outputs=[said]),
     ]
     nbformat.write(new_notebook(cells=cells), tmp_path / "90-report.ipynb")
@@ -252,7 +251,24 @@ def test_links_to_notebooks_lead_to_their_pages(tmp_path):
     links = [a["href"] for a in Page(page).of("a") if not a["href"].startswith("#")]
     assert links == 2 * ["pages/01-sft.html"]  # 30-rewards was not run
     text = render.html.unescape(re.sub("<[^>]+>", "", page.read_text()))
-    assert "and rewards." in text and "# This run's values" in text
+    assert "and rewards." in text
+
+
+DECLARED = 'é: str = "é"  # a name\nn: int = 60  # items; > 0\nkept: list[str] = ["a"]  # words'
+INJECTED = '# Parameters\né = "ü"\nn = 4\n'
+
+
+def test_parameters_stand_on_a_page_once_with_their_values(tmp_path):
+    cells = [
+        new_markdown_cell("# One"),
+        new_code_cell(DECLARED, metadata={"tags": ["parameters"]}),
+        new_code_cell(INJECTED, metadata={"tags": ["injected-parameters"]}),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "01-sft.ipynb")
+    write_html(tmp_path / "01-sft.ipynb", tmp_path / "page.html", code=True)
+    text = render.html.unescape(re.sub("<[^>]+>", "", (tmp_path / "page.html").read_text()))
+    shown = 'é: str = "ü"  # a name\nn: int = 4  # items; > 0\nkept: list[str] = ["a"]  # words'
+    assert shown in text and text.count("n = 4") == 0 and "# Parameters" not in text
 
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ policy tells browsers to load nothing but images that the page holds.
 from __future__ import annotations
 
 import argparse
+import ast
 import html
 import re
 import sys
@@ -258,11 +259,12 @@ NO_CODE = re.compile(r'<div class="sourceCode"[^>]*><pre[^>]*><code[^>]*></code>
 def page_cells(notebook, code: bool, pages: Collection[str] = (), folder: str = "") -> Iterator:
     """A notebook's cells as pandoc should read them.
 
-    Code that is not to be seen is removed, and so are warnings and progress bars (stderr). Markdown
-    outputs become cells, since pandoc renders those and drops Markdown outputs; as they may quote
-    data they are :func:`prose`, and HTML outputs are cleaned of links. Links to other notebooks
-    become links to their pages (``pages``: the names of those there are) in ``folder``. Directories
-    of this machine are shortened everywhere.
+    The parameters stand there once, with this run's values. Code that is not to be seen is removed,
+    and so are warnings and progress bars (stderr). Markdown outputs become cells, since pandoc
+    renders those and drops Markdown outputs; as they may quote data they are :func:`prose`, and
+    HTML outputs are cleaned of links. Links to other notebooks become links to their pages
+    (``pages``: the names of those there are) in ``folder``. Directories of this machine are
+    shortened everywhere.
     """
     shown = _without_directories(notebook)
 
@@ -270,13 +272,18 @@ def page_cells(notebook, code: bool, pages: Collection[str] = (), folder: str = 
         text, name = link.groups()
         return f"[{text}]({folder}{name}.html)" if name in pages else text
 
+    tagged = {tag: cell for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+    given = tagged.get("injected-parameters", new_code_cell()).source
     for cell in notebook.cells:
+        if cell is tagged.get("injected-parameters") and "parameters" in tagged:
+            continue
         if cell.cell_type == "markdown":
             yield new_markdown_cell(LINK.sub(to_page, NEIGHBOURS.sub("", shown(cell.source))))
             continue
-        source, tags = shown(cell.source), cell.metadata.get("tags", [])
-        if "injected-parameters" in tags:  # by papermill
-            source = source.replace("# Parameters", "# This run's values", 1)
+        source, tags = cell.source, cell.metadata.get("tags", [])
+        if "parameters" in tags:
+            source = with_values(source, given)
+        source = shown(source)
         yield new_code_cell("" if not code or "hide-input" in tags else source)
         for output in cell.outputs:
             data = output.get("data", {})
@@ -295,6 +302,21 @@ def page_cells(notebook, code: bool, pages: Collection[str] = (), folder: str = 
                 output.ename, output.evalue = shown(output.ename), shown(output.evalue, prints=True)
             if output.get("name") != "stderr":
                 yield new_code_cell(outputs=[output])
+
+
+def with_values(declared: str, given: str) -> str:
+    """The source of a notebook's parameters with the values that papermill gave them, so that a
+    page shows both comments and values, once."""
+    assigned = (node for node in ast.parse(given).body if isinstance(node, ast.Assign))
+    values = {node.targets[0].id: ast.get_source_segment(given, node.value) for node in assigned}
+    lines = declared.split("\n")
+    for node in ast.parse(declared).body:
+        if isinstance(node, ast.AnnAssign) and node.value.lineno == node.value.end_lineno:
+            line, value = lines[node.lineno - 1].encode(), values.get(node.target.id)
+            head, tail = line[: node.value.col_offset], line[node.value.end_col_offset :]
+            if value is not None:
+                lines[node.lineno - 1] = f"{head.decode()}{value}{tail.decode()}"
+    return "\n".join(lines)
 
 
 GIVEN = re.compile(r"""(["'])(?:[^"'=:]+=)?path:((?:\\.|(?!\1).)+)\1""")
@@ -376,14 +398,20 @@ def write_html(
 
     ``folder``: where, from this page, the pages of the notebooks beside it are.
     """
+    title, body = page_body(notebook_path, code, folder)
+    write_text(out, _page(title, Html("{0}{1}{0}").format(navigation, body)))
+
+
+def page_body(notebook_path: Path, code: bool, folder: str = "") -> tuple[str, Html]:
+    """An executed notebook's title, and what it shows as HTML that is safe."""
     notebook = read_notebook(notebook_path)
     title = _title(notebook, notebook_path.stem)
     pages = {path.stem for path in notebook_path.parent.glob("[0-9][0-9]-*.ipynb")}
     notebook.cells = list(page_cells(notebook, code, pages, folder))
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # equal runs give equal pages
-    body = NO_CODE.sub("", _converted(nbformat.writes(notebook), "ipynb+smart-autolink_bare_uris"))
-    write_text(out, _page(title, Html("{0}{1}{0}").format(navigation, Html(body))))
+    made = _converted(nbformat.writes(notebook), "ipynb+smart-autolink_bare_uris")
+    return title, Html(NO_CODE.sub("", made))
 
 
 def write_markdown_page(text: str, out: Path, title: str) -> None:
@@ -412,10 +440,7 @@ def _page(title: str, body: Html) -> Html:
 
 def write_appendix(notebooks: Path, out: Path) -> list[Path]:
     """All executed notebooks as linked HTML pages, with an index; returns the pages."""
-    found = sorted(notebooks.glob("[0-9][0-9]-*.ipynb"))
-    sources = [path for path in found if not path.name.endswith(".failed.ipynb")]
-    if not sources:
-        raise StudyError(f"{notebooks}: no notebook has run; run `make reproduce` first")
+    sources = executed_notebooks(notebooks)
     titles = [_title(read_notebook(p), p.stem) for p in sources]
     pages = [out / f"{source.stem}.html" for source in sources]
     for index, (source, page) in enumerate(zip(sources, pages)):
@@ -434,6 +459,15 @@ def write_appendix(notebooks: Path, out: Path) -> list[Path]:
     ).format(Html("").join(Html("<li>{}</li>").format(_links([entry])) for entry in entries))
     write_text(out / "index.html", _page("Appendix", body))
     return [out / "index.html", *pages]
+
+
+def executed_notebooks(folder: Path) -> list[Path]:
+    """Those that ran to their end, in reading order."""
+    found = sorted(folder.glob("[0-9][0-9]-*.ipynb"))
+    sources = [path for path in found if not path.name.endswith(".failed.ipynb")]
+    if not sources:
+        raise StudyError(f"{folder}: no notebook has run; run `make reproduce` first")
+    return sources
 
 
 def _links(links: Iterable[tuple[str, str]]) -> Html:

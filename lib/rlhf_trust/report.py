@@ -1,27 +1,10 @@
 """The report's tables and sentences, and each training stage's check, computed from the study's
 tables.
-
-A published run's tables (numbers only) are kept in ``tests/reference/<profile>/``:
-
-``python -m rlhf_trust.report <profile>``
-    where does a reader's run differ from the reference beyond the intervals? (``make compare``;
-    ``--with <run>``: from another run)
-``python -m rlhf_trust.report <profile> --save``
-    make the run in ``build/<profile>`` the reference;
-``python -m rlhf_trust.report <profile> --readme``
-    write the reference's results into the README.
-
-A figure differs when the reader's value lies outside the reference's interval *and* the reference's
-value outside the reader's. Exit code 1 if a headline figure differs, 2 without anything to compare.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import shutil
-import sys
 from collections.abc import Collection, Mapping
 from math import sqrt
 from typing import NamedTuple
@@ -30,19 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from . import ROOT, StudyError, build_root, command, visible
-from .artifacts import (
-    TABLES,
-    Build,
-    merge_tables,
-    read_csv_table,
-    read_manifests,
-    read_table,
-    write_text,
-)
+from . import StudyError, build_root
+from .artifacts import TABLES, Build, merge_tables, read_manifests
 from .models import parse_dtype
-from .render import as_markdown, prose
-from .rewards import rm_bench
 from .stats import FEW, LEVEL, Change, Interval, holm, interval_words, paired_change, verdict
 from .verticals import HEADLINE, PUBLISHED
 
@@ -462,9 +435,9 @@ def mitigation_words(table: pd.DataFrame, target: str) -> list[str]:
                 "would have been found in four of five such studies, before that correction"
             )
         change = interval_words(Interval.of_row(row, "change"), "+.2f", label="")
-        words.append(f"- {_arm_words(row)}: {change}: {said}.\n")
+        words.append(f"- {arm_words(row)}: {change}: {said}.\n")
     moved = [
-        f"{row.vertical} by {row.change:+.2f} ({_arm_words(row)})"
+        f"{row.vertical} by {row.change:+.2f} ({arm_words(row)})"
         for row in others[others["p_holm"] < 0.05].itertuples()
     ]
     known = others[others["p_holm"].notna()]
@@ -476,7 +449,7 @@ def mitigation_words(table: pd.DataFrame, target: str) -> list[str]:
     return words
 
 
-def _arm_words(row) -> str:
+def arm_words(row) -> str:
     """Such as ``flip the 4 most harmful pairs (10 %)``."""
     named = {"harmful": "most harmful pairs", "similar": "pairs most similar in text"}
     share = f"{row.share:.0%}".replace("%", " %")
@@ -656,165 +629,3 @@ def _check(stage: str, check: str, holds: bool, found: Interval, sentence: str) 
     """A row of ``checks.csv``."""
     row = (stage, check, bool(holds), found.value, found.low, found.high, found.n, sentence)
     return pd.DataFrame([row], columns=TABLES["checks"])
-
-
-# --- the reference run ---------------------------------------------------------------------------
-
-REFERENCE = ROOT / "tests" / "reference"
-SAVED = (
-    "trust trust_change distance training checks attribution_summary validation mitigation "
-    "rm_bench grounding grounding_change lineage lineage_separation"
-).split()
-"""The tables of a reference run."""
-KEYS = ["model", "vertical", "metric", "condition"]
-
-
-def differences(run: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """Rows of both trust tables joined by what they measure, with ``differs`` and ``only_in``.
-
-    ``differs``: each value lies outside the other's interval. ``only_in``: the table of a row that
-    the other lacks, else empty.
-    """
-    ends = ("_run", "_reference")
-    joined = run.merge(reference, "outer", on=KEYS, suffixes=ends, indicator="only_in")
-    names = {"left_only": "run", "right_only": "reference", "both": ""}
-    joined["only_in"] = joined["only_in"].map(names).astype(str)
-
-    def outside(one: str, other: str) -> pd.Series:
-        value = joined[f"value_{one}"]
-        return (value < joined[f"ci_low_{other}"]) | (value > joined[f"ci_high_{other}"])
-
-    return joined.assign(differs=outside("run", "reference") & outside("reference", "run"))
-
-
-def reference_table(profile: str, table: str) -> pd.DataFrame:
-    path = REFERENCE / profile / f"{table}.csv"
-    if not path.exists():
-        raise StudyError(f"{path.relative_to(ROOT)}: no reference run of profile {profile!r}")
-    return read_csv_table(path, table)
-
-
-def compare(run: str, other: str = "") -> int:
-    """Print where the run differs from its profile's reference, or from another run; 1 if a
-    headline figure does, else 0."""
-    reference = read_table(Build(other), "trust") if other else reference_table(run, "trust")
-    joined = differences(read_table(Build(run), "trust"), reference)
-    against = other or "reference"
-    both = joined[joined["only_in"] == ""]
-    if both.empty:
-        raise StudyError(f"{run} and {against} have no figure in common")
-    differing = both[both["differs"]]
-    for row in differing.itertuples():
-        what = visible(f"{row.model}, {row.vertical}, {row.metric}, {row.condition}")
-        found, wanted = (
-            f"{value:.3f} [{low:.3f}, {high:.3f}]"
-            for value, low, high in (
-                (row.value_run, row.ci_low_run, row.ci_high_run),
-                (row.value_reference, row.ci_low_reference, row.ci_high_reference),
-            )
-        )
-        print(f"differs: {what}: {found}, {against} {wanted}")
-    for where in ("run", "reference"):
-        if count := int((joined["only_in"] == where).sum()):
-            name = run if where == "run" else against
-            print(f"{count} figures are only in {name}: do its parameters differ?")
-    print(
-        f"{len(both) - len(differing)} of {len(both)} figures agree with {against} within their "
-        "intervals."
-    )
-    return int(any(len(headline_rows(differing, of)) for of in (HEADLINE, PUBLISHED)))
-
-
-def save(profile: str) -> None:
-    """Copy a finished run's tables, with its parameters (without directories), versions and
-    minutes.
-
-    Minutes are those of each notebook's last run, which may have reused cached answers.
-    """
-    build, target = Build(profile), REFERENCE / profile
-    read_table(build, "trust")
-    target.mkdir(parents=True, exist_ok=True)
-    for table in SAVED:
-        saved = target / f"{table}.csv"
-        # `make flagship` leaves out the chapters of some.
-        saved.unlink(missing_ok=True)
-        if build.table(table).exists():
-            shutil.copyfile(build.table(table), saved)
-    manifests = read_manifests(build)
-    record = {
-        "parameters": {stage: m["parameters"] for stage, m in manifests.items()},
-        "dtype": manifests["01-sft"]["facts"]["dtype"],
-        "versions": manifests["90-report"]["versions"],
-        "minutes_last_run": {stage: round(m["seconds"] / 60, 1) for stage, m in manifests.items()},
-    }
-    text = re.sub(r'"path:(?:[^"\\]|\\.)*"', '"path:<directory>"', json.dumps(record, indent=1))
-    write_text(target / "run.json", text + "\n")
-
-
-def results_markdown(profile: str) -> str:
-    """The reference run's measures as published, its checks and RM-Bench results, in Markdown."""
-    trust, changes = (reference_table(profile, name) for name in ("trust", "trust_change"))
-    glance = as_published(trust, changes)
-    record = json.loads((REFERENCE / profile / "run.json").read_text(encoding="utf-8"))
-    models = list(dict.fromkeys(glance["model"]))
-    lines = [
-        f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, "
-        f"seed {record['parameters']['01-sft']['seed']}. The measures as published, by written "
-        "answers: change of one checkpoint each against start, with its 95 % interval paired by "
-        "item. **Bold** where it excludes zero over 8 items or more; † (never bold) where fewer "
-        "than half of the answers of start or of the model could be read: the change is first of "
-        "all one of format.",
-        "",
-        "| vertical | metric (worse when) | n | start | "
-        + " | ".join(map(as_markdown, models))
-        + " |",
-        "|---" * (4 + len(models)) + "|",
-    ]
-    for vertical, rows in glance.groupby("vertical", sort=False):
-        n, first = rows["n"].max(), rows.iloc[0]
-        worse = "higher" if first["worse"] > 0 else "lower"
-        metric = f"{first['metric'].replace('_', ' ')} ({worse})"
-        cells = [vertical, metric, str(n), f"{first['start']:.3f}"]
-        for row in rows.set_index("model").loc[models].itertuples():
-            text = interval_words(Interval.of_row(row, "change"), label="")
-            clear = row.verdict in ("worse", "better") and not row.mostly_unreadable
-            text = f"**{text}**" if clear else text
-            fewer = f", n = {row.n}" if row.n < n else ""
-            cells.append(f"{text}{fewer}{' †' if row.mostly_unreadable else ''}")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"- {prose(said)}" for said in reference_table(profile, "checks")["sentence"])]
-    if (REFERENCE / profile / "rm_bench.csv").exists():
-        words = rm_bench.words(reference_table(profile, "rm_bench"))
-        lines += ["", "Rewards on RM-Bench:", "", *(f"- {prose(said)}" for said in words)]
-    return "\n".join(lines)
-
-
-def with_results(readme: str, profile: str) -> str:
-    """The README's text with the results between its markers replaced."""
-    begin, end = f"<!-- results:{profile} -->", "<!-- end of results -->"
-    before, found, rest = readme.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise StudyError(f"README.md: the lines {begin} and {end} are missing")
-    return f"{before}{begin}\n{results_markdown(profile)}\n{end}{after}"
-
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    about = "Hold a run against its profile's reference."
-    parser = argparse.ArgumentParser("python -m rlhf_trust.report", description=about)
-    parser.add_argument("profile", help="or the name of a run's folder")
-    parser.add_argument("--with", dest="other", default="", help="another run, not the reference")
-    parser.add_argument("--save", action="store_true", help="make this run the reference")
-    parser.add_argument("--readme", action="store_true", help="put its results into the README")
-    arguments = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    if arguments.save:
-        save(arguments.profile)
-    if arguments.readme:
-        write_text(readme, with_results(readme.read_text(encoding="utf-8"), arguments.profile))
-    return 0 if arguments.save or arguments.readme else compare(arguments.profile, arguments.other)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

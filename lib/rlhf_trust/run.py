@@ -400,7 +400,7 @@ def print_estimate(parameters: dict[str, dict]) -> None:
     print(found.to_string(index=False, float_format="{:.2f}".format))
     print(f"notebook hours in all: {found['hours'].sum():.2f}")
     print(f"memory: {weights * dtype.itemsize / 1e9:.1f} GB for the weights of each notebook;")
-    print("  for the rest, and for disk, there is no estimate beyond the README's measured runs")
+    print("  for the rest, and for disk, lib/docs/running.md has measured runs")
 
 
 def _known(stage: str, parameters: dict[str, dict]) -> None:

@@ -23,8 +23,8 @@ from rlhf_trust import (
     command,
     params,
     printable,
+    reference,
     render,
-    report,
     run,
     score,
 )
@@ -64,8 +64,8 @@ NOTEBOOK = nbformat.writes(new_notebook(cells=[new_code_cell("1")]))
         (run.main, ["params"], "rlhf_trust.run.print_parameters"),
         (render.main, ["report", "embedded"], "rlhf_trust.render.write_text"),
         (render.main, ["appendix", "embedded"], "rlhf_trust.render.write_text"),
-        (report.main, ["a", "--with", "b"], "rlhf_trust.report.read_table"),
-        (report.main, ["embedded", "--save"], "rlhf_trust.report.save"),
+        (reference.main, ["a", "--with", "b"], "rlhf_trust.reference.read_table"),
+        (reference.main, ["embedded", "--save"], "rlhf_trust.reference.save"),
         (card.main, ["embedded"], "rlhf_trust.card.write_card"),
         (score.main, ["ask", "ethics"], "rlhf_trust.score.items_of"),
     ],
@@ -115,7 +115,7 @@ def test_what_does_not_print_is_marked():
         (render.main, ["pages", "embedded"]),
         (render.main, ["report", "a", "b"]),
         (card.main, []),
-        (report.main, []),
+        (reference.main, []),
         (score.main, ["ask"]),
         (run.main, ["stage"]),
         (run.main, ["resolv"]),
@@ -160,10 +160,10 @@ def test_nothing_to_render_is_one_line(build, capsys):
     ],
 )
 def test_a_table_without_figures_is_not_compared(build, monkeypatch, capsys, text, expected):
-    reference = pd.DataFrame(columns=artifacts.TABLES["trust"])
-    monkeypatch.setattr(report, "reference_table", lambda *_: reference)
+    empty = pd.DataFrame(columns=artifacts.TABLES["trust"])
+    monkeypatch.setattr(reference, "reference_table", lambda *_: empty)
     trust_table(build, text)
-    assert report.main(["embedded"]) == 2
+    assert reference.main(["embedded"]) == 2
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1
 

@@ -19,7 +19,7 @@ import pypandoc
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from rlhf_trust import ROOT, StudyError, card, figures, params, render, stats, visible
+from rlhf_trust import ROOT, StudyError, card, figures, params, pdf, render, stats, visible
 from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.sources import first_line
 from test_render import PIXEL
@@ -42,6 +42,7 @@ HOSTILE = [
     "x | y\n--|--\n<b> | ![](http://evil.example/z.png)",
     "~~~\n</code></pre><script>x</script>\n~~~\n```\n<b>\n```",
     "<style>@import url(http://evil.example/s.css);</style><link href=//evil.example>",
+    "\U0001f600 \u4e2d\u6587 \u0627\u0644 \u0e01 \U0001d53c",
     f"\x1b[31m\x00\x07\x85\x9b\u200b\ufeff\ud83d{BIDI}",
 ]
 TAGS_MADE = {"table", "thead", "tbody", "tr", "th", "td", "details", "summary", "b", "i", "br"} | {
@@ -422,3 +423,22 @@ def test_every_output_of_a_notebook_is_made_by_the_library():
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
         own = r"IPython|\bHTML\b|\bMarkdown\b|_repr_|to_html|\.style\b|Html\(f|Html\([a-z]|Markup"
         assert not re.findall(own, code), stage
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_data_say_is_text_in_a_pdf(tmp_path, text):
+    """In typst's source too: nothing of it is a command, and the document can be set."""
+    typst = (
+        '#read("/etc/hostname") #import "@preview/x:1.0.0" $a$ \\u{41} <b> @b = *c* _d_ ]} //'
+    )
+    outputs = [
+        display(text_html=render.samples([(text, {"sft": text, "dpo": typst})]).data),
+        display(text_markdown=render.say(render.as_markdown(text), render.as_markdown(typst)).data),
+        new_output("stream", name="stdout", text=f"{text}\n{typst}\n"),
+    ]
+    cells = [new_markdown_cell(f"# {typst}"), new_code_cell("x", outputs=outputs)]
+    path = write(new_notebook(cells=cells), tmp_path / "01-sft.ipynb")
+    made = pdf.typst_source([path], text, [text, typst], code=True, full=True)
+    outside_strings = re.sub(r'"(?:\\.|[^"\\])*"|(?s:```.*?```)', "", made[0])
+    assert not re.search(r"(?<!\\)#(read|import|link\(\"(?!https?://))", outside_strings)
+    pdf.write_pdf(tmp_path / "page.pdf", *made)
