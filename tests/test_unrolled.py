@@ -503,7 +503,7 @@ def test_any_run_is_attributed(own, stage, tmp_path, monkeypatch):
 
 
 def test_a_reader_attributes_in_ten_lines(tiny_directories, tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "lib" / "docs" / "own-models.md").read_text(encoding="utf-8")
     part = text.partition("## Attribute a run of your own")[2]
     code = part.partition("```python\n")[2].partition("```")[0]
     assert 0 < len(code.strip().splitlines()) <= 10
