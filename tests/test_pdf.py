@@ -20,9 +20,7 @@ def notebooks(tmp_path):
     told = render.samples([("Who?", {"sft": "something harsh"})], warning="Harsh.").data
     numbers = render.table(pd.DataFrame({"model": ["sft"], "change_in_rate": [0.25]})).data
     first = [
-        new_markdown_cell(
-            "# First?\n\n[Second?](02-reward.ipynb) →\n\nLoss $x_1 = \\frac{1}{2}$."
-        ),
+        new_markdown_cell("# First?\n\n[Second?](02-reward.ipynb) →\n\nLoss $x_1 = \\frac{1}{2}$."),
         new_markdown_cell("## Part\n\nSee [rewards](02-reward.ipynb), [none](30-none.ipynb)."),
         new_code_cell('say("# code")', outputs=[new_output("display_data", {"text/html": told})]),
         new_code_cell("table", outputs=[new_output("display_data", {"text/html": numbers})]),

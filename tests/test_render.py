@@ -237,6 +237,14 @@ def test_an_appendix_links_its_neighbours(tmp_path):
     assert "First &amp; foremost?" in pages[2].read_text()
 
 
+def test_a_long_table_is_folded_and_no_p_is_0():
+    frame = pd.DataFrame({"n": range(14), "p": [1e-9, 0.0006, np.nan, *[0.5] * 11]})
+    first, _, folded = table(frame).data.partition("<details><summary>2 more rows</summary>")
+    assert re.findall("<td>(.*?)</td>", first)[:6] == ["0", "&lt;0.001", "1", "0.001", "2", "–"]
+    assert first.count("<tr>") == 12 and re.findall("<td>(1.)</td>", folded) == ["12", "13"]
+    assert "<details>" not in table(frame[:12]).data
+
+
 def test_links_to_notebooks_lead_to_their_pages(tmp_path):
     data = {"text/markdown": "Computed: [pairs](01-sft.ipynb)."}
     said = new_output("display_data", data=data)

@@ -144,7 +144,8 @@ def samples(
 
 
 def table(frame: pd.DataFrame, digits: int = 3) -> HTML:
-    """A table for reading: numbers rounded, missing values as a dash, text escaped."""
+    """A table for reading: numbers rounded, missing values as a dash, text escaped, no p of 0; rows
+    after the first ``ROWS`` folded away."""
 
     def cell(value) -> str:
         if isinstance(value, str):
@@ -155,8 +156,17 @@ def table(frame: pd.DataFrame, digits: int = 3) -> HTML:
             return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
         return str(value)
 
-    rows = frame.map(cell).itertuples(index=False, name=None)
-    return as_html(_html_table(frame, rows, "figures"))
+    cells, least = frame.map(cell), 10**-digits
+    for name in {"p", "p_holm", "p_null"} & set(frame):
+        cells[name] = cells[name].mask(frame[name] < least / 2, f"<{least:.{digits}f}")
+    rows = list(cells.itertuples(index=False, name=None))
+    first, rest = (_html_table(frame, part, "figures") for part in (rows[:ROWS], rows[ROWS:]))
+    folded = Html("<details><summary>{} more rows</summary>{}</details>")
+    return as_html(first, folded.format(len(rows) - ROWS, rest) if rows[ROWS:] else "")
+
+
+ROWS = 12
+"""How many of a table's rows are seen at once."""
 
 
 def _html_table(heads: Iterable, rows: Iterable[Iterable], kind: str) -> Html:

@@ -428,9 +428,7 @@ def test_every_output_of_a_notebook_is_made_by_the_library():
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_data_say_is_text_in_a_pdf(tmp_path, text):
     """In typst's source too: nothing of it is a command, and the document can be set."""
-    typst = (
-        '#read("/etc/hostname") #import "@preview/x:1.0.0" $a$ \\u{41} <b> @b = *c* _d_ ]} //'
-    )
+    typst = '#read("/etc/hostname") #import "@preview/x:1.0.0" $a$ \\u{41} <b> @b = *c* _d_ ]} //'
     outputs = [
         display(text_html=render.samples([(text, {"sft": text, "dpo": typst})]).data),
         display(text_markdown=render.say(render.as_markdown(text), render.as_markdown(typst)).data),
