@@ -266,6 +266,17 @@ DECLARED = 'é: str = "é"  # a name\nn: int = 60  # items; > 0\nkept: list[str]
 INJECTED = '# Parameters\né = "ü"\nn = 4\n'
 
 
+def test_a_page_lists_its_sections(tmp_path):
+    cells = [new_markdown_cell("# One\n\n## First & *last*\n\ntext"), new_markdown_cell("## Part")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "01-sft.ipynb")
+    write_html(tmp_path / "01-sft.ipynb", tmp_path / "page.html", code=True)
+    text = (tmp_path / "page.html").read_text()
+    contents = text.partition("<summary>Contents</summary>")[2].partition("</details>")[0]
+    links = dict(re.findall(r'href="#([^"]+)">(.*?)</a>', contents))
+    assert list(links.values()) == ["First &amp; last", "Part"]
+    assert all(text.count(f'<h2 id="{name}"') == 1 for name in links)
+
+
 def test_parameters_stand_on_a_page_once_with_their_values(tmp_path):
     cells = [
         new_markdown_cell("# One"),

@@ -409,7 +409,17 @@ def write_html(
     ``folder``: where, from this page, the pages of the notebooks beside it are.
     """
     title, body = page_body(notebook_path, code, folder)
-    write_text(out, _page(title, Html("{0}{1}{0}").format(navigation, body)))
+    whole = Html("{0}{1}{2}{0}").format(navigation, _contents(body), body)
+    write_text(out, _page(title, whole))
+
+
+def _contents(body: Html) -> Html:
+    """Links to a page's sections, folded; nothing if it has only one."""
+    heads = re.findall(r'(?s)<h2 id="([^"]+)"[^>]*>(.*?)</h2>', body)
+    links = [(f"#{name}", Html(re.sub("<[^>]+>", "", text))) for name, text in heads]
+    entries = Html("").join(Html("<li>{}</li>").format(_links([link])) for link in links)
+    folded = Html('<details class="contents"><summary>Contents</summary><ul>{}</ul></details>')
+    return folded.format(entries) if len(links) > 1 else Html("")
 
 
 def page_body(notebook_path: Path, code: bool, folder: str = "") -> tuple[str, Html]:
