@@ -8,7 +8,6 @@ import subprocess
 
 import nbformat
 import pytest
-import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 from rlhf_trust import StudyError, build_root, params, run, sources
 
@@ -163,13 +162,15 @@ def test_a_seed_of_the_command_line_names_a_run_of_its_own(study, tmp_path, monk
     study("02-two: {seed: 5}")
     monkeypatch.delenv("RLHF_TRUST_BUILD", raising=False)
     monkeypatch.setattr("rlhf_trust.ROOT", tmp_path)
-    assert run.main(["resolve", "--profile", "p", "--seed", "3"]) == 0
+    monkeypatch.setenv("SEED", "3")
+    assert run.main(["resolve", "--profile", "p"]) == 0
     made = {
-        path.stem: yaml.safe_load(path.read_text())
+        path.stem: params.read_yaml(path.read_text(), path.name)
         for path in (tmp_path / "build" / "p-seed3" / "params").iterdir()
     }
     assert made["02-two"] == {"seed": 3} and made["01-one"]["profile"] == "p-seed3"
-    assert run.main(["resolve", "--profile", "p", "--seed", "three"]) == 2
+    monkeypatch.setenv("SEED", "three")
+    assert run.main(["resolve", "--profile", "p"]) == 2
     assert (
         capsys.readouterr().err
         == "error: SEED=three: must be a whole number from 0 on, without leading zeros\n"

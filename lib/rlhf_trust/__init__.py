@@ -111,12 +111,10 @@ if sys.argv[:1] == ["-m"]:  # python -m rlhf_trust.…, which has not found its 
     sys.excepthook = _no_traceback
 
 
-def check_name(profile: str) -> None:
-    """Refuse what is no name of a profile or run."""
-    if not re.fullmatch(r"\w[\w.-]*", profile):
-        raise StudyError(
-            f"{profile!r} is no name of a profile or run; use letters, digits, '_', '.' and '-'"
-        )
+def check_name(name: str, what: str = "a profile or run", where: str = "") -> None:
+    """Refuse what is no name; ``where``: what the error begins with."""
+    problem = f"{where}{name!r} is no name of {what}; use letters, digits, '_', '.' and '-'"
+    require(re.fullmatch(r"\w[\w.-]*", name), problem)
 
 
 def build_root(profile: str) -> Path:

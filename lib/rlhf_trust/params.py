@@ -29,7 +29,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from . import ROOT, StudyError, check_name
+from . import ROOT, StudyError, check_name, require
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = ROOT / "params"
@@ -143,8 +143,8 @@ def notebook_parameters(path: Path) -> dict[str, Parameter]:
     """Read the typed defaults from the cell tagged ``parameters`` without running it."""
     code = (cell for cell in read_cells(path) if cell["cell_type"] == "code")
     tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        raise StudyError(f"{path.name}: needs one code cell tagged `parameters`, has {len(tagged)}")
+    problem = f"{path.name}: needs one code cell tagged `parameters`, has {len(tagged)}"
+    require(len(tagged) == 1, problem)
     source, place, found = "".join(tagged[0]["source"]), f"{path.name}, parameters cell", {}
     try:
         body = ast.parse(source).body
@@ -206,10 +206,7 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     here).
     """
     led = f"params/{below[-1]}.yaml: {EXTENDS}: " if below else ""
-    try:
-        check_name(profile)
-    except StudyError as error:
-        raise StudyError(f"{led}{error}") from None
+    check_name(profile, where=led)
     path, file = PROFILES / f"{profile}.yaml", f"params/{profile}.yaml"
     if not path.exists():
         if profile == "embedded":
@@ -227,8 +224,8 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(content, dict) or any(not isinstance(name, str) for name in content):
         raise StudyError(f"{file}: must map `all` or a notebook's name to its parameters")
     for name, values in content.items():
-        if name == EXTENDS and not isinstance(values, str):
-            raise StudyError(f"{file}: {EXTENDS} must be the name of a profile, got {values!r}")
+        named = name != EXTENDS or isinstance(values, str)
+        require(named, f"{file}: {EXTENDS} must be the name of a profile, got {values!r}")
         if name in (ACCEPTS, EXTENDS):
             continue
         # A heading whose lines are all commented out.
@@ -238,9 +235,8 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     if EXTENDS not in content:
         return content
     extended = content.pop(EXTENDS)
-    if extended in (*below, profile):
-        circle = " -> ".join((*below, profile, extended))
-        raise StudyError(f"{file}: {EXTENDS}: {circle} goes in a circle")
+    circle = f"{' -> '.join((*below, profile, extended))} goes in a circle"
+    require(extended not in (*below, profile), f"{file}: {EXTENDS}: {circle}")
     merged = read_profile(extended, (*below, profile))
     # Terms are not inherited: they are accepted in the file that is run.
     merged.pop(ACCEPTS, None)

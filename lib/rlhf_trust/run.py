@@ -13,6 +13,10 @@
 ``python -m rlhf_trust.run lab --profile smoke``
     lay out notebooks with these parameters to step through, and print the folder.
 
+What a profile is run with comes from the environment, as make hands it on: ``DATA``, ``SEED``,
+``SET``, ``BEFORE`` and ``AFTER``; and ``FETCH``, the notebooks that will run (by default all, but
+then resolve fetches nothing).
+
 Exit codes: 0 done, 1 a notebook failed, 2 a parameter is wrong, 130 interrupted.
 """
 
@@ -32,11 +36,21 @@ from contextlib import contextmanager, nullcontext, suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import yaml
 from filelock import FileLock, Timeout
 
-from . import ROOT, StudyError, build_root, command, printable, sources, visible
+from . import (
+    ROOT,
+    StudyError,
+    build_root,
+    check_name,
+    command,
+    printable,
+    require,
+    sources,
+    visible,
+)
 from .artifacts import (
     Build,
     changed_files,
@@ -60,17 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m rlhf_trust.run", description=about)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--profile", default="embedded", help="a file of params/, or embedded")
-    for name, about in (
-        ("data", "directory with HH-RLHF and benchmark files"),
-        ("seed", "the run is named <profile>-seed<seed>"),
-        ("set", "<notebook>.<parameter>=<value> …, over the profile's"),
-        ("before", "the model that others are compared with"),
-        ("after", "the others: <name>=<model>,…"),
-    ):
-        given = os.environ.get(name.upper(), "")
-        shared.add_argument(
-            f"--{name}", default=given, help=f"{about}; or {name.upper()} in the environment"
-        )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("resolve", "check parameters and write them where they changed"),
@@ -82,42 +85,41 @@ def main(argv: list[str] | None = None) -> int:
         asked = commands.add_parser(name, help=about, parents=[shared])
         if name == "stage":
             asked.add_argument("stage")
-        if name in ("resolve", "fetch"):
-            about = "the notebooks that will run; by default all, but resolve then fetches nothing"
-            asked.add_argument("--stages", default=os.environ.get("FETCH", ""), help=about)
     arguments = parser.parse_args(argv)
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    given = settings(arguments.set)
-    overrides = data_overrides(arguments.data)
-    overrides |= model_overrides(arguments.before, arguments.after)
-    run = f"{arguments.profile}-seed{arguments.seed}" if arguments.seed else arguments.profile
-    if arguments.seed:
-        own = resolve(arguments.profile, overrides, run, given)
-        overrides |= seed_overrides(arguments.seed, arguments.profile, own)
-    parameters = resolve(arguments.profile, overrides, run, given)
-    if arguments.command == "params":
+    profile, task = arguments.profile, arguments.command
+    data, seed, changed, before, after, named = (
+        os.environ.get(name, "") for name in "DATA SEED SET BEFORE AFTER FETCH".split()
+    )
+    given = settings(changed)
+    overrides = data_overrides(data) | model_overrides(before, after)
+    run = f"{profile}-seed{seed}" if seed else profile
+    if seed:
+        overrides |= seed_overrides(seed, profile, resolve(profile, overrides, run, given))
+    parameters = resolve(profile, overrides, run, given)
+    if task == "params":
         print_parameters(run, parameters)
         print_estimate(parameters)
         return 0
-    accept_terms(arguments.profile, parameters)
-    if arguments.command == "lab":
+    accept_terms(profile, parameters)
+    if task == "lab":
         print(os.path.relpath(lay_out(run, parameters), ROOT))
-    elif arguments.command == "stage":
-        _known(arguments.stage, parameters)
-        fetch(parameters, [arguments.stage])
+        return 0
+    wanted = [arguments.stage] if task == "stage" else named.split() or list(parameters)
+    for stage in wanted:
+        known = stage in parameters
+        require(known, f"no notebook {stage!r}; there are {', '.join(parameters)}")
+    if task == "stage":
+        fetch(parameters, wanted)
         with place(build_root(run)):
-            return run_stage(arguments.stage, run, parameters)
-    else:
-        wanted = arguments.stages.split() or list(parameters)
-        for stage in wanted:
-            _known(stage, parameters)
-        # Before any stage computes, not after an hour.
-        look_for_sources(run, {stage: parameters[stage] for stage in wanted})
-        if arguments.stages or arguments.command == "fetch":
-            fetch(parameters, wanted)
-        if arguments.command == "resolve":
-            write_resolved(run, parameters)
+            return run_stage(arguments.stage, run, parameters[arguments.stage])
+    # Before any stage computes, not after an hour.
+    look_for_sources(run, {stage: parameters[stage] for stage in wanted})
+    if named or task == "fetch":
+        fetch(parameters, wanted)
+    if task == "resolve":
+        write_resolved(run, parameters)
     return 0
 
 
@@ -212,8 +214,7 @@ def look_for_sources(run: str, parameters: dict[str, dict]) -> None:
 def _look_for_model(entry: str, adapters: Collection[str]) -> None:
     """One of ``trained``: an adapter that the study makes or has, or ``<name>=<source>``."""
     name, equals, source = entry.partition("=")
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise StudyError(f"{name!r} is no name of a model; use letters, digits, '_', '.' and '-'")
+    check_name(name, "a model")
     if equals and not source.startswith(("hub:", "path:", "wheel:")):
         raise StudyError(f"{entry!r}: must be {name}=hub:<id@revision> or {name}=path:<directory>")
     if not equals and name not in adapters:
@@ -240,8 +241,7 @@ def data_overrides(directory: str) -> dict[str, str]:
     if not directory:
         return {}
     path = Path(os.path.expanduser(directory)).resolve()
-    if not path.is_dir():
-        raise StudyError(f"DATA={directory}: no such directory")
+    require(path.is_dir(), f"DATA={directory}: no such directory")
     return {"preferences": f"path:{path}", "benchmarks": f"path:{path}"}
 
 
@@ -250,10 +250,9 @@ def seed_overrides(seed: str, profile: str, own: dict[str, dict]) -> dict[str, i
     parameters, whose run it would repeat."""
     if not re.fullmatch("0|[1-9][0-9]*", seed):
         raise StudyError(f"SEED={seed}: must be a whole number from 0 on, without leading zeros")
-    if any(str(values.get("seed")) == seed for values in own.values()):
-        raise StudyError(
-            f"SEED={seed}: is the seed of profile {profile!r} itself; name another, or leave it out"
-        )
+    same = any(str(values.get("seed")) == seed for values in own.values())
+    problem = f"is the seed of profile {profile!r} itself; name another, or leave it out"
+    require(not same, f"SEED={seed}: {problem}")
     return {"seed": int(seed)}
 
 
@@ -278,10 +277,8 @@ def model_overrides(before: str, after: str) -> dict[str, Any]:
     """
     if not before and not after:
         return {}
-    if not before or not after:
-        raise StudyError(
-            "BEFORE and AFTER: name both, such as BEFORE=hub:a/base AFTER=mine=path:out/model"
-        )
+    example = "BEFORE=hub:a/base AFTER=mine=path:out/model"
+    require(before and after, f"BEFORE and AFTER: name both, such as {example}")
     trained = []
     for entry in after.split(","):
         name, _, source = entry.strip().rpartition("=")
@@ -304,17 +301,15 @@ def write_resolved(run: str, parameters: dict[str, dict]) -> None:
     for folder in (build.root, BASE, DOWNLOADS):
         remove_left_over(folder)
     for stage, values in parameters.items():
-        path, cells = (
-            build.path("params", f"{stage}.yaml"),
-            cells_hash(NOTEBOOKS / f"{stage}.ipynb"),
-        )
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        text = f"# notebook: {cells}\n{text}".encode()
+        path = build.path("params", f"{stage}.yaml")
+        lines = [f"# notebook: {cells_hash(NOTEBOOKS / f'{stage}.ipynb')}"]
+        lines += [f"{name}: {json.dumps(value)}" for name, value in values.items()]
+        text = "\n".join([*lines, ""])
         if reason := reason_to_repeat(build, stage):
             print(f"{reason}; {stage} runs again", file=sys.stderr)
             build.path("notebooks", f"{stage}.ipynb").unlink()
-        if reason or not path.exists() or path.read_bytes() != text:
-            write_text(path, text.decode())
+        if reason or not path.exists() or path.read_bytes() != text.encode():
+            write_text(path, text)
     with suppress(StudyError):  # a damaged manifest, whose stage runs again
         warn_of_strays(build)
 
@@ -351,17 +346,10 @@ def lay_out(run: str, parameters: dict[str, dict]) -> Path:
         return NOTEBOOKS
     folder = build_root(run) / "lab"
     folder.mkdir(parents=True, exist_ok=True)
+    options = dict(prepare_only=True, kernel_name="python3", language="python", progress_bar=False)
     for stage, values in parameters.items():
         copy, made = folder / f"{stage}.ipynb", folder / f".{stage}.made.ipynb"
-        papermill.execute_notebook(
-            NOTEBOOKS / f"{stage}.ipynb",
-            made,
-            parameters=values,
-            prepare_only=True,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-        )
+        papermill.execute_notebook(NOTEBOOKS / f"{stage}.ipynb", made, values, **options)
         if copy.exists() and cells_hash(copy) != cells_hash(made):
             print(f"{os.path.relpath(copy)}: kept, as it was edited", file=sys.stderr)
             made.unlink()
@@ -403,14 +391,8 @@ def print_estimate(parameters: dict[str, dict]) -> None:
     print("  for the rest, and for disk, lib/docs/running.md has measured runs")
 
 
-def _known(stage: str, parameters: dict[str, dict]) -> None:
-    if stage not in parameters:
-        raise StudyError(f"no notebook {stage!r}; there are {', '.join(parameters)}")
-
-
-def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
-    """Execute one notebook; move it into place only when every cell ran."""
-    _known(stage, parameters)
+def run_stage(stage: str, run: str, values: dict[str, Any]) -> int:
+    """Execute one notebook with these values; move it into place only when every cell ran."""
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -424,24 +406,17 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     # What is there of it does not count before it has run to its end.
     done.unlink(missing_ok=True)
     build.path("manifests", f"{stage}.json").unlink(missing_ok=True)
-    environment = kernel_environment(parameters[stage], shown)
     started = time.monotonic()
     # A stopped job ends as cleanly as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"{stage}: running", flush=True)
     reason, code = None, 1
+    options = dict(kernel_name="python3", kernel_manager_class=own_kernel(), cwd=NOTEBOOKS)
+    options |= dict(progress_bar=False, extra_arguments=["--IPKernelApp.log_level=40"])
     try:
-        with _follow(stage, shown), _environment(environment):
-            papermill.execute_notebook(
-                NOTEBOOKS / f"{stage}.ipynb",
-                aside,
-                parameters=parameters[stage],
-                kernel_name="python3",
-                kernel_manager_class=own_kernel(),
-                cwd=NOTEBOOKS,
-                progress_bar=False,
-                extra_arguments=["--IPKernelApp.log_level=40"],
-            )
+        # The kernel inherits them.
+        with _follow(stage, shown), patch.dict(os.environ, kernel_environment(values, shown)):
+            papermill.execute_notebook(NOTEBOOKS / f"{stage}.ipynb", aside, values, **options)
         nbformat.write(publishable(nbformat.read(aside, as_version=4)), aside)
     except PapermillExecutionError as error:
         reason = first_line(error.evalue)
@@ -459,7 +434,7 @@ def run_stage(stage: str, run: str, parameters: dict[str, dict]) -> int:
     if reason is None:
         move(aside, done)
         failed.unlink(missing_ok=True)
-        made = read_manifests(Build(run)).get(stage, {"facts": {}})
+        made = read_manifests(build).get(stage, {"facts": {}})
         for sentence in made["facts"].get("notes", ()):
             print(f"{stage}: note: {sentence}", flush=True)
         print(f"{stage}: done in {time.monotonic() - started:.0f} s", flush=True)
@@ -498,8 +473,7 @@ def place(folder: Path) -> Iterator[None]:
     """Hold one of ``JOBS`` places while a notebook runs: ``make -j8`` overrides the Makefile's own
     ``--jobs``, and would load eight models at once. Without ``JOBS`` nothing is waited for."""
     jobs = os.environ.get("JOBS") or "0"
-    if not jobs.isdecimal():
-        raise StudyError(f"JOBS={jobs}: must be the number of notebooks that run at a time")
+    require(jobs.isdecimal(), f"JOBS={jobs}: must be the number of notebooks that run at a time")
     folder.mkdir(parents=True, exist_ok=True)
     held = nullcontext()
     for lock in cycle([FileLock(folder / f".place-{number}.lock") for number in range(int(jobs))]):
@@ -508,18 +482,6 @@ def place(folder: Path) -> Iterator[None]:
             break
     with held:
         yield
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for a while (the kernel inherits them)."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ NOTEBOOK = nbformat.writes(new_notebook(cells=[new_code_cell("1")]))
     ("main", "argv", "patched"),
     [
         (run.main, ["resolve"], "rlhf_trust.run.write_resolved"),
-        (run.main, ["lab", "--set", "all.seed=1"], "rlhf_trust.run.lay_out"),
+        (run.main, ["lab"], "rlhf_trust.run.lay_out"),
         (run.main, ["params"], "rlhf_trust.run.print_parameters"),
         (render.main, ["report", "embedded"], "rlhf_trust.render.write_text"),
         (render.main, ["appendix", "embedded"], "rlhf_trust.render.write_text"),

