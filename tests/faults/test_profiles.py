@@ -413,7 +413,7 @@ def test_declared_choices_are_the_ones_there_are():
         "vertical": list(HEADLINE),
         "scorer": list(scorers.SCORERS),
         "second_scorer": list(scorers.SCORERS),
-        "learners": list(order_consistency.REWARD_MODELS),
+        "learners": [*order_consistency.LOSSES, "lightgbm"],
         "pair_choices": list(order_consistency.CHOICES),
     }
     for name in known["dtype"]:

@@ -47,9 +47,8 @@ def bag_of_words(train: Pairs, held_out: Pairs) -> np.ndarray:
 
 def longer(pairs: Pairs, chat: Chat) -> np.ndarray:
     """Sign of the chosen answer's length less the rejected one's, in tokens, [pairs]."""
-    return np.array(
-        [np.sign(len(chat.answer_ids(p.chosen)) - len(chat.answer_ids(p.rejected))) for p in pairs]
-    )
+    more = [len(chat.answer_ids(p.chosen)) - len(chat.answer_ids(p.rejected)) for p in pairs]
+    return np.sign(more)
 
 
 def length_rule(train: Pairs, held_out: Pairs, chat: Chat) -> np.ndarray:
@@ -92,13 +91,11 @@ def accuracies(rewards: np.ndarray, train: Pairs, held_out: Pairs, chat: Chat) -
     the paired difference.
     """
     right = (rewards[:, 0] > rewards[:, 1]).astype(float)
-    words = bag_of_words(train, held_out)
+    words, length = bag_of_words(train, held_out), length_rule(train, held_out, chat)
     found = {
         "reward model": mean_interval(right),
         "bag of words": mean_interval(words, "reward/words", bounds=(0.0, 1.0)),
-        "length rule": mean_interval(
-            length_rule(train, held_out, chat), "reward/length", bounds=(0.0, 1.0)
-        ),
+        "length rule": mean_interval(length, "reward/length", bounds=(0.0, 1.0)),
         "reward model less words": paired_change(right, words, bounds=(0.0, 1.0)),
         "reward model, length-controlled": length_controlled(right, held_out, chat),
     }

@@ -27,7 +27,7 @@ import torch
 from scipy.special import expit
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from .. import StudyError
+from .. import StudyError, require
 from ..artifacts import ResultCache, code_hash, content_key, progress
 from ..stats import LEVEL, mean_interval, row_rank_correlations
 
@@ -52,8 +52,9 @@ def choose_pairs(golden: np.ndarray, how: str, n: int, rng: np.random.Generator)
     prompts, answers = golden.shape
     sizes = {"same": prompts * comb(answers, 2), "cross": comb(prompts, 2) * answers**2}
     distinct_pairs = sizes.get(how, prompts * (answers > 1))
-    if not distinct_pairs:
-        raise StudyError(f"pair choice {how}: {prompts} prompts with {answers} answers have none")
+    require(
+        distinct_pairs, f"pair choice {how}: {prompts} prompts with {answers} answers have none"
+    )
     passes, rest = divmod(n, distinct_pairs)
     drawn = [rng.permutation(distinct_pairs) for _ in range(passes)]
     drawn = np.concatenate([*drawn, rng.choice(distinct_pairs, rest, replace=False)])
@@ -113,17 +114,9 @@ class Annotated:
 # --- reward models --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Network:
-    """A multilayer perceptron with ReLU and its training: Adam, keeping the best epoch on a fifth
-    of the pairs, held out by prompt, and stopping after ``patience`` epochs without a better
-    one."""
-
-    hidden: tuple[int, ...] = (256, 128)
-    learning_rate: float = 1e-3
-    epochs: int = 30
-    batch: int = 256
-    patience: int = 3
+HIDDEN, LEARNING_RATE, EPOCHS, BATCH, PATIENCE = (256, 128), 1e-3, 30, 256, 3
+"""A multilayer perceptron with ReLU and its training: Adam, keeping the best epoch on a fifth of
+the pairs, held out by prompt, and stopping after ``PATIENCE`` epochs without a better one."""
 
 
 def bradley_terry(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -177,7 +170,7 @@ def held_out_by_prompt(prompts: np.ndarray, order: np.ndarray) -> np.ndarray:
     return first <= np.sort(first)[max(1, len(first) // 5) - 1]
 
 
-def fit_network(data: Annotated, loss: Callable, network: Network, seed: int) -> Reward:
+def fit_network(data: Annotated, loss: Callable, seed: int) -> Reward:
     """A perceptron fitted to annotated pairs, its rewards shrunk by :func:`shrink_factor`."""
     generator = torch.Generator().manual_seed(seed)
     mean, spread = data.chosen.mean(0), data.chosen.std(0) + 1e-6
@@ -189,25 +182,23 @@ def fit_network(data: Annotated, loss: Callable, network: Network, seed: int) ->
     order = torch.randperm(int(prompts.max()) + 1, generator=generator).numpy()
     apart = held_out_by_prompt(prompts, order)
     held_out, train = (torch.tensor(np.flatnonzero(part)) for part in (apart, ~apart))
-    if not len(train):
-        raise StudyError(f"reward network: {len(prompts)} pairs are too few; raise n_prompts")
-    model = perceptron([both.shape[2], *network.hidden, 1], generator)
-    optimizer = torch.optim.Adam(model.parameters(), lr=network.learning_rate)
+    require(len(train), f"reward network: {len(prompts)} pairs are too few; raise n_prompts")
+    model = perceptron([both.shape[2], *HIDDEN, 1], generator)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     best, weights, since = float("inf"), {}, 0
-    for _ in range(network.epochs):
-        for part in train[torch.randperm(len(train), generator=generator)].split(network.batch):
+    for _ in range(EPOCHS):
+        for part in train[torch.randperm(len(train), generator=generator)].split(BATCH):
             optimizer.zero_grad()
             loss(*model(both[:, part])).backward()
             optimizer.step()
         with torch.no_grad():
             now = float(loss(*model(both[:, held_out])))
-        if not np.isfinite(now):
-            raise StudyError("reward network: the loss is not finite; lower its learning rate")
+        require(np.isfinite(now), "reward network: the loss is not finite; lower its learning rate")
         since += 1
         if now < best:
             best, since = now, 0
             weights = {name: value.clone() for name, value in model.state_dict().items()}
-        elif since >= network.patience:
+        elif since >= PATIENCE:
             break
     model.load_state_dict(weights)
     model.requires_grad_(False)
@@ -232,14 +223,11 @@ def fit_trees(data: Annotated, seed: int) -> Reward:
 
 
 LOSSES = {"bradley_terry": bradley_terry, "classifier": classification}
-REWARD_MODELS = (*LOSSES, "lightgbm")
 
 
-def fit(name: str, data: Annotated, seed: int, network: Network = Network()) -> Reward:
-    """One of ``REWARD_MODELS`` fitted to annotated pairs."""
-    if name == "lightgbm":
-        return fit_trees(data, seed)
-    return fit_network(data, LOSSES[name], network, seed)
+def fit(name: str, data: Annotated, seed: int) -> Reward:
+    """``lightgbm``, or a network with one of ``LOSSES``, fitted to annotated pairs."""
+    return fit_trees(data, seed) if name == "lightgbm" else fit_network(data, LOSSES[name], seed)
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -357,40 +345,24 @@ class Settings:
     seeds: Sequence[int]
     best_of: Sequence[int]
 
-    def check(self, answers: int, ppo_beta: float | None = None) -> None:
-        """Raise for settings that cannot work with ``answers`` to a test prompt, or if no annotator
-        of the sweep has PPO's ``ppo_beta``; errors name the notebook's parameter."""
-
-        def require(fine: bool, name: str, requirement: str, given: Sequence) -> None:
-            if not fine:
-                raise StudyError(f"{name}: must be {requirement}, got {_listed(given)}")
-
-        def once(name: str, given: Sequence[str], known: Sequence[str]) -> None:
-            fine = given and set(given) <= set(known) and len(set(given)) == len(given)
-            require(fine, name, f"of {_listed(known)}, each once", given)
-
-        def rising(name: str, given: Sequence[float], least: int) -> None:
-            fine = given and given[0] > least and sorted(set(given)) == list(given)
-            require(fine, name, f"above {least}, in rising order", given)
-
-        once("learners", self.reward_models, REWARD_MODELS)
-        once("pair_choices", self.choices, CHOICES)
-        rising("betas", self.betas, 0)
-        rising("amounts", self.n_pairs, 1)
-        rising("best_of", self.best_of, 0)
-        require(self.seeds, "n_seeds", "at least 1", [len(self.seeds)])
+    def check(self, answers: int, ppo_beta: float) -> None:
+        """Raise for settings, each allowed by itself, that cannot work together: with ``answers``
+        to a test prompt, or as no annotator of the sweep has PPO's ``ppo_beta``. Errors name the
+        notebook's parameter."""
+        for name, given, least in (
+            ("betas", self.betas, 0),
+            ("amounts", self.n_pairs, 1),
+            ("best_of", self.best_of, 0),
+        ):
+            listed = ", ".join(map(str, given))
+            rising = f"{name}: must be above {least}, in rising order, got {listed}"
+            require(sorted(given) == list(given), rising)
         most = self.best_of[-1]
-        require(most <= answers, "best_of", f"at most answers_test, {answers}", [most])
-        require(ppo_beta in (None, *self.betas), "ppo_beta", "one of betas", [ppo_beta])
+        require(most <= answers, f"best_of: must be at most answers_test, {answers}, got {most}")
+        require(ppo_beta in self.betas, f"ppo_beta: must be one of betas, got {ppo_beta}")
 
 
-def _listed(values: Sequence) -> str:
-    return ", ".join(map(str, values)) or "none"
-
-
-def sweep(
-    bench: Bench, settings: Settings, kept: ResultCache, network: Network = Network(), desc=""
-) -> pd.DataFrame:
+def sweep(bench: Bench, settings: Settings, kept: ResultCache, desc: str = "") -> pd.DataFrame:
     """Every reward model on every combination of ``settings``, one row each. ``kept`` lets an
     interrupted sweep continue; ``desc`` names the progress bar.
 
@@ -398,11 +370,10 @@ def sweep(
     pairs), distinct (how many of them are distinct) and those of :meth:`Bench.scores`. All reward
     models see the same annotated pairs.
     """
-    settings.check(bench.test_golden.shape[1])
     rows = []
     combinations = product(settings.choices, settings.betas, settings.n_pairs, settings.seeds)
     for how, beta, n, seed in progress(list(combinations), desc=desc, unit="set of pairs"):
-        asked = how, beta, n, seed, settings.reward_models, settings.best_of, network
+        asked = how, beta, n, seed, settings.reward_models, settings.best_of
         key = content_key(*asked, code_hash("rewards.order_consistency"))
         if key not in kept:
             rng = np.random.default_rng([seed, CHOICES.index(how), n])
@@ -412,7 +383,7 @@ def sweep(
             setting |= {"label_accuracy": annotated.correct, "mean_gap": float(np.abs(gaps).mean())}
             setting["distinct"], found = distinct(annotated.pairs), []
             for name in settings.reward_models:
-                scores = bench.scores(fit(name, annotated, seed, network), settings.best_of)
+                scores = bench.scores(fit(name, annotated, seed), settings.best_of)
                 found.append({"learner": name} | setting | scores)
             kept.add(key, rows=found)
         rows += kept[key]["rows"]

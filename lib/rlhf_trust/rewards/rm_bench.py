@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from .. import StudyError, decode, require
-from ..artifacts import ResultCache, content_key, progress, sha256_of
+from ..artifacts import progress, sha256_of
 from ..chat import Chat, EncodedExample
 from ..decode import Generations
 from ..models import device, load_base, load_tokenizer, using
@@ -70,10 +70,8 @@ def load_rm_bench(source: str) -> list[Item]:
     parts = {name: locate(source, f"rm-bench/{name}_filtered.json", without) for name in FILES}
     parts = parts if any(parts.values()) else {"": whole}
     items = [item for name, path in parts.items() if path for item in _read(path, name)]
-    if not items:
-        raise StudyError(
-            f"data source {source}: has no rm-bench/<domain>_filtered.json or total_dataset.json"
-        )
+    lacks = "has no rm-bench/<domain>_filtered.json or total_dataset.json"
+    require(items, f"data source {source}: {lacks}")
     return items
 
 
@@ -96,8 +94,7 @@ def _prompt_and_answers(row: dict, place: str) -> tuple[str, tuple, tuple]:
         answers = f"three answers each ({', '.join(STYLES)})"
         raise StudyError(f"{place}: chosen and rejected must have {answers}")
     for style, right, wrong in zip(STYLES, *sides):
-        if right == wrong:
-            raise StudyError(f"{place}: chosen and rejected are the same {style} answer")
+        require(right != wrong, f"{place}: chosen and rejected are the same {style} answer")
     return checked(row.get("prompt"), "prompt", place), *sides
 
 
@@ -156,11 +153,9 @@ def policy_scores(
     directory ``kept``: the implicit reward log π(y|x) − log π_ref(y|x) over a ``reference``, or
     without one of ``FORMS``. Each model is asked by its own chat template, or as a plain
     dialogue."""
-    require(form in FORMS, f"form: must be one of {', '.join(FORMS)}, got {form!r}")
     if reference:
-        return policy_scores(source, items, kept, form="sum") - policy_scores(
-            reference, items, kept, form="sum"
-        )
+        both = (policy_scores(model, items, kept, form="sum") for model in (source, reference))
+        return np.subtract(*both)
     base, power = load_base(source), 2 if form == "norm" else 1
     chat = Chat(base.tokenizer, "auto")
     answers = answers_of(items, chat)
@@ -189,13 +184,11 @@ def classifier_scores(
     load = AutoModelForSequenceClassification.from_pretrained
     model, loading = load(directory, output_loading_info=True, **NO_CODE)
     missing, labels = sorted(loading["missing_keys"]), model.config.num_labels
-    for wrong, problem in (
-        (labels != 1, f"has {labels} labels; a reward model has one"),
-        (missing, f"lacks the weights {missing[:1]}; it is no reward model"),  # else random
-        (not tokenizer.chat_template, "has no chat template, which says how it reads an answer"),
-    ):
-        if wrong:
-            raise StudyError(f"model {source}: {problem}")
+    has = f"model {source}: has"
+    require(labels == 1, f"{has} {labels} labels; a reward model has one")
+    # Those that are missing would be random.
+    require(not missing, f"model {source}: lacks the weights {missing[:1]}; it is no reward model")
+    require(tokenizer.chat_template, f"{has} no chat template, which says how it reads an answer")
     model = model.to(device()).eval()
     model.config.pad_token_id = pad = tokenizer.pad_token_id
     dialogues = [
@@ -210,18 +203,19 @@ def classifier_scores(
             f"{source}: {cut} of {len(ids)} answers lose what is beyond {max_length} tokens, {side}"
         )
     ends = slice(-max_length, None) if tokenizer.truncation_side == "left" else slice(max_length)
-    ids = [tuple(i[ends]) for i in ids]
-    scores = ResultCache(kept / f"rm-bench.classifier.{sha256_of(directory, 16)}.jsonl")
-    keys = list(map(content_key, ids))
-    missing = [place for place, key in enumerate(keys) if key not in scores]
-    batches = decode.batches_by_length([len(ids[place]) for place in missing], rows)
-    for batch in progress(batches, desc=f"RM-Bench, {source}", unit="batch"):
-        places = [missing[i] for i in batch]
-        padded, mask = decode.pad_right([ids[place] for place in places], pad, model.device)
-        logits = model(input_ids=padded, attention_mask=mask).logits
-        for place, score in zip(places, logits[:, 0].float().tolist()):
-            scores.add(keys[place], value=score)
-    return np.array([scores[key]["value"] for key in keys]).reshape(len(items), 2, 3)
+
+    def measure(sequences, each):
+        batches = decode.batches_by_length(list(map(len, sequences)), rows)
+        for batch in progress(batches, desc=f"RM-Bench, {source}", unit="batch"):
+            texts = [sequences[i].input_ids for i in batch]
+            padded, mask = decode.pad_right(texts, pad, model.device)
+            logits = model(input_ids=padded, attention_mask=mask).logits
+            for place, score in zip(batch, logits[:, 0].float().tolist()):
+                each(place, score)
+
+    texts, generations = [EncodedExample(tuple(i[ends]), 0) for i in ids], Generations(kept, None)
+    scores = generations.numbers(sha256_of(directory, 16), "rm-bench.classifier", texts, measure)
+    return scores.reshape(len(items), 2, 3)
 
 
 def is_classifier(source: str) -> bool:
@@ -318,8 +312,7 @@ def style_bias(items: Sequence[Item], scores: np.ndarray, lengths: np.ndarray) -
     six = scores.reshape(len(items), 6)
     variances = by_domain(items, six.var(1, ddof=1)).values()
     spread = np.sqrt(np.mean([part.mean() for part in variances]))
-    if not spread > 0:
-        raise StudyError("rm-bench: all scores are equal within their items; it prefers nothing")
+    require(spread > 0, "rm-bench: all scores are equal within their items; it prefers nothing")
     concise, plain, markdown = np.moveaxis(scores / spread, 2, 0)
     correlations = np.nan_to_num(row_rank_correlations(six, lengths.reshape(len(items), 6)))
     rows = []
