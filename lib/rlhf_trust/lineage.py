@@ -47,7 +47,7 @@ from . import StudyError, require
 from .artifacts import TABLES, progress
 from .decode import backbone, batches_by_length, pad_right
 from .models import Base, load_adapters
-from .sources import field, locate, read_csv
+from .sources import checked, locate, read_csv
 from .stats import TAILS, Interval, generator
 
 KERNELS = ("linear", "radial")
@@ -76,21 +76,13 @@ PAPER_DEPTH = 19 / 32
 ``layers[18]``), hence the state after the 19th block."""
 
 
-def usable_counts(
-    texts: int, trained: list[str], pruned_share: float, n_twins: int, text_counts: list[int]
-) -> list[int]:
-    """The text counts that can be tried, ascending. Raises for settings that cannot work, before a
+def usable_counts(texts: int, text_counts: list[int]) -> list[int]:
+    """The text counts that can be tried, ascending. Raises where there are too few texts, before a
     model is loaded."""
     counts = sorted({count for count in text_counts if FEWEST <= count <= texts})
-    for fine, problem in (
-        (trained, "trained: name at least one adapter under models/ to compare with start"),
-        (0 < pruned_share < 1, f"pruned_share: must lie between 0 and 1, got {pruned_share:g}"),
-        (n_twins >= 1, f"n_twins: must be at least 1, got {n_twins}"),
-        (texts >= 2 * FEWEST, f"n_texts: {texts} texts, intervals need at least {2 * FEWEST}"),
-        (counts, f"text_counts: none of {text_counts} lies between {FEWEST} and {texts}"),
-    ):
-        if not fine:
-            raise StudyError(f"50-lineage: {problem}")
+    least, between = 2 * FEWEST, f"between {FEWEST} and {texts}"
+    require(texts >= least, f"50-lineage: n_texts: {texts} texts, intervals need at least {least}")
+    require(counts, f"50-lineage: text_counts: none of {text_counts} lies {between}")
     return counts
 
 
@@ -127,11 +119,8 @@ def last_token_states(
             last = mask.sum(1) - 1
             backbone(model)(input_ids=padded, attention_mask=mask)
     finite = np.isfinite(found).all((1, 2))
-    if not finite.all():
-        raise StudyError(
-            f"lineage: {desc}: states of layer {int(finite.argmin()) + 1} are not finite; load the "
-            "model in float32, or look for broken weights"
-        )
+    layer, mend = int(finite.argmin()) + 1, "load the model in float32, or look for broken weights"
+    require(finite.all(), f"lineage: {desc}: states of layer {layer} are not finite; {mend}")
     return found
 
 
@@ -160,17 +149,15 @@ def kernel_matrices(
     in the authors' code though not in the paper; a rotated copy then no longer looks the same.
     Features that are the same for every text say nothing and stay 0.
     """
-    if kernel not in KERNELS:
-        raise StudyError(f"kernel: must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    require(kernel in KERNELS, f"kernel: must be one of {', '.join(KERNELS)}, got {kernel!r}")
     if isinstance(states, torch.Tensor):
         states = states.double().cpu()  # NumPy has no bfloat16
     x = np.asarray(states, dtype=np.float64)
     fine = x.ndim == 3 and x.shape[1] >= FEWEST
     require(fine, f"lineage: {name}: states must be [layers, {FEWEST} or more texts, hidden]")
     varies = np.ptp(x, axis=1) > 0  # [layers, hidden]; before centring, which leaves rounding
-    if not varies.any(1).all():
-        layer = int(varies.any(1).argmin()) + 1
-        raise StudyError(f"lineage: {name}: layer {layer} has the same state for every text")
+    same = f"layer {int(varies.any(1).argmin()) + 1} has the same state for every text"
+    require(varies.any(1).all(), f"lineage: {name}: {same}")
     x = x - x.mean(1, keepdims=True)
     if standardised:
         x = x / np.where(varies[:, None], x.std(1, ddof=1, keepdims=True), 1.0)
@@ -391,14 +378,11 @@ def roc(table: pd.DataFrame, known: Known) -> pd.DataFrame:
     """Each measure's ROC curve, as the threshold for "derived" falls: columns measure,
     false_positive (share of the other pairs), true_positive (share of the derived pairs). The pairs
     are those of :func:`separation`."""
-    curves = []
+    rows = []
     for measure, derived, unrelated in _by_measure(table, known):
-        thresholds = np.unique([*derived, *unrelated, np.inf])[::-1, None]
-        false, true = ((values >= thresholds).mean(1) for values in (unrelated, derived))
-        curves.append({"measure": measure, "false_positive": false, "true_positive": true})
-    if not curves:
-        return pd.DataFrame(columns=["measure", "false_positive", "true_positive"])
-    return pd.concat(map(pd.DataFrame, curves), ignore_index=True)
+        for threshold in np.unique([*derived, *unrelated, np.inf])[::-1]:
+            rows.append((measure, *((side >= threshold).mean() for side in (unrelated, derived))))
+    return pd.DataFrame(rows, columns=["measure", "false_positive", "true_positive"])
 
 
 def margin(cubes: Cubes, known: Known, depth: float | None = None) -> float:
@@ -568,8 +552,8 @@ def trained_from_scratch(
         warm = min(1.0, (step + 1) / max(1, steps // 10))
         optimizer.param_groups[0]["lr"] = learning_rate * warm
         loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
-        if not torch.isfinite(loss):
-            raise StudyError(f"lineage: training from scratch: at step {step} the loss is {loss}")
+        problem = f"lineage: training from scratch: at step {step} the loss is {loss}"
+        require(torch.isfinite(loss), problem)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -621,8 +605,8 @@ def _changed(model, change):
 def _untied(model):
     """A copy of a Llama model with an output head of its own."""
     kind = model.config.model_type
-    if kind != "llama":
-        raise StudyError(f"lineage: copies are disguised in Llama models only, this is {kind!r}")
+    problem = f"lineage: copies are disguised in Llama models only, this is {kind!r}"
+    require(kind == "llama", problem)
     copied = copy.deepcopy(model)
     copied.config.tie_word_embeddings = False
     head = model.get_output_embeddings().weight.detach().clone()
@@ -671,7 +655,6 @@ def load_statements(source: str, n: int) -> list[str] | None:
     path = locate(source, "reef/truthfulqa.csv", "models are compared on the preference prompts")
     if path is None:
         return None
-    rows = list(read_csv(path, ("statement",), ("label",)))
-    for number, row in rows:
-        field(row, "statement", f"{path}:{number}")
-    return [row["statement"] for _, row in rows[:n]]
+    rows = read_csv(path, ("statement",), ("label",))
+    statements = [checked(row["statement"], "statement", f"{path}:{line}") for line, row in rows]
+    return statements[:n]
