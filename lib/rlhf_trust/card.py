@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from huggingface_hub.repocard_data import CardData, EvalResult, eval_results_to_model_index
 
-from . import StudyError, command, lineage
+from . import command, lineage, require
 from .artifacts import Build, read_manifests, read_table, write_text
 from .headline import clear_verdict, gated
 from .params import shown_source
@@ -63,8 +63,7 @@ def compared(tables: Tables) -> pd.DataFrame:
     """
     trust = tables["trust"]
     rows = gated(checkpoint_changes(trust, tables["trust_change"]), validity_of(trust))
-    if rows.empty:
-        raise StudyError("trust_change.csv: no model is compared with start")
+    require(len(rows), "trust_change.csv: no model is compared with start")
     return rows.assign(verdict=[_verdict(row) for row in rows.itertuples()])
 
 
@@ -173,23 +172,16 @@ def _vertical_table(model: str, rows: pd.DataFrame, trust: pd.DataFrame) -> str:
     both, lines = ("start", model), []
     for row in rows.itertuples():
         worse = "higher" if row.worse > 0 else "lower"
+        metric = f"{spelled(HEADLINE[row.vertical].metric)} ({worse} is worse)"
         levels = (_cell(Interval.of_row(values[row.vertical, name])) for name in both)
+        change = _cell(Interval.of_row(row, "change"), "+.3f")
         valid = [tried[row.vertical, name] for name in both]
         tests = "; ".join(_cell(Interval.of_row(found)) for found in valid)
-        instrument = f"{spelled(valid[0].metric)} {tests}; chance {valid[0].chance:g}"
-        lines.append(
-            [
-                row.vertical,
-                f"{spelled(HEADLINE[row.vertical].metric)} ({worse} is worse)",
-                *levels,
-                _cell(Interval.of_row(row, "change"), "+.3f"),
-                p_words(row.p_holm),
-                str(row.n),
-                f"{instrument}; n = {valid[0].n}",
-                _shares(readable.loc[row.vertical], both),
-                row.verdict,
-            ]
-        )
+        of_start = valid[0]
+        instrument = f"{spelled(of_start.metric)} {tests}; chance {of_start.chance:g}"
+        shares = _shares(readable.loc[row.vertical], both)
+        cells = [row.vertical, metric, *levels, change, p_words(row.p_holm), str(row.n)]
+        lines.append([*cells, f"{instrument}; n = {of_start.n}", shares, row.verdict])
     heads = ["vertical", "metric", "start", model, "change", "p after Holm", "n"]
     heads += [f"{what}: start; {model}" for what in ("instrument", "readable answers")]
     return _table([*heads, "verdict"], lines)

@@ -91,8 +91,10 @@ def _offset(place: int, count: int, spread: float = 0.8) -> float:
     return spread * ((place + 0.5) / count - 0.5)
 
 
-def _row_labels(axis, labels: Sequence[str]) -> None:
-    """Name the rows 0, 1, … from top to bottom."""
+def _row_labels(axis, labels: Sequence[str], lines: bool = False) -> None:
+    """Name the rows 0, 1, … from top to bottom; ``lines``: between them."""
+    for row in range(1, len(labels)) if lines else ():
+        axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
     axis.set_yticks(range(len(labels)), [label.replace("_", " ") for label in labels])
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
@@ -100,6 +102,13 @@ def _row_labels(axis, labels: Sequence[str]) -> None:
 
 def _legend_right(axis, *handles_and_labels) -> None:
     axis.legend(*handles_and_labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _dot_legend(axis, looks: dict[str, dict]) -> None:
+    """``looks``: label → what its dot has of its own."""
+    dot = {"marker": "o", "markersize": 6, "linestyle": "none", "color": GREY}
+    handles = [plt.Line2D([], [], **dot | look) for look in looks.values()]
+    _legend_right(axis, handles, list(looks))
 
 
 def _titles(figure, title: str = "", x: str = "", y: str = "") -> None:
@@ -158,16 +167,12 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items",
         y = labels.index(point.label) + _offset(models.index(point.model), len(models))
         ends = point.ci_low, point.ci_high
         _point(axis, y, point.value, *ends, colour(point.model), markersize=6)
-    for row in range(1, len(labels)):
-        axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
     counts = trust.groupby("label", sort=False)["n"].agg(["min", "max"])
     spans = [" to ".join(map(str, sorted({*row}))) for row in counts.to_numpy().tolist()]
     named = [f"{label}\n(n = {span})" for label, span in zip(labels, spans)]
-    _row_labels(axis, named or labels)
+    _row_labels(axis, named or labels, lines=True)
     axis.set(title=title, xlabel=f"{xlabel}, 95 % interval over {over}")
-    dot = {"marker": "o", "markersize": 6, "linestyle": "none"}
-    handles = [plt.Line2D([], [], color=colour(model), **dot) for model in models]
-    _legend_right(axis, handles, models)
+    _dot_legend(axis, {model: {"color": colour(model)} for model in models})
     return figure
 
 
@@ -228,20 +233,16 @@ def headline(changes: pd.DataFrame):
         )
         label = f"{TITLES[vertical]}\n(n = {n}, seeds = {of_arms})"
         labels.append(label + (f"\nnot measurable: {', '.join(absent)}" if len(absent) else ""))
-    for row in range(1, len(labels)):
-        axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
+    _row_labels(axis, labels, lines=True)
     axis.axvline(0, **AT_ZERO)
-    _row_labels(axis, labels)
     over = "items and seeds" if seeds.max() > 1 else "items: one checkpoint of each"
     xlabel = f"change, signed so that right is worse; 95 % interval over {over}, not corrected"
     axis.set(title="What each stage changed", xlabel=xlabel)
     axis.locator_params(axis="x", nbins=6)  # long labels, where changes are small
-    dot = {"marker": "o", "markersize": 6, "linestyle": "none", "color": GREY}
     looks = {"minus placebo": {}, "minus start": {"markerfacecolor": "white"}}
     one = {stage: " (one checkpoint)" if seeds[stage] < seeds.max() else "" for stage in stages}
     looks |= {stage + one[stage]: {"color": colour(stage)} for stage in stages}
-    handles = [plt.Line2D([], [], **dot | look) for look in looks.values()]
-    _legend_right(axis, handles, list(looks))
+    _dot_legend(axis, looks)
     return figure
 
 
@@ -385,11 +386,10 @@ def learners(found: pd.DataFrame, metric: str, title: str, ylabel: str):
             for beta, values in by_beta[metric]:
                 name = f"{how}/{amount}/{learner}/{beta}"
                 points.append(mean_interval(values.to_numpy(), name, bounds=unbounded))
-            means = [point.value for point in points]
-            below = [point.value - point.low for point in points]
-            above = [point.high - point.value for point in points]
+            means, low, high = np.array([(one.value, one.low, one.high) for one in points]).T
             shares, label = by_beta["label_accuracy"].mean(), learner.replace("_", " ")
-            axis.errorbar(shares, means, [below, above], color=tone, label=label, **look)
+            ends = [means - low, high - means]
+            axis.errorbar(shares, means, ends, color=tone, label=label, **look)
         kind = f"{how} prompt" if how in ("same", "cross") else how
         axis.set(title=f"{kind}, {amount} pairs")
     _legend_right(axes[len(amounts) - 1])

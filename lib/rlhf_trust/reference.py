@@ -26,7 +26,7 @@ import sys
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from . import ROOT, StudyError, command, figures, visible
+from . import ROOT, command, figures, require, visible
 from .artifacts import Build, read_csv_table, read_manifests, read_table, write_text
 from .headline import clear_verdict, gated, headline_words
 from .render import as_markdown, prose
@@ -67,8 +67,8 @@ def differences(run: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
 
 def reference_table(profile: str, table: str) -> pd.DataFrame:
     path = REFERENCE / profile / f"{table}.csv"
-    if not path.exists():
-        raise StudyError(f"{path.relative_to(ROOT)}: no reference run of profile {profile!r}")
+    problem = f"{path.relative_to(ROOT)}: no reference run of profile {profile!r}"
+    require(path.exists(), problem)
     return read_csv_table(path, table)
 
 
@@ -79,27 +79,19 @@ def compare(run: str, other: str = "") -> int:
     joined = differences(read_table(Build(run), "trust"), reference)
     against = other or "reference"
     both = joined[joined["only_in"] == ""]
-    if both.empty:
-        raise StudyError(f"{run} and {against} have no figure in common")
+    require(len(both), f"{run} and {against} have no figure in common")
     differing = both[both["differs"]]
     for row in differing.itertuples():
         what = visible(f"{row.model}, {row.vertical}, {row.metric}, {row.condition}")
-        found, wanted = (
-            f"{value:.3f} [{low:.3f}, {high:.3f}]"
-            for value, low, high in (
-                (row.value_run, row.ci_low_run, row.ci_high_run),
-                (row.value_reference, row.ci_low_reference, row.ci_high_reference),
-            )
-        )
-        print(f"differs: {what}: {found}, {against} {wanted}")
+        found = f"{row.value_run:.3f} [{row.ci_low_run:.3f}, {row.ci_high_run:.3f}]"
+        ends = f"[{row.ci_low_reference:.3f}, {row.ci_high_reference:.3f}]"
+        print(f"differs: {what}: {found}, {against} {row.value_reference:.3f} {ends}")
     for where in ("run", "reference"):
         if count := int((joined["only_in"] == where).sum()):
             name = run if where == "run" else against
             print(f"{count} figures are only in {name}: do its parameters differ?")
-    print(
-        f"{len(both) - len(differing)} of {len(both)} figures agree with {against} within their "
-        "intervals."
-    )
+    agree = f"{len(both) - len(differing)} of {len(both)} figures agree with {against}"
+    print(f"{agree} within their intervals.")
     return int(any(len(headline_rows(differing, of)) for of in (HEADLINE, PUBLISHED)))
 
 
@@ -206,6 +198,7 @@ def results_markdown(profile: str) -> str:
     glance = as_published(trust, changes)
     record = json.loads((REFERENCE / profile / "run.json").read_text(encoding="utf-8"))
     models = list(dict.fromkeys(glance["model"]))
+    heads = ["vertical", "metric (worse when)", "n", "start", *map(as_markdown, models)]
     lines += [
         f"Profile `{profile}`, {record['dtype'].removeprefix('torch.')}, "
         f"seed {record['parameters']['01-sft']['seed']}. The measures as published, by written "
@@ -214,10 +207,8 @@ def results_markdown(profile: str) -> str:
         "than half of the answers of start or of the model could be read: the change is first of "
         "all one of format.",
         "",
-        "| vertical | metric (worse when) | n | start | "
-        + " | ".join(map(as_markdown, models))
-        + " |",
-        "|---" * (4 + len(models)) + "|",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
     ]
     for vertical, rows in glance.groupby("vertical", sort=False):
         n, first = rows["n"].max(), rows.iloc[0]
@@ -244,8 +235,7 @@ def with_results(text: str, profile: str) -> str:
         begin, end = f"<!-- {kind}:{profile} -->", f"<!-- end of {kind} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
-        if found and not closed:
-            raise StudyError(f"the line {end} is missing after {begin}")
+        require(closed or not found, f"the line {end} is missing after {begin}")
         if found:
             text = f"{before}{begin}\n{made(profile)}\n{end}{after}"
     return text

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from . import StudyError, build_root
+from . import build_root, require
 from .artifacts import TABLES, Build, merge_tables, read_manifests
 from .models import parse_dtype
 from .stats import FEW, LEVEL, Change, Interval, holm, interval_words, paired_change, verdict
@@ -48,8 +48,8 @@ def needed_tables(manifests: Collection[str]) -> set[str]:
         for table in tables
         if any(stage.startswith(tuple(digits.split())) for stage in manifests)
     }
-    if not needed & {"trust", "headline"}:
-        raise StudyError("no vertical has been measured; run `make reproduce` or `make evaluate`")
+    problem = "no vertical has been measured; run `make reproduce` or `make evaluate`"
+    require(needed & {"trust", "headline"}, problem)
     return needed
 
 
@@ -152,32 +152,26 @@ class Conditions(NamedTuple):
 def conditions(manifests: Mapping[str, dict]) -> Conditions:
     """From the manifests of 10 to 14; raises :class:`StudyError` if there is none of them, or if
     they compared different models."""
-    chapters = [made for stage, made in manifests.items() if stage[:2] in "10 11 12 13 14".split()]
-    if not chapters:
-        raise StudyError("no manifest of a vertical's chapter (10 to 14), so nothing was compared")
-    settings, others, facts, hashes = chapters[0]["parameters"], {}, {}, {}
-    for made in chapters:
+    verticals = "10 11 12 13 14".split()
+    chapters = {stage: made for stage, made in manifests.items() if stage[:2] in verticals}
+    require(chapters, "no manifest of a vertical's chapter (10 to 14), so nothing was compared")
+    first, others, facts, hashes = next(iter(chapters)), {}, {}, {}
+    settings = chapters[first]["parameters"]
+    for stage, made in chapters.items():
         for name in ("model", "trained", "seed", "benchmarks"):
-            if made["parameters"][name] != settings[name]:
-                raise StudyError(
-                    f"{made['stage']} was run with another {name} than {chapters[0]['stage']}; run "
-                    "it again, or delete its manifest and its rows in tables/parts"
-                )
+            problem = f"{stage} was run with another {name} than {first}; run it again"
+            mend = "or delete its manifest and its rows in tables/parts"
+            require(made["parameters"][name] == settings[name], f"{problem}, {mend}")
         for entry in made["parameters"]["trained"]:
             name, _, source = entry.partition("=")
             others[name] = source or f"models/{name}"
         facts, hashes = facts | made["facts"], hashes | made["inputs"]
     # A chapter that does not say what "auto" was ran on this kind of machine.
-    dtype = facts.get("dtype") or str(parse_dtype(settings["dtype"]))
-    return Conditions(
-        settings["model"],
-        others,
-        {name: hashes[name] for name in ("start", *others) if name in hashes},
-        dtype.removeprefix("torch."),
-        _formats(facts.get("prompt_formats", {})) or settings["prompt_format"],
-        settings["benchmarks"],
-        settings["seed"],
-    )
+    dtype = (facts.get("dtype") or str(parse_dtype(settings["dtype"]))).removeprefix("torch.")
+    fingerprints = {name: hashes[name] for name in ("start", *others) if name in hashes}
+    prompt_format = _formats(facts.get("prompt_formats", {})) or settings["prompt_format"]
+    model, benchmarks, seed = (settings[name] for name in ("model", "benchmarks", "seed"))
+    return Conditions(model, others, fingerprints, dtype, prompt_format, benchmarks, seed)
 
 
 def _formats(of_models: Mapping[str, str]) -> str:
@@ -202,12 +196,10 @@ def runs_of_seeds(build: Build) -> dict[str, Build]:
     Raises :class:`StudyError` if two of them have the same seed (one counted twice), or a run has
     not the seed of its name.
     """
-    runs, of_seed = (
-        build_root(build.profile).parent,
-        rf"{re.escape(build.profile)}-seed(0|[1-9]\d*)",
-    )
-    folders = sorted(path.parents[1] for path in runs.glob("*/tables/trust_change.csv"))
-    numbers = {f.name: int(n[1]) for f in folders if (n := re.fullmatch(of_seed, f.name))}
+    of_seed = rf"{re.escape(build.profile)}-seed(0|[1-9]\d*)"
+    tables = build_root(build.profile).parent.glob("*/tables/trust_change.csv")
+    names = sorted(path.parts[-3] for path in tables)
+    numbers = {name: int(n[1]) for name in names if (n := re.fullmatch(of_seed, name))}
     found, seeds = {}, {}
     for name in (build.profile, *numbers):
         run, number = Build(name), numbers.get(name)
@@ -215,10 +207,10 @@ def runs_of_seeds(build: Build) -> dict[str, Build]:
         if number == 0 and not made:
             continue
         seed = made[0]["parameters"]["seed"] if made else number
-        if (same := seeds.setdefault(seed, name)) != name:
-            raise StudyError(f"{run.root}: has the same seed as {same}; delete one of the two")
-        if number is not None and seed != number:
-            raise StudyError(f"{run.root}: was run with seed {seed}; delete it, or name it so")
+        same = seeds.setdefault(seed, name)
+        require(same == name, f"{run.root}: has the same seed as {same}; delete one of the two")
+        named = number in (None, seed)
+        require(named, f"{run.root}: was run with seed {seed}; delete it, or name it so")
         found[name] = run
     return found
 
@@ -414,8 +406,7 @@ def mitigation_words(table: pd.DataFrame, target: str) -> list[str]:
     """Did an action on the pairs called harmful help ``target``, by action and dose, and what else
     moved? From the rows of ``22-mitigation``."""
     part = table[table["target"] == target]
-    if part.empty:
-        raise StudyError(f"mitigation: the table has no target {target!r}")
+    require(len(part), f"mitigation: the table has no target {target!r}")
     own, others = (part[(part["vertical"] == target) == is_own] for is_own in (True, False))
     first, words = own.iloc[0], []
     words.append(
