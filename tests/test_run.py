@@ -95,7 +95,7 @@ def test_full_disk_is_one_line_and_leaves_no_result(study, capsys, monkeypatch):
     assert "error: 01-x: No space left on device: somewhere" in capsys.readouterr().err
     # The disk may also fill up when the finished notebook is written.
     monkeypatch.setattr(
-        papermill, "execute_notebook", lambda source, target, **_: os.link(source, target)
+        papermill, "execute_notebook", lambda source, target, *_, **__: os.link(source, target)
     )
     monkeypatch.setattr(run, "publishable", full)
     assert study("pass") == 1

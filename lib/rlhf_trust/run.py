@@ -70,25 +70,17 @@ from .sources import ACCEPTED, BASE, DOWNLOADS, TERMS, WHEELS, first_line, locat
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("python -m rlhf_trust.run", description=about)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--profile", default="embedded", help="a file of params/, or embedded")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (
-        ("resolve", "check parameters and write them where they changed"),
-        ("fetch", "get what runs read from elsewhere"),
-        ("params", "print the parameters of every notebook"),
-        ("lab", "lay out notebooks with these parameters, to step through"),
-        ("stage", "run one notebook"),
-    ):
-        asked = commands.add_parser(name, help=about, parents=[shared])
-        if name == "stage":
-            asked.add_argument("stage")
+    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python -m rlhf_trust.run", **about)
+    parser.add_argument("task", choices=("resolve", "stage", "params", "fetch", "lab"))
+    parser.add_argument("stage", nargs="?", help="the notebook that `stage` runs")
+    parser.add_argument("--profile", default="embedded", help="a file of params/, or embedded")
     arguments = parser.parse_args(argv)
+    profile, task = arguments.profile, arguments.task
+    if (task == "stage") != bool(arguments.stage):
+        parser.error("`stage` takes the name of a notebook, and the others take none")
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    profile, task = arguments.profile, arguments.command
     data, seed, changed, before, after, named = (
         os.environ.get(name, "") for name in "DATA SEED SET BEFORE AFTER FETCH".split()
     )
