@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 
 import pandas as pd
 import torch
 import transformers
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from .. import StudyError
+from .. import StudyError, require
 from ..artifacts import progress
 from ..decode import batches_by_length
 from ..models import auto_dtype, device
@@ -30,7 +30,6 @@ NEGATIONS = frozenset("no not never none nor neither without cannot nobody nothi
 ENDINGS = "ations ation ings ing ers ies ed er es ly s e y".split()
 
 
-@dataclass(frozen=True)
 class LexicalEntailment:
     """Compares words: a statement follows if the text has enough of its content words and all of
     its numbers, and if both are negated or neither (only sentences that share words with it count).
@@ -39,8 +38,7 @@ class LexicalEntailment:
     did what to whom.
     """
 
-    threshold: float = 0.7
-    name: str = "lexical"
+    name, threshold = "lexical", 0.7
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         return [self._entails(premise, hypothesis) for premise, hypothesis in pairs]
@@ -90,9 +88,8 @@ class NeuralEntailment:
         if self.classifies:
             kind, labels = transformers.AutoModelForSequenceClassification, config.id2label
             yes = [i for i, label in labels.items() if label.lower().startswith("entail")]
-            if len(yes) != 1:
-                names = sorted(labels.values())
-                raise StudyError(f"judge {source}: labels {names}, needs one for entailment")
+            names = sorted(labels.values())
+            require(len(yes) == 1, f"judge {source}: labels {names}, needs one for entailment")
         elif config.is_encoder_decoder:
             kind = transformers.AutoModelForSeq2SeqLM
             yes = self.tokenizer("1", add_special_tokens=False).input_ids

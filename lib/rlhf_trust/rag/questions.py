@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .. import StudyError
+from .. import StudyError, require
 from ..decode import Prompt
 from ..sources import checked, listed, locate, read_json
 from . import trust_score as ts
@@ -47,8 +47,7 @@ def load_questions(source: str) -> list[ts.Question]:
         path = locate(source, f"trust-score/{name}{ending}", without)
         if path:
             questions += [q for q in from_rows(read_json(path), name, kind, str(path)) if q]
-    if not questions:
-        raise StudyError(f"{source} has none of trust-score/<set>_eval_top100_calibrated.json")
+    require(questions, f"{source} has none of trust-score/<set>_eval_top100_calibrated.json")
     return questions
 
 
@@ -64,14 +63,12 @@ def from_rows(
     ``kind``: one of ``KINDS``; ``where``: what errors, StudyErrors that name the row, begin with.
     ``entails``: says which documents hold which claims (:func:`annotate`) where a row does not.
     """
-    if not isinstance(rows, list) or not rows:
-        raise StudyError(f"{where}: expected a list of questions")
+    require(rows and isinstance(rows, list), f"{where}: expected a list of questions")
     questions, left_out = {}, 0
     for number, row in enumerate(rows, start=1):
         key = str(row.get("sample_id", number) if isinstance(row, dict) else number)
         place = f"{where}: question {key}"
-        if key in questions:
-            raise StudyError(f"{place}: this sample_id is there twice")
+        require(key not in questions, f"{place}: this sample_id is there twice")
         checked(row, "row", place, dict)
         asked, claims = checked(row.get("question"), "question", place), _claims(row, kind, place)
         kept = [i for i, claim in enumerate(claims) if kind == "long" or _names(claim)]

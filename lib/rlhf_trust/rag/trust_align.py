@@ -16,7 +16,7 @@ from itertools import zip_longest
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from .. import StudyError
+from .. import require
 from ..data.preferences import PreferencePair
 from ..stats import generator
 from .questions import prompt
@@ -70,9 +70,8 @@ def _variants(
             others.append(other)
     others = others[: 4 * DOCUMENTS]
     holding = [i for i, d in enumerate(question.documents) if any(d.answers_found)]
-    if len(others) < len(holding):
-        needed = f"{len(others)} documents of other questions to replace {len(holding)}"
-        raise StudyError(f"trust-align: {question.id}: only {needed}")
+    needed = f"only {len(others)} documents of other questions to replace {len(holding)}"
+    require(len(others) >= len(holding), f"trust-align: {question.id}: {needed}")
     counts = (min(-(-len(holding) // 2), len(holding) - 1), len(holding), 0)
     rng = generator(f"recombined/{question.id}/{seed}")
     made = []
@@ -163,6 +162,5 @@ def pairs(questions: Sequence[Question], responses: Sequence[str]) -> list[Prefe
     for q, response in zip(questions, responses):
         if response.strip() and response != positive(q):
             made.append(PreferencePair(q.id, prompt(q).turns, positive(q), response, q.kind))
-    if not made:
-        raise StudyError("trust-align: no response is wrong; raise n_train or temperature")
+    require(made, "trust-align: no response is wrong; raise n_train or temperature")
     return made

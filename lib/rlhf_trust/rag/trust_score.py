@@ -136,9 +136,8 @@ class Question:
             if self.kind != "long" and not any(map(name_of, claim.aliases)):
                 raise StudyError(f"{self.id}: claim {claim.text or claim.aliases!r} has no alias")
         for number, document in enumerate(self.documents, start=1):
-            if len(document.answers_found) != len(self.claims):
-                needs = f"document {number} needs one bit per claim in answers_found"
-                raise StudyError(f"{self.id}: {needs}")
+            needs = f"document {number} needs one bit per claim in answers_found"
+            require(len(document.answers_found) == len(self.claims), f"{self.id}: {needs}")
 
     @property
     def supported(self) -> tuple[bool, ...]:
@@ -413,8 +412,7 @@ def _f1(precision, recall):
 
 def _metrics(scores: Sequence[Scores], weights: np.ndarray) -> pd.DataFrame:
     """Every metric, a column each, for every row of question weights [draws, questions]."""
-    if not scores:
-        raise StudyError("trust-score: no responses to score")
+    require(scores, "trust-score: no responses to score")
     columns = np.array([astuple(score) for score in scores], dtype=float).T
     answered, answerable, correct, parametric, recall, precision, cites = columns
     withheld, unanswerable = 1 - answered, 1 - answerable
