@@ -112,6 +112,7 @@ report: $(INSTALLED) ## make the report anew, of what a run has so far
 	$(BIN)/python -m rlhf_trust.render report $(RUN)
 
 appendix: $(BUILD)/appendix/index.html ## render all executed notebooks as linked HTML pages
+$(BUILD)/report.html $(BUILD)/appendix/index.html: lib/rlhf_trust/render.css
 $(BUILD)/report.html: $(BUILD)/notebooks/90-report.ipynb
 	$(BIN)/python -m rlhf_trust.render report $(RUN)
 $(BUILD)/appendix/index.html: $(BUILD)/notebooks/90-report.ipynb

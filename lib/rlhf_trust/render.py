@@ -28,7 +28,7 @@ from IPython.display import HTML, Image, Markdown
 from matplotlib.text import Text
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from . import ROOT, UNSEEN, StudyError, command, visible
+from . import ROOT, UNSEEN, StudyError, command, require, visible
 from .artifacts import Build, atomic_write, write_text
 from .masking import LONGEST, Masker
 from .params import shown_path
@@ -206,42 +206,14 @@ def say(*sentences: str) -> Markdown:
 
 # --- notebooks to HTML ---------------------------------------------------------------------------
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.55 Georgia, 'DejaVu Serif', serif; color: #1c1c1c;
-  max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1, h2, h3, table, summary, nav { font-family: 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; }
-h2 { margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
-img { max-width: 100%; height: auto; }
-pre { overflow-x: auto; font-size: .82rem; line-height: 1.4; }
-div.sourceCode { background: #f6f6f4; padding: .1rem .8rem; border-left: 3px solid #ddd; }
-.output pre { padding: .4rem .8rem; border-left: 3px solid #ddd; white-space: pre-wrap; }
-table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; max-width: 100%;
-  display: block; overflow-x: auto; }
-th, td { padding: .3rem .45rem; border-bottom: 1px solid #e3e3e3; vertical-align: top;
-  text-align: left; }
-th { border-bottom: 2px solid #999; } table.figures td { font-variant-numeric: tabular-nums; }
-table.samples td { min-width: 6.2rem; max-width: 22rem; overflow-wrap: anywhere; }
-details.harsh { border: 1px solid #d8b4b4; background: #fdf7f7; padding: .5rem .8rem;
-  margin: 1rem 0; }
-summary { cursor: pointer; }
-nav { font-size: .9rem; display: flex; gap: 1.2rem; flex-wrap: wrap; margin: 1rem 0; }
-nav.sequence { justify-content: space-between; }
-@media print { details.harsh { display: none; } }
-code span.kw, code span.cf, code span.im { color: #007020; font-weight: bold; }
-code span.st, code span.ch { color: #4070a0; } code span.co { color: #60a0b0; font-style: italic; }
-code span.dv, code span.fl, code span.bn { color: #40a070; } code span.op { color: #666; }
-pre > code.sourceCode > span { display: inline-block; line-height: 1.25; }
-pre > code.sourceCode > span:empty { height: 1.2em; }
-"""
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 PAGE = Html(
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
     "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    "<title>{title}</title><style>{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+    "<title>{title}</title><style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
 )
 """A page's frame. Its policy: browsers load nothing but images that the page itself holds."""
 
@@ -485,8 +457,7 @@ def executed_notebooks(folder: Path) -> list[Path]:
     """Those that ran to their end, in reading order."""
     found = sorted(folder.glob("[0-9][0-9]-*.ipynb"))
     sources = [path for path in found if not path.name.endswith(".failed.ipynb")]
-    if not sources:
-        raise StudyError(f"{folder}: no notebook has run; run `make reproduce` first")
+    require(sources, f"{folder}: no notebook has run; run `make reproduce` first")
     return sources
 
 
