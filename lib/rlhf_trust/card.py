@@ -84,9 +84,7 @@ def model_index(tables: Tables, how: Conditions) -> str:
     index = []
     for model in changes["stage"].unique():
         rows = measured[measured["stage"] == model].itertuples()
-        results = [
-            result for row in rows for result in _results(row, after[row.vertical, model], how)
-        ]
+        results = [one for row in rows for one in _results(row, after[row.vertical, model], how)]
         kind, _, place = how.others.get(model, "").partition(":")
         if results:
             name = place.partition("@")[0] if kind == "hub" else model

@@ -104,6 +104,11 @@ def _legend_right(axis, *handles_and_labels) -> None:
     axis.legend(*handles_and_labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
+def _span(counts: pd.Series) -> str:
+    """The least and the largest of some counts, such as ``7 to 9``; once if they are equal."""
+    return " to ".join(map(str, sorted({counts.min(), counts.max()})))
+
+
 def _dot_legend(axis, looks: dict[str, dict]) -> None:
     """``looks``: label → what its dot has of its own."""
     dot = {"marker": "o", "markersize": 6, "linestyle": "none", "color": GREY}
@@ -167,9 +172,8 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items",
         y = labels.index(point.label) + _offset(models.index(point.model), len(models))
         ends = point.ci_low, point.ci_high
         _point(axis, y, point.value, *ends, colour(point.model), markersize=6)
-    counts = trust.groupby("label", sort=False)["n"].agg(["min", "max"])
-    spans = [" to ".join(map(str, sorted({*row}))) for row in counts.to_numpy().tolist()]
-    named = [f"{label}\n(n = {span})" for label, span in zip(labels, spans)]
+    counts = trust.groupby("label", sort=False)["n"]
+    named = [f"{label}\n(n = {_span(of_label)})" for label, of_label in counts]
     _row_labels(axis, named or labels, lines=True)
     axis.set(title=title, xlabel=f"{xlabel}, 95 % interval over {over}")
     _dot_legend(axis, {model: {"color": colour(model)} for model in models})
@@ -227,11 +231,7 @@ def headline(changes: pd.DataFrame):
     for vertical, rows in changes.groupby("vertical", sort=False):
         absent = rows.loc[~rows["measurable"], "stage"].unique()
         arms = rows[rows["stage"] != "sft"]
-        n, of_arms = (
-            " to ".join(map(str, sorted({count.min(), count.max()})))
-            for count in (rows["n"], arms["seeds"])
-        )
-        label = f"{TITLES[vertical]}\n(n = {n}, seeds = {of_arms})"
+        label = f"{TITLES[vertical]}\n(n = {_span(rows['n'])}, seeds = {_span(arms['seeds'])})"
         labels.append(label + (f"\nnot measurable: {', '.join(absent)}" if len(absent) else ""))
     _row_labels(axis, labels, lines=True)
     axis.axvline(0, **AT_ZERO)
@@ -473,9 +473,8 @@ def margins(by_texts: dict[str, pd.DataFrame], by_depth: pd.Series):
     """
     figure, (axis, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
     for (measure, rows), tone in zip(by_texts.items(), (BLUE, ORANGE)):
-        axis.fill_between(
-            rows["texts"], rows["low"], rows["high"], color=tone, alpha=0.2, linewidth=0
-        )
+        band = {"color": tone, "alpha": 0.2, "linewidth": 0}
+        axis.fill_between(rows["texts"], rows["low"], rows["high"], **band)
         axis.plot(rows["texts"], rows["median"], "o-", color=tone, label=measure)
     axis.set(xlabel="texts", ylabel="margin, CKA", title="by number of texts")
     axis.legend(frameon=False)

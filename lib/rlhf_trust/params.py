@@ -71,9 +71,8 @@ class Parameter:
                 hint = " (write true or false)"
             elif self.type == "str" and isinstance(value, (int, float)):
                 hint = " (write it in quotes)"
-            raise StudyError(
-                f"{start} {self.type}, got {value!r} of type {type(value).__name__}{hint}"
-            )
+            found = f"{value!r} of type {type(value).__name__}"
+            raise StudyError(f"{start} {self.type}, got {found}{hint}")
         items = value if isinstance(value, list) else [value]
         if isinstance(value, list):
             names = [str(item).partition("=")[0] for item in items]
@@ -271,10 +270,8 @@ def resolve(
         content[section] = content.get(section, {}) | values
         if both := overrides.keys() & values.keys():
             name = both.pop()
-            raise StudyError(
-                f"SET: {section}.{name}: DATA, SEED or BEFORE and AFTER set {name} as well; "
-                "leave out one of them"
-            )
+            also = f"DATA, SEED or BEFORE and AFTER set {name} as well; leave out one of them"
+            raise StudyError(f"SET: {section}.{name}: {also}")
     _refuse_unknown(f"{file}: no notebook", content, [*known, "all"])
     if any("profile" in values for values in content.values()):
         raise StudyError(f"{file}: profile: is the name of the run, which the launcher sets")
@@ -320,9 +317,8 @@ def shown_path(path: str) -> str:
 def shown_source(source: str) -> str:
     """A model's or a data set's source, of a path what :func:`shown_path` shows."""
     kind, _, place = source.partition("path:")
-    return (
-        f"{kind}path:{shown_path(place)}" if re.fullmatch(r"([^:]+=)?", kind) and place else source
-    )
+    is_path = place and re.fullmatch(r"([^:]+=)?", kind)
+    return f"{kind}path:{shown_path(place)}" if is_path else source
 
 
 def _refuse_unknown(complaint: str, names, known) -> None:

@@ -42,12 +42,10 @@ def needed_tables(manifests: Collection[str]) -> set[str]:
 
     Raises :class:`StudyError` if no chapter has measured anything.
     """
-    needed = {
-        table
-        for digits, tables in WRITTEN.items()
-        for table in tables
-        if any(stage.startswith(tuple(digits.split())) for stage in manifests)
-    }
+    needed = set()
+    for digits, tables in WRITTEN.items():
+        if any(stage.startswith(tuple(digits.split())) for stage in manifests):
+            needed |= set(tables)
     problem = "no vertical has been measured; run `make reproduce` or `make evaluate`"
     require(needed & {"trust", "headline"}, problem)
     return needed
@@ -350,10 +348,10 @@ def validation_words(validation: pd.DataFrame) -> list[str]:
         row = table.loc[test, target, solver]
         return interval_words(Interval.of_row(row), ".2f", label="")
 
-    words = [
+    tested = (
         "The retraining is supervised fine-tuning; it does not test scores through other losses."
-        "\n\n"
-    ]
+    )
+    words = [f"{tested}\n\n"]
     for target, scored in table.loc["lds"].groupby("target", sort=False):
         against = []
         for baseline, name in (("random", "random scores"), ("tfidf", "text similarity")):

@@ -104,16 +104,16 @@ def annotate(question: ts.Question, entails: ts.EntailmentModel) -> ts.Question:
     stands there and the question with the first of them behind follows. (The authors also try
     ASQA's partial questions.)
     """
-    pairs, places = [], []
+    asked = {}  # document and claim → premise and hypothesis
     for d, document in enumerate(question.documents):
         text = ts.normalised(document.premise)
         for c, claim in enumerate(question.claims):
             named = any(name in text for name in map(ts.name_of, claim.aliases) if name)
             if question.kind == "long" or named:
                 short = f"{question.question} {claim.aliases[0]}" if claim.aliases else ""
-                pairs.append((document.premise, claim.text if question.kind == "long" else short))
-                places.append((d, c))
-    found = {place for place, held in zip(places, ts.entailed(entails, pairs)) if held}
+                asked[d, c] = document.premise, claim.text if question.kind == "long" else short
+    held = ts.entailed(entails, list(asked.values()))
+    found = {place for place, yes in zip(asked, held) if yes}
     documents = tuple(
         replace(one, answers_found=tuple((d, c) in found for c in range(len(question.claims))))
         for d, one in enumerate(question.documents)

@@ -52,9 +52,8 @@ def choose_pairs(golden: np.ndarray, how: str, n: int, rng: np.random.Generator)
     prompts, answers = golden.shape
     sizes = {"same": prompts * comb(answers, 2), "cross": comb(prompts, 2) * answers**2}
     distinct_pairs = sizes.get(how, prompts * (answers > 1))
-    require(
-        distinct_pairs, f"pair choice {how}: {prompts} prompts with {answers} answers have none"
-    )
+    given = f"{prompts} prompts with {answers} answers"
+    require(distinct_pairs, f"pair choice {how}: {given} have none")
     passes, rest = divmod(n, distinct_pairs)
     drawn = [rng.permutation(distinct_pairs) for _ in range(passes)]
     drawn = np.concatenate([*drawn, rng.choice(distinct_pairs, rest, replace=False)])

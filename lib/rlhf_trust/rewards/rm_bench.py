@@ -198,10 +198,8 @@ def classifier_scores(
     ]
     ids = tokenizer.apply_chat_template(dialogues, return_dict=True)["input_ids"]
     if cut := sum(len(i) > max_length for i in ids):
-        side = tokenizer.truncation_side
-        print(
-            f"{source}: {cut} of {len(ids)} answers lose what is beyond {max_length} tokens, {side}"
-        )
+        beyond = f"what is beyond {max_length} tokens, {tokenizer.truncation_side}"
+        print(f"{source}: {cut} of {len(ids)} answers lose {beyond}")
     ends = slice(-max_length, None) if tokenizer.truncation_side == "left" else slice(max_length)
 
     def measure(sequences, each):
