@@ -336,11 +336,6 @@ def test_bad_questions(change, message):
         question(**{"bits": SUBSETS, **change})
 
 
-def test_no_responses():
-    with pytest.raises(StudyError, match="no responses"):
-        ts.trust_score([])
-
-
 # --- changes --------------------------------------------------------------------------------------
 
 

@@ -64,13 +64,8 @@ def compared(tables: Tables) -> pd.DataFrame:
     trust = tables["trust"]
     rows = gated(checkpoint_changes(trust, tables["trust_change"]), validity_of(trust))
     require(len(rows), "trust_change.csv: no model is compared with start")
-    return rows.assign(verdict=[_verdict(row) for row in rows.itertuples()])
-
-
-def _verdict(row) -> str:
-    if row.n < FEW:
-        return TOO_FEW
-    return clear_verdict(row) if row.measurable else NOT_MEASURED
+    said = [clear_verdict(row) if row.measurable else NOT_MEASURED for row in rows.itertuples()]
+    return rows.assign(verdict=np.where(rows["n"] < FEW, TOO_FEW, said))
 
 
 # --- metadata for a model card --------------------------------------------------------------------

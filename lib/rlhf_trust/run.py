@@ -220,8 +220,7 @@ def _look_for(source: str, data: bool) -> None:
     kind, _, place = source.partition(":")
     path = Path(place.partition("#")[0])  # behind it stand options
     if data:
-        if kind == "path" and not path.exists():
-            raise StudyError(f"{source}: no such file or directory")
+        require(kind != "path" or path.exists(), f"{source}: no such file or directory")
     elif kind == "path" or kind == "wheel" and place not in WHEELS:
         folder = model_directory(source)
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):

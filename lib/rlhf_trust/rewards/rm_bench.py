@@ -82,20 +82,15 @@ def _read(path: Path, name: str) -> list[Item]:
     for number, row in enumerate(listed(read_json(path), "items", str(path), dict), start=1):
         place = f"{path}: item {number}"
         file = name or field(row, "domain", place, allowed=FILES)
-        said = _prompt_and_answers(row, place)
-        items.append(Item(f"{file}:{number}", file.split("-")[0], *said))
-    return items
-
-
-def _prompt_and_answers(row: dict, place: str) -> tuple[str, tuple, tuple]:
-    """Prompt, right and wrong answers of a row, as they are; ``place`` names it in errors."""
-    sides = [listed(row.get(name), name, place) for name in ("chosen", "rejected")]
-    if any(len(side) != len(STYLES) for side in sides):
+        sides = [listed(row.get(side), side, place) for side in ("chosen", "rejected")]
         answers = f"three answers each ({', '.join(STYLES)})"
-        raise StudyError(f"{place}: chosen and rejected must have {answers}")
-    for style, right, wrong in zip(STYLES, *sides):
-        require(right != wrong, f"{place}: chosen and rejected are the same {style} answer")
-    return checked(row.get("prompt"), "prompt", place), *sides
+        whole = all(len(side) == len(STYLES) for side in sides)
+        require(whole, f"{place}: chosen and rejected must have {answers}")
+        for style, right, wrong in zip(STYLES, *sides):
+            require(right != wrong, f"{place}: chosen and rejected are the same {style} answer")
+        prompt = checked(row.get("prompt"), "prompt", place)
+        items.append(Item(f"{file}:{number}", file.split("-")[0], prompt, *sides))
+    return items
 
 
 # --- scores ---------------------------------------------------------------------------------------
