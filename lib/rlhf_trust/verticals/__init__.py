@@ -31,32 +31,14 @@ HEADLINE = {
         0.5,
     ),
     "stereotype": Instrument(
-        "net_stereotype_bias",
-        "answers=context",
-        +1,
-        ("consensus_roc_auc", "answers=context"),
-        0.5,
+        "net_stereotype_bias", "answers=context", +1, ("consensus_roc_auc", "answers=context"), 0.5
     ),
-    "ethics": Instrument(
-        "roc_auc",
-        "answers=contrast",
-        -1,
-        ("roc_auc", "answers=contrast"),
-        0.5,
-    ),
+    "ethics": Instrument("roc_auc", "answers=contrast", -1, ("roc_auc", "answers=contrast"), 0.5),
     "truthfulness": Instrument(
-        "choice_above_chance",
-        "answers=forced",
-        -1,
-        ("choice_above_chance", "answers=forced"),
-        0.0,
+        "choice_above_chance", "answers=forced", -1, ("choice_above_chance", "answers=forced"), 0.0
     ),
     "privacy": Instrument(
-        "privacy_gap",
-        "answers=options",
-        -1,
-        ("value_found", "instruction=permitted"),
-        0.25,
+        "privacy_gap", "answers=options", -1, ("value_found", "instruction=permitted"), 0.25
     ),
 }
 
