@@ -34,7 +34,7 @@ def test_answers_of_another_program_are_scored(tmp_path, capsys, vertical, metri
     path, table = tmp_path / "answers.jsonl", tmp_path / "table.csv"
     assert score.main(["ask", vertical, "-n", "36", "--seed", "3"]) == 0
     asked = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    items = {item.id: item for item in score.items_of(vertical, "shipped", 36, 3)}
+    items = {item.id: item for item in score.MODULES[vertical].chosen_items("shipped", 36, 3)}
     assert [row["id"] for row in asked] == list(items) and len(asked) == 36
     assert all(row["messages"][-1]["role"] == "user" for row in asked)
     answered = asked[:4:-1]  # in another order, and not all
@@ -51,7 +51,8 @@ def test_answers_of_another_program_are_scored(tmp_path, capsys, vertical, metri
 
 
 def test_toxicity_needs_a_scorer_alone(tmp_path, capsys):
-    items, path = score.items_of("toxicity", "shipped", 8, 0), tmp_path / "answers.jsonl"
+    items = score.MODULES["toxicity"].chosen_items("shipped", 8, 0)
+    path = tmp_path / "answers.jsonl"
     rows = [{"id": item.id, "answers": ["How kind of you.", "You stupid idiot."]} for item in items]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert score.main(["toxicity", str(path), "-n", "8"]) == 0
@@ -77,7 +78,7 @@ def test_toxicity_needs_a_scorer_alone(tmp_path, capsys):
     ],
 )
 def test_bad_answers_name_the_line(tmp_path, rows, message):
-    items, path = score.items_of("ethics", "shipped", 4, 0), tmp_path / "answers.jsonl"
+    items, path = score.MODULES["ethics"].chosen_items("shipped", 4, 0), tmp_path / "answers.jsonl"
     first, second = (json.dumps(item.id) for item in items[:2])
     path.write_text("\n".join(rows).replace("ID", first).replace("OTHER", second))
     with pytest.raises(StudyError, match=message):

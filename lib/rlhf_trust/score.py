@@ -26,7 +26,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from math import ceil
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -39,34 +39,12 @@ from .rag import questions, trust_score
 from .rag.entailment import entailment_model
 from .rewards import rm_bench
 from .sources import HALF_CHARACTER, field, read_json, read_jsonl
-from .verticals import ethics, privacy, stereotype, toxicity, truthfulness
+from .verticals import HEADLINE, toxicity
 from .verticals.common import error_removed, reader_sentence, trust_table
 from .verticals.scorers import make_scorer
 
 SCORERS = "of toxicity: local, tox-block, hub:<id>@<revision>, path:<directory>, perspective:<file>"
-MODULES = {
-    "toxicity": toxicity,
-    "stereotype": stereotype,
-    "ethics": ethics,
-    "truthfulness": truthfulness,
-    "privacy": privacy,
-}
-
-
-def items_of(vertical: str, source: str, n: int, seed: int) -> list:
-    """``n`` of a vertical's items (0: all), as the study chooses them; of privacy, whose items are
-    made up, four of each kind of data are all."""
-    if vertical == "toxicity":
-        return toxicity.choose_items(toxicity.load_toxicity(source), n, seed)
-    if vertical == "stereotype":
-        return stereotype.choose_statements(stereotype.load_stereotype(source), n, seed)
-    if vertical == "truthfulness":
-        return truthfulness.chosen_questions(source, n, seed)
-    if vertical == "ethics":
-        items = ethics.load_ethics(source)
-        return choose(items, n or len(items), seed, by=lambda item: item.wrong)
-    facts = privacy.load_privacy(source, ceil(n / len(privacy.KINDS)) or 4, seed)
-    return choose(facts, n or len(facts), seed, by=lambda item: item.kind)
+MODULES = {name: import_module(f".verticals.{name}", __package__) for name in HEADLINE}
 
 
 def as_row(prompt: Prompt) -> dict:
@@ -204,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         table = rm_bench_table(given.model, items, given.items, given.reference, given.form)
     else:
         vertical = given.vertical if given.command == "ask" else given.command
-        items = items_of(vertical, given.items, given.n, given.seed)
+        items = MODULES[vertical].chosen_items(given.items, given.n, given.seed)
         if given.command == "ask":
             for prompt in MODULES[vertical].prompts(items):
                 print(json.dumps(as_row(prompt), ensure_ascii=False))

@@ -446,7 +446,7 @@ def test_what_is_done_instead_is_said(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_answers_to_score(tmp_path, row, message, capsys):
-    items, path = score.items_of("ethics", "shipped", 2, 0), tmp_path / "answers.jsonl"
+    items, path = score.MODULES["ethics"].chosen_items("shipped", 2, 0), tmp_path / "answers.jsonl"
     path.write_text(jsonl(row).replace('"ID"', json.dumps(items[0].id)))
     assert score.main(["ethics", str(path), "-n", "2"]) == 2
     said = capsys.readouterr().err

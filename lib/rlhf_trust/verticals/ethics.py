@@ -64,6 +64,12 @@ def load_ethics(source: str) -> list[Scenario]:
     return items
 
 
+def chosen_items(source: str, n: int, seed: int) -> list[Scenario]:
+    """``n`` of a source's acts (0: all), half of them wrong."""
+    items = load_ethics(source)
+    return choose(items, n or len(items), seed, by=lambda item: item.wrong)
+
+
 # --- prompts --------------------------------------------------------------------------------------
 
 PREFIXES = {
@@ -341,8 +347,7 @@ def instrument(
 
     ``n``: acts, half of them wrong (0: all).
     """
-    everything = load_ethics(benchmarks)
-    items = choose(everything, n or len(everything), seed, by=lambda item: item.wrong)
+    items = chosen_items(benchmarks, n, seed)
     scores, found = expectations(models, generations, items), {}
     for model in models.names:
         by_kind = {kind: of_model[model] for kind, of_model in scores.items()}

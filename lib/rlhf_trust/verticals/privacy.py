@@ -131,6 +131,13 @@ def load_privacy(source: str, per_kind: int, seed: int) -> list[PrivateFact]:
     raise StudyError(f"{path}: needs at least four names of two words, such as Jane Dorset")
 
 
+def chosen_items(source: str, n: int, seed: int) -> list[PrivateFact]:
+    """``n`` items, an equal number of each kind or one more (0: four of each, since as many as
+    wanted could be made up); the names may be a source's."""
+    facts = load_privacy(source, math.ceil(n / len(KINDS)) or 4, seed)
+    return choose(facts, n or len(facts), seed, by=lambda item: item.kind)
+
+
 def make_private_facts(
     per_kind: int, seed: int, real_people: Sequence[tuple[str, str]] = ()
 ) -> list[PrivateFact]:
@@ -447,27 +454,11 @@ def told_measures(
 
 
 def instrument(
-    models: ModelSet,
-    generations: Generations,
-    benchmarks: str,
-    n: int,
-    seed: int,
-    per_kind: int = 4,
+    models: ModelSet, generations: Generations, benchmarks: str, n: int, seed: int
 ) -> dict[str, list[Measure]]:
-    """The headline for every model of the set, without written answers (:func:`told_measures`).
-
-    Parameters
-    ----------
-    benchmarks
-        Where the people's names come from.
-    n, seed
-        How many items, an equal number of each kind or one more, and which.
-    per_kind
-        Items of each kind if ``n`` is 0: as many as wanted could be made up.
-    """
-    per_kind = math.ceil(n / len(KINDS)) or per_kind
-    facts = load_privacy(benchmarks, per_kind, seed)
-    items = choose(facts, n or len(facts), seed, by=lambda item: item.kind)
+    """The headline for every model of the set, without written answers (:func:`told_measures`);
+    over :func:`chosen_items`."""
+    items = chosen_items(benchmarks, n, seed)
     logps = {}
     for instruction in SYSTEMS:
         weighed = partial(openings_and_values, items, instruction)

@@ -134,6 +134,11 @@ def load_stereotype(source: str) -> list[Statement]:
     return items
 
 
+def chosen_items(source: str, n: int, seed: int) -> list[Statement]:
+    """``n`` of a source's statements (0: all), by :func:`choose_statements`."""
+    return choose_statements(load_stereotype(source), n, seed)
+
+
 def load_harmless(groups: Sequence[str]) -> list[Statement]:
     """Kind or neutral statements, true of some members of any group, about each of ``groups``."""
     rows = read_csv(locate("shipped", "stereotype-controls/harmless.csv"), ("text",))
@@ -504,8 +509,8 @@ def instrument(
     ``n``: statements chosen as for the options (0: all); those that cannot follow "that" are left
     out.
     """
-    chosen = choose_statements(load_stereotype(benchmarks), n, seed)
-    items, consensus = [item for item in chosen if item.clause], load_consensus()
+    items = [item for item in chosen_items(benchmarks, n, seed) if item.clause]
+    consensus = load_consensus()
     harmless = load_harmless(sorted({item.group for item in items}))
     harmless = [item for item in harmless if item.clause]
     granted = taken_for_granted(models, generations, "statements", items)

@@ -66,8 +66,9 @@ def load_toxicity(source: str) -> list[ToxicityPrompt]:
     return items
 
 
-def choose_items(items: Sequence[ToxicityPrompt], n: int, seed: int) -> list[ToxicityPrompt]:
-    """``n`` of the prompts (0: all), half of them toxic."""
+def chosen_items(source: str, n: int, seed: int) -> list[ToxicityPrompt]:
+    """``n`` of a source's prompts (0: all), half of them toxic."""
+    items = load_toxicity(source)
     return choose(items, n or len(items), seed, by=lambda item: item.split)
 
 
@@ -348,12 +349,11 @@ def instrument(
     scorers
         Two, as ``make_scorer`` names them; the score is the mean of both.
     """
-    labelled = load_toxicity(benchmarks)
-    items = choose_items(labelled, n, seed)
+    items = chosen_items(benchmarks, n, seed)
     both = MeanScorer(make_scorers(*scorers))
     decoding = Decoding(max_new_tokens, temperature, samples, seed)
     answers = answer_all(models, generations, "toxicity", prompts(items), decoding)
-    area, *errors = detector_measures(labelled, both)
+    area, *errors = detector_measures(load_toxicity(benchmarks), both)
     found = {}
     for model in models.names:
         headline, *beside = headline_measures(items, answers[model], both)

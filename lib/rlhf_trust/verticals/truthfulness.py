@@ -152,7 +152,7 @@ def choices(items: Sequence[Question], chat: Chat, primer: str) -> list[Multiple
     return found
 
 
-def chosen_questions(source: str, n: int, seed: int) -> list[Question]:
+def chosen_items(source: str, n: int, seed: int) -> list[Question]:
     """``n`` questions of a source (0: all), in a seeded order, with their options listed."""
     questions = load_truthfulness(source)
     return list_options(choose(questions, n or len(questions), seed), seed)
@@ -363,7 +363,7 @@ def instrument(
     n, seed
         How many of them (0: all), and which, with their options in which order.
     """
-    items = chosen_questions(benchmarks, n, seed)
+    items = chosen_items(benchmarks, n, seed)
     choices = partial(forced_choices, items)
     logps = score_options(models, generations, "truthfulness-forced", choices)
     return {model: forced_measures(items, logps[model]) for model in models.names}
