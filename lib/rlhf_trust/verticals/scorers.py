@@ -75,6 +75,7 @@ class ToxBlockScorer(Scorer):
     name = "tox-block"
     about = "is a recurrent network with published weights: it reads words in order"
     rows = 256
+    length = 100  # word numbers of a text, as in training
 
     def __init__(self, directory: Path | None = None):
         try:
@@ -102,31 +103,33 @@ class ToxBlockScorer(Scorer):
         """Word numbers, always ``length`` of them. Unknown words are left out, a long text loses
         its beginning, a short one is padded on the left with 0, which the network reads like any
         other word, as in training."""
-        length = self.settings["length"]
         text = text.lower().translate({ord(mark): " " for mark in self.settings["separators"]})
         numbers = [self.numbers[word] for word in text.split(" ") if word in self.numbers]
-        return [0] * (length - len(numbers)) + numbers[-length:]
+        return [0] * (self.length - len(numbers)) + numbers[-self.length :]
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Probabilities [texts, classes] (class 0 is ``toxic``) of word numbers [texts, length]."""
-        w, gate = self.weights, GATES[self.settings["recurrent_activation"]]
+        w = self.weights
         words = w["embedding"][ids]
         # Each direction's maximum over the text: the order of the backward steps does not matter.
         states = [
-            lstm(x, *(w[f"{side}.{part}"] for part in LSTM_PARTS), gate).amax(1)
+            lstm(x, *(w[f"{side}.{part}"] for part in LSTM_PARTS)).amax(1)
             for side, x in (("forward", words), ("backward", words.flip(1)))
         ]
         hidden = torch.relu(torch.cat(states, -1) @ w["hidden.kernel"] + w["hidden.bias"])
         return torch.sigmoid(hidden @ w["output.kernel"] + w["output.bias"])
 
 
-GATES = {"hard_sigmoid": lambda x: (0.2 * x + 0.5).clamp(0, 1), "sigmoid": torch.sigmoid}
-"""Keras 2's functions for an LSTM's gates, by their names there."""
 LSTM_PARTS = ("kernel", "recurrent_kernel", "bias")
 
 
-def lstm(x: torch.Tensor, kernel, recurrent_kernel, bias, gate) -> torch.Tensor:
+def gate(x: torch.Tensor) -> torch.Tensor:
+    """Keras 2's ``hard_sigmoid``."""
+    return (0.2 * x + 0.5).clamp(0, 1)
+
+
+def lstm(x: torch.Tensor, kernel, recurrent_kernel, bias) -> torch.Tensor:
     """Keras' LSTM: with (z_i, z_f, z_g, z_o) = x_t W + h_{t-1} U + b,
 
         c_t = gate(z_f) c_{t-1} + gate(z_i) tanh(z_g),    h_t = gate(z_o) tanh(c_t).
@@ -166,8 +169,6 @@ def rebuild_tox_block(unpacked: Path, target: Path) -> None:
     import h5py
 
     with h5py.File(unpacked / TOX_BLOCK_WEIGHTS) as stored:
-        model = json.loads(stored.attrs["model_config"])["config"]
-        layers = {layer["class_name"]: layer["config"] for layer in model["layers"]}
         names = {"embedding": "embedding/embedding/embeddings:0"}
         for side in ("forward", "backward"):
             inside = f"bidirectional/bidirectional/{side}_lstm"
@@ -180,12 +181,7 @@ def rebuild_tox_block(unpacked: Path, target: Path) -> None:
         tokenizer = TokenizerUnpickler(pickled).load().tokenizer
     # Words are numbered from 1, by frequency; those beyond num_words have no embedding.
     words = sorted(tokenizer.word_index, key=tokenizer.word_index.get)[: tokenizer.num_words - 1]
-    settings = {
-        "length": layers["InputLayer"]["batch_input_shape"][1],
-        "recurrent_activation": layers["Bidirectional"]["layer"]["config"]["recurrent_activation"],
-        "separators": tokenizer.filters,
-        "words": words,
-    }
+    settings = {"separators": tokenizer.filters, "words": words}
     target.mkdir()
     save_file(weights, target / "model.safetensors")
     (target / "config.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
