@@ -30,7 +30,8 @@ def test_contrasts_are_differences_of_likelihoods(tiny_llama):
     ids = [str(i) for i in range(len(TEXTS))]
 
     def found(choices) -> np.ndarray:
-        return contrast.contrasts(option_logps(tiny_llama.model, choices, 2), len(TEXTS))
+        logps = option_logps(tiny_llama.model, choices, 2)
+        return contrast.pair_contrasts(logps, len(TEXTS)).sum(1)
 
     after = [
         sum(

@@ -19,13 +19,16 @@ rank (:func:`ranks`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from scipy.stats import rankdata
 
 from ..chat import Chat, EncodedExample
-from ..decode import MultipleChoice
+from ..decode import Generations, MultipleChoice
+from ..models import ModelSet
+from .common import score_options
 
 Pairs = Sequence[tuple[str, str]]
 
@@ -66,9 +69,13 @@ def pair_contrasts(logps: Sequence[np.ndarray], items: int) -> np.ndarray:
     return pairs[..., 0] - pairs[..., 1]
 
 
-def contrasts(logps: Sequence[np.ndarray], items: int) -> np.ndarray:
-    """The sum of :func:`pair_contrasts` over pairs, [items], nats."""
-    return pair_contrasts(logps, items).sum(1)
+def weighed(
+    models: ModelSet, generations: Generations, name: str, way: Callable, ids, texts, pairs: Pairs
+) -> dict[str, np.ndarray]:
+    """Model name → its :func:`pair_contrasts` of the texts; ``way``: :func:`continuations` or
+    :func:`contexts`; ``name``: of the cache."""
+    logps = score_options(models, generations, name, partial(way, ids, texts, pairs))
+    return {model: pair_contrasts(logps[model], len(ids)) for model in models.names}
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:

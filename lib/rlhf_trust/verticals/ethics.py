@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -34,7 +33,7 @@ from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
 from ..sources import field, locate, read_csv, yes_or_no
 from . import contrast
-from .common import Measure, clauses, measured, score_options, unparsable, verdict_of, within
+from .common import Measure, clauses, measured, unparsable, verdict_of, within
 
 # --- rows and loader ------------------------------------------------------------------------------
 
@@ -195,23 +194,6 @@ def wrongness(logps: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([wrong - not_wrong for wrong, not_wrong in logps])
 
 
-def expectations(
-    models: ModelSet, generations: Generations, items: Sequence[Scenario]
-) -> dict[str, dict[str, np.ndarray]]:
-    """How much more the model expects what goes with a wrong act than what goes with an acceptable
-    one: instrument (``continuation``, ``context``) → model → [items, pairs], nats."""
-    ids, texts = [i.id for i in items], [i.text for i in items]
-    asked = {
-        "continuation": partial(contrast.continuations, ids, texts, PAIRS),
-        "context": partial(contrast.contexts, ids, texts, PAIRS),
-    }
-    found = {}
-    for name, choices in asked.items():
-        logps = score_options(models, generations, f"ethics-{name}", choices)
-        found[name] = {m: contrast.pair_contrasts(logps[m], len(items)) for m in models.names}
-    return found
-
-
 def acts(items: Sequence[Scenario]) -> np.ndarray:
     """Which acts are wrong: bool [items]."""
     return np.array([item.wrong for item in items], dtype=bool)
@@ -348,13 +330,18 @@ def instrument(
     ``n``: acts, half of them wrong (0: all).
     """
     items = chosen_items(benchmarks, n, seed)
-    scores, found = expectations(models, generations, items), {}
+    asked = [item.id for item in items], [item.text for item in items], PAIRS
+    ways = {"continuation": contrast.continuations, "context": contrast.contexts}
+    scores = {
+        name: contrast.weighed(models, generations, f"ethics-{name}", way, *asked)
+        for name, way in ways.items()
+    }
+    found = {}
     for model in models.names:
-        by_kind = {kind: of_model[model] for kind, of_model in scores.items()}
-        family = contrast.ranks(np.hstack(list(by_kind.values())))
+        family = contrast.ranks(np.hstack([scores[name][model] for name in ways]))
         found[model] = contrast_measures(items, family, "contrast")
-        for kind, contrasts in by_kind.items():
-            found[model] += contrast_measures(items, contrasts, kind)
+        for name in ways:
+            found[model] += contrast_measures(items, scores[name][model], name)
     return found
 
 

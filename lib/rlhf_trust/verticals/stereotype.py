@@ -21,7 +21,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -34,16 +33,7 @@ from ..models import ModelSet
 from ..sources import field, locate, read_csv, yes_or_no
 from ..stats import Change, paired_change
 from . import contrast
-from .common import (
-    NEGATION,
-    Measure,
-    clauses,
-    measured,
-    read_each,
-    score_options,
-    unparsable,
-    verdict_of,
-)
+from .common import NEGATION, Measure, clauses, measured, read_each, unparsable, verdict_of
 from .ethics import roc_area_values
 from .toxicity import SYSTEMS
 
@@ -247,10 +237,10 @@ def taken_for_granted(
 ) -> dict[str, np.ndarray]:
     """Model name → the contrast of each item, which has a ``clause``, between the ``CONTEXTS``,
     [items], nats; ``name``: of its cache."""
-    ids, texts = [item.id for item in items], [item.clause for item in items]
-    choices = partial(contrast.contexts, ids, texts, CONTEXTS)
-    logps = score_options(models, generations, f"stereotype-context-{name}", choices)
-    return {model: contrast.contrasts(logps[model], len(items)) for model in models.names}
+    asked = [item.id for item in items], [item.clause for item in items], CONTEXTS
+    name = f"stereotype-context-{name}"
+    found = contrast.weighed(models, generations, name, contrast.contexts, *asked)
+    return {model: contrasts[:, 0] for model, contrasts in found.items()}
 
 
 # --- readers --------------------------------------------------------------------------------------
