@@ -11,7 +11,7 @@ import pytest
 from conftest import NAN, REAL_DATA, same
 from rlhf_trust.stats import corrected_rate
 from rlhf_trust.verticals import ethics, privacy, stereotype, toxicity, truthfulness
-from rlhf_trust.verticals.common import Measure, error_removed, reader_error
+from rlhf_trust.verticals.common import Measure, error_removed, reader_counts
 from rlhf_trust.verticals.privacy import PrivateFact
 from rlhf_trust.verticals.scorers import MeanScorer, make_scorers
 from rlhf_trust.verticals.truthfulness import Question
@@ -139,8 +139,9 @@ def test_labelled_answers_are_read(vertical):
         truth, seen = (counted(vertical, row, value) for value in (row["one"], found))
         if None not in (truth, seen):
             hits[truth].append(truth == seen)
-    sides = [(sum(hits[truth]), len(hits[truth])) for truth in (True, False)]
-    assert reader_error(vertical) == (misread, len(agreed), *sides)
+    sides = [number for truth in (True, False) for number in (sum(hits[truth]), len(hits[truth]))]
+    known = reader_counts(vertical)["misread":"others"]
+    assert known.tolist() == [misread, len(agreed), *sides]
 
 
 @pytest.mark.parametrize(("vertical", "bound"), [("ethics", 0.03), ("stereotype", 0.05)])
@@ -153,7 +154,8 @@ def test_further_answers_are_read(vertical, bound):
 def test_the_readers_error_is_taken_out():
     found = [Measure("leak_rate", "main", ("a", "b", "c", "d"), np.array([1.0, 0.0, 0.0, NAN]))]
     (row,) = error_removed("privacy", {"start": found}, seed=0).to_dict("records")
-    _, _, *sides = reader_error("privacy")
+    of = reader_counts("privacy")
+    sides = (of.hits, of.counted), (of.rejections, of.others)
     assert row["value"] == corrected_rate(1 / 3, 3, *sides).value
     assert (row["condition"], row["n"]) == ("main;error=removed", 3)
     assert error_removed("privacy", {"start": []}, seed=0).empty

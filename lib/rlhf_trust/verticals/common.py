@@ -15,7 +15,7 @@ from ..artifacts import Build, checked, write_text
 from ..chat import Chat
 from ..decode import Decoding, Generations, LowerStates, MultipleChoice, Prompt
 from ..models import BASELINES, ModelSet
-from ..sources import locate, read_csv
+from ..sources import locate
 from ..stats import (
     FEW,
     ClusterMeans,
@@ -274,7 +274,7 @@ def change_table(vertical: str, measures: dict[str, list[Measure]], seed: int) -
     return pd.DataFrame(rows).rename(columns=columns).assign(vertical=vertical, seed=seed)
 
 
-def reader_error(vertical: str) -> tuple[int, int, tuple[int, int], tuple[int, int]]:
+def reader_counts(vertical: str) -> pd.Series:
     """How often the vertical's reader errs on labelled answers of the default profile's models.
 
     Two annotators, both language models, labelled 200 answers; those that they label alike count.
@@ -283,52 +283,46 @@ def reader_error(vertical: str) -> tuple[int, int, tuple[int, int], tuple[int, i
 
     Returns
     -------
-    Misread, of how many; then for the published measure (answers that it counts, of how many that
-    it should count) and (answers that it does not count, of how many that it should not). In ethics
-    these are over answers with a judgement by the labels and by the reader.
+    Misread, of how many ``labelled``; then for the published measure: answers that it counts
+    (``hits``), of how many that it should count (``counted``), and those that it does not count
+    (``rejections``), of how many that it should not (``others``). In ethics these are over answers
+    with a judgement by the labels and by the reader. ``unseen_misread`` of ``unseen`` others, when
+    the reader first saw them.
     """
-    names = ("misread", "labelled", "hits", "counted", "rejections", "others")
-    misread, labelled, *sides = _reader_counts(vertical, *names)
-    return misread, labelled, tuple(sides[:2]), tuple(sides[2:])
-
-
-def _reader_counts(vertical: str, *names: str) -> list[int]:
-    rows = read_csv(locate("shipped", "readers/errors.csv"), ("vertical", *names))
-    row = next(row for _, row in rows if row["vertical"] == vertical)
-    return [int(row[name]) for name in names]
+    path = locate("shipped", "readers/errors.csv")
+    return pd.read_csv(path, index_col="vertical").loc[vertical]
 
 
 def error_removed(vertical: str, measures: dict[str, list[Measure]], seed: int) -> pd.DataFrame:
-    """Rows of ``trust.csv``: each model's published rate with its reader's error taken out.
+    """Rows of ``trust.csv``: each model's published rate with its reader's error taken out, for a
+    reader that errs on every model's answers as on the labelled ones (:func:`reader_counts`)."""
+    of, which = reader_counts(vertical), PUBLISHED[vertical][:2]
+    sides = (of.hits, of.counted), (of.rejections, of.others)
+    return without_error(vertical, measures, which, sides, seed)
 
-    By :func:`stats.corrected_rate`, for a reader that errs on every model's answers as on the
-    labelled ones (:func:`reader_error`).
+
+def without_error(
+    vertical: str, measures: dict[str, list[Measure]], which: tuple[str, str], sides, seed: int
+) -> pd.DataFrame:
+    """Rows of ``trust.csv``: each model's rate ``which`` (metric, condition) with its detector's or
+    reader's error taken out (:func:`stats.corrected_rate`), under ``<condition>;error=removed``.
+
+    ``sides``: the detector's sensitivity and specificity, each as (right, of how many).
     """
-    metric, condition, _ = PUBLISHED[vertical]
-    _, _, *sides = reader_error(vertical)
-    rows = [
-        corrected_row(model, m, *sides)
-        for model, measures_of_model in measures.items()
-        for m in measures_of_model
-        if (m.metric, m.condition) == (metric, condition)
-    ]
+    asked = [(model, m) for model in measures for m in measures[model]]
+    rows = []
+    for model, m in asked:
+        if (m.metric, m.condition) != which:
+            continue
+        keep, interval = ~np.isnan(m.item_values), Interval(np.nan, np.nan, np.nan, 0)
+        if keep.any():
+            rates = m.item_values[keep]
+            clusters = None if m.clusters is None else np.array(m.clusters)[keep]
+            worth = ClusterMeans.of(rates, clusters).effective_n()
+            interval = replace(corrected_rate(rates.mean(), worth, *sides), n=len(rates))
+        key = {"model": model, "metric": m.metric, "condition": f"{m.condition};error=removed"}
+        rows.append(key | vars(interval))
     return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical=vertical, seed=seed)
-
-
-def corrected_row(
-    model: str, measure: Measure, sensitivity: tuple[int, int], specificity: tuple[int, int]
-) -> dict:
-    """A rate with its detector's or reader's error taken out (:func:`stats.corrected_rate`), under
-    the condition ``<its own>;error=removed``."""
-    keep, interval = ~np.isnan(measure.item_values), Interval(np.nan, np.nan, np.nan, 0)
-    if keep.any():
-        rates = measure.item_values[keep]
-        clusters = None if measure.clusters is None else np.array(measure.clusters)[keep]
-        worth = ClusterMeans.of(rates, clusters).effective_n()
-        found = corrected_rate(rates.mean(), worth, sensitivity, specificity)
-        interval = replace(found, n=len(rates))
-    condition = f"{measure.condition};error=removed"
-    return {"model": model, "metric": measure.metric, "condition": condition} | vars(interval)
 
 
 SPELLED = {"roc auc": "ROC area", "mc1": "MC1", "mc2": "MC2", "expected max ": "expected maximum "}
@@ -373,8 +367,7 @@ def spread(trust: pd.DataFrame, metric: str, key: str = "wording") -> pd.DataFra
 def reader_sentence(vertical: str, trust: pd.DataFrame) -> str:
     """How often written answers are misread, and the published rates without that error."""
     metric, condition, _ = PUBLISHED[vertical]
-    misread, labelled, *_ = reader_error(vertical)
-    missed, unseen = _reader_counts(vertical, "unseen_misread", "unseen")
+    of = reader_counts(vertical)
     rows = trust.query(f"metric == '{metric}' and condition == '{condition};error=removed'")
     rates = [
         f"{row.model} {interval_words(Interval.of_row(row), '.3f', 'items')}"
@@ -382,8 +375,8 @@ def reader_sentence(vertical: str, trust: pd.DataFrame) -> str:
     ]
     name = metric.replace("_", " ")
     return (
-        f"The reader misreads {misread} of {labelled} labelled answers of the default profile's "
-        f"models, and {missed} of {unseen} others when it first saw them. "
+        f"The reader misreads {of.misread} of {of.labelled} labelled answers of the default "
+        f"profile's models, and {of.unseen_misread} of {of.unseen} others when it first saw them. "
         f"With the former error taken out, the {name} is: {'; '.join(rates) or 'not known'}."
     )
 

@@ -34,11 +34,11 @@ from .common import (
     COLUMNS,
     Measure,
     answer_all,
-    corrected_row,
     measured,
     read_each,
     unparsable,
     within,
+    without_error,
 )
 from .ethics import roc_area_values
 from .scorers import MeanScorer, Scorer, make_scorers
@@ -398,11 +398,8 @@ def corrected_rows(measures: dict[str, list[Measure]], seed: int) -> pd.DataFram
     as on labelled beginnings; no change between models is corrected, since a detector that errs
     alike on both shrinks a change and does not turn it (:func:`shrinkage_words`).
     """
-    rows = []
-    for model, found in measures.items():
-        (rate,) = (m for m in found if (m.metric, m.condition) == ("toxic_rate", CONDITION))
-        rows.append(corrected_row(model, rate, *_detector_right(found)))
-    return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical="toxicity", seed=seed)
+    sides = _detector_right(next(iter(measures.values())))  # the same for all models
+    return without_error("toxicity", measures, ("toxic_rate", CONDITION), sides, seed)
 
 
 def _detector_right(found: Sequence[Measure]) -> list[tuple[int, int]]:
