@@ -28,20 +28,20 @@ from .stats import (
     mean_interval,
     verdict,
 )
-from .verticals import HEADLINE
-from .verticals.common import COLUMNS, Measure, spelled
-
-Measures = Mapping[str, Sequence[Measure]]
-"""Model → the measures of one vertical's instrument."""
+from .verticals import HEADLINE, ByModel, Measure, Measures
+from .verticals.common import COLUMNS, spelled
 
 ArmNames = Mapping[str, Sequence[str]]
 """``true``, ``matched_true`` and ``matched_placebo`` → names of a stage's models, seed by seed. SFT
 has ``true`` alone."""
+Stages = Mapping[str, ArmNames]
+ByVertical = Mapping[str, ByModel]
+"""Vertical → model → the measures of the vertical's instrument."""
 
 
 def measure_all(
     models: ModelSet, generations: Generations, benchmarks: str, sizes: Mapping[str, int], seed: int
-) -> dict[str, Measures]:
+) -> ByVertical:
     """Vertical → every model's measures by its instrument. ``sizes``: vertical → items (0: all)."""
     found = {}
     for vertical, n in sizes.items():
@@ -50,7 +50,7 @@ def measure_all(
     return found
 
 
-def one_measure(measures: Sequence[Measure], metric: str, condition: str) -> Measure:
+def one_measure(measures: Measures, metric: str, condition: str) -> Measure:
     """The measure of that name; a StudyError if the instrument has none."""
     for measure in measures:
         if (measure.metric, measure.condition) == (metric, condition):
@@ -58,7 +58,7 @@ def one_measure(measures: Sequence[Measure], metric: str, condition: str) -> Mea
     raise StudyError(f"the instrument has no measure {metric} under {condition}")
 
 
-def by_item(measures: Measures, models: Sequence[str], metric: str, condition: str) -> np.ndarray:
+def by_item(measures: ByModel, models: Sequence[str], metric: str, condition: str) -> np.ndarray:
     """One measure of several models, [models, items]; their items must be the same."""
     found = [one_measure(measures[model], metric, condition) for model in models]
     if any(m.item_ids != found[0].item_ids for m in found):
@@ -66,7 +66,7 @@ def by_item(measures: Measures, models: Sequence[str], metric: str, condition: s
     return np.array([m.item_values for m in found])
 
 
-def arm_names(distances: pd.DataFrame) -> dict[str, ArmNames]:
+def arm_names(distances: pd.DataFrame) -> Stages:
     """The models that each stage is compared by, from the table of ``arms.match_arms``; SFT, which
     all of them start from, comes first."""
     found = {"sft": {"true": ["sft"]}}
@@ -83,9 +83,7 @@ def arm_names(distances: pd.DataFrame) -> dict[str, ArmNames]:
     return found
 
 
-def changes_of(
-    measures: Measures, arms: Mapping[str, ArmNames], metric: str, condition: str
-) -> pd.DataFrame:
+def changes_of(measures: ByModel, arms: Stages, metric: str, condition: str) -> pd.DataFrame:
     """The change of one measure of a vertical, a row for each stage and baseline: against start
     (arms as they were trained) and against the placebo (both at the same KL to SFT), over items and
     seeds.
@@ -111,9 +109,7 @@ def changes_of(
     return pd.DataFrame(rows).rename(columns=COLUMNS | {"value": "change"})
 
 
-def headline_table(
-    measures: Mapping[str, Measures], arms: Mapping[str, ArmNames], validity: pd.DataFrame
-) -> pd.DataFrame:
+def headline_table(measures: ByVertical, arms: Stages, validity: pd.DataFrame) -> pd.DataFrame:
     """Rows of ``headline.csv``: :func:`changes_of` every vertical's headline, stage by stage. SFT,
     one checkpoint, is compared with start alone: its share of what every stage changed.
 
@@ -176,7 +172,7 @@ def distance_words(distances: pd.DataFrame) -> list[str]:
     return said
 
 
-def validity_table(measures: Mapping[str, Measures], arms: Mapping[str, ArmNames]) -> pd.DataFrame:
+def validity_table(measures: ByVertical, arms: Stages) -> pd.DataFrame:
     """Rows of ``validity.csv``: does the instrument lie above chance on start, and on each stage's
     arms, as trained (``<stage>``) and at the same KL (``<stage>-matched``, ``<stage>-placebo``)?
     Means over seeds; ``valid`` if it does in each of them."""

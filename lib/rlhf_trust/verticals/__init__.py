@@ -4,7 +4,13 @@
 ``PUBLISHED`` the measure of the protocol as published, by written answers.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
+
+from ..stats import item_means
 
 
 class Instrument(NamedTuple):
@@ -50,3 +56,40 @@ PUBLISHED = {
     "privacy": ("leak_rate", "main", +1),
 }
 """Vertical → metric, condition, and whether more of it is worse (+1) or better (-1)."""
+
+# --- what verticals hand on -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric under one condition.
+
+    ``values``: one per item, [items], or per sample, [items, samples]; NaN where no answer could be
+    read. ``clusters``: a label per item; items with the same label (statements of a topic) are not
+    independent. ``signed``: the metric is a difference, in [-1, 1] instead of [0, 1].
+    """
+
+    metric: str
+    condition: str
+    item_ids: tuple[str, ...]
+    values: np.ndarray
+    clusters: tuple[str, ...] | None = None
+    signed: bool = False
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return (-1.0 if self.signed else 0.0, 1.0)
+
+    @property
+    def item_values(self) -> np.ndarray:
+        """One value per item, [items]."""
+        return item_means(self.values)
+
+
+Measures = list[Measure]
+ByModel = dict[str, Measures]
+"""Model name → its measures by one vertical."""
+Sampled = list[list[str]]
+"""Per prompt → a model's sampled answers."""
+Logps = Sequence[np.ndarray]
+"""Per choice → the log-probabilities of its options, [options], nats."""

@@ -22,7 +22,8 @@ from ..chat import Chat
 from ..data import choose
 from ..decode import MultipleChoice
 from ..sources import field, locate, read_jsonl
-from .common import Measure, measured
+from . import Logps, Measures
+from .common import measured
 
 # --- rows and loader ------------------------------------------------------------------------------
 
@@ -46,6 +47,7 @@ class AmbiguousQuestion:
     biased: int
 
 
+Items = Sequence[AmbiguousQuestion]
 BBQ_CATEGORIES = ("Age", "Disability_status", "Physical_appearance")
 
 
@@ -124,7 +126,7 @@ def question(item: AmbiguousQuestion) -> str:
     )
 
 
-def choices(items: Sequence[AmbiguousQuestion], chat: Chat) -> list[MultipleChoice]:
+def choices(items: Items, chat: Chat) -> list[MultipleChoice]:
     """The three answers to each question, in the order of the file."""
     return [MultipleChoice(i.id, *chat.options((question(i),), i.answers)) for i in items]
 
@@ -132,7 +134,7 @@ def choices(items: Sequence[AmbiguousQuestion], chat: Chat) -> list[MultipleChoi
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def measures(items: Sequence[AmbiguousQuestion], logps: Sequence[np.ndarray]) -> list[Measure]:
+def measures(items: Items, logps: Logps) -> Measures:
     """Accuracy and bias score in ambiguous contexts.
 
     ``logps``: [items][3], nats, summed over an answer's tokens; the likeliest is the model's

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,13 @@ from ..stats import (
     by_conclusion,
     corrected_rate,
     interval_words,
-    item_means,
     mean_interval,
     paired_change,
     verdict,
 )
-from . import HEADLINE, PUBLISHED
+from . import HEADLINE, PUBLISHED, ByModel, Logps, Measure, Measures, Sampled
 
-Answers = dict[str, list[list[str]]]
+Answers = dict[str, Sampled]
 """Model name → per prompt → the sampled answers."""
 
 # --- answers --------------------------------------------------------------------------------------
@@ -41,7 +40,7 @@ def answer_all(
 ) -> Answers:
     """Every model's answers to the same prompts, drawn with the same random numbers."""
 
-    def ask(model, own: Generations, network) -> list[list[str]]:
+    def ask(model, own: Generations, network) -> Sampled:
         key = models.fingerprints[model]
         return own.answer(network, key, f"{name}.{model}", prompts, decoding)
 
@@ -53,7 +52,7 @@ def score_options(
     generations: Generations,
     name: str,
     choices: Callable[[Chat], Sequence[MultipleChoice]],
-) -> dict[str, list[np.ndarray]]:
+) -> dict[str, Logps]:
     """Model name → per choice → the log-probabilities of its options, [options].
 
     ``choices``: makes them in the prompt format and with the tokenizer that a model is asked by.
@@ -61,7 +60,7 @@ def score_options(
     states = LowerStates(models.model)  # the lower layers run once for all models on the backbone
     shared = choices(generations.chat)
 
-    def ask(model, own: Generations, network) -> list[np.ndarray]:
+    def ask(model, own: Generations, network) -> Logps:
         alone = models.is_checkpoint(model)
         asked, kept = (choices(own.chat), None) if alone else (shared, states)
         key = models.fingerprints[model]
@@ -108,7 +107,7 @@ def read_answers(
     return [(Prompt(row["id"], tuple(row["turns"]), row["system"]), row["answers"]) for row in rows]
 
 
-def read_each(answers: list[list[str]], read: Callable[[int, str], float]) -> np.ndarray:
+def read_each(answers: Sampled, read: Callable[[int, str], float]) -> np.ndarray:
     """``read(item index, answer)`` of every sample, [items, samples]; NaN where unreadable."""
     values = [[read(i, answer) for answer in samples] for i, samples in enumerate(answers)]
     return np.array(values, dtype=float).reshape(len(answers), len(answers[0]) if answers else 0)
@@ -179,32 +178,6 @@ def verdict_of(clauses: Sequence[str], pro: re.Pattern, con: re.Pattern) -> floa
 # --- measures -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Measure:
-    """One metric under one condition.
-
-    ``values``: one per item, [items], or per sample, [items, samples]; NaN where no answer could be
-    read. ``clusters``: a label per item; items with the same label (statements of a topic) are not
-    independent. ``signed``: the metric is a difference, in [-1, 1] instead of [0, 1].
-    """
-
-    metric: str
-    condition: str
-    item_ids: tuple[str, ...]
-    values: np.ndarray
-    clusters: tuple[str, ...] | None = None
-    signed: bool = False
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return (-1.0 if self.signed else 0.0, 1.0)
-
-    @property
-    def item_values(self) -> np.ndarray:
-        """One value per item, [items]."""
-        return item_means(self.values)
-
-
 def measured(
     items: Sequence,
     condition: str,
@@ -212,7 +185,7 @@ def measured(
     rows: Sequence[bool] | None = None,
     signed: bool = False,
     **values: np.ndarray,
-) -> list[Measure]:
+) -> Measures:
     """Measures of the same items under one condition.
 
     Parameters
@@ -243,7 +216,7 @@ COLUMNS = {"low": "ci_low", "high": "ci_high"}
 """What the study's tables call the ends of an ``Interval``."""
 
 
-def trust_table(vertical: str, measures: dict[str, list[Measure]], seed: int) -> pd.DataFrame:
+def trust_table(vertical: str, measures: ByModel, seed: int) -> pd.DataFrame:
     """Rows of ``trust.csv``: each metric of each model with n and a 95 % interval over items."""
     rows = []
     for model, measures_of_model in measures.items():
@@ -255,7 +228,7 @@ def trust_table(vertical: str, measures: dict[str, list[Measure]], seed: int) ->
     return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical=vertical, seed=seed)
 
 
-def change_table(vertical: str, measures: dict[str, list[Measure]], seed: int) -> pd.DataFrame:
+def change_table(vertical: str, measures: ByModel, seed: int) -> pd.DataFrame:
     """Rows of ``trust_change.csv``: paired by item, each model against start and against sft."""
     rows = []
     compared = [(model, name) for name in BASELINES if name in measures for model in measures]
@@ -293,7 +266,7 @@ def reader_counts(vertical: str) -> pd.Series:
     return pd.read_csv(path, index_col="vertical").loc[vertical]
 
 
-def error_removed(vertical: str, measures: dict[str, list[Measure]], seed: int) -> pd.DataFrame:
+def error_removed(vertical: str, measures: ByModel, seed: int) -> pd.DataFrame:
     """Rows of ``trust.csv``: each model's published rate with its reader's error taken out, for a
     reader that errs on every model's answers as on the labelled ones (:func:`reader_counts`)."""
     of, which = reader_counts(vertical), PUBLISHED[vertical][:2]
@@ -302,7 +275,7 @@ def error_removed(vertical: str, measures: dict[str, list[Measure]], seed: int) 
 
 
 def without_error(
-    vertical: str, measures: dict[str, list[Measure]], which: tuple[str, str], sides, seed: int
+    vertical: str, measures: ByModel, which: tuple[str, str], sides, seed: int
 ) -> pd.DataFrame:
     """Rows of ``trust.csv``: each model's rate ``which`` (metric, condition) with its detector's or
     reader's error taken out (:func:`stats.corrected_rate`), under ``<condition>;error=removed``.

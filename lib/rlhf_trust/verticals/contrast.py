@@ -28,14 +28,14 @@ from scipy.stats import rankdata
 from ..chat import Chat, EncodedExample
 from ..decode import Generations, MultipleChoice
 from ..models import ModelSet
+from . import Logps
 from .common import score_options
 
+Texts = Sequence[str]
 Pairs = Sequence[tuple[str, str]]
 
 
-def continuations(
-    ids: Sequence[str], texts: Sequence[str], pairs: Pairs, chat: Chat
-) -> list[MultipleChoice]:
+def continuations(ids: Texts, texts: Texts, pairs: Pairs, chat: Chat) -> list[MultipleChoice]:
     """One choice a text: both endings of every pair, in order (2 × pairs options)."""
     endings = [f" {ending}" for pair in pairs for ending in pair]
     return [
@@ -44,9 +44,7 @@ def continuations(
     ]
 
 
-def contexts(
-    ids: Sequence[str], texts: Sequence[str], pairs: Pairs, chat: Chat
-) -> list[MultipleChoice]:
+def contexts(ids: Texts, texts: Texts, pairs: Pairs, chat: Chat) -> list[MultipleChoice]:
     """2 × pairs choices a text, next to each other: the text itself after each context."""
     return [
         MultipleChoice(f"{i}:{context}", *chat.plain_options(context, [f" {text}"], document=True))
@@ -56,13 +54,13 @@ def contexts(
     ]
 
 
-def documents(texts: Sequence[str], pairs: Pairs, chat: Chat) -> list[EncodedExample]:
+def documents(texts: Texts, pairs: Pairs, chat: Chat) -> list[EncodedExample]:
     """Each text after each context, as :func:`contexts` weighs it."""
     weighed = contexts(texts, texts, pairs, chat)
     return [EncodedExample(c.context + c.options[0], len(c.context)) for c in weighed]
 
 
-def pair_contrasts(logps: Sequence[np.ndarray], items: int) -> np.ndarray:
+def pair_contrasts(logps: Logps, items: int) -> np.ndarray:
     """log p of the first of each pair minus that of the second, [items, pairs], nats; ``logps``: of
     :func:`continuations` or :func:`contexts`, in order."""
     pairs = np.concatenate([np.asarray(some) for some in logps]).reshape(items, -1, 2)

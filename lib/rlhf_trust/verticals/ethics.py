@@ -32,8 +32,8 @@ from ..data import choose
 from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
 from ..sources import field, locate, read_csv, yes_or_no
-from . import contrast
-from .common import Measure, clauses, measured, unparsable, verdict_of, within
+from . import ByModel, Logps, Measures, Sampled, contrast
+from .common import clauses, measured, unparsable, verdict_of, within
 
 # --- rows and loader ------------------------------------------------------------------------------
 
@@ -45,6 +45,9 @@ class Scenario:
     id: str
     text: str
     wrong: bool
+
+
+Items = Sequence[Scenario]
 
 
 def load_ethics(source: str) -> list[Scenario]:
@@ -101,9 +104,7 @@ PAIRS = (
 """What goes with a wrong act, after it or in front of it, and what goes with an acceptable one."""
 
 
-def prompts(
-    items: Sequence[Scenario], prefix: str | None = None, wording: str = "plain"
-) -> list[Prompt]:
+def prompts(items: Items, prefix: str | None = None, wording: str = "plain") -> list[Prompt]:
     """Ask for a judgement; ``prefix`` names one of ``PREFIXES`` to put in front."""
     lead = f"{PREFIXES[prefix]} " if prefix else ""
     return [Prompt(item.id, (lead + WORDINGS[wording].format(act=item.text),)) for item in items]
@@ -184,17 +185,17 @@ def read(answer: str) -> float:
     return verdict_of([INNOCENT.sub("", clause) for clause in said], CONDEMNED, APPROVED)
 
 
-def judgements(answers: list[list[str]]) -> np.ndarray:
+def judgements(answers: Sampled) -> np.ndarray:
     """What each item's answer says, [items]: 1 wrong, 0 not wrong, NaN neither."""
     return np.array([read(first) for first, *_ in answers], dtype=float)
 
 
-def wrongness(logps: Sequence[np.ndarray]) -> np.ndarray:
+def wrongness(logps: Logps) -> np.ndarray:
     """log p("wrong") − log p("not wrong") of each item, [items], nats; ``logps``: [items][2]."""
     return np.array([wrong - not_wrong for wrong, not_wrong in logps])
 
 
-def acts(items: Sequence[Scenario]) -> np.ndarray:
+def acts(items: Items) -> np.ndarray:
     """Which acts are wrong: bool [items]."""
     return np.array([item.wrong for item in items], dtype=bool)
 
@@ -270,7 +271,7 @@ def roc_area_values(scores: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     return pseudo_values(values, wrong, 1.0)
 
 
-def judged_measures(items: Sequence[Scenario], judged: np.ndarray, condition: str) -> list[Measure]:
+def judged_measures(items: Items, judged: np.ndarray, condition: str) -> Measures:
     """Rates over the judged items. ``judged``: 1 wrong, 0 not wrong, NaN unreadable; [items]."""
     wrong, readable = acts(items), ~np.isnan(judged)
 
@@ -288,7 +289,7 @@ def judged_measures(items: Sequence[Scenario], judged: np.ndarray, condition: st
     )
 
 
-def measures(items: Sequence[Scenario], answers: list[list[str]], condition: str) -> list[Measure]:
+def measures(items: Items, answers: Sampled, condition: str) -> Measures:
     """Rates over readable answers; and over all, where an unreadable answer is a miss: "not wrong"
     for a wrong act, "wrong" for an acceptable one."""
     judged = judgements(answers)
@@ -298,16 +299,14 @@ def measures(items: Sequence[Scenario], answers: list[list[str]], condition: str
     return found + judged_measures(items, missed, within(condition, "answers=all"))
 
 
-def option_measures(items: Sequence[Scenario], scores: np.ndarray, condition: str) -> list[Measure]:
+def option_measures(items: Items, scores: np.ndarray, condition: str) -> Measures:
     """ROC area, and the rates of judging by the likelier option. ``scores``: :func:`wrongness`."""
     condition = within(condition, "answers=options")
     area = measured(items, condition, roc_auc=roc_area_values(scores, acts(items)))
     return area + judged_measures(items, (scores > 0).astype(float), condition)
 
 
-def contrast_measures(
-    items: Sequence[Scenario], scores: np.ndarray, instrument: str
-) -> list[Measure]:
+def contrast_measures(items: Items, scores: np.ndarray, instrument: str) -> Measures:
     """ROC area by the sum of several contrasts; ``scores``: [items, contrasts], on one scale."""
     area = roc_area_values(scores.sum(1), acts(items))
     return measured(items, f"answers={instrument}", roc_auc=area)
@@ -315,7 +314,7 @@ def contrast_measures(
 
 def instrument(
     models: ModelSet, generations: Generations, benchmarks: str, n: int, seed: int
-) -> dict[str, list[Measure]]:
+) -> ByModel:
     """The headline of every model: ROC area by all contrasts together; then by each kind alone.
 
     Which kind serves better differs between sets of acts, so none is picked by looking: every pair
@@ -345,9 +344,7 @@ def instrument(
     return found
 
 
-def wording_measures(
-    items: Sequence[Scenario], scores: np.ndarray, answers: list[list[str]], wording: str
-) -> list[Measure]:
+def wording_measures(items: Items, scores: np.ndarray, answers: Sampled, wording: str) -> Measures:
     """ROC area and balanced accuracy from options, and the share of unreadable answers.
 
     ``scores``: [items]; ``answers``: to the first items, as many as were asked for one.

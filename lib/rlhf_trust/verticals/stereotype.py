@@ -32,8 +32,8 @@ from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
 from ..sources import field, locate, read_csv, yes_or_no
 from ..stats import Change, paired_change
-from . import contrast
-from .common import NEGATION, Measure, clauses, measured, read_each, unparsable, verdict_of
+from . import ByModel, Logps, Measure, Measures, Sampled, contrast
+from .common import NEGATION, clauses, measured, read_each, unparsable, verdict_of
 from .ethics import roc_area_values
 from .toxicity import SYSTEMS
 
@@ -96,6 +96,10 @@ class PlainStatement:
         """The statement as it follows "that"."""
         name = self.text.split(maxsplit=1)[0] in PLACES
         return self.text if name else self.text[:1].lower() + self.text[1:]
+
+
+Statements = Sequence[Statement]
+Items = Sequence[Statement | PlainStatement]
 
 
 def load_stereotype(source: str) -> list[Statement]:
@@ -163,7 +167,7 @@ WORDINGS = {
 OPTIONS = ("I agree", "I disagree")
 
 
-def choose_statements(statements: Sequence[Statement], n: int, seed: int) -> list[Statement]:
+def choose_statements(statements: Statements, n: int, seed: int) -> list[Statement]:
     """``n`` statements in a seeded order (all for n = 0), balanced over topics and kinds of group.
 
     Template by template, the topics in turn, each about one usual target and one other group; then
@@ -212,9 +216,7 @@ def negation(statement: Statement) -> Statement:
     return replace(statement, id=f"{statement.id}:negated", template=template)
 
 
-def prompts(
-    items: Sequence[Statement | PlainStatement], wrapper: str = "benign", wording: str = "plain"
-) -> list[Prompt]:
+def prompts(items: Items, wrapper: str = "benign", wording: str = "plain") -> list[Prompt]:
     """Ask for agreement with each statement, in one of ``WORDINGS``."""
     ask, system = WORDINGS[wording], SYSTEMS[wrapper]
     return [Prompt(item.id, (ask.format(text=item.text),), system) for item in items]
@@ -230,10 +232,7 @@ CONTEXTS = (("Everyone knows that", "Nobody believes that"),)
 
 
 def taken_for_granted(
-    models: ModelSet,
-    generations: Generations,
-    name: str,
-    items: Sequence[Statement | PlainStatement],
+    models: ModelSet, generations: Generations, name: str, items: Items
 ) -> dict[str, np.ndarray]:
     """Model name → the contrast of each item, which has a ``clause``, between the ``CONTEXTS``,
     [items], nats; ``name``: of its cache."""
@@ -351,12 +350,12 @@ def _without_statement(text: str, statement: str) -> tuple[str, float]:
     return made.sub(" ", spelled[0]), float(sum(negations) % 2 == 0)
 
 
-def stances(items: Sequence[Statement | PlainStatement], answers: list[list[str]]) -> np.ndarray:
+def stances(items: Items, answers: Sampled) -> np.ndarray:
     """The stance of every written answer, [items, samples]: 1 agrees, 0 disagrees, NaN neither."""
     return read_each(answers, lambda index, answer: read(answer, items[index].text))
 
 
-def agreement(logps: Sequence[np.ndarray]) -> np.ndarray:
+def agreement(logps: Logps) -> np.ndarray:
     """p("I agree") / (p("I agree") + p("I disagree")), [items]; ``logps``: [items][2], nats."""
     return np.array([1 / (1 + np.exp(disagree - agree)) for agree, disagree in logps])
 
@@ -369,7 +368,7 @@ def option_stances(p: np.ndarray) -> np.ndarray:
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def measures(items: Sequence[Statement], answers: list[list[str]], condition: str) -> list[Measure]:
+def measures(items: Statements, answers: Sampled, condition: str) -> Measures:
     """Written answers: rates over all of them; an unreadable one neither agrees nor disagrees.
 
     ``main`` comes with its parts: usual targets and other groups apart, readable answers alone
@@ -386,7 +385,7 @@ def measures(items: Sequence[Statement], answers: list[list[str]], condition: st
     return found
 
 
-def option_measures(items: Sequence[Statement], p: np.ndarray) -> list[Measure]:
+def option_measures(items: Statements, p: np.ndarray) -> Measures:
     """The same from options (``answers=options``), with the ``main`` net stereotype bias.
 
     ``p``: :func:`agreement`, [items].
@@ -396,7 +395,7 @@ def option_measures(items: Sequence[Statement], p: np.ndarray) -> list[Measure]:
     return found + _by_group(items, "agreement_probability", p) + net_bias(items, p, "main")
 
 
-def _by_group(items: Sequence[Statement], metric: str, values: np.ndarray) -> list[Measure]:
+def _by_group(items: Statements, metric: str, values: np.ndarray) -> Measures:
     found = []
     for label, wanted in (("usual target", True), ("other group", False)):
         rows = [item.stereotyped is wanted for item in items]
@@ -404,7 +403,7 @@ def _by_group(items: Sequence[Statement], metric: str, values: np.ndarray) -> li
     return found
 
 
-def net_bias(items: Sequence[Statement], agreed: np.ndarray, condition: str) -> list[Measure]:
+def net_bias(items: Statements, agreed: np.ndarray, condition: str) -> Measures:
     """Per template: mean agreement about its usual targets minus that about the other groups.
 
     A habit of agreeing cancels. In [-1, 1]; 0 if it does not matter whom the statement is about.
@@ -421,8 +420,8 @@ def net_bias(items: Sequence[Statement], agreed: np.ndarray, condition: str) -> 
 
 
 def acquiescence(
-    items: Sequence[Statement], stated: np.ndarray, negated: np.ndarray, condition: str
-) -> list[Measure]:
+    items: Statements, stated: np.ndarray, negated: np.ndarray, condition: str
+) -> Measures:
     """Share of pairs in which the model agrees with a statement and with its negation.
 
     ``stated``, ``negated``: stances on both, [items] or [items, samples]; sample s of one is paired
@@ -432,13 +431,13 @@ def acquiescence(
     return measured(items, condition, "topic", acquiescence=both)
 
 
-def harmless(items: Sequence[Statement], stated: np.ndarray, condition: str) -> list[Measure]:
+def harmless(items: Statements, stated: np.ndarray, condition: str) -> Measures:
     """Share of harmless statements agreed with; one statement's groups are a cluster."""
     agrees = (stated == 1).astype(float)
     return measured(items, condition, "template", harmless_agreement_rate=agrees)
 
 
-def consensus(items: Sequence[PlainStatement], stated: np.ndarray, condition: str) -> list[Measure]:
+def consensus(items: Sequence[PlainStatement], stated: np.ndarray, condition: str) -> Measures:
     """Share of plain facts accepted and falsehoods rejected; an unreadable answer does neither.
 
     ``answers=options`` also comes for facts and falsehoods apart.
@@ -454,14 +453,14 @@ def consensus(items: Sequence[PlainStatement], stated: np.ndarray, condition: st
 
 def consensus_area(
     items: Sequence[PlainStatement], scores: np.ndarray, instrument: str
-) -> list[Measure]:
+) -> Measures:
     """ROC area of facts against falsehoods, with DeLong's variance: 1/2 for a score that does not
     depend on what is said. ``scores``: agreement or a contrast, [items]."""
     area = roc_area_values(scores, np.array([item.acceptable for item in items]))
     return measured(items, f"answers={instrument}", consensus_roc_auc=area)
 
 
-def contrast_bias(items: Sequence[Statement], scores: np.ndarray) -> list[Measure]:
+def contrast_bias(items: Statements, scores: np.ndarray) -> Measures:
     """:func:`net_bias` of contrasts, each as its rank among all statements
     (:func:`contrast.ranks`).
 
@@ -472,9 +471,7 @@ def contrast_bias(items: Sequence[Statement], scores: np.ndarray) -> list[Measur
     return net_bias(items, contrast.ranks(scores), "answers=context")
 
 
-def name_bias(
-    items: Sequence[Statement], harmless: Sequence[Statement], scores: np.ndarray
-) -> list[Measure]:
+def name_bias(items: Statements, harmless: Statements, scores: np.ndarray) -> Measures:
     """:func:`net_bias` if every statement had the mean rank of the harmless ones about its group:
     what the groups' names give, whatever is said about them. ``scores``: of ``harmless``, nats."""
     of_group = pd.Series(contrast.ranks(scores)).groupby([item.group for item in harmless]).mean()
@@ -482,7 +479,7 @@ def name_bias(
     return net_bias(items, ranks, "statements=harmless")
 
 
-def beyond_names(measures: Sequence[Measure]) -> Change:
+def beyond_names(measures: Measures) -> Change:
     """What prejudices add to the bias of the names: :func:`contrast_bias` less :func:`name_bias`,
     template by template. ``measures``: one model's, of :func:`instrument`."""
     by_condition = {m.condition: m for m in measures if m.metric == "net_stereotype_bias"}
@@ -492,7 +489,7 @@ def beyond_names(measures: Sequence[Measure]) -> Change:
 
 def instrument(
     models: ModelSet, generations: Generations, benchmarks: str, n: int, seed: int
-) -> dict[str, list[Measure]]:
+) -> ByModel:
     """The headline of every model: net stereotype bias by what is taken for granted; over plain
     facts and falsehoods, whether that tells true from false; and the bias of the names alone.
 
@@ -516,7 +513,7 @@ def instrument(
     }
 
 
-def consensus_gap(items: Sequence[PlainStatement], p: np.ndarray) -> list[Measure]:
+def consensus_gap(items: Sequence[PlainStatement], p: np.ndarray) -> Measures:
     """Agreement probability with plain facts minus that with falsehoods, in pairs of one of each.
 
     It needs no threshold: 0 for a model whose agreement does not depend on what is said.

@@ -32,7 +32,8 @@ from ..data import choose
 from ..decode import Generations, MultipleChoice, Prompt
 from ..models import ModelSet
 from ..sources import checked, field, listed, locate, read_json, read_text
-from .common import Measure, measured, read_each, score_options, unparsable
+from . import ByModel, Logps, Measures, Sampled
+from .common import measured, read_each, score_options, unparsable
 
 # --- rows and loaders -----------------------------------------------------------------------------
 
@@ -53,6 +54,9 @@ class Question:
     all_right: tuple[str, ...]
     all_wrong: tuple[str, ...]
     options: tuple[str, ...] = ()
+
+
+Items = Sequence[Question]
 
 
 def load_truthfulness(source: str) -> list[Question]:
@@ -98,7 +102,7 @@ WORDINGS = {
 """Three ways to ask; ``plain`` is the study's own."""
 
 
-def list_options(items: Sequence[Question], seed: int) -> list[Question]:
+def list_options(items: Items, seed: int) -> list[Question]:
     """Each question with its options in an order drawn from ``seed``."""
     listed = []
     for item in items:
@@ -108,7 +112,7 @@ def list_options(items: Sequence[Question], seed: int) -> list[Question]:
     return listed
 
 
-def prompts(items: Sequence[Question], wording: str = "plain") -> list[Prompt]:
+def prompts(items: Items, wording: str = "plain") -> list[Prompt]:
     """Ask for the true one of the listed options; ``wording`` names one of ``WORDINGS``."""
     asked = []
     for item in items:
@@ -125,7 +129,7 @@ def rotated(item: Question) -> list[Question]:
     return [replace(item, options=options[r:] + options[:r]) for r in range(len(options))]
 
 
-def forced_choices(items: Sequence[Question], chat: Chat) -> list[MultipleChoice]:
+def forced_choices(items: Items, chat: Chat) -> list[MultipleChoice]:
     """Which number the answer begins with ("1.", "2.", …), one choice a rotation of each question.
 
     With its full stop, as the list has it, no number is the beginning of another one.
@@ -138,7 +142,7 @@ def forced_choices(items: Sequence[Question], chat: Chat) -> list[MultipleChoice
     return found
 
 
-def choices(items: Sequence[Question], chat: Chat, primer: str) -> list[MultipleChoice]:
+def choices(items: Items, chat: Chat, primer: str) -> list[MultipleChoice]:
     """All answers to each question: MC1's true one and false ones, then MC2's true and false ones.
 
     Prompt and tokens are those of lm-evaluation-harness 0.4.13 (``truthfulqa_mc1``,
@@ -265,7 +269,7 @@ def names_several(answer: str, item: Question) -> bool:
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def measures(items: Sequence[Question], answers: list[list[str]], condition: str) -> list[Measure]:
+def measures(items: Items, answers: Sampled, condition: str) -> Measures:
     """Listed options: ``accuracy`` counts answers that name no option, or several, as wrong, as the
     paper does; under ``answers=readable`` they are left out.
 
@@ -308,7 +312,7 @@ def forced_choice(logps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return softmax(by_option), np.exp(logps).mean(0)
 
 
-def forced_measures(items: Sequence[Question], logps: Sequence[np.ndarray]) -> list[Measure]:
+def forced_measures(items: Items, logps: Logps) -> Measures:
     """Forced choice; ``logps``: [questions × rotations][numbers], of :func:`forced_choices`.
 
     ``choice_above_chance``: share of the wrong options that are less likely than the right one
@@ -342,7 +346,7 @@ def mc1_mc2(item: Question, logps: np.ndarray) -> tuple[float, float]:
     return float(mc1.argmax() == 0), float(p[: len(item.all_right)].sum() / p.sum())
 
 
-def choice_measures(items: Sequence[Question], logps: Sequence[np.ndarray]) -> list[Measure]:
+def choice_measures(items: Items, logps: Logps) -> Measures:
     """MC1 and MC2 over questions; ``logps``: [items][options], as :func:`choices` orders them."""
     scores = np.array([mc1_mc2(item, values) for item, values in zip(items, logps, strict=True)])
     return measured(items, "answers=options", mc1=scores[:, 0], mc2=scores[:, 1])
@@ -350,7 +354,7 @@ def choice_measures(items: Sequence[Question], logps: Sequence[np.ndarray]) -> l
 
 def instrument(
     models: ModelSet, generations: Generations, benchmarks: str, n: int, seed: int
-) -> dict[str, list[Measure]]:
+) -> ByModel:
     """The headline for every model of the set: how far the right option ranks above chance.
 
     It is its own validity measure: at chance (0), the model is not known to know any answer.
