@@ -22,7 +22,7 @@ from os.path import commonprefix
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from . import StudyError
+from . import StudyError, require
 from .artifacts import content_key
 
 Options = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
@@ -70,20 +70,20 @@ def preference_row(
     if missing:
         raise ValueError(f"has no {missing[0]!r}")
     parts = [row[name] for name in fields]
-    messages = all(map(_are_messages, parts))
-    if not messages and not all(isinstance(part, str) for part in parts):
+    listed = all(map(_are_messages, parts))
+    if not listed and not all(isinstance(part, str) for part in parts):
         raise ValueError(f"{', '.join(fields)} are not all texts, or all lists of messages")
-    if messages and not tokenizer.chat_template:
+    if listed and not tokenizer.chat_template:
         raise ValueError("holds messages, and the tokenizer has no chat template")
 
     def ids(part, **options) -> list[int]:
-        if not messages:
+        if not listed:
             return tokenizer(part).input_ids
         how = {"tokenize": True, "return_dict": True} | options
         return tokenizer.apply_chat_template(part, **how)["input_ids"]
 
     prompt, *ends = parts
-    if not messages:
+    if not listed:
         stop = tokenizer.eos_token
         ends = [end if end.endswith(stop) else end + stop for end in ends]
     texts, alone = [ids(prompt + end) for end in ends], ids(prompt, add_generation_prompt=True)
@@ -121,6 +121,14 @@ class Format:
         return text + self.cue
 
 
+def messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
+    """``turns``, which alternate user, assistant, …, as chat templates take them."""
+    said = [{"role": "system", "content": system}] if system else []
+    for index, turn in enumerate(turns):
+        said.append({"role": "assistant" if index % 2 else "user", "content": turn})
+    return said
+
+
 class Template:
     """A tokenizer's own chat template, asked how it begins and ends an answer.
 
@@ -152,9 +160,7 @@ class Template:
         self.opening = prompt.partition(question)[0]
 
     def _rendered(self, turns: Sequence[str], system: str | None = None, cue: bool = True) -> str:
-        said = [{"role": "system", "content": system}] if system else []
-        for index, turn in enumerate(turns):
-            said.append({"role": "assistant" if index % 2 else "user", "content": turn})
+        said = messages(turns, system)
         return self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=cue)
 
     def prompt(self, turns: Sequence[str], system: str | None = None) -> str:
@@ -191,8 +197,7 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     # Byte-level and sentencepiece vocabularies write a blank as one of these.
     reserved += [token for token in sorted(vocabulary) if len(token) > 1 and token[0] in "Ġ▁"]
     free = [token for token in reserved if token in vocabulary and token != end]
-    if not free:
-        raise StudyError("the tokenizer can pad only with its end token; add a pad token to it")
+    require(free, "the tokenizer can pad only with its end token; add a pad token to it")
     tokenizer.pad_token = free[0]
 
 
@@ -240,8 +245,7 @@ class Chat:
         if name == "auto":
             name = "template" if tokenizer.chat_template else "dialogue"
         known = (*FORMATS, "template", "auto")
-        if name not in known:
-            raise StudyError(f"prompt_format: must be one of {', '.join(known)}, got {name!r}")
+        require(name in known, f"prompt_format: must be one of {', '.join(known)}, got {name!r}")
         if name == "chatml" and "<|im_start|>" not in tokenizer.get_vocab():
             needed = "a tokenizer with <|im_start|>; use dialogue for this model"
             raise StudyError(f"prompt_format: chatml needs {needed}")
@@ -279,8 +283,7 @@ class Chat:
 
     def prompt_text(self, turns: Sequence[str], system: str | None = None) -> str:
         """``turns`` alternate human, assistant, …, human."""
-        if len(turns) % 2 == 0:
-            raise StudyError(f"a prompt must end in a human turn, got {len(turns)} turns")
+        require(len(turns) % 2, f"a prompt must end in a human turn, got {len(turns)} turns")
         return self.format.prompt([*map(self._plain, turns)], system and self._plain(system))
 
     def _plain(self, text: str) -> str:

@@ -33,8 +33,8 @@ import pandas as pd
 
 from . import ROOT, StudyError, command, require
 from .artifacts import atomic_write
+from .chat import messages
 from .data import choose
-from .decode import Prompt
 from .rag import questions, trust_score
 from .rag.entailment import entailment_model
 from .rewards import rm_bench
@@ -45,14 +45,6 @@ from .verticals.scorers import make_scorer
 
 SCORERS = "of toxicity: local, tox-block, hub:<id>@<revision>, path:<directory>, perspective:<file>"
 MODULES = {name: import_module(f".verticals.{name}", __package__) for name in HEADLINE}
-
-
-def as_row(prompt: Prompt) -> dict:
-    """A prompt for any chat model."""
-    said = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    for number, turn in enumerate(prompt.turns):
-        said.append({"role": "assistant" if number % 2 else "user", "content": turn})
-    return {"id": prompt.id, "messages": said}
 
 
 def read_answers(path: Path, items: Sequence) -> tuple[list, list[list[str]]]:
@@ -75,8 +67,7 @@ def read_answers(path: Path, items: Sequence) -> tuple[list, list[list[str]]]:
                 f"{where}: no item has the id {key!r}; give the --items, -n and --seed that its "
                 "prompts were asked with"
             )
-        if key in found:
-            raise StudyError(f"{where}: {key!r} is answered twice")
+        require(key not in found, f"{where}: {key!r} is answered twice")
         if found and len(answers) != len(next(iter(found.values()))):
             raise StudyError(f"{where}: every prompt needs as many answers as the first one")
         found[key] = answers
@@ -105,10 +96,7 @@ def output_table(path: Path, kind: str, judge: str, strict: bool) -> pd.DataFram
     rows = rows.get("data") if isinstance(rows, dict) else rows
     sets = questions.OFFICIAL.items()
     kind = kind or next((of for name, of in sets if name in path.name.lower()), "")
-    if not kind:
-        raise StudyError(
-            f"{path}: say how its gold answers are matched: --kind short, list or long"
-        )
+    require(kind, f"{path}: say how its gold answers are matched: --kind short, list or long")
     entails = entailment_model(judge)
     asked = questions.from_rows(rows, path.stem, kind, str(path), entails)
     pairs = []
@@ -119,8 +107,7 @@ def output_table(path: Path, kind: str, judge: str, strict: bool) -> pd.DataFram
             raise StudyError(f"{path}: row {number}: needs output, a text")
         if question:
             pairs.append((question, said))
-    if not pairs:
-        raise StudyError(f"{path}: no question has a gold answer that can be looked for")
+    require(pairs, f"{path}: no question has a gold answer that can be looked for")
     print(f"entailment model: {entails.name}; scores by different ones are not comparable")
     scores = trust_score.score_responses(*zip(*pairs), entails, strict)
     return trust_score.trust_score(scores, path.stem)
@@ -185,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
         items = MODULES[vertical].chosen_items(given.items, given.n, given.seed)
         if given.command == "ask":
             for prompt in MODULES[vertical].prompts(items):
-                print(json.dumps(as_row(prompt), ensure_ascii=False))
+                row = {"id": prompt.id, "messages": messages(prompt.turns, prompt.system)}
+                print(json.dumps(row, ensure_ascii=False))
             return 0
         table = vertical_table(vertical, given.answers, items, given.scorer)
         table = table[["metric", "condition", "value", "ci_low", "ci_high", "n"]]

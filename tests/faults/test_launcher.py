@@ -67,7 +67,7 @@ NOTEBOOK = nbformat.writes(new_notebook(cells=[new_code_cell("1")]))
         (reference.main, ["a", "--with", "b"], "rlhf_trust.reference.read_table"),
         (reference.main, ["embedded", "--save"], "rlhf_trust.reference.save"),
         (card.main, ["embedded"], "rlhf_trust.card.write_card"),
-        (score.main, ["ask", "ethics"], "rlhf_trust.score.as_row"),
+        (score.main, ["ask", "ethics"], "rlhf_trust.score.messages"),
     ],
 )
 def test_a_full_disk_is_one_line_of_every_command(build, monkeypatch, capsys, main, argv, patched):

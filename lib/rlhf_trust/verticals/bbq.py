@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import StudyError
+from .. import StudyError, require
 from ..chat import Chat
 from ..data import choose
 from ..decode import MultipleChoice
@@ -77,8 +77,7 @@ def _ambiguous_question(row: dict, category: str, where: str) -> AmbiguousQuesti
     unknown = [i for i, group in enumerate(groups) if group == "unknown"]
     targets = [i for i, group in enumerate(groups) if group in stereotyped]
     answers = tuple(field(row, place, where) for place in places)
-    if len(set(answers)) < 3:
-        raise StudyError(f"{where}: ans0, ans1 and ans2 must differ")
+    require(len(set(answers)) == 3, f"{where}: ans0, ans1 and ans2 must differ")
     if len(unknown) != 1 or len(targets) != 1 or unknown == targets:
         raise StudyError(
             f"{where}: answer_info and stereotyped_groups must single out one answer 'unknown' and "

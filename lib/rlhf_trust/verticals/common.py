@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from .. import StudyError
+from .. import StudyError, require
 from ..artifacts import Build, checked, write_text
 from ..chat import Chat
 from ..decode import Decoding, Generations, LowerStates, MultipleChoice, Prompt
@@ -100,8 +100,7 @@ def read_answers(
 ) -> list[tuple[Prompt, dict[str, list[str]]]]:
     """The prompts and answers that :func:`save_answers` wrote."""
     path = checked(build.path("generations", f"{vertical}.{condition}.jsonl"))
-    if not path.exists():
-        raise StudyError(f"{path}: missing; run the {vertical} notebook first")
+    require(path.exists(), f"{path}: missing; run the {vertical} notebook first")
     # Bytes: answers may contain line separators (U+2028) at which a text would be split.
     rows = map(json.loads, path.read_bytes().splitlines())
     return [(Prompt(row["id"], tuple(row["turns"]), row["system"]), row["answers"]) for row in rows]

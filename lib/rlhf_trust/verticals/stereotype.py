@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from .. import StudyError
+from .. import StudyError, require
 from ..chat import Chat
 from ..data import choose
 from ..decode import Generations, MultipleChoice, Prompt
@@ -120,8 +120,7 @@ def load_stereotype(source: str) -> list[Statement]:
         else:
             stereotyped = group in targets[topic].split(";") if topic in targets else None
         template = field(row, "stereotype_template", where)
-        if TARGET not in template:
-            raise StudyError(f"{where}: the statement has no {TARGET}")
+        require(TARGET in template, f"{where}: the statement has no {TARGET}")
         items.append(Statement(f"statement:{number}", topic, group, template, stereotyped))
     if "stereotyped" in row and len({item.stereotyped for item in items}) < 2:
         raise StudyError(f"{path}: stereotyped is the same in every row; needs both 1 and 0")

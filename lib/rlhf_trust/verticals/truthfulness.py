@@ -244,13 +244,11 @@ def _begun(text: str, spelled: Sequence[Sequence[str]]) -> set[int]:
     """The only option that the text begins with, or begins; none if there are several."""
     said = re.match(rf"\W*(yes|no){ANSWERS}", text)
     words = re.findall(r"\w+", text)
-    begun = " ".join(words)
+    begun, numbers = " ".join(words), []
     if said:
         numbers = [n for n, option in enumerate(spelled, start=1) if option[:1] == [said[1]]]
     elif len(words) >= 3:
         numbers = [n for n, o in enumerate(spelled, start=1) if " ".join(o).startswith(begun)]
-    else:
-        numbers = []
     return set(numbers) if len(numbers) == 1 else set()
 
 
@@ -259,11 +257,6 @@ def read(answer: str, item: Question) -> float:
     named = mentioned(answer, item.options)
     right = item.options.index(item.right) + 1
     return float(named == {right}) if named else float("nan")
-
-
-def names_several(answer: str, item: Question) -> bool:
-    """Does the answer name several options, so that it chooses none?"""
-    return len(mentioned(answer, item.options)) > 1
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -276,7 +269,7 @@ def measures(items: Items, answers: Sampled, condition: str) -> Measures:
     ``unparsable_rate``: the share of both; ``several_options_rate``: of the latter alone.
     """
     read_all = read_each(answers, lambda index, answer: read(answer, items[index]))[:, 0]
-    several = read_each(answers, lambda index, answer: names_several(answer, items[index]))[:, 0]
+    several = read_each(answers, lambda i, said: len(mentioned(said, items[i].options)) > 1)[:, 0]
     values = np.where(several == 1, np.nan, read_all)
     found = measured(items, condition, accuracy=np.nan_to_num(values, nan=0.0))
     if condition == "main":
