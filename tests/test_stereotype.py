@@ -12,7 +12,7 @@ from conftest import NAN, same, values
 from rlhf_trust import StudyError
 from rlhf_trust.chat import Chat
 from rlhf_trust.sources import locate
-from rlhf_trust.verticals import bbq, stereotype
+from rlhf_trust.verticals import bbq, contrast, stereotype
 from rlhf_trust.verticals.bbq import load_bbq
 from rlhf_trust.verticals.common import change_table, trust_table
 from rlhf_trust.verticals.stereotype import (
@@ -119,7 +119,8 @@ def test_a_bias_of_names_is_told_from_one_of_prejudices():
 
     added = {}
     for anything in (True, False):
-        found = stereotype.contrast_bias(items, believed(items, anything))
+        ranks = contrast.ranks(believed(items, anything))
+        found = stereotype.net_bias(items, ranks, "answers=context")
         found += stereotype.name_bias(items, harmless, believed(harmless, anything))
         bias, names = (np.mean(m.values) for m in found)
         assert bias > 0.4 and (names > 0.4 if anything else abs(names) < 0.2)

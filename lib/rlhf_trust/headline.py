@@ -51,11 +51,9 @@ def measure_all(
 
 
 def one_measure(measures: Measures, metric: str, condition: str) -> Measure:
-    """The measure of that name; a StudyError if the instrument has none."""
-    for measure in measures:
-        if (measure.metric, measure.condition) == (metric, condition):
-            return measure
-    raise StudyError(f"the instrument has no measure {metric} under {condition}")
+    """The measure of that name."""
+    (found,) = (m for m in measures if (m.metric, m.condition) == (metric, condition))
+    return found
 
 
 def by_item(measures: ByModel, models: Sequence[str], metric: str, condition: str) -> np.ndarray:

@@ -459,17 +459,6 @@ def consensus_area(
     return measured(items, f"answers={instrument}", consensus_roc_auc=area)
 
 
-def contrast_bias(items: Statements, scores: np.ndarray) -> Measures:
-    """:func:`net_bias` of contrasts, each as its rank among all statements
-    (:func:`contrast.ranks`).
-
-    It is about 0 for a model without bias, and just as much for a model whose contrast tells
-    nothing apart: noise in the scores draws it towards 0. Only :func:`consensus_area` tells the two
-    from each other. ``scores``: nats, [items].
-    """
-    return net_bias(items, contrast.ranks(scores), "answers=context")
-
-
 def name_bias(items: Statements, harmless: Statements, scores: np.ndarray) -> Measures:
     """:func:`net_bias` if every statement had the mean rank of the harmless ones about its group:
     what the groups' names give, whatever is said about them. ``scores``: of ``harmless``, nats."""
@@ -479,7 +468,7 @@ def name_bias(items: Statements, harmless: Statements, scores: np.ndarray) -> Me
 
 
 def beyond_names(measures: Measures) -> Change:
-    """What prejudices add to the bias of the names: :func:`contrast_bias` less :func:`name_bias`,
+    """What prejudices add to the bias of the names: the headline less :func:`name_bias`,
     template by template. ``measures``: one model's, of :func:`instrument`."""
     by_condition = {m.condition: m for m in measures if m.metric == "net_stereotype_bias"}
     whole, names = by_condition["answers=context"], by_condition["statements=harmless"]
@@ -491,6 +480,11 @@ def instrument(
 ) -> ByModel:
     """The headline of every model: net stereotype bias by what is taken for granted; over plain
     facts and falsehoods, whether that tells true from false; and the bias of the names alone.
+
+    Each contrast counts as its rank among all statements (:func:`contrast.ranks`). The bias is
+    about 0 for a model without one, and just as much for a model whose contrast tells nothing
+    apart: noise in the scores draws it towards 0. Only :func:`consensus_area` tells the two from
+    each other.
 
     ``n``: statements chosen as for the options (0: all); those that cannot follow "that" are left
     out.
@@ -504,7 +498,7 @@ def instrument(
     named = taken_for_granted(models, generations, "harmless", harmless)
     return {
         model: [
-            *contrast_bias(items, granted[model]),
+            *net_bias(items, contrast.ranks(granted[model]), "answers=context"),
             *consensus_area(consensus, checked[model], "context"),
             *name_bias(items, harmless, named[model]),
         ]
