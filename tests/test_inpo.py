@@ -325,14 +325,9 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_backbone_bare(tiny_dire
     [
         ({"tau": 0.2, "eta": 0.1}, "tau: must be between 0 and eta = 0.1, got 0.2"),
         ({"tau": -0.1}, "tau: must be between"),
-        ({"eta": 0.0, "tau": 0.0}, "eta: must be above 0"),
-        ({"max_kl": float("nan")}, "max_kl: must be above 0"),
-        ({"learning_rate": 0.0}, "learning_rate: must be above 0"),
         ({"answers_per_prompt": 1}, "must be 2, 4, 8"),
         ({"answers_per_prompt": 6}, "must be 2, 4, 8"),
         ({"mode": "theory"}, "must be 2 in theory mode, got 8"),
-        ({"mode": "nash"}, "mode: must be paper or theory"),
-        ({"rounds": 0}, "rounds: must be at least 1"),
     ],
 )
 def test_wrong_settings(wrong, said):
@@ -354,7 +349,5 @@ def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path):
         run(tiny_llama, tmp_path, QUICK, lambda model: broken)
     with pytest.raises(StudyError, match=r"^step \d+: the KL .* lower learning_rate, or raise"):
         run(tiny_llama, tmp_path, dataclasses.replace(QUICK, learning_rate=0.3, max_kl=0.01))
-    with pytest.raises(StudyError, match="held-out prompt"):
-        run(tiny_llama, tmp_path, QUICK, held_out=[])
     assert not (tmp_path / "inpo").exists()
     assert not any("lora" in name for name, _ in tiny_llama.model.named_parameters())

@@ -55,26 +55,7 @@ def judged(judge):
     return ts.score_responses([QUESTION], [ANSWER], judge)
 
 
-def tournament(*counts, chance=0.7):
-    return inpo.tournaments([(str(i), texts(k)) for i, k in enumerate(counts)], always(chance))
-
-
-def tosses(*counts, chance=0.7):
-    return inpo.coin_tosses([(str(i), texts(k)) for i, k in enumerate(counts)], always(chance), 0)
-
-
 ODD = {
-    "three answers in a tournament": (lambda: tournament(3), "2, 4, 8, … for a tournament"),
-    "six answers in a tournament": (lambda: tournament(6, 6), "2, 4, 8, … for a tournament"),
-    "prompts with 2 and 4 answers": (lambda: tournament(2, 4), r"the same for all, got \[2, 4\]"),
-    "three answers to a coin": (lambda: tosses(3), "must be two"),
-    "no probability in a tournament": (lambda: tournament(4, chance=NAN), "no probability"),
-    "no probability for a coin": (lambda: tosses(2, chance=NAN), "no probability"),
-    "per cent for a coin": (lambda: tosses(2, chance=70), "no probability"),
-    "an oracle that stops early": (
-        lambda: inpo.tournaments([("p", texts(4))], lambda matches: np.array([0.7])),
-        r"gave \(1,\) values for 2 matches",
-    ),
     "tau above eta": (
         lambda: inpo.mirror_step(EVEN, EVEN, CYCLE, 0.3, 0.1),
         "needs 0 <= tau <= eta, got 0.3, 0.1",
@@ -91,12 +72,6 @@ ODD = {
         lambda: inpo.mirror_step(EVEN, EVEN, CYCLE[:2], 0.1, 0.3),
         "3 answers need a table",
     ),
-    "eta of 0": (lambda: inpo.mixed_reference({}, {}, 0.0, 0.0), "eta: must be above 0"),
-    "half a round": (
-        lambda: inpo.INPOConfig(rounds=2.5),
-        "rounds: must be a whole number, got 2.5",
-    ),
-    "a flag for a count": (lambda: inpo.INPOConfig(epochs=True), "epochs: must be a whole number"),
     "a judge that says .3": (
         lambda: judged(always(0.3)),
         "must say True or False of each pair, got 0.3",

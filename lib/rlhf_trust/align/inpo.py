@@ -66,7 +66,7 @@ from ..decode import Decoding, Example, LowerStates, MultipleChoice, Prompt, opt
 from ..losses import INPOLoss, reference_logps
 from ..training import TrainConfig, fit
 from . import rollout
-from .rollout import RewardFn, RewardFnMaker, check_settings
+from .rollout import RewardFn, RewardFnMaker
 
 Match = tuple[str, EncodedExample, EncodedExample]
 """A prompt's id and two answers to it."""
@@ -83,7 +83,7 @@ PairLogps = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class INPOConfig:
-    """Settings of an INPO run.
+    """Settings of an INPO run, each in the range that 05-inpo declares for it.
 
     ``mode``: ``paper`` or ``theory`` (module docstring). ``eta``: penalty for moving away from π_t;
     the loss pulls a pair's log-ratio to 1/(2η) nats. ``tau``: penalty for moving away from π_ref.
@@ -106,17 +106,14 @@ class INPOConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_settings(self, "mode", lambda x: x in ("paper", "theory"), "paper or theory")
-        check_settings(self, "eta learning_rate max_kl", lambda x: x > 0, "above 0")
         # Leaving the last policy cannot cost less than it pays for leaving the reference.
-        between = f"between 0 and eta = {self.eta:g}"
-        check_settings(self, "tau", lambda x: 0 <= x <= self.eta, between)
-        k = "answers_per_prompt"
+        tau = f"tau: must be between 0 and eta = {self.eta:g}, got {self.tau}"
+        require(0 <= self.tau <= self.eta, tau)
+        k, wanted = self.answers_per_prompt, "2, 4, 8, … for a tournament"
+        fine = k > 1 and k & (k - 1) == 0
         if self.mode == "theory":
-            check_settings(self, k, lambda x: x == 2, "2 in theory mode")
-        check_settings(self, k, lambda x: x > 1 and x & (x - 1) == 0, "2, 4, 8, … for a tournament")
-        counts = "rounds prompts_per_round max_new_tokens batch_size epochs"
-        check_settings(self, counts, lambda x: x >= 1, "at least 1")
+            fine, wanted = k == 2, "2 in theory mode"
+        require(fine, f"answers_per_prompt: must be {wanted}, got {k}")
 
 
 # --- the game on a table --------------------------------------------------------------------------
@@ -150,8 +147,7 @@ def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float) -> np
 
     Solved for a large τ first, where π* is near π_ref, then for smaller ones down to ``tau``.
     """
-    if not tau > 0:
-        raise StudyError(f"tau: only above 0 is there one equilibrium to find, got {tau}")
+    require(tau > 0, f"tau: only above 0 is there one equilibrium to find, got {tau}")
     _check_game(reference, preference)
 
     def residual(logits: np.ndarray, tau: float) -> np.ndarray:
@@ -162,27 +158,11 @@ def equilibrium(reference: np.ndarray, preference: np.ndarray, tau: float) -> np
     for larger_tau in tau * 2.0 ** np.arange(halvings, -1, -1):
         log_policy = log_softmax(root(residual, log_policy, larger_tau, tol=1e-14).x)
     gap = np.abs(np.exp(log_policy + residual(log_policy, tau)) - np.exp(log_policy)).max()
-    if not gap < 1e-10:
-        raise StudyError(f"equilibrium: found to {gap:.2g} only, not to 1e-10; use a larger tau")
+    require(gap < 1e-10, f"equilibrium: found to {gap:.2g} only, not to 1e-10; use a larger tau")
     return np.exp(log_policy)
 
 
 # --- from answers to pairs ------------------------------------------------------------------------
-
-
-def _asked(oracle: Oracle, matches: Sequence[Match]) -> np.ndarray:
-    """The oracle's probabilities, [matches], checked to be some."""
-    chances = np.asarray(oracle(matches), dtype=float)
-    count = f"oracle: gave {chances.shape} values for {len(matches)} matches"
-    require(chances.shape == (len(matches),), count)
-    require(np.all((0 <= chances) & (chances <= 1)), "oracle: gave a value that is no probability")
-    return chances
-
-
-def _check_counts(answers: Answers, allowed: Callable[[int], bool], needed: str) -> None:
-    counts = sorted({len(of_prompt) for _, of_prompt in answers})
-    fine = len(counts) == 1 and allowed(counts[0])
-    require(fine, f"answers to a prompt: must be {needed}, the same for all, got {counts}")
 
 
 def tournaments(answers: Answers, oracle: Oracle) -> list[Match]:
@@ -200,7 +180,7 @@ def tournaments(answers: Answers, oracle: Oracle) -> list[Match]:
         matches = []
         for (key, of_prompt), *both in zip(answers, first, second):
             matches += [(key, of_prompt[i], of_prompt[j]) for i, j in zip(*both)]
-        return _asked(oracle, matches).reshape(first.shape)
+        return oracle(matches).reshape(first.shape)
 
     def play(field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours play each other: winners and losers, both [prompts, matches]."""
@@ -208,7 +188,6 @@ def tournaments(answers: Answers, oracle: Oracle) -> list[Match]:
         first_wins = chances(first, second) >= 0.5
         return np.where(first_wins, first, second), np.where(first_wins, second, first)
 
-    _check_counts(answers, lambda k: k > 1 and k & (k - 1) == 0, "2, 4, 8, … for a tournament")
     best, worst = play(np.array([range(len(of_prompt)) for _, of_prompt in answers]))
     while best.shape[1] > 1:
         best, _ = play(best)
@@ -227,19 +206,17 @@ def coin_tosses(answers: Answers, oracle: Oracle, seed: int) -> list[Match]:
 
     Prompts with the same text twice are dropped: they teach nothing.
     """
-    _check_counts(answers, lambda k: k == 2, "two")
     matches = [(key, *two) for key, two in answers]
     draws = np.random.default_rng(seed).random(len(answers))
     return [
         (key, first, second) if draw < chance else (key, second, first)
-        for (key, first, second), chance, draw in zip(matches, _asked(oracle, matches), draws)
+        for (key, first, second), chance, draw in zip(matches, oracle(matches), draws)
         if first != second
     ]
 
 
 def mixed_reference(reference: PairLogps, current: PairLogps, tau: float, eta: float) -> PairLogps:
     """Example id → (τ/η) log π_ref + (1 − τ/η) log π_t of (winner, loser), for ``INPOLoss``."""
-    require(eta > 0, f"eta: must be above 0, got {eta}")
     share = tau / eta
     return {
         key: tuple(share * r + (1 - share) * c for r, c in zip(reference[key], both, strict=True))
@@ -293,8 +270,8 @@ def preference_model_oracle(model: models.Base, chat: Chat, prompts: Sequence[Pr
     """
     tokenizer, turns_of = model.tokenizer, {prompt.id: prompt.turns for prompt in prompts}
     letters = tuple(tuple(tokenizer(letter, add_special_tokens=False).input_ids) for letter in "AB")
-    if letters[0] == letters[1]:
-        raise StudyError(f"preference_model {model.source}: A and B have the same tokens")
+    same = f"preference_model {model.source}: A and B have the same tokens"
+    require(letters[0] != letters[1], same)
 
     def question(prompt_id: str, first: EncodedExample, second: EncodedExample) -> tuple[int, ...]:
         speakers = zip(itertools.cycle(("user", "assistant")), turns_of[prompt_id])
@@ -314,8 +291,8 @@ def preference_model_oracle(model: models.Base, chat: Chat, prompts: Sequence[Pr
         logps = np.array(option_logps(model.model, asked, tokenizer.pad_token_id))
         (a, b), (swapped_a, swapped_b) = logps.reshape(-1, 2, 2).transpose(1, 2, 0)
         chances = (1 / (1 + np.exp(b - a)) + 1 / (1 + np.exp(swapped_a - swapped_b))) / 2
-        if not np.isfinite(chances).all():
-            raise StudyError(f"preference_model {model.source}: a preference is not finite")
+        problem = f"preference_model {model.source}: a preference is not finite"
+        require(np.isfinite(chances).all(), problem)
         return chances
 
     return once_each(probabilities)
@@ -365,8 +342,6 @@ def train(
         round, a reward or loss is not finite, or the KL exceeds ``config.max_kl``; nothing is
         written then.
     """
-    if not prompts or not held_out:
-        raise StudyError("inpo: needs at least one prompt to train on and one held-out prompt")
     rng, pad, step = np.random.default_rng(config.seed), chat.tokenizer.pad_token_id, 0
     order = itertools.cycle(rng.permutation(len(prompts)).tolist())
     decoding = Decoding(config.max_new_tokens, 1.0, seed=config.seed)

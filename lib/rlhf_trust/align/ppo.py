@@ -61,13 +61,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from .. import StudyError, models
+from .. import StudyError, models, require
 from ..artifacts import content_key, progress, sha256_of
 from ..chat import Chat, EncodedExample
 from ..decode import Decoding, LowerStates, Prompt, batches_by_length, token_logps
 from ..training import keep_state, kept_state, training_code
 from . import rollout
-from .rollout import RewardFnMaker, check_settings
+from .rollout import RewardFnMaker
 
 VALUE_CLIP = 0.2
 """How far, in score units, a value may move from its old one in a step (TRL's PPO:
@@ -87,7 +87,7 @@ default).
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Settings of a PPO run.
+    """Settings of a PPO run, each in the range that 03-ppo declares for it.
 
     A score unit is the standard deviation of the reward model's scores of the SFT model's held-out
     answers, measured before training; their mean becomes 0 (a Bradley-Terry reward has no zero of
@@ -140,16 +140,9 @@ class PPOConfig:
     seed: int = 0
 
     def __post_init__(self):
-        counts = "steps answers_per_step answers_per_prompt max_new_tokens epochs minibatch"
-        check_settings(self, counts, lambda x: x >= 1, "at least 1")
-        rates = "learning_rate value_learning_rate clip_range max_kl"
-        check_settings(self, rates, lambda x: x > 0, "above 0")
-        weights = "kl_coef missing_end_penalty evaluate_every"
-        check_settings(self, weights, lambda x: x >= 0, "at least 0")
-        check_settings(self, "gamma lam", lambda x: 0 <= x <= 1, "between 0 and 1")
-        k = self.answers_per_prompt
+        n, k = self.answers_per_step, self.answers_per_prompt
         multiple = f"a multiple of answers_per_prompt ({k})"
-        check_settings(self, "answers_per_step", lambda x: x % k == 0, multiple)
+        require(n % k == 0, f"answers_per_step: must be {multiple}, got {n}")
 
     @property
     def decoding(self) -> Decoding:
@@ -435,8 +428,6 @@ def train(
         If the loss or a score is not finite, all held-out scores are alike, or the KL exceeds
         ``config.max_kl``; nothing is written then.
     """
-    if not prompts or not held_out:
-        raise StudyError("ppo: needs at least one prompt to train on and one held-out prompt")
     evaluate_at = {*range(0, config.steps, config.evaluate_every or config.steps), config.steps}
     answers_in_all = len(held_out) * len(evaluate_at) + config.answers_per_step * config.steps
     unfinished = out.with_name(f"{out.name}.unfinished.pt")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,19 +26,6 @@ RewardFn = Callable[[Sequence[EncodedExample]], torch.Tensor]
 
 RewardFnMaker = Callable[[torch.nn.Module], RewardFn]
 """Makes a reward function from the PEFT model that is trained."""
-
-
-def check_settings(config, names: str, allowed: Callable[[float], bool], requirement: str) -> None:
-    """Raise a StudyError for the first of these settings (names separated by spaces) that is not
-    allowed, or no whole number where it is declared as one.
-    """
-    whole = {field.name for field in fields(config) if field.type in (int, "int")}
-    for name in names.split():
-        value = getattr(config, name)
-        if name in whole and not (isinstance(value, int) and not isinstance(value, bool)):
-            raise StudyError(f"{name}: must be a whole number, got {value!r}")
-        if not allowed(value):
-            raise StudyError(f"{name}: must be {requirement}, got {value}")
 
 
 def sample_answers(
