@@ -1,7 +1,7 @@
 """Rows of preference data as typed pairs, in the forms in which people publish them.
 
 A file's form is recognised once, from its keys (:func:`recognise`); by it each row becomes a pair
-or is left out for a reason (:func:`parse_pair`).
+or is left out for a reason, which is the message of a ValueError (:func:`parse_pair`).
 
 =========================  =========================================================================
 form                       a row
@@ -33,6 +33,7 @@ from itertools import groupby
 from math import isfinite
 from os.path import commonprefix
 
+from .. import require
 from ..sources import HALF_CHARACTER
 
 Turns = list[tuple[str, str]]
@@ -78,11 +79,9 @@ class PreferencePair:
 
 def dialogue_turns(text: str) -> Turns:
     """The turns of ``\\n\\nHuman: …\\n\\nAssistant: …``; a speaker may have several in a row."""
-    if not isinstance(text, str):
-        raise ValueError("not a text")
+    require(isinstance(text, str), "not a text")
     before, *pieces = SPEAKER.split(text)
-    if before.strip():
-        raise ValueError("does not start with a speaker")
+    require(not before.strip(), "does not start with a speaker")
     return list(zip(pieces[::2], (piece.strip() for piece in pieces[1::2])))
 
 
@@ -107,10 +106,8 @@ def turns_of(value, speaker: str) -> Turns:
     """The turns of a dialogue, of messages, or of one text that ``speaker`` says."""
     if isinstance(value, list):
         return message_turns(value)
-    if not isinstance(value, str):
-        raise ValueError("neither a text nor a list of messages")
-    if MESSAGES.match(value):
-        raise ValueError("messages written as a text (JSONL and Parquet keep them)")
+    require(isinstance(value, str), "neither a text nor a list of messages")
+    require(not MESSAGES.match(value), "messages written as a text (JSONL and Parquet keep them)")
     return dialogue_turns(value) if DIALOGUE.match(value) else [(speaker, value.strip())]
 
 
@@ -131,8 +128,7 @@ def checked(turns: Turns) -> Turns:
         "half a character (a lone surrogate)": HALF_CHARACTER.search("".join(texts)),
     }
     for problem, present in problems.items():
-        if present:
-            raise ValueError(problem)
+        require(not present, problem)
     return turns
 
 
@@ -140,8 +136,7 @@ def join_turns(turns: Turns) -> tuple[str, ...]:
     """The texts of human, assistant, …, human; a speaker's turns in a row are joined into one."""
     runs = groupby(turns, key=lambda turn: turn[0])
     joined = tuple("\n\n".join(text for _, text in run) for _, run in runs)
-    if len(joined) % 2 == 0:
-        raise ValueError("the prompt does not end in a Human turn")
+    require(len(joined) % 2 == 1, "the prompt does not end in a Human turn")
     return joined
 
 
@@ -150,10 +145,8 @@ def join_turns(turns: Turns) -> tuple[str, ...]:
 
 def _fields(row: dict, *names: str) -> list:
     for name in names:
-        if name not in row:
-            raise ValueError(f"no field {name!r}")
-        if row[name] is None:
-            raise ValueError(f"field {name!r} is null")
+        require(name in row, f"no field {name!r}")
+        require(row[name] is not None, f"field {name!r} is null")
     return [row[name] for name in names]
 
 
@@ -163,8 +156,7 @@ def _number(row: dict, name: str) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
-    if not isfinite(number):
-        raise ValueError(f"{name} is not a number")
+    require(isfinite(number), f"{name} is not a number")
     return number
 
 
@@ -173,8 +165,7 @@ def _sides(start: Turns, *answers) -> tuple[Turns, ...]:
     sides = []
     for side in (turns_of(answer, "Assistant") for answer in answers):
         if side and side[0][0] == "Human":
-            if not set(start) <= set(side[:-1]):
-                raise ValueError("the prompt is not part of the conversation")
+            require(set(start) <= set(side[:-1]), "the prompt is not part of the conversation")
             sides.append(side)
         else:
             sides.append(start + side)
@@ -188,8 +179,7 @@ def _dialogues(row: dict, label: str) -> tuple[Turns, ...]:
 def _with_prompt(row: dict, label: str) -> tuple[Turns, ...]:
     prompt, *answers = _fields(row, "prompt", "chosen", "rejected")
     scores = row.get("score_chosen"), row.get("score_rejected")
-    if scores[0] == scores[1] not in (None, ""):
-        raise ValueError(TIE)
+    require(scores[0] != scores[1] or scores[0] in (None, ""), TIE)
     # Beside messages a text is one turn, whatever it begins with.
     if isinstance(prompt, str) and isinstance(answers[0], list):
         return _sides([("Human", prompt.strip())], *answers)
@@ -203,19 +193,16 @@ def _conversations(row: dict, label: str) -> tuple[Turns, ...]:
 def _common_beginning(row: dict, label: str) -> tuple[Turns, ...]:
     """As TRL's ``extract_prompt``, but cut between words."""
     texts = _fields(row, "chosen", "rejected")
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("not a text")
+    require(all(isinstance(text, str) for text in texts), "not a text")
     prompt = re.sub(r"\S+$", "", commonprefix(texts))
-    if not prompt.strip():
-        raise ValueError("no prompt, and no common beginning that could be one")
+    require(prompt.strip(), "no prompt, and no common beginning that could be one")
     return _sides(prompt_turns(prompt), *(text[len(prompt) :] for text in texts))
 
 
 def _helpsteer(row: dict, label: str) -> tuple[Turns, ...]:
     prompt, *answers = _fields(row, "prompt", "response_1", "response_2")
     strength = _number(row, "preference_strength")
-    if not strength:
-        raise ValueError(TIE)
+    require(strength, TIE)
     return _sides(_marked_turns(prompt), *(answers[::-1] if strength > 0 else answers))
 
 
@@ -229,8 +216,7 @@ def _marked_turns(prompt) -> Turns:
 
 
 def _ratings(row: dict, label: str) -> tuple[Turns, ...]:
-    if len(row["rated"]) != 2:
-        raise ValueError("other than two rated answers running to one prompt")
+    require(len(row["rated"]) == 2, "other than two rated answers running to one prompt")
     one, two = (_fields(rated, "response")[0] for rated in row["rated"])
     first, second = (_number(rated, "helpfulness") for rated in row["rated"])
     both = {"response_1": one, "response_2": two, "preference_strength": second - first}
@@ -240,8 +226,7 @@ def _ratings(row: dict, label: str) -> tuple[Turns, ...]:
 def _pku(row: dict, label: str) -> tuple[Turns, ...]:
     prompt, *answers = _fields(row, "prompt", "response_0", "response_1")
     better = _number(row, LABELS[label])
-    if better not in (0, 1):
-        raise ValueError(f"{LABELS[label]} is neither 0 nor 1")
+    require(better in (0, 1), f"{LABELS[label]} is neither 0 nor 1")
     return _sides(prompt_turns(prompt), *(answers[::-1] if better else answers))
 
 
@@ -305,15 +290,11 @@ def parse_pair(row: dict, id: str, source: str, form: str = HH, label: str = "")
 
     ``source``: the group of rows that name none. ``label``: which of PKU-SafeRLHF's (``LABELS``).
     """
-    if None in row:  # where a CSV reader puts them
-        raise ValueError("more cells than columns")
+    require(None not in row, "more cells than columns")  # where a CSV reader puts them
     chosen, rejected = map(checked, FORMS[form](row, label))
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError("the two dialogues have different prompts")
-    if chosen[-1] == rejected[-1]:
-        raise ValueError("both answers are the same")
+    require(chosen[:-1] == rejected[:-1], "the two dialogues have different prompts")
+    require(chosen[-1] != rejected[-1], "both answers are the same")
     named = row.get("source")
     group = named if isinstance(named, str) and named.strip() else source
-    if HALF_CHARACTER.search(group):
-        raise ValueError("half a character (a lone surrogate) in source")
+    require(not HALF_CHARACTER.search(group), "half a character (a lone surrogate) in source")
     return PreferencePair(id, join_turns(chosen[:-1]), chosen[-1][1], rejected[-1][1], group)

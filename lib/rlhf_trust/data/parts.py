@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import StudyError
-from ..artifacts import note_source
+from .. import StudyError, require
+from ..artifacts import file_sha256, note_source
 from ..sources import ONLINE, first_line, locate, read_csv, read_json, read_jsonl, read_text
 from .forms import HH
 
@@ -72,10 +72,9 @@ def group_of(name: str, default: str) -> str:
 
 def hh_part(path: Path, subset: str) -> Part:
     """A file of HH-RLHF's."""
-    split = "train" if "train" in path.name else "test"
-    side = "train" if split == "train" else "held_out"
-    rows, digest = list(read_jsonl(path)), sha256(path.read_bytes())
-    return Part(path.name, rows, digest, subset, f"{subset}.{split}", side, HH)
+    rows, split = list(read_jsonl(path)), "train" if "train" in path.name else "test"
+    prefix, side = f"{subset}.{split}", side_of(split)
+    return Part(path.name, rows, file_sha256(path), subset, prefix, side, HH)
 
 
 def _json_rows(path: Path) -> Iterable[tuple[int, dict]]:
@@ -84,9 +83,8 @@ def _json_rows(path: Path) -> Iterable[tuple[int, dict]]:
         return read_jsonl(path)
     rows = list(enumerate(read_json(path), start=1))
     for number, row in rows:
-        if not isinstance(row, dict):
-            found = type(row).__name__
-            raise StudyError(f"{path}: item {number}: expected a JSON object, got {found}")
+        got = f"expected a JSON object, got {type(row).__name__}"
+        require(isinstance(row, dict), f"{path}: item {number}: {got}")
     return rows
 
 
@@ -134,9 +132,8 @@ def file_parts(root: Path) -> list[Part]:
         # A directory's own name says nothing of a side.
         group, side = group_of(name, root.name if root.is_dir() else name), side_of(name)
         rows = list(_reader(path)(path))
-        if not rows:
-            raise StudyError(f"{path}: the file is empty")
-        parts.append(Part(name, rows, sha256(path.read_bytes()), group, side=side))
+        require(rows, f"{path}: the file is empty")
+        parts.append(Part(name, rows, file_sha256(path), group, side=side))
     return parts
 
 
@@ -182,7 +179,6 @@ def hub_parts(place: str) -> tuple[str, list[Part]]:
     and its splits. Their hashes are over the rows as JSON."""
     rest, _, wanted = place.partition(":")
     path, found = rest.partition("@")[0], hub_splits(rest)
-    dataset = "/".join(path.split("/")[:2])
     splits = list(filter(None, wanted.split(","))) or list(found)
     if unknown := [split for split in splits if split not in found]:
         known = f"no split {unknown[0]!r}; it has {', '.join(found)}"
@@ -196,8 +192,8 @@ def hub_parts(place: str) -> tuple[str, list[Part]]:
     for split in splits:
         rows = list(enumerate(found[split], start=1))
         digest = sha256(*(json.dumps(row, sort_keys=True, default=str).encode() for _, row in rows))
-        group, side = dataset.rpartition("/")[2], side_of(split)
-        parts.append(Part(f"{path}.{split}", rows, digest, group, side=side))
+        group = path.split("/")[:2][-1]  # without the owner and the folder
+        parts.append(Part(f"{path}.{split}", rows, digest, group, side=side_of(split)))
     return place, parts
 
 
@@ -231,8 +227,7 @@ def find_parts(source: str) -> tuple[str, list[Part]]:
             f"preferences {source!r}: must be shipped, path:<file or directory>, hub: (HH-RLHF) or "
             "hub:<dataset>@<revision>"
         )
-    if not root.exists():
-        raise StudyError(f"preferences {source}: no such file or directory")
+    require(root.exists(), f"preferences {source}: no such file or directory")
     if (root / "hh-rlhf").is_dir():
         return "pairs from files in HH-RLHF's layout", hh_parts(source)
     saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from .. import StudyError
+from .. import StudyError, require
 from ..artifacts import checked, note
 from ..chat import Chat, EncodedExample
 from ..sources import read_jsonl
@@ -254,8 +254,7 @@ class Pair:
 def load_pairs(directory: Path) -> list[Pair]:
     """The pairs that an INPO adapter was trained on."""
     path = checked(directory / PAIRS)
-    if not path.is_file():
-        raise StudyError(f"{path}: missing; run 05-inpo first")
+    require(path.is_file(), f"{path}: missing; run 05-inpo first")
     pairs = []
     for number, row in read_jsonl(path):
         try:
