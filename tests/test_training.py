@@ -121,7 +121,7 @@ def test_sft_learns_answer_tokens_only(tiny_llama, llama_chat):
     with torch.no_grad():
         logits = trainer.model(batch["input_ids"], batch["attention_mask"]).logits
     plain = [cross_entropy(x[:-1], y[1:]) for x, y in zip(logits, batch["labels"])]
-    found = held_out_loss(trainer.model, llama_chat, pairs, rows=3)
+    found = held_out_loss(trainer.model, llama_chat, pairs)
     np.testing.assert_allclose(found, plain, rtol=1e-4)
 
 
@@ -152,7 +152,7 @@ def test_trl_pools_the_token_that_we_read(tiny, chat, tmp_path, monkeypatch):
     )
     head = models.load_reward_head(tmp_path / "reward")
     pairs = in_training_order(PAIRS, chat, PAIR)
-    ours = pair_rewards(saved, head, chat, pairs, rows=5)
+    ours = pair_rewards(saved, head, chat, pairs)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     margins = ours[:, 0] - ours[:, 1]
     assert margins.mean() > values(curve, "margin")[-1] > 0
@@ -193,7 +193,7 @@ def test_the_reference_is_sft_before_and_after_training(tiny_llama, llama_chat, 
     logps = {}
     for name in ("sft", "dpo"):
         with models.using(model, name):
-            logps[name] = pair_logps(model, chat, PAIRS, rows=3)
+            logps[name] = pair_logps(model, chat, PAIRS)
     margins = margins_of_pairs(logps["dpo"], logps["sft"], BETA)
     assert margins.mean() > 0.05
     assert np.log1p(np.exp(-margins)).mean() == pytest.approx(loss, abs=1e-4)

@@ -40,7 +40,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from . import StudyError
+from . import StudyError, require
 from .artifacts import (
     atomic_write,
     code_hash,
@@ -51,7 +51,7 @@ from .artifacts import (
     write_record,
 )
 from .chat import Chat
-from .data.preferences import PreferencePair
+from .data.preferences import PreferencePair, pair_tokens
 from .decode import (
     PAD_TO,
     Example,
@@ -79,6 +79,9 @@ from .sources import NO_CODE, model_directory
 CLIP = 1.0
 """Largest norm of a step's gradient."""
 
+Pairs = Sequence[PreferencePair]
+"""What a stage is trained on, or evaluated."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -102,13 +105,11 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("learning_rate", "epsilon"):
-            if not getattr(self, name) > 0:
-                raise StudyError(f"{name}: must be above 0, got {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"{name}: must be above 0, got {getattr(self, name)}")
         for name in ("batch_size", "micro_batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise StudyError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise StudyError(f"warmup: must be from 0 to 1, got {self.warmup}")
+        require(0 <= self.warmup <= 1, f"warmup: must be from 0 to 1, got {self.warmup}")
 
     def steps(self, examples: int) -> int:
         """Optimiser steps of a training on so many examples."""
@@ -175,17 +176,12 @@ def fit(
         If there is no example or adapter, the model is in training mode, the LoRA weights are not
         float32, or the loss or its gradient is not finite.
     """
-    if not examples:
-        raise StudyError("fit: there is no example")
-    if any(module.training for module in network.modules()):
-        raise StudyError(
-            "fit: the model is in training mode, where dropout acts; call eval() first"
-        )
+    require(examples, "fit: there is no example")
+    still = not any(module.training for module in network.modules())
+    require(still, "fit: the model is in training mode, where dropout acts; call eval() first")
     trained = trained_weights(network, adapter, loss)
-    if any(weight.dtype not in (torch.float32, torch.float64) for weight in trained.values()):
-        raise StudyError(
-            f"fit: the LoRA weights of {adapter!r} are not float32, too coarse to train"
-        )
+    fine = all(weight.dtype in (torch.float32, torch.float64) for weight in trained.values())
+    require(fine, f"fit: the LoRA weights of {adapter!r} are not float32, too coarse to train")
     parameters = list(trained.values())
     rate, epsilon = config.learning_rate, config.epsilon
     optimizer = torch.optim.AdamW(parameters, lr=rate, eps=epsilon, weight_decay=0.0)
@@ -421,10 +417,8 @@ def trl_arguments(kind: type, config: TrainConfig, examples: int, **more):
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
-        eval_strategy="no",
         bf16=False,
         gradient_checkpointing=False,
-        dataloader_num_workers=0,
         train_sampling_strategy="sequential",
         dataloader_pin_memory=False,
         max_length=None,
@@ -476,39 +470,32 @@ def run_trl(trainer: Trainer, curve: Curve) -> pd.DataFrame:
     return curve.table()
 
 
-def in_order(rows: Sequence[dict], lengths: Sequence[int], config: TrainConfig) -> Dataset:
-    """A data set in :func:`training_order`."""
+def in_order(columns: Mapping[str, list], lengths: list[int], config: TrainConfig) -> Dataset:
+    """A data set of these columns in :func:`training_order`."""
     order = training_order(lengths, config.batch_size, config.seed)
-    return Dataset.from_list([rows[index] for index in order])
+    ordered = {name: [values[i] for i in order] for name, values in columns.items()}
+    return Dataset.from_dict(ordered)
 
 
 def sft_trainer(
-    base: Base, chat: Chat, pairs: Sequence[PreferencePair], config: TrainConfig, lora: LoRA
+    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, lora: LoRA
 ) -> SFTTrainer:
     """SFT on the chosen answers: L = -1/|y| Σ_t log p(y_t | x, y_<t), over answer tokens only."""
     texts = [chat.sequence(pair.prompt, pair.chosen) for pair in pairs]
-    rows = [
-        {
-            "input_ids": list(text.input_ids),
-            "completion_mask": [0] * text.answer_start + [1] * len(text.answer_ids),
-        }
-        for text in texts
-    ]
+    columns = {
+        "input_ids": [list(text.input_ids) for text in texts],
+        "completion_mask": [[0] * t.answer_start + [1] * len(t.answer_ids) for t in texts],
+    }
     return SFTTrainer(
         model=new_adapter(base, lora, config.seed),
         args=trl_arguments(SFTConfig, config, len(pairs), completion_only_loss=True),
-        train_dataset=in_order(rows, [len(text) for text in texts], config),
+        train_dataset=in_order(columns, [len(text) for text in texts], config),
         processing_class=chat.tokenizer,
     )
 
 
 def train_sft(
-    base: Base,
-    chat: Chat,
-    pairs: Sequence[PreferencePair],
-    config: TrainConfig,
-    lora: LoRA,
-    out: Path,
+    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, lora: LoRA, out: Path
 ) -> pd.DataFrame:
     """Train a fresh adapter with :func:`sft_trainer` and save it to ``out``; returns the curve."""
     trainer = sft_trainer(base, chat, pairs, config, lora)
@@ -517,16 +504,15 @@ def train_sft(
     return curve
 
 
-def held_out_loss(model, chat: Chat, pairs: Sequence[PreferencePair], rows: int = 16) -> np.ndarray:
+def held_out_loss(model, chat: Chat, pairs: Pairs) -> np.ndarray:
     """Mean loss a token of each pair's chosen answer, in nats: array [pairs]."""
-    texts = [chat.sequence(p.prompt, p.chosen) for p in pairs]
-    pad = chat.tokenizer.pad_token_id
-    sums, counts = answer_logps(model, texts, pad, rows, desc="held-out loss")
+    texts, pad = [chat.sequence(p.prompt, p.chosen) for p in pairs], chat.tokenizer.pad_token_id
+    sums, counts = answer_logps(model, texts, pad, desc="held-out loss")
     return -sums / counts
 
 
 def reward_trainer(
-    base: Base, chat: Chat, pairs: Sequence[PreferencePair], config: TrainConfig, lora: LoRA
+    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, lora: LoRA
 ) -> RewardTrainer:
     """The reward model: L = -log σ(r(x, y_chosen) - r(x, y_rejected)), Bradley and Terry's model of
     a choice between two: a fresh adapter and a linear head on the last token. Only the difference
@@ -542,28 +528,20 @@ def reward_trainer(
     # From zero all rewards are equal at first; a random head would begin with a preference.
     torch.nn.init.zeros_(model.score.weight)
     shape = lora_config(base.model, lora, task_type="SEQ_CLS", modules_to_save=["score"])
-    rows = [
-        {
-            "chosen_ids": list(chat.sequence(p.prompt, p.chosen).input_ids),
-            "rejected_ids": list(chat.sequence(p.prompt, p.rejected).input_ids),
-        }
-        for p in pairs
-    ]
+    columns = {
+        "chosen_ids": [list(chat.sequence(p.prompt, p.chosen).input_ids) for p in pairs],
+        "rejected_ids": [list(chat.sequence(p.prompt, p.rejected).input_ids) for p in pairs],
+    }
     return RewardTrainer(
         model=get_peft_model(model, shape),
         args=trl_arguments(RewardConfig, config, len(pairs)),
-        train_dataset=in_order(rows, [max(map(len, row.values())) for row in rows], config),
+        train_dataset=in_order(columns, [pair_tokens(p, chat) for p in pairs], config),
         processing_class=chat.tokenizer,
     )
 
 
 def train_reward(
-    base: Base,
-    chat: Chat,
-    pairs: Sequence[PreferencePair],
-    config: TrainConfig,
-    lora: LoRA,
-    out: Path,
+    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, lora: LoRA, out: Path
 ) -> pd.DataFrame:
     """Train an adapter and its head with :func:`reward_trainer`, from the start model, and save
     both to ``out``; returns the curve."""
@@ -578,28 +556,19 @@ def reward_head(model) -> torch.Tensor:
     return model.base_model.model.score.modules_to_save["default"].weight
 
 
-def pair_rewards(
-    model, head: torch.Tensor, chat: Chat, pairs: Sequence[PreferencePair], rows: int = 16
-) -> np.ndarray:
+def pair_rewards(model, head: torch.Tensor, chat: Chat, pairs: Pairs) -> np.ndarray:
     """Rewards of chosen and rejected answers, array [pairs, 2]."""
-    pad = chat.tokenizer.pad_token_id
-    return rewards(model, head, both_answers(chat, pairs), pad, rows, "held-out rewards").reshape(
-        -1, 2
-    )
+    texts, pad = both_answers(chat, pairs), chat.tokenizer.pad_token_id
+    return rewards(model, head, texts, pad, desc="held-out rewards").reshape(-1, 2)
 
 
-def both_answers(chat: Chat, pairs: Sequence[PreferencePair]) -> list:
+def both_answers(chat: Chat, pairs: Pairs) -> list:
     """Each pair's two texts, next to each other: chosen_0, rejected_0, chosen_1, …"""
     return [chat.sequence(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)]
 
 
 def dpo_trainer(
-    base: Base,
-    chat: Chat,
-    pairs: Sequence[PreferencePair],
-    config: TrainConfig,
-    beta: float,
-    sft: Path,
+    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, beta: float, sft: Path
 ) -> DPOTrainer:
     """DPO: L = -log σ(β [(log π(y_c|x) - log π_sft(y_c|x)) - (log π(y_r|x) - log π_sft(y_r|x))]).
 
@@ -608,17 +577,11 @@ def dpo_trainer(
     start model, and a model given without a reference can be reloaded from its path, without the
     adapter). A test proves which it is.
     """
-    rows = [
-        {
-            "prompt_ids": list(chat.prompt_ids(p.prompt)),
-            "chosen_ids": list(chat.answer_ids(p.chosen)),
-            "rejected_ids": list(chat.answer_ids(p.rejected)),
-        }
-        for p in pairs
-    ]
-    lengths = [
-        len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows
-    ]
+    columns = {
+        "prompt_ids": [list(chat.prompt_ids(p.prompt)) for p in pairs],
+        "chosen_ids": [list(chat.answer_ids(p.chosen)) for p in pairs],
+        "rejected_ids": [list(chat.answer_ids(p.rejected)) for p in pairs],
+    }
     trainer = DPOTrainer(
         model=load_adapters(base, {"default": sft}, trainable="default"),
         args=trl_arguments(DPOConfig, config, len(pairs), beta=beta),
@@ -627,18 +590,12 @@ def dpo_trainer(
     )
     # TRL's DPO takes text only, and tokenises a prompt together with its answer. Ours are tokenised
     # apart, as the SFT and reward trainers, evaluation and attribution see them.
-    trainer.train_dataset = in_order(rows, lengths, config)
+    trainer.train_dataset = in_order(columns, [pair_tokens(p, chat) for p in pairs], config)
     return trainer
 
 
 def train_dpo(
-    base: Base,
-    chat: Chat,
-    pairs: Sequence[PreferencePair],
-    config: TrainConfig,
-    beta: float,
-    sft: Path,
-    out: Path,
+    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, beta: float, sft: Path, out: Path
 ) -> pd.DataFrame:
     """Train with :func:`dpo_trainer` from the SFT adapter in ``sft`` and save the policy's adapter
     to ``out``; returns the curve."""
@@ -649,10 +606,10 @@ def train_dpo(
     return curve
 
 
-def pair_logps(model, chat: Chat, pairs: Sequence[PreferencePair], rows: int = 16) -> np.ndarray:
+def pair_logps(model, chat: Chat, pairs: Pairs) -> np.ndarray:
     """Summed log-probabilities of chosen and rejected answers, array [pairs, 2]."""
     texts, pad = both_answers(chat, pairs), chat.tokenizer.pad_token_id
-    return answer_logps(model, texts, pad, rows, "log-likelihoods of pairs")[0].reshape(-1, 2)
+    return answer_logps(model, texts, pad, desc="log-likelihoods of pairs")[0].reshape(-1, 2)
 
 
 def margins_of_pairs(
