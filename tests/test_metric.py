@@ -32,7 +32,7 @@ from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import Pair, PreferencePair
 from rlhf_trust.decode import Example, Prompt, option_logps, rewards
 from rlhf_trust.losses import LogOddsLoss, RewardGapLoss, log_odds
-from rlhf_trust.models import LoRA, fresh_adapters, snapshot
+from rlhf_trust.models import LoRA
 from rlhf_trust.verticals import ethics, privacy, stereotype, toxicity, truthfulness
 from rlhf_trust.verticals.ethics import load_ethics
 from rlhf_trust.verticals.privacy import make_private_facts
@@ -268,20 +268,6 @@ def test_the_reward_gap_is_the_difference_of_rewards(tiny_llama):
     )
     for layer, block in ours.items():
         np.testing.assert_allclose(block, -theirs[layer], rtol=1e-4, atol=1e-3)
-
-
-def test_fresh_adapters_start_alike_and_change_nothing(tiny_llama):
-    chat, pad = Chat(tiny_llama.tokenizer, "chatml"), tiny_llama.tokenizer.pad_token_id
-    examples = training_examples(pairs(), chat, "dpo")
-    with torch.no_grad():
-        before = LogOddsLoss().loss(tiny_llama.model, examples, pad)
-    network = fresh_adapters(tiny_llama, ("sft", "dpo"), LoRA(4, 8), seed=3)
-    assert set(network.peft_config) == {"sft", "dpo"} and not network.training
-    first, second = snapshot(network, "sft"), snapshot(network, "dpo")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(weight.any() for weight in first.values())
-    with torch.no_grad():
-        np.testing.assert_allclose(LogOddsLoss().loss(network, examples, pad), before, atol=1e-5)
 
 
 def test_scaled_gradients():

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -28,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from . import ROOT, StudyError
+from . import ROOT, StudyError, require
 from .artifacts import READ, atomic_write, checked, content_key, file_hash, sha256_of
 from .chat import Chat, choose_pad
 from .sources import NO_CODE, first_line, is_adapter, model_directory
@@ -88,8 +90,7 @@ def auto_dtype() -> torch.dtype:
 
 def parse_dtype(name: str) -> torch.dtype:
     known = {"auto": auto_dtype(), "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise StudyError(f"dtype: must be one of {', '.join(known)}, got {name!r}")
+    require(name in known, f"dtype: must be one of {', '.join(known)}, got {name!r}")
     return known[name]
 
 
@@ -171,8 +172,7 @@ def weight_files(directory: Path) -> list[Path]:
         for index in directory.glob(f"*{ending}.index.json"):
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             found |= {directory / name for name in shards}
-    if not found:
-        raise StudyError(f"{directory}: no file of weights (*.safetensors, *.bin) to know them by")
+    require(found, f"{directory}: no file of weights (*.safetensors, *.bin) to know them by")
     return [directory / "config.json", *sorted(found)]
 
 
@@ -230,18 +230,13 @@ class LoRA:
 
 def lora_config(model: PreTrainedModel, lora: LoRA, **more):
     """PEFT's configuration of an adapter without dropout."""
-    from peft import LoraConfig
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
-
     kind = model.config.model_type
     targets = lora.target_modules or DEFAULT_TARGETS.get(kind) or CHOICE.get(kind)
-    if not targets:
-        raise StudyError(f"target_modules: name them, there is no default for {kind!r}")
+    require(targets, f"target_modules: name them, there is no default for {kind!r}")
     if not isinstance(targets, str):  # a pattern, which PEFT holds against the names
         last_names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         missing = sorted(set(targets) - last_names)
-        if missing:
-            raise StudyError(f"target_modules: {kind} has no module {missing}")
+        require(not missing, f"target_modules: {kind} has no module {missing}")
         targets = list(targets)
     return LoraConfig(
         r=lora.rank,
@@ -249,7 +244,7 @@ def lora_config(model: PreTrainedModel, lora: LoRA, **more):
         target_modules=targets,
         layers_to_transform=lora.numbers(model.config.num_hidden_layers),
         # GPT-2 keeps its matrices the other way round.
-        **{"fan_in_fan_out": model.config.model_type == "gpt2"} | more,
+        **{"fan_in_fan_out": kind == "gpt2"} | more,
     )
 
 
@@ -286,8 +281,6 @@ def saved_config(model: PreTrainedModel, saved: Mapping):
 def more_than_lora(saved: Mapping) -> str:
     """What of an adapter's configuration changes more than LoRA does, which acts beside the
     backbone's weights and can be switched; empty if nothing."""
-    from peft import LoraConfig
-
     of_lora = "r", "lora_alpha", "target_modules", "layers_to_transform"
     understood = {*KINDS_OF_LORA, *OF_TRAINING, *of_lora}
     if saved.get("task_type") == "SEQ_CLS":  # a reward model's head is read apart from it
@@ -305,8 +298,6 @@ def load_merged(source: str, directory: Path, dtype: str = "auto") -> Base:
 
     Raises :class:`StudyError` for what PEFT cannot put there, such as a learnt prompt.
     """
-    from peft import PeftModel
-
     base = load_base(source, dtype)
     try:
         merged = PeftModel.from_pretrained(base.model, directory).merge_and_unload()
@@ -322,23 +313,8 @@ def load_merged(source: str, directory: Path, dtype: str = "auto") -> Base:
 
 def new_adapter(base: Base, lora: LoRA, seed: int = 0):
     """Wrap the backbone in a fresh trainable adapter named ``default`` (a no-op until trained)."""
-    from peft import get_peft_model
-
     torch.manual_seed(seed)
     return get_peft_model(base.model, lora_config(base.model, lora, task_type="CAUSAL_LM"))
-
-
-def fresh_adapters(base: Base, names: Sequence[str], lora: LoRA, seed: int):
-    """The backbone with fresh adapters of these names, all with the same weights (they change
-    nothing yet)."""
-    network = new_adapter(base, lora, seed)
-    start = snapshot(network, "default")
-    for name in names:
-        network.add_adapter(name, network.peft_config["default"])
-        restore(network, name, start)
-    network.delete_adapter("default")
-    network.set_adapter(names[0])
-    return network.eval()
 
 
 def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None = None):
@@ -346,14 +322,11 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
 
     The LoRA part of a reward model loads like any other (its head is read by
     :func:`load_reward_head`)."""
-    from peft import PeftModel, set_peft_model_state_dict
-
     # All are looked for before the first changes the backbone.
     for directory in map(checked, adapters.values()):
-        if not (directory / "adapter_model.safetensors").is_file():
-            raise StudyError(
-                f"{directory}: no adapter there; run the stage that trains {directory.name!r} first"
-            )
+        there = (directory / "adapter_model.safetensors").is_file()
+        remedy = f"run the stage that trains {directory.name!r} first"
+        require(there, f"{directory}: no adapter there; {remedy}")
     wrapped, tokenizer = None, _tokenizer_hash(base.tokenizer)
     for name, directory in adapters.items():
         path = directory / "adapter_model.safetensors"
@@ -455,15 +428,13 @@ def load_reward_head(directory: Path) -> torch.Tensor:
     """The reward model's head, shape [hidden]: reward = head · last hidden state of the answer's
     end token."""
     path = checked(directory / "head.safetensors")
-    if not path.is_file():
-        raise StudyError(f"{path}: missing; run 02-reward first")
+    require(path.is_file(), f"{path}: missing; run 02-reward first")
     try:
         weight = load_file(path)["weight"]
     except (OSError, SafetensorError, KeyError) as error:
         reason = first_line(error)
         raise StudyError(f"{path}: cannot be read ({reason}); run 02-reward again") from None
-    if weight.shape[0] != 1:
-        raise StudyError(f"{path}: has {weight.shape[0]} labels; a reward model has one")
+    require(len(weight) == 1, f"{path}: has {len(weight)} labels; a reward model has one")
     return weight.squeeze(0)
 
 
@@ -501,8 +472,7 @@ class ModelSet:
         prompt_format: str = "auto",
     ):
         for name in members:
-            if name == "start":
-                raise StudyError("models: 'start' is the backbone itself, give another name")
+            require(name != "start", "models: 'start' is the backbone itself, give another name")
             if not re.fullmatch(r"[\w.-]+", name):
                 raise StudyError(f"models: {name!r} is no name; use letters, digits, '_', '.', '-'")
         self.names = ["start", *members]
@@ -565,8 +535,7 @@ class ModelSet:
 
     def active(self, name: str) -> AbstractContextManager:
         """The model ``name``, for as long as the block runs."""
-        if name not in self.names:
-            raise StudyError(f"no model {name!r}; there are {', '.join(self.names)}")
+        require(name in self.names, f"no model {name!r}; there are {', '.join(self.names)}")
         if self.is_checkpoint(name):
             return nullcontext(self._open(name)[1])
         return using(self.model, None if name == "start" else name)

@@ -16,12 +16,13 @@ import time
 import numpy as np
 import pandas as pd
 import torch
+from measure import fresh_adapters
 from rlhf_trust.attribution.metric import training_examples
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import LowerStates
 from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss, reference_logps
-from rlhf_trust.models import LoRA, fresh_adapters, load_base, restore, snapshot
+from rlhf_trust.models import LoRA, load_base, restore, snapshot
 from rlhf_trust.stats import paired_change
 from rlhf_trust.training import TrainConfig, example_losses, fit
 

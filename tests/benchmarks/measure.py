@@ -1,10 +1,13 @@
-"""What several benchmarks measure."""
+"""What several benchmarks share."""
 
 from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from rlhf_trust.models import Base, LoRA, new_adapter, restore, snapshot
 
 
 def peak_mb() -> float:
@@ -22,3 +25,16 @@ def timed(work) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def fresh_adapters(base: Base, names: Sequence[str], lora: LoRA, seed: int):
+    """The backbone with fresh adapters of these names, all with the same weights (they change
+    nothing yet)."""
+    network = new_adapter(base, lora, seed)
+    start = snapshot(network, "default")
+    for name in names:
+        network.add_adapter(name, network.peft_config["default"])
+        restore(network, name, start)
+    network.delete_adapter("default")
+    network.set_adapter(names[0])
+    return network.eval()

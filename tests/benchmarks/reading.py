@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 
 import torch
-from measure import timed
+from measure import fresh_adapters, timed
 from rlhf_trust import decode
 from rlhf_trust.attribution.gradients import per_example_gradients
 from rlhf_trust.attribution.metric import training_examples
@@ -19,7 +19,7 @@ from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import LowerStates, MultipleChoice, option_logps
 from rlhf_trust.losses import DPOLoss, NextTokenLoss, reference_logps
-from rlhf_trust.models import LoRA, auto_dtype, fresh_adapters, load_base, using
+from rlhf_trust.models import LoRA, auto_dtype, load_base, using
 from rlhf_trust.rewards.embeddings import embed
 from rlhf_trust.training import TrainConfig, fit
 
