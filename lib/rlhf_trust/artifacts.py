@@ -30,21 +30,21 @@ import psutil
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as terminal_bar
 
-from . import ROOT, StudyError, build_root
+from . import ROOT, StudyError, build_root, require
 
 PACKAGES = (
     "torch transformers trl peft datasets accelerate numpy pandas scikit-learn alt-profanity-check"
 ).split()
 """The packages whose versions a manifest records."""
 
+CHANGE = "change ci_low ci_high p p_holm min_detectable"
+"""A change's columns, with its interval and its test."""
+
 TABLES = {
     table: columns.split()
     for table, columns in {
         "trust": "model vertical metric condition value ci_low ci_high n seed",
-        "trust_change": (
-            "model baseline vertical metric condition change ci_low ci_high p p_holm "
-            "min_detectable n seed"
-        ),
+        "trust_change": f"model baseline vertical metric condition {CHANGE} n seed",
         "distance": "model text loss ci_low ci_high perplexity n",
         "training": "stage step metric value",
         "attribution": "stage vertical solver loss example_id source influence normalised z",
@@ -54,20 +54,15 @@ TABLES = {
         "reward_models": "golden learner pairs beta amount seed metric value",
         "rm_bench": "model domain level value ci_low ci_high n",
         "grounding": "model judge metric value ci_low ci_high n seed",
-        "grounding_change": (
-            "model baseline judge metric change ci_low ci_high p p_holm min_detectable n seed"
-        ),
+        "grounding_change": f"model baseline judge metric {CHANGE} n seed",
         "lineage": "suspect derived measure value ci_low ci_high p shuffled twins verdict n",
         "lineage_separation": "measure auc derived unrelated n_derived n_unrelated",
         "validation": "test target solver value ci_low ci_high p n",
-        "mitigation": (
-            "target action selection share pairs vertical change ci_low ci_high p p_holm "
-            "min_detectable draws n seed"
-        ),
+        "mitigation": f"target action selection share pairs vertical {CHANGE} draws n seed",
         "arms": "stage arm seed kl alpha kl_stereotype kl_ethics",
         "headline": (
-            "stage vertical baseline change ci_low ci_high p p_holm min_detectable n seeds seed_sd "
-            "worse compared validity_change validity_low validity_high kl alpha"
+            f"stage vertical baseline {CHANGE} n seeds seed_sd worse compared "
+            "validity_change validity_low validity_high kl alpha"
         ),
         "validity": "model vertical metric condition value ci_low ci_high chance valid n",
         "checks": "stage check holds value ci_low ci_high n sentence",
@@ -189,8 +184,7 @@ def sha256_of(path: Path | str, length: int = 64) -> str:
     path, digest = Path(path), hashlib.sha256()
     inside = (p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
     files = [path] if path.is_file() else sorted(inside)
-    if not files:
-        raise StudyError(f"{path}: no files to read")
+    require(files, f"{path}: no files to read")
     for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as handle:
@@ -205,8 +199,9 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-class ResultCache:
-    """Results of a long computation, one line each in a JSONL file, so that a run can be resumed.
+class ResultCache(dict):
+    """Results of a long computation by key, one line each in a JSONL file, so that a run can be
+    resumed.
 
     The file's name stands for what its results share (weights, settings), a row's ``key`` for its
     item. Each line begins with the hash of its rest: one that was changed is passed over, so that
@@ -218,19 +213,13 @@ class ResultCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if os.environ.get("RLHF_TRUST_CACHE") == "off":
             self.path.unlink(missing_ok=True)
-        self._rows = {row["key"]: row for row in _complete_lines(self.path)}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._rows
-
-    def __getitem__(self, key: str) -> dict:
-        return self._rows[key]
+        super().__init__((row["key"], row) for row in _complete_lines(self.path))
 
     def add(self, key: str, **row: object) -> None:
         """Store the result for ``key``; it is on disk when this returns."""
-        self._rows[key] = {"key": key, **row}
+        self[key] = {"key": key, **row}
         with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(_hashed(json.dumps(self._rows[key], ensure_ascii=False)) + "\n")
+            handle.write(_hashed(json.dumps(self[key], ensure_ascii=False)) + "\n")
 
 
 def _hashed(line: str) -> str:
@@ -337,8 +326,7 @@ def write_table(build: Build, table: str, part: str, frame: pd.DataFrame) -> pd.
     left empty. Floats are rounded to 6 significant digits, so that equal runs give equal bytes.
     """
     unknown = sorted(set(frame.columns) - set(TABLES[table]))
-    if unknown:
-        raise StudyError(f"table {table}: unknown columns {unknown}; known are {TABLES[table]}")
+    require(not unknown, f"table {table}: unknown columns {unknown}; known are {TABLES[table]}")
     path = build.path("tables", "parts", f"{table}.{part}.csv")
     _write_csv(path, table, frame)
     return pd.read_csv(path)
@@ -366,8 +354,7 @@ def merge_tables(
     parts = sorted({*folder.glob(f"{table}.*.csv")} - warn_of_strays(build))
     if not parts:
         build.table(table).unlink(missing_ok=True)
-        if required:
-            raise StudyError(f"{folder}: no parts of {table}; run `make reproduce` first")
+        require(not required, f"{folder}: no parts of {table}; run `make reproduce` first")
         return pd.DataFrame(columns=TABLES[table])
     frames = [frame for path in parts if len(frame := read_csv_table(checked(path), table))]
     merged = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TABLES[table])
@@ -561,6 +548,3 @@ class _Sink:
     def write(self, text: str) -> None:
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(text)
-
-    def flush(self) -> None:
-        pass
