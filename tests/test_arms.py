@@ -232,8 +232,6 @@ def test_settings_come_from_the_stages_manifests(trainer):
     assert arms.stage_parameters(trainer.build, ["dpo"], own)["dpo"]["beta"] == 0.3
     with pytest.raises(StudyError, match="n_train: 04-dpo was run with another value, 1 there and"):
         arms.stage_parameters(trainer.build, ["dpo"], own | {"n_train": 2})
-    with pytest.raises(StudyError, match="stages: must be of ppo, dpo, inpo, got 'sft'"):
-        arms.stage_parameters(trainer.build, ["sft"], own)
 
 
 # --- distance -------------------------------------------------------------------------------------
@@ -262,8 +260,8 @@ def kl_by_hand(network, arm: str, texts: list[EncodedExample]) -> float:
 
 
 def test_kl_is_the_sum_over_tokens_and_vocabulary(network, trainer):
-    answers = arms.sft_answers(network, trainer.chat, PROMPTS, seed=0, tokens=6)
-    kl = arms.kl_to_sft(network, answers, 0, batch_size=5)
+    answers = arms.sft_answers(network, trainer.chat, PROMPTS, seed=0)
+    kl = arms.kl_to_sft(network, answers, 0)
     assert kl("sft") == kl("between") == 0
     wanted = kl_by_hand(network, "far", answers)
     assert kl("far") == pytest.approx(wanted, rel=1e-4) and kl("far") > 0.01
@@ -271,7 +269,7 @@ def test_kl_is_the_sum_over_tokens_and_vocabulary(network, trainer):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_an_arm_is_brought_back_to_a_given_kl(network, trainer, share):
-    answers = arms.sft_answers(network, trainer.chat, PROMPTS, seed=0, tokens=6)
+    answers = arms.sft_answers(network, trainer.chat, PROMPTS, seed=0)
     kl = arms.kl_to_sft(network, answers, 0)
     target = share * kl("far")
     alpha, found = arms.match(network, "far", "between", kl("far"), target, kl)

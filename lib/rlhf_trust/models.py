@@ -372,6 +372,19 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     return wrapped.eval()
 
 
+@contextmanager
+def adapted(
+    base: Base, adapters: dict[str, Path], trainable: str | None = None
+) -> Iterator[PeftModel]:
+    """:func:`load_adapters` for as long as the block runs; the backbone is bare again
+    afterwards."""
+    network = load_adapters(base, adapters, trainable)
+    try:
+        yield network
+    finally:
+        network.unload()  # adapters sit inside the backbone
+
+
 def save_adapter(
     base: Base,
     wrapped,

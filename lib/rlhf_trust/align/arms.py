@@ -16,8 +16,8 @@ line of LoRA weights from SFT (:func:`match`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import linear
 
-from .. import StudyError, models
+from .. import StudyError, models, require
 from ..artifacts import (
     Build,
     content_key,
@@ -112,11 +112,8 @@ def stage_parameters(build: Build, stages: Sequence[str], own: Mapping) -> dict[
     """
     manifests, found = read_manifests(build), {}
     for stage in stages:
-        chapter = CHAPTERS.get(stage)
-        if chapter is None:
-            raise StudyError(f"stages: must be of {', '.join(CHAPTERS)}, got {stage!r}")
-        if chapter not in manifests:
-            raise StudyError(f"{build.root}: no manifest of {chapter}; run it first")
+        chapter = CHAPTERS[stage]
+        require(chapter in manifests, f"{build.root}: no manifest of {chapter}; run it first")
         found[stage] = manifests[chapter]["parameters"]
         for name in SHARED:
             if found[stage][name] != own[name]:
@@ -203,21 +200,8 @@ class Trainer:
     pairs: Preferences
     parameters: Mapping[str, dict]
 
-    @property
-    def sft(self) -> Path:
-        return self.build.model("sft")
-
-    @property
-    def reward(self) -> Path:
-        return self.build.model("reward")
-
-    @cached_property
-    def prompts(self) -> list[Prompt]:
-        return [Prompt(pair.id, pair.prompt) for pair in self.pairs.train]
-
-    @cached_property
-    def held_out(self) -> list[Prompt]:
-        return [Prompt(pair.id, pair.prompt) for pair in self.pairs.held_out]
+    def __post_init__(self):
+        self.sft, self.reward = self.build.model("sft"), self.build.model("reward")
 
     @cached_property
     def kept(self) -> LowerStates:
@@ -225,15 +209,10 @@ class Trainer:
         with self._adapters() as network:
             return LowerStates(network)
 
-    @contextmanager
-    def _adapters(self) -> Iterator[torch.nn.Module]:
-        """SFT twice, as ``policy`` and as ``reference``; the backbone is bare again afterwards."""
+    def _adapters(self) -> AbstractContextManager[torch.nn.Module]:
+        """The backbone with SFT twice, as ``policy`` and as ``reference``."""
         both = {"policy": self.sft, "reference": self.sft}
-        network = models.load_adapters(self.base, both, trainable="policy")
-        try:
-            yield network
-        finally:
-            network.unload()
+        return models.adapted(self.base, both, trainable="policy")
 
     def config(self, arm: Arm) -> ppo.PPOConfig | inpo.INPOConfig | TrainConfig:
         """The stage's settings with the arm's own seed."""
@@ -266,7 +245,7 @@ class Trainer:
         weights = [models.adapter_fingerprint(self.base, self.sft)]
         if arm.stage != "dpo":
             weights.append(sha256_of(self.reward))
-        data = [asdict(p) for p in self.pairs.train], [asdict(p) for p in self.held_out]
+        data = [asdict(p) for p in self.pairs.train], [asdict(p) for p in self.pairs.held_out]
         settings = self.parameters[arm.stage], asdict(config), self.chat.key
         code = training_code("align.rollout", "align.ppo", "align.inpo", "align.arms")
         key, note = content_key(asdict(arm), weights, data, settings, code), out / NOTE
@@ -275,11 +254,8 @@ class Trainer:
             if kept["key"] == key and kept["weights"] == sha256_of(out):
                 note_written(out)
                 return kept["reward"]
-        change = (
-            self._train_dpo(arm, config, out)
-            if arm.stage == "dpo"
-            else self._sampled(arm, config, out)
-        )
+        train = self._train_dpo if arm.stage == "dpo" else self._sampled
+        change = train(arm, config, out)
         # Last, and inside the folder, which a new training replaces as a whole.
         write_record(note, {"key": key, "reward": change, "weights": sha256_of(out)})
         return change
@@ -301,13 +277,15 @@ class Trainer:
         """Train a PPO or INPO arm."""
         given, reward = self.parameters[arm.stage], self.reward
         train = ppo.train if arm.stage == "ppo" else inpo.train
-        held_out = self.held_out[: given["n_prompts_held_out"]]
+        prompts = [Prompt(pair.id, pair.prompt) for pair in self.pairs.train]
+        held_out = [Prompt(pair.id, pair.prompt) for pair in self.pairs.held_out]
+        held_out = held_out[: given["n_prompts_held_out"]]
         if arm.stage == "inpo":
             held_out = held_out[:FEWER_HELD_OUT]
         if arm.kind == PLACEBO:
             reward = shuffled_reward(self.reward, self.chat, config.seed)
         basics = self.base, self.chat, self.sft, reward
-        _, history = train(*basics, self.prompts, held_out, config, out)
+        _, history = train(*basics, prompts, held_out, config, out)
         both = before_and_after(history)
         return float((both["reward_after"] - both["reward_before"]).mean())
 
@@ -323,18 +301,14 @@ def pair_examples(pairs: Sequence[PreferencePair], chat: Chat) -> list[Example]:
 # --- distance to SFT ------------------------------------------------------------------------------
 
 
-def sft_answers(
-    network, chat: Chat, prompts: Sequence[Prompt], seed: int, tokens: int = 32
-) -> list[EncodedExample]:
+def sft_answers(network, chat: Chat, prompts: Sequence[Prompt], seed: int) -> list[EncodedExample]:
     """One answer of the adapter ``sft`` to each prompt, at temperature 1."""
-    keys, decoding = [f"kl {prompt.id}" for prompt in prompts], Decoding(tokens, 1.0, seed=seed)
+    keys, decoding = [f"kl {prompt.id}" for prompt in prompts], Decoding(32, 1.0, seed=seed)
     sampled = sample_answers(network, "sft", chat, prompts, keys, decoding)
     return [answer for (answer,) in sampled]
 
 
-def kl_to_sft(
-    network, answers: Sequence[EncodedExample], pad: int, batch_size: int = 4
-) -> Callable[[str], float]:
+def kl_to_sft(network, answers: Sequence[EncodedExample], pad: int) -> Callable[[str], float]:
     """A function adapter → KL(π_sft ‖ π), nats an answer, on answers of SFT's own.
 
     It is the mean over ``answers`` of Σ_t Σ_v π_sft(v | y_<t) log(π_sft / π)(v | y_<t), summed over
@@ -344,7 +318,7 @@ def kl_to_sft(
     × tokens of all answers, float32).
     """
     kept = LowerStates(network)
-    batches = batches_by_length([len(answer) for answer in answers], batch_size)
+    batches = batches_by_length([len(answer) for answer in answers], 4)
 
     @torch.no_grad()
     def logps(adapter: str, batch: Sequence[int]) -> torch.Tensor:
@@ -423,8 +397,7 @@ def match_arms(
     sft, pad, rows = build.model("sft"), chat.tokenizer.pad_token_id, []
     adapters = {"sft": sft, "between": sft} | {arm.name: arm.folder(build) for arm in arms}
     examples, prompts = pair_examples(pairs, chat), [Prompt(p.id, p.prompt) for p in pairs]
-    network = models.load_adapters(base, adapters)
-    try:
+    with models.adapted(base, adapters) as network:
         kept = LowerStates(network)
         kl = kl_to_sft(network, sft_answers(network, chat, prompts, seed), pad)
         plain = {f"kl_{kind}": kl_to_sft(network, some, pad) for kind, some in documents.items()}
@@ -449,6 +422,4 @@ def match_arms(
                 alpha, found = match(network, further.name, "between", far, near, kl)
                 models.save_adapter(base, network, build.model(f"arms/{name}"), adapter="between")
                 add(further, "between", found, alpha, name)
-    finally:
-        network.unload()
     return pd.DataFrame(rows)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .. import StudyError, decode, models
+from .. import StudyError, decode, models, require
 from ..chat import Chat, EncodedExample
 from ..decode import Decoding, Prompt
 
@@ -94,21 +94,17 @@ def policy_and_reward(
     if isinstance(reward, Path):
         adapters["reward"], head = reward, models.load_reward_head(reward)
         reward = partial(RewardModel, head=head, chat=chat, batch_size=batch_size)
-    model = models.load_adapters(base, adapters, trainable="policy")
-    try:
+    with models.adapted(base, adapters, trainable="policy") as model:
         reward_fn = reward(model)
 
         def finite_rewards(answers: Sequence[EncodedExample]) -> torch.Tensor:
             rewards = reward_fn(answers).to(model.device)
             broken = int((~torch.isfinite(rewards)).sum())
-            if broken:
-                counts = f"{broken} of {len(rewards)} rewards are not finite"
-                raise StudyError(f"{counts}; look at the training curve in 02-reward")
+            counts = f"{broken} of {len(rewards)} rewards are not finite"
+            require(not broken, f"{counts}; look at the training curve in 02-reward")
             return rewards
 
         yield model, finite_rewards
-    finally:
-        model.unload()  # adapters sit inside the backbone
 
 
 @torch.no_grad()
