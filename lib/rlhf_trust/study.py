@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from . import StudyError, figures, render
+from . import StudyError, figures, render, require
 from .artifacts import NOTES, Build, Manifest, sha256_of, versions, write_table
 from .chat import Chat
 from .data.preferences import Preferences, load_preferences
@@ -48,9 +48,8 @@ class Study:
     _compared: ModelSet | None = None
 
     def _need(self, *names: str) -> list[Any]:
-        missing = [name for name in names if name not in self.parameters]
-        if missing:
-            raise StudyError(f"{self.stage}: its parameters cell has no {missing[0]!r}")
+        for name in names:
+            require(name in self.parameters, f"{self.stage}: its parameters cell has no {name!r}")
         return [self.parameters[name] for name in names]
 
     def load_base(self) -> Base:
@@ -84,10 +83,8 @@ class Study:
     @cached_property
     def pairs(self) -> Preferences:
         """The preference pairs, split into ``train`` and ``held_out``."""
-        source, n_train, n_held_out, longest, seed = self._need(
-            "preferences", "n_train", "n_held_out", "max_length", "seed"
-        )
-        return load_preferences(source, n_train, n_held_out, self.chat, longest, seed)
+        wanted = self._need("preferences", "n_train", "n_held_out")
+        return load_preferences(*wanted, self.chat, *self._need("max_length", "seed"))
 
     @cached_property
     def generations(self) -> Generations:
@@ -104,8 +101,7 @@ class Study:
         members: dict[str, Path | Loader] = {}
         for entry in entries:
             name, _, source = entry.partition("=")
-            if name in members:
-                raise StudyError(f"trained: two models are called {name!r}")
+            require(name not in members, f"trained: two models are called {name!r}")
             members[name] = self._member(name, source) if source else self.build.model(name)
         whole = any(not isinstance(member, Path) for member in members.values())
         # One that can be loaded again can be let go of.
