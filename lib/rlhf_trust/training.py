@@ -40,40 +40,12 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from . import StudyError, require
-from .artifacts import (
-    atomic_write,
-    code_hash,
-    content_key,
-    file_sha256,
-    progress,
-    read_record,
-    write_record,
-)
+from . import StudyError, artifacts, decode, models, require
 from .chat import Chat
 from .data.preferences import PreferencePair, pair_tokens
-from .decode import (
-    PAD_TO,
-    Example,
-    LowerStates,
-    answer_logps,
-    batches_by_length,
-    packed_length,
-    plainly,
-    rewards,
-)
+from .decode import Example, LowerStates
 from .losses import LogOddsLoss, Loss, log_odds, tokens_content
-from .models import (
-    Base,
-    LoRA,
-    device,
-    load_adapters,
-    lora_config,
-    lora_weights,
-    new_adapter,
-    save_adapter,
-    using,
-)
+from .models import Base, LoRA
 from .sources import NO_CODE, model_directory
 
 CLIP = 1.0
@@ -123,7 +95,7 @@ class TrainConfig:
 def training_order(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
     """An order of examples in which every batch holds like lengths, the batches shuffled: little is
     padded. Of examples left over for a shorter last batch, the batch itself stays last."""
-    groups = batches_by_length(lengths, batch_size)
+    groups = decode.batches_by_length(lengths, batch_size)
     last = [groups.pop()] if len(groups[-1]) < batch_size else []
     Random(seed).shuffle(groups)
     return [index for group in groups + last for index in group]
@@ -194,8 +166,8 @@ def fit(
     if trajectory is not None:  # before the loss's own weights move
         about = training_content(examples, loss, config, weights)
     try:
-        with using(network, adapter, parameters), torch.enable_grad():
-            for places in progress(batches, desc=desc, unit="step") if desc else batches:
+        with models.using(network, adapter, parameters), torch.enable_grad():
+            for places in artifacts.progress(batches, desc=desc, unit="step") if desc else batches:
                 batch, own = [examples[i] for i in places], factors[places]
                 value = _accumulate(network, batch, own, loss, pad, config.micro_batch_size, kept)
                 if trajectory is not None:
@@ -221,7 +193,7 @@ def fit(
 def trained_weights(network, adapter: str, loss: Loss) -> dict[str, torch.nn.Parameter]:
     """All that a training changes, by name: an adapter's LoRA weights and the loss's own."""
     own = {f"loss.{number}": weight for number, weight in enumerate(loss.parameters())}
-    return lora_weights(network, adapter) | own
+    return models.lora_weights(network, adapter) | own
 
 
 def training_batches(examples: Sequence[Example], config: TrainConfig) -> list[list[int]]:
@@ -266,14 +238,14 @@ def _accumulate(
 def training_code(*more: str) -> str:
     """Of the modules that every training runs through, and others: part of the key of what is kept
     of one."""
-    return code_hash("chat", "decode", "losses", "models", "training", *more)
+    return artifacts.code_hash("chat", "decode", "losses", "models", "training", *more)
 
 
 def keep_state(path: Path, key: str, state: Mapping) -> None:
     """Write where a computation stands, with its hash, for :func:`kept_state`."""
     saved = io.BytesIO()
     torch.save({"key": key, **state}, saved)
-    with atomic_write(path) as aside:
+    with artifacts.atomic_write(path) as aside:
         aside.write_bytes(hashlib.sha256(saved.getvalue()).digest() + saved.getvalue())
 
 
@@ -327,7 +299,7 @@ class Trajectory:
         self._write(found)
 
     def _write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        with atomic_write(self._file(self._kept)) as aside:
+        with artifacts.atomic_write(self._file(self._kept)) as aside:
             save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, aside)
         self._kept += 1
 
@@ -336,9 +308,10 @@ class Trajectory:
     ) -> None:
         """Write the weights at the end and what the training was (:func:`training_content`)."""
         self._write({f"weight.{name}": weight.detach() for name, weight in trained.items()})
-        files = {file.name: file_sha256(file) for file in map(self._file, range(self._kept))}
-        manifest = {"key": content_key(about), "learning_rates": rates, "files": files}
-        write_record(self.folder / self.MANIFEST, manifest)
+        states = map(self._file, range(self._kept))
+        files = {state.name: artifacts.file_sha256(state) for state in states}
+        manifest = {"key": artifacts.content_key(about), "learning_rates": rates, "files": files}
+        artifacts.write_record(self.folder / self.MANIFEST, manifest)
         self._kept = 0
 
     def read(self) -> tuple[str, list[float]]:
@@ -348,11 +321,11 @@ class Trajectory:
         if not path.is_file():
             raise StudyError(f"{path}: no such file, so the training did not end here; {again}")
         try:
-            manifest = read_record(path)
+            manifest = artifacts.read_record(path)
         except (OSError, ValueError) as error:
             raise StudyError(f"{path}: damaged ({error}); {again}") from None
         for file, digest in manifest.get("files", {"": None}).items():
-            if file_sha256(path := self.folder / file) != digest:
+            if artifacts.file_sha256(path := self.folder / file) != digest:
                 problem = "damaged" if path.exists() else "no such file"
                 raise StudyError(f"{path}: {problem}; {again}")
         return manifest["key"], manifest["learning_rates"]
@@ -381,9 +354,9 @@ def example_losses(
     if isinstance(loss, LogOddsLoss):  # what its prompts share runs once
         return log_odds(network, adapter, examples, pad, kept)
     found = np.zeros(len(examples))
-    lengths = [packed_length(example.sequences) for example in examples]
-    with using(network, adapter), torch.no_grad():
-        for batch in batches_by_length(lengths, max(1, rows // loss.sequences)):
+    lengths = [decode.packed_length(example.sequences) for example in examples]
+    with models.using(network, adapter), torch.no_grad():
+        for batch in decode.batches_by_length(lengths, max(1, rows // loss.sequences)):
             values = loss.loss(network, [examples[i] for i in batch], pad, kept)
             found[batch] = values.double().cpu().numpy()
     return found
@@ -401,7 +374,7 @@ def trl_arguments(kind: type, config: TrainConfig, examples: int, **more):
     together = math.gcd(config.batch_size, config.micro_batch_size)
     arguments = kind(
         output_dir=tempfile.gettempdir(),
-        use_cpu=device().type == "cpu",  # where a trainer would take Apple's GPU
+        use_cpu=models.device().type == "cpu",  # where a trainer would take Apple's GPU
         learning_rate=config.learning_rate,
         seed=config.seed,
         per_device_train_batch_size=together,
@@ -422,7 +395,7 @@ def trl_arguments(kind: type, config: TrainConfig, examples: int, **more):
         train_sampling_strategy="sequential",
         dataloader_pin_memory=False,
         max_length=None,
-        pad_to_multiple_of=PAD_TO,
+        pad_to_multiple_of=decode.PAD_TO,
         **more,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # of several it would use all, a batch on each
@@ -437,7 +410,7 @@ class Curve(TrainerCallback):
         self.stage, self.metrics, self.rows, self._bar = stage, metrics, [], None
 
     def on_train_begin(self, args, state, control, **_):
-        self._bar = progress(total=state.max_steps, desc=self.stage, unit="step")
+        self._bar = artifacts.progress(total=state.max_steps, desc=self.stage, unit="step")
 
     def on_step_end(self, args, state, control, **_):
         self._bar.update(1)
@@ -464,7 +437,7 @@ def run_trl(trainer: Trainer, curve: Curve) -> pd.DataFrame:
     """Train with the curve as the only thing that is shown."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(curve)
-    with plainly(trainer.model):
+    with decode.plainly(trainer.model):
         trainer.train()
     trainer.model.eval()
     return curve.table()
@@ -487,7 +460,7 @@ def sft_trainer(
         "completion_mask": [[0] * t.answer_start + [1] * len(t.answer_ids) for t in texts],
     }
     return SFTTrainer(
-        model=new_adapter(base, lora, config.seed),
+        model=models.new_adapter(base, lora, config.seed),
         args=trl_arguments(SFTConfig, config, len(pairs), completion_only_loss=True),
         train_dataset=in_order(columns, [len(text) for text in texts], config),
         processing_class=chat.tokenizer,
@@ -500,14 +473,14 @@ def train_sft(
     """Train a fresh adapter with :func:`sft_trainer` and save it to ``out``; returns the curve."""
     trainer = sft_trainer(base, chat, pairs, config, lora)
     curve = run_trl(trainer, Curve("sft", ("loss", "grad_norm", "learning_rate")))
-    save_adapter(base, trainer.model, out)
+    models.save_adapter(base, trainer.model, out)
     return curve
 
 
 def held_out_loss(model, chat: Chat, pairs: Pairs) -> np.ndarray:
     """Mean loss a token of each pair's chosen answer, in nats: array [pairs]."""
     texts, pad = [chat.sequence(p.prompt, p.chosen) for p in pairs], chat.tokenizer.pad_token_id
-    sums, counts = answer_logps(model, texts, pad, desc="held-out loss")
+    sums, counts = decode.answer_logps(model, texts, pad, desc="held-out loss")
     return -sums / counts
 
 
@@ -527,7 +500,7 @@ def reward_trainer(
     ).to(base.device)
     # From zero all rewards are equal at first; a random head would begin with a preference.
     torch.nn.init.zeros_(model.score.weight)
-    shape = lora_config(base.model, lora, task_type="SEQ_CLS", modules_to_save=["score"])
+    shape = models.lora_config(base.model, lora, task_type="SEQ_CLS", modules_to_save=["score"])
     columns = {
         "chosen_ids": [list(chat.sequence(p.prompt, p.chosen).input_ids) for p in pairs],
         "rejected_ids": [list(chat.sequence(p.prompt, p.rejected).input_ids) for p in pairs],
@@ -547,7 +520,7 @@ def train_reward(
     both to ``out``; returns the curve."""
     trainer = reward_trainer(base, chat, pairs, config, lora)
     curve = run_trl(trainer, Curve("reward", ("loss", "accuracy", "margin", "grad_norm")))
-    save_adapter(base, trainer.model, out, head=reward_head(trainer.model))
+    models.save_adapter(base, trainer.model, out, head=reward_head(trainer.model))
     return curve
 
 
@@ -559,7 +532,7 @@ def reward_head(model) -> torch.Tensor:
 def pair_rewards(model, head: torch.Tensor, chat: Chat, pairs: Pairs) -> np.ndarray:
     """Rewards of chosen and rejected answers, array [pairs, 2]."""
     texts, pad = both_answers(chat, pairs), chat.tokenizer.pad_token_id
-    return rewards(model, head, texts, pad, desc="held-out rewards").reshape(-1, 2)
+    return decode.rewards(model, head, texts, pad, desc="held-out rewards").reshape(-1, 2)
 
 
 def both_answers(chat: Chat, pairs: Pairs) -> list:
@@ -583,7 +556,7 @@ def dpo_trainer(
         "rejected_ids": [list(chat.answer_ids(p.rejected)) for p in pairs],
     }
     trainer = DPOTrainer(
-        model=load_adapters(base, {"default": sft}, trainable="default"),
+        model=models.load_adapters(base, {"default": sft}, trainable="default"),
         args=trl_arguments(DPOConfig, config, len(pairs), beta=beta),
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=chat.tokenizer,
@@ -602,14 +575,14 @@ def train_dpo(
     trainer = dpo_trainer(base, chat, pairs, config, beta, sft)
     logged = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
     curve = run_trl(trainer, Curve("dpo", (*logged, "grad_norm")))
-    save_adapter(base, trainer.model, out)
+    models.save_adapter(base, trainer.model, out)
     return curve
 
 
 def pair_logps(model, chat: Chat, pairs: Pairs) -> np.ndarray:
     """Summed log-probabilities of chosen and rejected answers, array [pairs, 2]."""
     texts, pad = both_answers(chat, pairs), chat.tokenizer.pad_token_id
-    return answer_logps(model, texts, pad, desc="log-likelihoods of pairs")[0].reshape(-1, 2)
+    return decode.answer_logps(model, texts, pad, desc="log-likelihoods of pairs")[0].reshape(-1, 2)
 
 
 def margins_of_pairs(

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,28 +26,11 @@ import pandas as pd
 import torch
 from torch.nn.functional import linear
 
-from .. import StudyError, models, require
-from ..artifacts import (
-    Build,
-    content_key,
-    note_written,
-    read_manifests,
-    read_record,
-    sha256_of,
-    write_record,
-)
+from .. import StudyError, artifacts, decode, models, require
+from ..artifacts import Build
 from ..chat import Chat, EncodedExample
 from ..data.preferences import PreferencePair, Preferences
-from ..decode import (
-    Decoding,
-    Example,
-    LowerStates,
-    Prompt,
-    batches_by_length,
-    output_head,
-    pack,
-    packed_states,
-)
+from ..decode import Decoding, Example, LowerStates, Prompt
 from ..losses import DPOLoss, reference_logps
 from ..stats import generator
 from ..training import TrainConfig, fit, training_code
@@ -110,7 +92,7 @@ def stage_parameters(build: Build, stages: Sequence[str], own: Mapping) -> dict[
     ``own``: the parameters of the arms' chapter, which read the same model and pairs. A StudyError
     names a stage that has not run, or a parameter in which the two differ.
     """
-    manifests, found = read_manifests(build), {}
+    manifests, found = artifacts.read_manifests(build), {}
     for stage in stages:
         chapter = CHAPTERS[stage]
         require(chapter in manifests, f"{build.root}: no manifest of {chapter}; run it first")
@@ -191,7 +173,8 @@ def shuffled_reward(folder: Path, chat: Chat, seed: int) -> RewardFnMaker:
 class Trainer:
     """Trains arms on one backbone, from the models in ``build``.
 
-    ``pairs``: as in the stages' chapters. ``parameters``: of :func:`stage_parameters`.
+    ``pairs``: as in the stages' chapters. ``parameters``: of :func:`stage_parameters`. ``kept``: of
+    DPO's pairs, for all of its arms.
     """
 
     base: models.Base
@@ -199,20 +182,10 @@ class Trainer:
     build: Build
     pairs: Preferences
     parameters: Mapping[str, dict]
+    kept: LowerStates | None = None
 
     def __post_init__(self):
         self.sft, self.reward = self.build.model("sft"), self.build.model("reward")
-
-    @cached_property
-    def kept(self) -> LowerStates:
-        """Of DPO's pairs, for all of its arms."""
-        with self._adapters() as network:
-            return LowerStates(network)
-
-    def _adapters(self) -> AbstractContextManager[torch.nn.Module]:
-        """The backbone with SFT twice, as ``policy`` and as ``reference``."""
-        both = {"policy": self.sft, "reference": self.sft}
-        return models.adapted(self.base, both, trainable="policy")
 
     def config(self, arm: Arm) -> ppo.PPOConfig | inpo.INPOConfig | TrainConfig:
         """The stage's settings with the arm's own seed."""
@@ -244,20 +217,21 @@ class Trainer:
         out, config = arm.folder(self.build), self.config(arm)
         weights = [models.adapter_fingerprint(self.base, self.sft)]
         if arm.stage != "dpo":
-            weights.append(sha256_of(self.reward))
+            weights.append(artifacts.sha256_of(self.reward))
         data = [asdict(p) for p in self.pairs.train], [asdict(p) for p in self.pairs.held_out]
         settings = self.parameters[arm.stage], asdict(config), self.chat.key
         code = training_code("align.rollout", "align.ppo", "align.inpo", "align.arms")
-        key, note = content_key(asdict(arm), weights, data, settings, code), out / NOTE
+        key, note = artifacts.content_key(asdict(arm), weights, data, settings, code), out / NOTE
         with suppress(OSError, ValueError):  # not there, or damaged
-            kept = read_record(note)
-            if kept["key"] == key and kept["weights"] == sha256_of(out):
-                note_written(out)
+            kept = artifacts.read_record(note)
+            if kept["key"] == key and kept["weights"] == artifacts.sha256_of(out):
+                artifacts.note_written(out)
                 return kept["reward"]
         train = self._train_dpo if arm.stage == "dpo" else self._sampled
         change = train(arm, config, out)
         # Last, and inside the folder, which a new training replaces as a whole.
-        write_record(note, {"key": key, "reward": change, "weights": sha256_of(out)})
+        made = {"key": key, "reward": change, "weights": artifacts.sha256_of(out)}
+        artifacts.write_record(note, made)
         return change
 
     def _train_dpo(self, arm: Arm, config: TrainConfig, out: Path) -> float:
@@ -265,8 +239,9 @@ class Trainer:
         examples = pair_examples(self.pairs.train[: given["n_dpo"]], self.chat)
         if arm.kind == PLACEBO:
             examples = swap_half(examples, config.seed)
-        kept = self.kept
-        with self._adapters() as network:
+        both = {"policy": self.sft, "reference": self.sft}
+        with models.adapted(self.base, both, trainable="policy") as network:
+            kept = self.kept = self.kept or LowerStates(network)
             reference = reference_logps(network, "reference", examples, pad, kept=kept)
             loss = DPOLoss(given["beta"], reference)
             fit(network, "policy", examples, loss, pad, config, arm.name, kept)
@@ -318,15 +293,15 @@ def kl_to_sft(network, answers: Sequence[EncodedExample], pad: int) -> Callable[
     × tokens of all answers, float32).
     """
     kept = LowerStates(network)
-    batches = batches_by_length([len(answer) for answer in answers], 4)
+    batches = decode.batches_by_length([len(answer) for answer in answers], 4)
 
     @torch.no_grad()
     def logps(adapter: str, batch: Sequence[int]) -> torch.Tensor:
-        packed = pack([(answers[i],) for i in batch])
+        packed = decode.pack([(answers[i],) for i in batch])
         with models.using(network, adapter):
-            states = packed_states(network, packed, pad, kept)
+            states = decode.packed_states(network, packed, pad, kept)
         row, column = torch.tensor(packed.predicting, device=states.device).T
-        head = output_head(network)
+        head = decode.output_head(network)
         bias = None if head.bias is None else head.bias.float()
         return linear(states[row, column].float(), head.weight.float(), bias).log_softmax(-1)
 
