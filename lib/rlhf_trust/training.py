@@ -540,6 +540,14 @@ def both_answers(chat: Chat, pairs: Pairs) -> list:
     return [chat.sequence(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)]
 
 
+def pair_examples(pairs: Pairs, chat: Chat) -> list[Example]:
+    """Each pair's two texts, chosen first."""
+    return [
+        Example(p.id, p.source, tuple(chat.sequence(p.prompt, a) for a in (p.chosen, p.rejected)))
+        for p in pairs
+    ]
+
+
 def dpo_trainer(
     base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, beta: float, sft: Path
 ) -> DPOTrainer:
@@ -583,12 +591,3 @@ def pair_logps(model, chat: Chat, pairs: Pairs) -> np.ndarray:
     """Summed log-probabilities of chosen and rejected answers, array [pairs, 2]."""
     texts, pad = both_answers(chat, pairs), chat.tokenizer.pad_token_id
     return decode.answer_logps(model, texts, pad, desc="log-likelihoods of pairs")[0].reshape(-1, 2)
-
-
-def margins_of_pairs(
-    policy_logps: np.ndarray, reference_logps: np.ndarray, beta: float
-) -> np.ndarray:
-    """DPO's implicit reward of chosen minus rejected, β[(log π - log π_ref)_c - (log π -
-    log π_ref)_r]: array [pairs]."""
-    implicit = beta * (policy_logps - reference_logps)
-    return implicit[:, 0] - implicit[:, 1]

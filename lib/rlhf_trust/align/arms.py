@@ -33,7 +33,7 @@ from ..data.preferences import PreferencePair, Preferences
 from ..decode import Decoding, Example, LowerStates, Prompt
 from ..losses import DPOLoss, reference_logps
 from ..stats import generator
-from ..training import TrainConfig, fit, training_code
+from ..training import TrainConfig, fit, pair_examples, training_code
 from . import inpo, ppo
 from .rollout import RewardFn, RewardFnMaker, RewardModel, before_and_after, sample_answers
 
@@ -263,14 +263,6 @@ class Trainer:
         _, history = train(*basics, prompts, held_out, config, out)
         both = before_and_after(history)
         return float((both["reward_after"] - both["reward_before"]).mean())
-
-
-def pair_examples(pairs: Sequence[PreferencePair], chat: Chat) -> list[Example]:
-    """Each pair's two texts, chosen first."""
-    return [
-        Example(p.id, p.source, tuple(chat.sequence(p.prompt, a) for a in (p.chosen, p.rejected)))
-        for p in pairs
-    ]
 
 
 # --- distance to SFT ------------------------------------------------------------------------------
