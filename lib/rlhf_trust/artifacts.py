@@ -372,8 +372,7 @@ def read_csv_table(path: Path, table: str) -> pd.DataFrame:
         problem = missing and f"has no column {missing[0]!r}"
     except ValueError as error:  # empty, no CSV, or not UTF-8
         problem = f"is no table ({error})"
-    if problem:
-        raise StudyError(f"{path}: {problem}; remove it and run its notebook again")
+    require(not problem, f"{path}: {problem}; remove it and run its notebook again")
     return frame
 
 

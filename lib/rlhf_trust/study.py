@@ -15,21 +15,12 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from . import StudyError, figures, render, require
+from . import StudyError, figures, models, render, require
 from .artifacts import NOTES, Build, Manifest, sha256_of, versions, write_table
 from .chat import Chat
 from .data.preferences import Preferences, load_preferences
 from .decode import Generations
-from .models import (
-    Base,
-    Loader,
-    ModelSet,
-    load_base,
-    load_merged,
-    load_tokenizer,
-    more_than_lora,
-    parse_dtype,
-)
+from .models import Base, Loader, ModelSet, load_tokenizer
 from .params import NOTEBOOKS, notebook_parameters, whole_paths
 from .sources import is_adapter, model_directory, read_json
 
@@ -54,7 +45,7 @@ class Study:
 
     def load_base(self) -> Base:
         """A backbone of its own, for training, which changes it in place."""
-        return load_base(*self._need("model", "dtype"))
+        return models.load_base(*self._need("model", "dtype"))
 
     @cached_property
     def base(self) -> Base:
@@ -118,15 +109,15 @@ class Study:
         except StudyError as error:
             raise StudyError(f"trained: {name}: {error}") from None
         if not is_adapter(directory):
-            return partial(load_base, source, dtype)
+            return partial(models.load_base, source, dtype)
         config = read_json(directory / "adapter_config.json")
         print(
             f"{name}: an adapter, made on {config.get('base_model_name_or_path')!r} by its own "
             f"account; here it acts on {backbone}"
         )
-        if not more_than_lora(config):
+        if not models.more_than_lora(config):
             return directory
-        return partial(load_merged, backbone, directory, dtype)
+        return partial(models.load_merged, backbone, directory, dtype)
 
     def write(self, table: str, rows: pd.DataFrame, part: str = "") -> pd.DataFrame:
         """Write this chapter's rows of a study table and return them as written."""
@@ -136,20 +127,20 @@ class Study:
         """Save a figure as ``figures/<name>.png`` and show it; ``alt`` says what is on it."""
         return render.show(figure, self.build.path("figures", f"{name}.png"), alt)
 
-    def close(self, models: Sequence[str] = (), **facts: Any) -> None:
-        """Write the manifest: which preference files and models (entries as in :meth:`models`) were
-        read, by hash (sha256, of models 16 digits), and whatever else was, how checkpoints were
-        asked, and ``facts`` about the run."""
+    def close(self, read: Sequence[str] = (), **facts: Any) -> None:
+        """Write the manifest: which preference files and models (``read``, entries as in
+        :meth:`models`) were read, by hash (sha256, of models 16 digits), and whatever else was, how
+        checkpoints were asked, and ``facts`` about the run."""
         # Pairs that nothing asked for were not read.
         files = self.pairs.files if "pairs" in vars(self) else {}
         self.manifest.inputs = {f"preferences: {name}": files[name] for name in files}
-        for entry in models:
+        for entry in read:
             name, brought, _ = entry.partition("=")
             hashed = brought and self._compared.fingerprints[name]
             self.manifest.inputs[name] = hashed or sha256_of(self.build.model(name), 16)
-        if any("=" in entry for entry in models):
+        if any("=" in entry for entry in read):
             self.manifest.inputs["start"] = self._compared.fingerprints["start"]
-            facts["dtype"] = str(parse_dtype(*self._need("dtype")))
+            facts["dtype"] = str(models.parse_dtype(*self._need("dtype")))
             facts["prompt_formats"] = {"start": self.chat.name} | self._compared.formats
         self.manifest.facts = facts
         self.manifest.write()

@@ -520,13 +520,9 @@ def train_reward(
     both to ``out``; returns the curve."""
     trainer = reward_trainer(base, chat, pairs, config, lora)
     curve = run_trl(trainer, Curve("reward", ("loss", "accuracy", "margin", "grad_norm")))
-    models.save_adapter(base, trainer.model, out, head=reward_head(trainer.model))
+    score = trainer.model.base_model.model.score.modules_to_save["default"]
+    models.save_adapter(base, trainer.model, out, head=score.weight)
     return curve
-
-
-def reward_head(model) -> torch.Tensor:
-    """The trained head of a PEFT-wrapped reward model, shape [1, hidden]."""
-    return model.base_model.model.score.modules_to_save["default"].weight
 
 
 def pair_rewards(model, head: torch.Tensor, chat: Chat, pairs: Pairs) -> np.ndarray:
