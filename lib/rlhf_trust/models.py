@@ -479,10 +479,7 @@ class ModelSet:
     """
 
     def __init__(
-        self,
-        base: Base | Loader,
-        members: Mapping[str, Path | Loader],
-        prompt_format: str = "auto",
+        self, base: Base | Loader, members: Mapping[str, Path | Loader], prompt_format: str = "auto"
     ):
         for name in members:
             require(name != "start", "models: 'start' is the backbone itself, give another name")
@@ -493,8 +490,8 @@ class ModelSet:
         self.fingerprints: dict[str, str] = {}
         self.formats: dict[str, str] = {}  # of the checkpoints that were asked
         self._adapters = {name: of for name, of in members.items() if isinstance(of, Path)}
-        loaders = {"start": base} | members
-        self._load = {n: of for n, of in loaders.items() if n not in self._adapters}
+        self._load = {"start": base}
+        self._load |= {name: of for name, of in members.items() if not isinstance(of, Path)}
         self._loaded: dict[str, tuple[Base, PreTrainedModel]] = {}
         self._open("start")
 

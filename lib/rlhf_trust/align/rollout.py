@@ -187,15 +187,14 @@ class Run:
         keys = [prompt.id for prompt in self.held_out]
         answers = [answer for (answer,) in self.sample(self.held_out, keys, self.decoding)]
         rewards, kl = self.reward_fn(answers), torch.zeros(len(answers))
+        tokenizer = self.chat.tokenizer
         if step:
-            pad = self.chat.tokenizer.pad_token_id
-            kl = answer_kl(self.model, answers, pad, self.batch_size)
-        numbers = {"reward": rewards.double().cpu().numpy(), "kl": kl.double().cpu().numpy()}
-        numbers["tokens"] = [len(answer.answer_ids) for answer in answers]
-        eos = self.chat.tokenizer.eos_token_id
-        numbers["ended"] = [answer.input_ids[-1] == eos for answer in answers]
-        texts = [self.chat.decode(answer.answer_ids) for answer in answers]
-        rows = pd.DataFrame({"step": step, "id": keys} | numbers | {"answer": texts})
+            kl = answer_kl(self.model, answers, tokenizer.pad_token_id, self.batch_size)
+        rows = pd.DataFrame({"step": step, "id": keys})
+        rows["reward"], rows["kl"] = rewards.double().cpu().numpy(), kl.double().cpu().numpy()
+        rows["tokens"] = [len(answer.answer_ids) for answer in answers]
+        rows["ended"] = [answer.input_ids[-1] == tokenizer.eos_token_id for answer in answers]
+        rows["answer"] = [self.chat.decode(answer.answer_ids) for answer in answers]
         self.check_kl(step, rows["kl"].mean())
         self.record(step, {f"held_out_{name}": rows[name].mean() for name in ("reward", "kl")})
         self.eval_history.append(rows)
