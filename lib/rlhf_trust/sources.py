@@ -171,21 +171,14 @@ def _download(name: str) -> Path | None:
     return path
 
 
-MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # which begins as UTF-16's does
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 """Byte-order mark → encoding."""
 
 
 def read_text(path: Path) -> str:
     """A text file, compressed by gzip or not, its lines ending in ``\\n``.
 
-    UTF-8, or UTF-16 or UTF-32 with a byte-order mark; anything else is an error that names the
-    line.
+    UTF-8, or UTF-16 with a byte-order mark; anything else is an error that names the line.
     """
     try:
         data = path.read_bytes()

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -139,13 +140,10 @@ def shuffled(reward_fn: RewardFn, seed: int) -> RewardFn:
 
     def scores(answers: Sequence[EncodedExample]) -> torch.Tensor:
         rewards = reward_fn(answers)
-        score_of = dict(zip(answers, rewards.tolist()))
-        by_prompt: dict[tuple[int, ...], list[EncodedExample]] = {}
-        for answer in score_of:
-            by_prompt.setdefault(answer.prompt_ids, []).append(answer)
-        permuted = {}
-        for some in by_prompt.values():
-            some = sorted(some, key=lambda answer: answer.input_ids)
+        score_of, permuted = dict(zip(answers, rewards.tolist())), {}
+        in_order = sorted(score_of, key=lambda answer: (answer.prompt_ids, answer.input_ids))
+        for _, same_prompt in groupby(in_order, key=lambda answer: answer.prompt_ids):
+            some = list(same_prompt)
             name = f"placebo {seed} {[answer.input_ids for answer in some]}"
             order = generator(name).permutation(len(some))
             permuted |= {answer: score_of[some[i]] for answer, i in zip(some, order)}

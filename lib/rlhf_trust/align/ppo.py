@@ -65,7 +65,7 @@ from .. import StudyError, models, require
 from ..artifacts import content_key, progress, sha256_of
 from ..chat import Chat, EncodedExample
 from ..decode import Decoding, LowerStates, Prompt, batches_by_length, token_logps
-from ..training import keep_state, kept_state, training_code
+from ..training import CLIP, keep_state, kept_state, training_code
 from . import rollout
 from .rollout import RewardFnMaker
 
@@ -77,11 +77,6 @@ VALUE_CLIP = 0.2
 VALUE_WEIGHT = 0.1
 """c, the weight of the value loss, which reaches the policy's adapter through the shared states
 (TRL: ``vf_coef``).
-"""
-
-MAX_GRAD_NORM = 1.0
-"""Gradients are clipped to this norm, policy and value head separately (the transformers Trainer's
-default).
 """
 
 
@@ -336,7 +331,7 @@ class PPORun(rollout.Run):
         self.optimizer.zero_grad()
         loss.backward()
         groups = self.optimizer.param_groups
-        norms = [clip_grad_norm_(group["params"], MAX_GRAD_NORM) for group in groups]
+        norms = [clip_grad_norm_(group["params"], CLIP) for group in groups]  # policy, value head
         numbers = torch.stack([loss.detach(), *norms])
         if not numbers.isfinite().all():
             raise StudyError(
