@@ -89,9 +89,8 @@ def auto_dtype() -> torch.dtype:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    known = {"auto": auto_dtype(), "float32": torch.float32, "bfloat16": torch.bfloat16}
-    require(name in known, f"dtype: must be one of {', '.join(known)}, got {name!r}")
-    return known[name]
+    """``auto`` (:func:`auto_dtype`), ``float32`` or ``bfloat16``, as torch has it."""
+    return auto_dtype() if name == "auto" else getattr(torch, name)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
