@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from . import ROOT, StudyError, require
 from .artifacts import READ, atomic_write, checked, content_key, file_hash, sha256_of
 from .chat import Chat, choose_pad
-from .sources import NO_CODE, first_line, is_adapter, model_directory
+from .sources import NO_CODE, first_line, is_adapter, model_directory, refusing
 
 # loading takes a second; its bar would stay in every rendered notebook
 transformers_logging.disable_progress_bar()
@@ -330,14 +330,12 @@ def load_adapters(base: Base, adapters: dict[str, Path], trainable: str | None =
     for name, directory in adapters.items():
         path = directory / "adapter_model.safetensors"
         again = f"run the stage that trains {directory.name!r} again"
-        try:
+        broken = OSError, ValueError, SafetensorError
+        with refusing(f"{directory}: cannot be read", again, *broken):
             saved = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
             weights = {key: value for key, value in load_file(path).items() if ".lora_" in key}
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = first_line(error)
-            raise StudyError(f"{directory}: cannot be read ({reason}); {again}") from None
         if saved.get("tokenizer", tokenizer) != tokenizer:
             raise StudyError(
                 f"{directory}: was trained on another tokenizer than {base.source}'s; {again}"
@@ -441,11 +439,9 @@ def load_reward_head(directory: Path) -> torch.Tensor:
     end token."""
     path = checked(directory / "head.safetensors")
     require(path.is_file(), f"{path}: missing; run 02-reward first")
-    try:
+    broken = OSError, SafetensorError, KeyError
+    with refusing(f"{path}: cannot be read", "run 02-reward again", *broken):
         weight = load_file(path)["weight"]
-    except (OSError, SafetensorError, KeyError) as error:
-        reason = first_line(error)
-        raise StudyError(f"{path}: cannot be read ({reason}); run 02-reward again") from None
     require(len(weight) == 1, f"{path}: has {len(weight)} labels; a reward model has one")
     return weight.squeeze(0)
 

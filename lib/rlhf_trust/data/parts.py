@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import StudyError, require
 from ..artifacts import file_sha256, note_source
-from ..sources import ONLINE, first_line, locate, read_csv, read_json, read_jsonl, read_text
+from ..sources import ONLINE, locate, read_csv, read_json, read_jsonl, read_text, refusing
 from .forms import HH
 
 SUBSETS = {"harmless": "hh-rlhf/harmless-base", "helpful": "hh-rlhf/helpful-base"}
@@ -93,10 +93,8 @@ def _parquet_rows(path: Path) -> Iterable[tuple[int, dict]]:
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
-    try:
+    with refusing(f"{path}: cannot be read", "fetch it again", OSError, ValueError, ArrowException):
         return enumerate(read_table(path).to_pylist(), start=1)
-    except (OSError, ValueError, ArrowException) as error:
-        raise StudyError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
 # datasets would read JSON and CSV too, but its errors name no line, one value of another type stops
@@ -141,13 +139,11 @@ def saved_parts(root: Path) -> list[Part]:
     """The splits of what ``save_to_disk`` of ``datasets`` wrote."""
     import datasets
 
-    try:
+    # A damaged folder ends in whatever the readers of its JSON and Arrow files trip over.
+    with refusing(f"{root}: cannot be read", "save it again", Exception):
         found = datasets.load_from_disk(str(root))
         splits = found if isinstance(found, dict) else {"": found}
         read = {split: list(enumerate(rows, start=1)) for split, rows in splits.items()}
-    # A damaged folder ends in whatever the readers of its JSON and Arrow files trip over.
-    except Exception as error:
-        raise StudyError(f"{root}: cannot be read ({first_line(error)}); save it again") from None
     for path in (root, *root.rglob("*.arrow")):
         note_source(path)
     parts = []
@@ -165,13 +161,10 @@ def hub_splits(rest: str):
 
     path, _, revision = rest.partition("@")
     dataset, folder = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
-    try:
+    remedy = f"check its name and revision, {ONLINE}, or use path:<file or directory>"
+    kinds = OSError, ValueError, datasets.exceptions.DatasetsError
+    with refusing(f"preferences hub:{rest}: cannot be had", remedy, *kinds):
         return datasets.load_dataset(dataset, data_dir=folder or None, revision=revision or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise StudyError(
-            f"preferences hub:{rest}: cannot be had ({first_line(error)}); check its name and "
-            f"revision, {ONLINE}, or use path:<file or directory>"
-        ) from None
 
 
 def hub_parts(place: str) -> tuple[str, list[Part]]:
