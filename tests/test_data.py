@@ -11,6 +11,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from conftest import WordChat
 from rlhf_trust import StudyError, sources
 from rlhf_trust.data import choose
 from rlhf_trust.data.forms import parse_pair
@@ -22,17 +23,6 @@ from rlhf_trust.verticals.privacy import load_privacy, make_private_facts
 from rlhf_trust.verticals.stereotype import load_stereotype
 from rlhf_trust.verticals.toxicity import load_toxicity
 from rlhf_trust.verticals.truthfulness import load_truthfulness
-
-
-class WordChat:
-    """Stands in for ``Chat``: one token a word, which is quick and close enough."""
-
-    def prompt_ids(self, turns):
-        return " ".join(turns).split()
-
-    def answer_ids(self, answer):
-        return answer.split()
-
 
 CHAT = WordChat()
 EVERYTHING = 10**6

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from conftest import WordChat
 from rlhf_trust import StudyError
 from rlhf_trust.artifacts import Build, Manifest, read_manifests
 from rlhf_trust.data import parts, preferences
@@ -319,7 +320,7 @@ def test_a_column_names_the_groups_and_the_sides(tmp_path):
     assert [pair.prompt for pair in loaded.held_out] == [("r",)] and len(loaded.train) == 2
 
 
-WORDS = SimpleNamespace(prompt_ids=lambda turns: " ".join(turns).split(), answer_ids=str.split)
+WORDS = WordChat()
 
 
 def write_csv(path, rows):

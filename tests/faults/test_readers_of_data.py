@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import WordChat
 from hypothesis import HealthCheck, given, settings, strategies as st
 from rlhf_trust import StudyError, artifacts, lineage, score
 from rlhf_trust.data.preferences import load_pairs, load_preferences, read_preferences
@@ -25,16 +26,6 @@ from rlhf_trust.verticals.privacy import load_privacy
 from rlhf_trust.verticals.stereotype import load_stereotype
 from rlhf_trust.verticals.toxicity import load_toxicity
 from rlhf_trust.verticals.truthfulness import load_truthfulness
-
-
-class WordChat:
-    """Stands in for ``Chat``: one token a word."""
-
-    def prompt_ids(self, turns):
-        return " ".join(turns).split()
-
-    def answer_ids(self, answer):
-        return answer.split()
 
 
 def hh(n: int, say: str = "good") -> str:
