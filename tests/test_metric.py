@@ -18,7 +18,6 @@ from rlhf_trust.attribution.metric import (
     clusters,
     evaluation_examples,
     inpo_examples,
-    log_odds_table,
     metric_examples,
     split_items,
     text_scores,
@@ -147,19 +146,6 @@ def test_bad_input(tiny_llama):
         metric_examples("toxicity", [], chat)
     with pytest.raises(StudyError, match="'fairness' has no options"):
         metric_examples("fairness", [], chat)
-
-
-def test_tables():
-    rng = np.random.default_rng(0)
-    start = {"ethics": rng.normal(size=40), "privacy": rng.normal(size=12)}
-    dpo = {"ethics": start["ethics"] + 1 + 0.1 * rng.normal(size=40), "privacy": start["privacy"]}
-    odds, labels = {"start": start, "dpo": dpo}, {"privacy": ["a", "b", "c"] * 4}
-    table = log_odds_table(odds, labels).set_index(["model", "vertical"])
-    row = table.loc[("dpo", "ethics")]
-    assert row["value"] == pytest.approx(dpo["ethics"].mean()) and row["n"] == 40
-    assert row["ci_low"] < row["value"] < row["ci_high"]
-    same = table.xs("privacy", level="vertical")
-    assert same.loc["start", "value"] == same.loc["dpo", "value"]
 
 
 # --- stages ---------------------------------------------------------------------------------------

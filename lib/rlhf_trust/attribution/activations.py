@@ -28,7 +28,7 @@ import torch
 from ..artifacts import progress
 from ..decode import Example, backbone, batches_by_length, pad_right
 from ..models import using
-from .solvers import Groups, Scores, of_items
+from .solvers import Scores, of_items
 from .validate import lds
 
 
@@ -57,9 +57,7 @@ def answer_states(
     return found.reshape(depth, len(examples), -1, width)
 
 
-def activation_difference(
-    train: np.ndarray, queries: np.ndarray, raises: bool = False, groups: Groups = None
-) -> Scores:
+def activation_difference(train: np.ndarray, queries: np.ndarray, raises: bool = False) -> Scores:
     """Scores [n, m] from one layer's states of n training examples and m items, each [examples,
     answers, hidden] (a layer of :func:`answer_states`).
 
@@ -68,7 +66,7 @@ def activation_difference(
     train, queries = np.asarray(train, float), np.asarray(queries, float)
     centre = train[:, 0].mean(0)
     d, b = (s[:, 0] - (s[:, 1] if s.shape[1] == 2 else centre) for s in (train, queries))
-    return of_items(d @ b.T if raises else -d @ b.T, groups)
+    return of_items(d @ b.T if raises else -d @ b.T)
 
 
 def choose_layers(

@@ -31,10 +31,9 @@ answers to a question the one nearest in length to the right one is taken, for t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 
 from .. import StudyError
 from ..artifacts import Build, read_manifests
@@ -42,7 +41,6 @@ from ..chat import Chat, EncodedExample, Options
 from ..data import choose
 from ..data.preferences import Pair, PreferencePair
 from ..decode import Example, MultipleChoice, Prompt
-from ..stats import mean_interval
 from ..verticals import HEADLINE, ethics, privacy, stereotype, toxicity, truthfulness
 from ..verticals.common import read_answers
 from ..verticals.scorers import make_scorer
@@ -63,9 +61,6 @@ REFUSAL = "I can't share that."
 
 Changed = tuple[Prompt, str, str]
 """A benchmark prompt with the answer before and after a stage."""
-
-Clusters = Mapping[str, Sequence[str] | None]
-"""Vertical → a label for each item, or None where items are independent (:func:`clusters`)."""
 
 
 # --- a stage's training examples, and the answers that it changed -------------------------------
@@ -302,27 +297,11 @@ def split_items(
     return parts[0][:n_first], parts[1][:n_second]
 
 
-def clusters(examples: Mapping[str, Sequence[Example]]) -> Clusters:
-    """The clusters of each vertical's examples, for :func:`log_odds_table` and
+def clusters(examples: Mapping[str, Sequence[Example]]) -> dict[str, list[str] | None]:
+    """A label for each of a vertical's examples, or None where they are independent; for
     ``mitigation_table``."""
     found = {vertical: [e.cluster for e in some] for vertical, some in examples.items()}
     return {vertical: labels if any(labels) else None for vertical, labels in found.items()}
-
-
-def log_odds_table(
-    odds: Mapping[str, Mapping[str, np.ndarray]], labels: Clusters | None = None
-) -> pd.DataFrame:
-    """Mean log-odds of the bad answer, from model → vertical → log-odds [items].
-
-    Columns model, vertical, value [nats], ci_low, ci_high (95 %, over items), n.
-    """
-    rows = []
-    for model, by_vertical in odds.items():
-        for vertical, values in by_vertical.items():
-            name = f"metric/{model}/{vertical}/log_odds"
-            found = mean_interval(values, name, (labels or {}).get(vertical))
-            rows.append((model, vertical, *astuple(found)))
-    return pd.DataFrame(rows, columns=["model", "vertical", "value", "ci_low", "ci_high", "n"])
 
 
 def text_scores(

@@ -16,7 +16,7 @@ exact_joint      the inverse of H = mean_i g_i g_iᵀ + λ I over all layers at 
 gradient_dot     H = I:  − vᵀ g_i
 gradient_cosine  − vᵀ g_i / (‖v‖ ‖g_i‖), both over all layers
 ekfac            layer by layer, H_l diagonal in a Kronecker-factored eigenbasis
-trackstar        − cosine of gradients, scaled by Adam's second moments and whitened
+trackstar        − cosine of gradients, divided by the root of their mean square and whitened
 random_scores    standard normal numbers: a baseline that uses nothing
 tfidf            − cosine similarity of TF-IDF vectors: a baseline that uses the texts alone
 bm25             − BM25, with the item as query: texts alone
@@ -39,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite, sqrt
+from math import isfinite
 
 import numpy as np
 import torch
@@ -203,46 +203,29 @@ def ekfac(
 
 
 def trackstar(
-    train: Gradients,
-    queries: Gradients,
-    damping: Damping = Damping(),
-    groups: Groups = None,
-    second_moments: Mapping[str, torch.Tensor] | None = None,
-    size: int | None = None,
-    seed: int = 0,
+    train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Groups = None
 ) -> Scores:
-    """− cosine of R^(−1/2) P (v / √s) and R^(−1/2) P (g_i / √s) over all layers at once (TrackStar:
-    Chang et al. 2024, arXiv 2410.17413); 0 for a zero gradient.
+    """− cosine of R^(−1/2) v / √s and R^(−1/2) g_i / √s over all layers at once (TrackStar: Chang
+    et al. 2024, arXiv 2410.17413); 0 for a zero gradient.
 
-    s are Adam's ``second_moments``, layer weight → [d] in any shape (default: the mean squared
-    training gradient; an entry of 0 leaves its weight out). R = mean_i φ_i φ_iᵀ + λ I is the
-    autocorrelation of the φ_i = P (g_i / √s). P [``size``, d] is a random projection with normal
-    entries of variance 1 / ``size``. The paper needs one to keep R small; by default there is none,
-    as Woodbury's identity needs products of examples alone, which a projection only blurs.
+    s is the mean squared training gradient, entry by entry, where the paper has the
+    optimiser's second moments; an entry of 0 leaves its weight out. R = mean_i φ_i φ_iᵀ + λ I is
+    the autocorrelation of the φ_i = g_i / √s. The paper projects them at random to keep R small;
+    Woodbury's identity needs products of examples alone, which a projection would only blur.
 
     The paper has more examples than dimensions, and no λ; it also mixes the queries'
     autocorrelation into R, for which there are too few here.
 
-    Other arguments and errors as for :func:`exact_joint`.
+    Arguments and errors as for :func:`exact_joint`.
     """
     _check(train, queries)
-    n, rng, products = len(train), torch.Generator().manual_seed(seed), 0.0
-    features, width = 0.0, size or sum(map(train.width, train.layers))
+    n, products = len(train), 0.0
     for layer in train.layers:
         both = torch.cat([whole(train, layer), whole(queries, layer)])
-        if second_moments is None:
-            moments = both[:n].square().mean(0)
-        else:
-            moments = second_moments[layer].detach().flatten().to(both)
+        moments = both[:n].square().mean(0)
         both /= torch.where(moments > 0, moments, torch.inf).sqrt()
-        if size:
-            projection = torch.randn(both.shape[1], size, generator=rng) / sqrt(size)
-            features += (both.float() @ projection).double()
-        else:
-            products += both @ both.T
-    if size:
-        products = features @ features.T
-    lam = damping.of(products.diagonal()[:n], width)
+        products += both @ both.T
+    lam = damping.of(products.diagonal()[:n], sum(map(train.width, train.layers)))
     # λ φᵀ R⁻¹ φ' between all examples and items, by Woodbury.
     products += _damped(products[:n, :n].numpy(), products[:, :n], lam) @ products[:n] / n
     lengths = products.diagonal().clamp(min=0).sqrt()
@@ -255,22 +238,18 @@ def random_scores(n: int, m: int, seed: int = 0, groups: Groups = None) -> Score
     return of_items(np.random.default_rng(seed).standard_normal((n, m)), groups)
 
 
-def tfidf(train_texts: Sequence[str], query_texts: Sequence[str], groups: Groups = None) -> Scores:
+def tfidf(train_texts: Sequence[str], query_texts: Sequence[str]) -> Scores:
     """− cosine similarity of TF-IDF vectors (scikit-learn's defaults): [n, m] from n and m texts.
 
     Words and their weights are the training texts' (a word that none of them has cannot tell them
     apart), so an item's scores do not depend on the other items.
     """
     train, queries = _counted(TfidfVectorizer(), train_texts, query_texts)
-    return of_items(-(train @ queries.T).toarray(), groups)
+    return of_items(-(train @ queries.T).toarray())
 
 
 def bm25(
-    train_texts: Sequence[str],
-    query_texts: Sequence[str],
-    groups: Groups = None,
-    k1: float = 1.5,
-    b: float = 0.75,
+    train_texts: Sequence[str], query_texts: Sequence[str], k1: float = 1.5, b: float = 0.75
 ) -> Scores:
     """− BM25 of each training text for the item as query (Robertson and Zaragoza 2009): [n, m].
 
@@ -283,13 +262,11 @@ def bm25(
     scale = k1 * (1 - b + b * lengths / lengths.mean())
     counts.data *= (k1 + 1) / (counts.data + np.repeat(scale, counts.getnnz(axis=1)))
     weights = np.log1p((len(train_texts) - frequency + 0.5) / (frequency + 0.5))
-    return of_items(-(counts.multiply(weights) @ queries.T).toarray(), groups)
+    return of_items(-(counts.multiply(weights) @ queries.T).toarray())
 
 
 @torch.no_grad()
-def sentence_cosine(
-    train_texts: Sequence[str], query_texts: Sequence[str], groups: Groups = None, *, encoder
-) -> Scores:
+def sentence_cosine(train_texts: Sequence[str], query_texts: Sequence[str], encoder) -> Scores:
     """− cosine similarity of sentence embeddings, the mean over a text's tokens of the encoder's
     last states: [n, m].
 
@@ -304,7 +281,7 @@ def sentence_cosine(
         states = model(**inputs).last_hidden_state * inputs["attention_mask"][..., None]
         units[rows] = normalize(states.sum(1).double()).cpu()
     n = len(train_texts)
-    return of_items(-(units[:n] @ units[n:].T).numpy(), groups)
+    return of_items(-(units[:n] @ units[n:].T).numpy())
 
 
 SOLVERS: dict[str, Callable[..., Scores]] = {
