@@ -15,7 +15,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,8 +44,6 @@ class Decoding:
             raise StudyError(
                 "samples: greedy decoding (temperature 0) gives one answer, ask for 1 sample"
             )
-        if self.temperature < 0 or self.max_new_tokens < 1 or self.samples < 1:
-            raise StudyError("decoding: temperature must be >= 0, max_new_tokens and samples >= 1")
 
 
 @dataclass(frozen=True)
@@ -146,44 +144,33 @@ def sample_batch(
     list
         ``[prompt][sample]`` → generated token ids, the end token included where one was drawn.
     """
-    n, device = decoding.samples, model.device
-    order, logits, mask, cache = _read_prompts(model, rows, pad, decoding.max_new_tokens)
+    n, steps, device = decoding.samples, decoding.max_new_tokens, model.device
+    order, logits, mask, cache = _read_prompts(model, rows, pad, steps)
     if n > 1:  # the prompt was run once; from here every sample has a row of its own
         cache.batch_repeat_interleave(n)
         logits, mask = (x.repeat_interleave(n, 0) for x in (logits, mask))
-    draws = torch.from_numpy(
-        np.stack(
-            [
-                uniform_draws(key, decoding.seed, s, decoding.max_new_tokens)
-                for key in keys
-                for s in range(n)
-            ]
-        )
-    )
+    draws = [uniform_draws(key, decoding.seed, s, steps) for key in keys for s in range(n)]
+    draws = torch.from_numpy(np.stack(draws))
     position = mask.sum(1, keepdim=True) - 1
     rows_alive = torch.tensor([i * n + s for i in order for s in range(n)], device=device)
     answers: list[list[int]] = [[] for _ in range(len(rows) * n)]
-    for step in range(decoding.max_new_tokens):
+    for step in range(steps):
         if decoding.temperature == 0:
             tokens = logits.argmax(-1)
         else:
-            tokens = inverse_cdf(
-                logits, decoding.temperature, draws[rows_alive.cpu(), step].to(device)
-            )
+            u = draws[rows_alive.cpu(), step].to(device)
+            tokens = inverse_cdf(logits, decoding.temperature, u)
         for row, token in zip(rows_alive.tolist(), tokens.tolist()):
             answers[row].append(token)
         going = (tokens != eos).nonzero().squeeze(-1)
-        if step + 1 == decoding.max_new_tokens or len(going) == 0:
+        if step + 1 == steps or len(going) == 0:
             break
         if len(going) < len(tokens):  # finished answers leave, the last rows take their places
             kept = torch.arange(len(going), device=device)
             kept[tokens[: len(going)] == eos] = going[going >= len(going)]
             cache.batch_select_indices(kept)
             rows_alive, tokens, mask, position = (
-                rows_alive[kept],
-                tokens[kept],
-                mask[kept],
-                position[kept],
+                x[kept] for x in (rows_alive, tokens, mask, position)
             )
         position = position + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -274,13 +261,8 @@ def _next_logits(model, ids, mask, positions, cache: Cache) -> torch.Tensor:
 
     The head is given a matrix. On a slice of [rows, width, hidden] the product copies its weight
     for every row: 3 GB more for 64 rows of a 135M model."""
-    states = backbone(model)(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,
-        past_key_values=cache,
-    ).last_hidden_state
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    states = backbone(model)(**inputs, use_cache=True, past_key_values=cache).last_hidden_state
     return output_head(model)(states[:, -1])
 
 
@@ -296,36 +278,25 @@ def inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> to
     Summed up in two steps, over blocks, then within the block that ``u`` falls into; both running
     sums are in float64, so that a large vocabulary does not blur neighbouring tokens. A running sum
     over every token costs five times as much."""
-    return torch.cat(
-        [
-            _inverse_cdf(few, temperature, some)
-            for few, some in zip(logits.split(CDF_ROWS), u.split(CDF_ROWS))
-        ]
-    )
+    parts = zip(logits.split(CDF_ROWS), u.split(CDF_ROWS))
+    return torch.cat([_inverse_cdf(few, temperature, some) for few, some in parts])
 
 
 def _inverse_cdf(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
-    vocabulary = logits.shape[-1]
-    weights = logits.new_zeros(
-        len(logits), -(-vocabulary // CDF_BLOCK) * CDF_BLOCK, dtype=torch.float32
-    )
+    rows, vocabulary = logits.shape
+    padded = -(-vocabulary // CDF_BLOCK) * CDF_BLOCK
+    weights = logits.new_zeros(rows, padded, dtype=torch.float32)
     own = weights[:, :vocabulary].copy_(logits)
     own.sub_(own.amax(-1, keepdim=True)).div_(temperature).exp_()
     weights = weights.unflatten(-1, (-1, CDF_BLOCK))
     blocks = weights.sum(-1).double().cumsum(-1)
     target = (u * blocks[:, -1])[:, None]
     block = torch.searchsorted(blocks, target, right=True).clamp(max=blocks.shape[-1] - 1)
-    before = torch.nn.functional.pad(blocks, (1, 0)).gather(1, block)
-    within = (
-        weights[torch.arange(len(weights), device=block.device), block.squeeze(-1)]
-        .double()
-        .cumsum(-1)
-        + before
-    )
-    token = block * CDF_BLOCK + torch.searchsorted(within, target, right=True).clamp(
-        max=CDF_BLOCK - 1
-    )
-    return token.squeeze(-1).clamp(max=vocabulary - 1)
+    before = pad_to(blocks, (1, 0)).gather(1, block)
+    own = weights[torch.arange(rows, device=block.device), block.squeeze(-1)]
+    within = own.double().cumsum(-1) + before
+    place = torch.searchsorted(within, target, right=True).clamp(max=CDF_BLOCK - 1)
+    return (block * CDF_BLOCK + place).squeeze(-1).clamp(max=vocabulary - 1)
 
 
 # --- one packed forward pass ----------------------------------------------------------------------
@@ -545,12 +516,11 @@ def read_prefix(model, ids: tuple[int, ...], kept: LowerStates | None = None) ->
         return Prefix()
     _check_vocabulary(model, [ids])
     cache = DynamicCache()  # all tokens in every layer: how far a layer looks back is in the mask
-    if kept is None or kept.first == 0:
-        tokens = torch.tensor([ids], device=model.device)
-        backbone(model)(input_ids=tokens, past_key_values=cache, use_cache=True)
-        return Prefix(ids, cache)
-    states, lower = kept.prefix(model, ids)
-    with only_layers(model, kept.first, states=states):
+    lower, layers = None, nullcontext()
+    if kept and kept.first:
+        states, lower = kept.prefix(model, ids)
+        layers = only_layers(model, kept.first, states=states)
+    with layers:
         tokens = torch.tensor([ids], device=model.device)
         backbone(model)(input_ids=tokens, past_key_values=cache, use_cache=True)
     return Prefix(ids, cache, lower)
@@ -566,10 +536,10 @@ def packed_states(
     """
     inputs = _inputs(model, packed, pad, prefix, packed.plain and not prefix.ids)
     inputs |= {"past_key_values": prefix.repeated(len(packed.rows)), "use_cache": bool(prefix.ids)}
-    if kept is None or kept.first == 0:
-        return backbone(model)(**inputs).last_hidden_state
-    states = kept.batch(model, packed, prefix)
-    with only_layers(model, kept.first, states=states):
+    layers = nullcontext()
+    if kept and kept.first:
+        layers = only_layers(model, kept.first, states=kept.batch(model, packed, prefix))
+    with layers:
         return backbone(model)(**inputs).last_hidden_state
 
 
@@ -606,9 +576,8 @@ def option_mask(
     For a model some of whose layers look back over a few tokens only there is one mask for each
     kind of layer; ``positions`` [rows, width] are counted in the text that a token belongs to."""
     looking, seen = segments[:, :, None], segments[:, None, :]
-    before = torch.ones(
-        segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device
-    ).tril()
+    width = segments.shape[1]
+    before = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
     visible = before & ((seen == 0) | (seen == looking))
     visible = torch.cat([visible.new_ones(*segments.shape, shared), visible], -1)
 
@@ -625,9 +594,8 @@ def option_mask(
             f"{model.config.model_type}: options cannot be weighed through layers of "
             f"{', '.join(sorted(kinds))}"
         )
-    at = torch.cat(
-        [torch.arange(shared, device=positions.device).expand(len(positions), shared), positions], 1
-    )
+    at = torch.arange(shared, device=positions.device).expand(len(positions), shared)
+    at = torch.cat([at, positions], 1)
     near = positions[:, :, None] - at[:, None, :] < window
     if not kinds:  # as Mistral: all of its layers
         return additive(visible & near)
@@ -771,15 +739,15 @@ def answer_token_logps(
     an index into these texts: [tokens]."""
     packed = pack([example.sequences for example in examples])
     with plainly(model):
-        states = packed_states(model, packed, pad, kept)
-    predicting, targets, owner = _predictions(packed, states)
+        predicting, targets, owner = _predictions(model, packed, pad, kept)
     return chosen_logps(model, predicting, targets), owner
 
 
 def _predictions(
-    packed: Packed, states: torch.Tensor
+    model, packed: Packed, pad: int, kept: LowerStates | None, prefix: Prefix = Prefix()
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of every answer token: the state that predicts it [tokens, hidden], it, and its text."""
+    states = packed_states(model, packed, pad, kept, prefix)
     row, column = torch.tensor(packed.predicting, device=states.device).long().view(-1, 2).T
     targets, owner = torch.tensor([packed.targets, packed.owner], device=states.device).long()
     return states[row, column], targets, owner
@@ -821,14 +789,11 @@ def token_logps(
     """
     packed = pack([(sequence,) for sequence in sequences])
     with plainly(model):
-        states = packed_states(model, packed, pad, kept)
-    predicting, targets, owner = _predictions(packed, states)
+        predicting, targets, owner = _predictions(model, packed, pad, kept)
     lengths = torch.bincount(owner, minlength=len(sequences))
     answered = torch.arange(int(lengths.max()), device=owner.device) < lengths[:, None]
-    mask = answered.float()
-    logps = torch.zeros_like(mask).masked_scatter(
-        answered, chosen_logps(model, predicting, targets)
-    )
+    chosen, mask = chosen_logps(model, predicting, targets), answered.float()
+    logps = torch.zeros_like(mask).masked_scatter(answered, chosen)
     if not hidden:
         return logps, mask
     last_hidden = predicting.new_zeros(*mask.shape, predicting.shape[-1])
@@ -900,9 +865,7 @@ def answer_logps(
     the given order: two arrays [n]. ``each(index, sum)`` is called as soon as a text has one."""
     sums = np.zeros(len(sequences))
     for batch, groups in _read_in_batches(sequences, rows, desc):
-        packed = pack(groups)
-        states = packed_states(model, packed, pad, kept)
-        predicting, targets, owner = _predictions(packed, states)
+        predicting, targets, owner = _predictions(model, pack(groups), pad, kept)
         logps = chosen_logps(model, predicting, targets).double() ** power
         sums[batch] = logps.new_zeros(len(batch)).index_add(0, owner, logps).cpu().numpy()
         for index in batch if each else ():
@@ -984,8 +947,7 @@ def option_logps(
     found: list[np.ndarray | None] = [None] * len(choices)
     for batch in _batches_by_tokens(widths, tokens):
         packed = pack([groups[i] for i in batch], len(ids))
-        states = packed_states(model, packed, pad, kept, prefix)
-        predicting, targets, owner = _predictions(packed, states)
+        predicting, targets, owner = _predictions(model, packed, pad, kept, prefix)
         logps = chosen_logps(model, predicting, targets, exact=True).double()
         sums = iter(logps.new_zeros(len(packed.ends)).index_add(0, owner, logps).tolist())
         for index in batch:
@@ -1042,32 +1004,18 @@ class Generations:
             raise StudyError(f"{name}: two items have the same id")
         kept = self._kept(name, fingerprint, self.chat.key, asdict(decoding))
         keys = [content_key(p.id, p.turns, p.system) for p in prompts]
-        missing = [index for index, key in enumerate(keys) if key not in kept]
+        missing = [(key, prompt) for key, prompt in zip(keys, prompts) if key not in kept]
         if missing:
-            ids = {
-                index: self.chat.prompt_ids(prompts[index].turns, prompts[index].system)
-                for index in missing
-            }
-            tokenizer = self.chat.tokenizer
+            ids = [self.chat.prompt_ids(p.turns, p.system) for _, p in missing]
+            batches = batches_by_length(list(map(len, ids)), max(1, self.rows // decoding.samples))
+            ends = self.chat.tokenizer.eos_token_id, self.chat.tokenizer.pad_token_id
             with progress(total=len(missing), desc=name, unit="item") as bar:
-                for places in batches_by_length(
-                    [len(ids[index]) for index in missing], max(1, self.rows // decoding.samples)
-                ):
-                    batch = [missing[place] for place in places]
-                    drawn = sample_batch(
-                        model,
-                        [ids[index] for index in batch],
-                        [prompts[index].id for index in batch],
-                        decoding,
-                        tokenizer.eos_token_id,
-                        tokenizer.pad_token_id,
-                    )
-                    for index, answers in zip(batch, drawn):
-                        kept.add(
-                            keys[index],
-                            id=prompts[index].id,
-                            answers=[self.chat.decode(answer) for answer in answers],
-                        )
+                for batch in batches:
+                    rows, names = [ids[i] for i in batch], [missing[i][1].id for i in batch]
+                    drawn = sample_batch(model, rows, names, decoding, *ends)
+                    for i, id, answers in zip(batch, names, drawn):
+                        texts = [self.chat.decode(answer) for answer in answers]
+                        kept.add(missing[i][0], id=id, answers=texts)
                     bar.update(len(batch))
         return [kept[key]["answers"] for key in keys]
 
@@ -1088,19 +1036,13 @@ class Generations:
             with progress(total=len(missing), desc=name, unit="item") as bar:
 
                 def keep(place: int, values: np.ndarray) -> None:
-                    kept.add(
-                        keys[missing[place]], id=choices[missing[place]].id, logps=values.tolist()
-                    )
+                    index = missing[place]
+                    kept.add(keys[index], id=choices[index].id, logps=values.tolist())
                     bar.update()
 
-                option_logps(
-                    model,
-                    [choices[i] for i in missing],
-                    self.chat.tokenizer.pad_token_id,
-                    each=keep,
-                    kept=states,
-                    shared=_common_start(choices),
-                )
+                some, pad = [choices[i] for i in missing], self.chat.tokenizer.pad_token_id
+                more = {"each": keep, "kept": states, "shared": _common_start(choices)}
+                option_logps(model, some, pad, **more)
         return [np.array(kept[key]["logps"]) for key in keys]
 
     def numbers(
