@@ -3,8 +3,6 @@ examples, simulated intervals; and retrainings that can be killed."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -35,13 +33,12 @@ from rlhf_trust.attribution.validate import (
     random_halves,
     random_sets,
     ranked_right,
-    retrain_halves,
     retrained,
     versions_of,
 )
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.losses import DPOLoss, NextTokenLoss, RewardLoss, reference_logps
-from rlhf_trust.models import LoRA, lora_weights, new_adapter, snapshot
+from rlhf_trust.models import LoRA, lora_weights, new_adapter
 from rlhf_trust.report import mitigation_words, planted_words
 from rlhf_trust.training import TrainConfig, example_losses, fit
 from scipy import stats as scipy_stats
@@ -152,61 +149,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(calls) == 6, "with the cache off nothing kept is read"
     with pytest.raises(StudyError, match="no subset to train on"):
         retrained(tmp_path, "run", [], halves & False, measure)
-
-
-def test_retrained_halves_of_a_tiny_model(tiny_llama, tmp_path, monkeypatch):
-    model = new_adapter(tiny_llama, LoRA(2, 4)).eval()
-    pool, halves = some_examples(8, 1), random_halves(8, 4, seed=0)
-    config = TrainConfig(learning_rate=1e-2, batch_size=4, epochs=4)
-    queries = {
-        "text": Queries(pool[:2], NextTokenLoss("mean")),
-        "reward": Queries(some_examples(3, 2, 1), RewardLoss(random_head(32, 0) * 4)),
-    }
-    start, mean = snapshot(model, "default"), NextTokenLoss("mean")
-
-    def run(directory, some=halves, config=config, loss=mean, seed=0):
-        arguments = (model, "default", pool, loss, queries, some, config, PAD, seed)
-        return retrain_halves(tmp_path / directory, "sft", "base", *arguments)
-
-    whole = run("a")
-    assert whole["text"].shape == (4, 2) and whole["reward"].shape == (4, 3)
-    assert np.ptp(whole["text"], axis=0).min() > 1e-3, "halves differ"
-    # Those who trained on an item know it better than those who did not.
-    known = halves[:, :2]
-    assert whole["text"][known].mean() < whole["text"][~known].mean()
-
-    def weights_are_those_of_the_start():
-        now = snapshot(model, "default")
-        return all(torch.equal(start[name], weight) for name, weight in now.items())
-
-    assert weights_are_those_of_the_start()
-    plain, fits = module.fit, []
-
-    def killed_at_the_third(*arguments, **more):
-        fits.append(1)
-        if len(fits) == 3:
-            raise KeyboardInterrupt
-        return plain(*arguments, **more)
-
-    monkeypatch.setattr(module, "fit", killed_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        run("b")
-    assert weights_are_those_of_the_start()
-    resumed = run("b")
-    assert len(fits) == 5
-    for what in whole:
-        np.testing.assert_array_equal(resumed[what], whole[what])
-
-    # Whatever matters gives another file: configuration, loss, seed, the weights to begin with.
-    run("b", halves[:1], config=replace(config, learning_rate=4e-3))
-    run("b", halves[:1], loss=NextTokenLoss("sum"))
-    run("b", halves[:1], seed=5)
-    with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "lora_A" in n).add_(0.01)
-    run("b", halves[:1])
-    assert len(fits) == 9 and len(list((tmp_path / "b").iterdir())) == 5
-    with pytest.raises(StudyError, match="for a pool of 8"):
-        run("b", random_halves(6, 2, 0))
 
 
 def test_pairs_are_ranked_right_where_their_loss_is_below_log_2():
@@ -357,14 +299,14 @@ def test_leaving_out_the_top_lowers_the_loss(tmp_path):
     top, bottom = most_harmful(scores, 6), most_helpful(scores, 6)
     assert scores[top].min() >= np.sort(scores)[-6] and scores[bottom].max() <= np.sort(scores)[5]
     assert scores[top[0]] == scores.max() and scores[bottom[0]] == scores.min()
-    arms = ablations(60, {"top": top, "bottom": bottom}, draws=8, seed=0)
-    assert arms.names == ("top", "bottom", *["random"] * 8) and (arms.subsets.sum(1) == 54).all()
-    assert not arms.subsets[0, top].any() and not arms.subsets[1, bottom].any()
-    outcomes = retrained(tmp_path, "leave-out", "ridge", arms.subsets, model.measure)
-    table = pruning_table(arms.names, outcomes).set_index("arm")
+    names, subsets = ablations(60, {"top": top, "bottom": bottom}, draws=8, seed=0)
+    assert names == ("top", "bottom", *["random"] * 8) and (subsets.sum(1) == 54).all()
+    assert not subsets[0, top].any() and not subsets[1, bottom].any()
+    losses = retrained(tmp_path, "leave-out", "ridge", subsets, model.measure)["loss"]
+    table = pruning_table(names, losses).set_index("arm")
     assert table.loc["top", "change"] < 0 < table.loc["bottom", "change"]
     assert table.loc["top", "draws_high"] < 0 < table.loc["bottom", "draws_low"]
-    by_hand = outcomes["loss"][0].mean() - outcomes["loss"][2:].mean()
+    by_hand = losses[0].mean() - losses[2:].mean()
     assert table.loc["top", "change"] == pytest.approx(by_hand)
     with pytest.raises(StudyError, match="at most half"):
         most_harmful(scores, 31)
@@ -378,10 +320,11 @@ def test_leaving_out_the_top_lowers_the_loss(tmp_path):
 def test_ablations():
     scores, nothing = np.array([0.1, 5, -3, 4, 0, 0, 0, 0, 0, 0]), np.zeros(0, dtype=int)
     assert most_harmful(scores, 2).tolist() == [1, 3] and most_helpful(scores, 2).tolist() == [2, 4]
-    arms = ablations(10, {"full": nothing, "pruned": most_harmful(scores, 2)}, draws=3, seed=0)
-    assert arms.names == ("full", "pruned", "random", "random", "random")
-    assert [np.flatnonzero(~row).tolist() for row in arms.subsets[:2]] == [[], [1, 3]]
-    assert (arms.subsets[2:].sum(1) == 8).all()
+    removed = {"full": nothing, "pruned": most_harmful(scores, 2)}
+    names, subsets = ablations(10, removed, draws=3, seed=0)
+    assert names == ("full", "pruned", "random", "random", "random")
+    assert [np.flatnonzero(~row).tolist() for row in subsets[:2]] == [[], [1, 3]]
+    assert (subsets[2:].sum(1) == 8).all()
 
 
 def test_the_interval_over_draws_is_students():
@@ -405,30 +348,26 @@ def test_every_arm_against_the_mean_of_the_random_ones():
     rng = np.random.default_rng(0)
     names = ("full", "pruned", "random", "random", "random")
     items = rng.normal(size=30)
-    noise = rng.normal(size=(2, 5, 30)) * 0.02
-    # Ethics: pruning helps by 1 on every item, far more than random draws differ. Privacy: nothing
-    # happens.
-    ethics = items + noise[0] - np.array([0, 1, 0, 0, 0])[:, None]
-    table = pruning_table(names, {"ethics": ethics, "privacy": items + noise[1]})
-    assert len(table) == 4 and set(table["arm"]) == {"full", "pruned"}
-    row = table.set_index(["arm", "vertical"]).loc[("pruned", "ethics")]
-    assert row["change"] == pytest.approx(ethics[1].mean() - ethics[2:].mean())
-    assert row["items_high"] < 0 and row["draws_high"] < 0 and row["p_holm"] < 0.05
+    noise = rng.normal(size=(5, 30)) * 0.02
+    # Pruning helps by 1 on every item, far more than random draws differ.
+    losses = items + noise - np.array([0, 1, 0, 0, 0])[:, None]
+    table = pruning_table(names, losses)
+    assert table["arm"].tolist() == ["full", "pruned"] and table.loc[0, "p"] > 0.05
+    row = table.loc[1]
+    assert row["change"] == pytest.approx(losses[1].mean() - losses[2:].mean())
+    assert row["items_high"] < 0 and row["draws_high"] < 0 and row["p"] < 0.05
     assert (row["n"], row["draws"]) == (30, 3)
     assert (table["p"] == table[["p_items", "p_draws"]].max(axis=1)).all()
-    assert (table["p_holm"] >= table["p"]).all()
 
     # What random draws differ by hides the same effect, however sure the items are.
     shifts = np.array([0, 0, -1.0, 0.2, 1.1])[:, None]
-    hidden = pruning_table(names, {"ethics": ethics + shifts}).set_index("arm").loc["pruned"]
+    hidden = pruning_table(names, losses + shifts).loc[1]
     assert hidden["p_items"] < 0.05 < hidden["p_draws"] and hidden["p"] == hidden["p_draws"]
 
-    single = pruning_table(names[:3], {"ethics": ethics[:3]})
+    single = pruning_table(names[:3], losses[:3])
     assert single["draws_low"].isna().all() and single["p"].isna().all()
-    few = pruning_table(names, {"ethics": ethics[:, :7]})
+    few = pruning_table(names, losses[:, :7])
     assert few["p"].isna().all()
-    with pytest.raises(StudyError, match="needs a random arm"):
-        pruning_table(("full", "pruned"), {"ethics": ethics[:2]})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -610,8 +549,6 @@ def test_planted_auc():
     ties = planted_auc(np.zeros(120), planted)
     assert (ties.value, ties.low, ties.high) == pytest.approx((0.5, 0.5, 0.5))
     assert planted_auc(planted.astype(float), planted).value == 1
-    with pytest.raises(StudyError, match="some must be planted"):
-        planted_auc(np.zeros(3), np.ones(3))
     with pytest.raises(StudyError, match="a score of dot is not finite"):
         planted_auc(np.array([1.0, NAN, 0.0]), np.array([True, False, False]), "dot")
 
@@ -628,8 +565,6 @@ def test_auc_ceiling_by_simulation(accuracy):
 
 def test_auc_ceiling_numbers():
     assert [round(auc_ceiling(a), 2) for a in (0.5, 0.6, 0.69, 1.0)] == [0.5, 0.64, 0.76, 1.0]
-    with pytest.raises(StudyError, match="between 0 and 1"):
-        auc_ceiling(60)
 
 
 def test_mean_gradients_are_those_of_mean_losses(tiny_llama):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -32,9 +32,8 @@ from .. import StudyError, stats
 from ..artifacts import ResultCache, content_key, progress
 from ..data.preferences import PreferencePair
 from ..decode import Example, LowerStates
-from ..losses import Loss, tokens_content
-from ..models import restore, snapshot
-from ..training import TrainConfig, example_losses, fit, training_code
+from ..losses import Loss
+from ..training import training_code
 from .gradients import per_example_gradients
 from .store import InMemory, whole
 
@@ -135,68 +134,6 @@ def mean_gradients(
         for layer in found[0].layers
     }
     return InMemory(means, list(queries))
-
-
-def retrain_halves(
-    directory: Path,
-    name: str,
-    fingerprint: str,
-    network,
-    adapter: str,
-    pool: Sequence[Example],
-    loss: Loss,
-    queries: Mapping[str, Queries],
-    halves: np.ndarray,
-    config: TrainConfig,
-    pad: int,
-    seed: int = 0,
-    kept: LowerStates | None = None,
-) -> Outcomes:
-    """Fit an adapter to each half of a pool, always from its present weights, and evaluate queries.
-
-    Parameters
-    ----------
-    fingerprint
-        Of the backbone (``Base.fingerprint``). The adapter's present weights enter the key
-        themselves.
-    pool, loss
-        Training examples and what is minimised.
-    queries
-        By name: several losses can be evaluated after one retraining. They must not depend on the
-        adapter that is trained (a ``DPOLoss`` holds its reference's log-probabilities, so it may be
-        used).
-    halves
-        bool [count, pool], :func:`random_halves`. Half s is fitted with seed ``seed + s``.
-    kept
-        States of the lower layers, which all retrainings share.
-
-    Returns
-    -------
-    dict
-        As ``queries``: losses [count, items] after each retraining. The adapter has its present
-        weights again.
-    """
-    if halves.ndim != 2 or halves.shape[1] != len(pool):
-        raise StudyError(f"halves: shape {halves.shape} for a pool of {len(pool)}")
-    start, asked = snapshot(network, adapter), []
-    for what, q in sorted(queries.items()):
-        asked.append([what, q.loss.content(q.examples), tokens_content(q.examples)])
-    trained_on = [loss.content(pool), tokens_content(pool), asdict(config)]
-    key = [fingerprint, weights_content(start), *trained_on, asked]
-
-    def measure(indices: np.ndarray, own_seed: int) -> dict[str, np.ndarray]:
-        restore(network, adapter, start)
-        some, own = [pool[i] for i in indices], replace(config, seed=own_seed)
-        fit(network, adapter, some, loss, pad, own, kept=kept)
-        found = {}
-        for what, q in queries.items():
-            found[what] = example_losses(network, adapter, q.examples, q.loss, pad, kept=kept)
-        return found
-
-    try:
-        return retrained(directory, name, key, halves, measure, seed)
-    finally:
-        restore(network, adapter, start)
 
 
 def weights_content(weights: Mapping[str, torch.Tensor]) -> str:
@@ -376,35 +313,23 @@ def most_helpful(scores: np.ndarray, k: int) -> np.ndarray:
     return most_harmful(-np.asarray(scores), k)
 
 
-@dataclass(frozen=True)
-class Ablations:
-    """Training sets to compare: ``names``, one per retraining (``random`` several times), and
-    ``subsets``, bool [retrainings, n], for :func:`retrained`."""
-
-    names: tuple[str, ...]
-    subsets: np.ndarray
-
-
-def ablations(n: int, removed: Mapping[str, np.ndarray], draws: int, seed: int) -> Ablations:
+def ablations(
+    n: int, removed: Mapping[str, np.ndarray], draws: int, seed: int
+) -> tuple[tuple[str, ...], np.ndarray]:
     """Leave out of ``n`` examples each of the sets ``removed`` (name → indices), and ``draws``
-    times as many at random as in the largest of them."""
+    times as many at random as in the largest of them.
+
+    Returns the names, one per retraining (``random`` several times), and what is trained on, bool
+    [retrainings, n], for :func:`retrained`."""
     at_random = random_sets(n, max(map(len, removed.values())), draws, seed)
     names = (*removed, *["random"] * draws)
-    return Ablations(names, _without([*removed.values(), *at_random], n))
+    return names, _without([*removed.values(), *at_random], n)
 
 
-def pruning_table(
-    names: Sequence[str], outcomes: Outcomes, clusters: Mapping[str, list | None] | None = None
-) -> pd.DataFrame:
-    """Every arm of :func:`ablations` against the mean of the random ones, by what was measured.
+def pruning_table(names: Sequence[str], values: np.ndarray) -> pd.DataFrame:
+    """Every arm of :func:`ablations` against the mean of the random ones.
 
-    Parameters
-    ----------
-    names, outcomes
-        ``Ablations.names`` and the result of :func:`retrained` for ``Ablations.subsets``: name →
-        [retrainings, items].
-    clusters
-        Name → a label for each item, as ``metric.clusters`` gives it.
+    ``values``: what was measured after each retraining, [retrainings, items].
 
     Two things are uncertain, and each has its interval for the same change:
 
@@ -418,29 +343,21 @@ def pruning_table(
       large effects can show. NaN for a single random draw.
 
     ``p`` is the larger of the two (a change counts only if neither chance explains it; NaN if
-    either is unknown, as with fewer than ``stats.FEW`` items), ``p_holm``
-    corrects it over the outcomes of an arm. Columns arm, vertical, change, …, p, p_holm, draws
+    either is unknown, as with fewer than ``stats.FEW`` items). Columns arm, change, …, p, draws
     (random ones), n (items).
     """
-    arms, names = list(dict.fromkeys(names)), np.array(names)
-    if "random" not in arms or len(arms) < 2:
-        raise StudyError(f"pruning: needs a random arm and another, got {', '.join(arms)}")
-    rows = []
-    for arm in (arm for arm in arms if arm != "random"):
-        for what, values in outcomes.items():
-            of_arm, at_random = values[names == arm], values[names == "random"]
-            means, labels = (of_arm.mean(0), at_random.mean(0)), (clusters or {}).get(what)
-            change = stats.paired_change(*means, labels)
-            row = {"arm": arm, "vertical": what, "change": change.value, "items_low": change.low}
-            row |= {"items_high": change.high, "p_items": change.p}
-            between = _between_draws(of_arm.mean(1), at_random.mean(1))
-            row |= dict(zip(("draws_low", "draws_high", "p_draws"), between))
-            p = np.max([row["p_items"], row["p_draws"]])
-            rows.append(row | {"p": p, "draws": len(at_random), "n": change.n})
-    table = pd.DataFrame(rows)
-    for _, p in table["p"].dropna().groupby(table["arm"]):
-        table.loc[p.index, "p_holm"] = stats.holm(p)
-    return table.assign(p_holm=table.get("p_holm", np.nan))
+    names, rows = np.array(names), []
+    at_random = values[names == "random"]
+    for arm in dict.fromkeys(names[names != "random"].tolist()):
+        of_arm = values[names == arm]
+        change = stats.paired_change(of_arm.mean(0), at_random.mean(0))
+        row = {"arm": arm, "change": change.value, "items_low": change.low}
+        row |= {"items_high": change.high, "p_items": change.p}
+        between = _between_draws(of_arm.mean(1), at_random.mean(1))
+        row |= dict(zip(("draws_low", "draws_high", "p_draws"), between))
+        p = np.max([row["p_items"], row["p_draws"]])
+        rows.append(row | {"p": p, "draws": len(at_random), "n": change.n})
+    return pd.DataFrame(rows)
 
 
 def _between_draws(arm: np.ndarray, at_random: np.ndarray) -> tuple[float, float, float]:
@@ -615,8 +532,6 @@ def planted_auc(
     replacement. ``n`` counts all. (Where a low score marks them, pass −scores.)
     """
     scores, planted = np.asarray(scores, dtype=float), np.asarray(planted, dtype=bool)
-    if planted.all() or not planted.any():
-        raise StudyError("planted examples: some must be planted and some not")
     if not np.isfinite(scores).all():
         raise StudyError(f"planted examples: a score of {name} is not finite")
     # Its mean is the area, and its weighted mean that of a resample.
@@ -642,8 +557,6 @@ def auc_ceiling(accuracy: float) -> float:
     .64 at an accuracy of 60 %, .76 at 69 %, .5 (chance) at 50 %. Noise in people's own labels is
     part of ``accuracy`` already.
     """
-    if not 0 <= accuracy <= 1:
-        raise StudyError(f"accuracy: must lie between 0 and 1, got {accuracy}")
     return float(scipy_stats.norm.cdf(math.sqrt(2) * scipy_stats.norm.ppf(accuracy)))
 
 
