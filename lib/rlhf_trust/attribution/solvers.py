@@ -39,7 +39,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite
 
 import numpy as np
 import torch
@@ -57,29 +56,6 @@ layer with a larger one is done in float64."""
 
 Groups = Sequence[str] | None
 """A label for each evaluation item [m], such as its vertical; None: no groups."""
-
-
-@dataclass(frozen=True)
-class Damping:
-    """λ: ``factor`` times the mean squared gradient entry (the paper's rule, with 0.1), or a
-    ``value``.
-
-    The mean is over examples and entries, λ_l = factor · mean_i mean(g_{l,i}²): of each layer for
-    the layer-wise solvers, of all layers for ``exact_joint``. A ``value`` (units of a squared
-    gradient) is the same for every layer.
-    """
-
-    factor: float = 0.1
-    value: float | None = None
-
-    def __post_init__(self):
-        given = self.factor if self.value is None else self.value
-        if not (given > 0 and isfinite(given)):
-            raise StudyError(f"damping: must be a number above 0, got {given}")
-
-    def of(self, squares: torch.Tensor, width: int) -> float:
-        """λ for gradients with squared norms ``squares`` [n] and ``width`` entries."""
-        return self.factor * squares.mean().item() / width if self.value is None else self.value
 
 
 @dataclass(frozen=True)
@@ -111,7 +87,7 @@ class Scores:
 
 
 def datainf(
-    train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Groups = None
+    train: Gradients, queries: Gradients, damping: float = 0.1, groups: Groups = None
 ) -> Scores:
     """DataInf scores of every training example against every evaluation item (equation above).
 
@@ -122,7 +98,8 @@ def datainf(
     queries
         Gradients of m evaluation items with respect to the same layer weights, all items at once.
     damping
-        λ_l.
+        λ_l over the mean squared gradient entry, λ_l = damping · mean_i mean(g_{l,i}²) (the paper's
+        rule, with 0.1): of each layer for the layer-wise solvers, of all layers for the others.
     groups
         A label for each item [m], such as its vertical: ``Scores.groups`` has the scores of each.
 
@@ -138,38 +115,44 @@ def datainf(
         gradient is not finite, or all training gradients of a layer are zero; the message names the
         layer.
     """
-    return _DAMPED["datainf"](train, queries, [damping], groups)[0]
+    return _layerwise(_datainf_layer, train, queries, damping, groups)
 
 
 def exact_layerwise(
-    train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Groups = None
+    train: Gradients, queries: Gradients, damping: float = 0.1, groups: Groups = None
 ) -> Scores:
     """− v_lᵀ H_l⁻¹ g_{l,i} summed over layers: what DataInf approximates. Arguments as
     :func:`datainf`.
 
     O(n² Σ d_l) time; memory O(n² + n d_l): two n × n matrices and one layer's gradients in float64.
     """
-    return _DAMPED["exact_layerwise"](train, queries, [damping], groups)[0]
+    return _layerwise(_exact_layer, train, queries, damping, groups)
 
 
 def exact_joint(
-    train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Groups = None
+    train: Gradients, queries: Gradients, damping: float = 0.1, groups: Groups = None
 ) -> Scores:
     """− vᵀ H⁻¹ g_i over all layers at once, with one λ; no ``by_layer``, since every layer's
     gradients act on all. Arguments, errors, time and memory as for :func:`exact_layerwise`."""
-    return _DAMPED["exact_joint"](train, queries, [damping], groups)[0]
+    _check(train, queries)
+    gram, products = 0.0, 0.0
+    for layer in train.layers:
+        of_layer = _gram(train, queries, layer)
+        gram, products = gram + of_layer[0], products + of_layer[1]
+    lam = _lambda(damping, train.squares.sum(1), sum(map(train.width, train.layers)))
+    return of_items(_damped(gram, products, lam).T.numpy(), groups)
 
 
 def gradient_dot(
-    train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Groups = None
+    train: Gradients, queries: Gradients, damping: float = 0.1, groups: Groups = None
 ) -> Scores:
     """− vᵀ g_i, as after one step of gradient descent (TracIn at one checkpoint, Pruthi et al.
     2020, arXiv 2002.08484). Arguments as for :func:`datainf`; ``damping`` is ignored."""
-    return _layerwise(_dot_layer, train, queries, [damping], groups)[0]
+    return _layerwise(_dot_layer, train, queries, damping, groups)
 
 
 def gradient_cosine(
-    train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Groups = None
+    train: Gradients, queries: Gradients, damping: float = 0.1, groups: Groups = None
 ) -> Scores:
     """− cos(v, g_i) over all layers at once; 0 for a zero gradient. Arguments as
     :func:`gradient_dot`."""
@@ -181,7 +164,7 @@ def gradient_cosine(
 def ekfac(
     train: Gradients,
     queries: Gradients,
-    damping: Damping = Damping(),
+    damping: float = 0.1,
     groups: Groups = None,
     rank: int = 8,
 ) -> Scores:
@@ -199,11 +182,11 @@ def ekfac(
     and of any other as [rank, d / rank]. Other arguments and errors as for :func:`datainf`;
     O(n d (rank + d / rank)) time a layer.
     """
-    return _layerwise(partial(_ekfac_layer, rank), train, queries, [damping], groups)[0]
+    return _layerwise(partial(_ekfac_layer, rank), train, queries, damping, groups)
 
 
 def trackstar(
-    train: Gradients, queries: Gradients, damping: Damping = Damping(), groups: Groups = None
+    train: Gradients, queries: Gradients, damping: float = 0.1, groups: Groups = None
 ) -> Scores:
     """− cosine of R^(−1/2) v / √s and R^(−1/2) g_i / √s over all layers at once (TrackStar: Chang
     et al. 2024, arXiv 2410.17413); 0 for a zero gradient.
@@ -225,7 +208,7 @@ def trackstar(
         moments = both[:n].square().mean(0)
         both /= torch.where(moments > 0, moments, torch.inf).sqrt()
         products += both @ both.T
-    lam = damping.of(products.diagonal()[:n], sum(map(train.width, train.layers)))
+    lam = _lambda(damping, products.diagonal()[:n], sum(map(train.width, train.layers)))
     # λ φᵀ R⁻¹ φ' between all examples and items, by Woodbury.
     products += _damped(products[:n, :n].numpy(), products[:, :n], lam) @ products[:n] / n
     lengths = products.diagonal().clamp(min=0).sqrt()
@@ -311,103 +294,87 @@ def score_all(
 ) -> dict[str, Scores]:
     """Scores by name: of the ``solvers``, which work on gradients, the ``others`` as given, and
     ``random``."""
-    scores = {name: f(train, queries, Damping(damping), groups) for name, f in solvers.items()}
+    scores = {name: f(train, queries, damping, groups) for name, f in solvers.items()}
     baseline = random_scores(len(train), len(queries), seed, groups)
     return scores | {**others, "random": baseline}
 
 
-def damping_sweep(
-    train: Gradients, queries: Gradients, solver: str, factors, groups: Groups = None
-) -> dict[float, Scores]:
-    """Scores under λ = factor · mean squared entry, by factor; equal to the solver's own, one at a
-    time.
-
-    What does not depend on λ is done once: reading the gradients, and their products with
-    evaluation gradients (DataInf) or with one another (exact solvers). ``solver``: ``datainf``,
-    ``exact_layerwise`` or ``exact_joint``.
-    """
-    found = _DAMPED[solver](train, queries, [Damping(factor) for factor in factors], groups)
-    return dict(zip(factors, found))
+# --- one layer ----------------------------------------------------------------------------------
 
 
-# --- one layer, for several λ at once -----------------------------------------------------------
+def _lambda(damping: float, squares: torch.Tensor, width: int) -> float:
+    """λ for gradients with squared norms ``squares`` [n] and ``width`` entries."""
+    return damping * squares.mean().item() / width
 
 
 def _layerwise(
-    layer_scores, train: Gradients, queries: Gradients, dampings: list[Damping], groups: Groups
-) -> list[Scores]:
-    """Scores of a solver that takes layers one by one; ``layer_scores``: a layer's index and its
-    λs to that layer's scores under each, [m, n]."""
+    layer_scores, train: Gradients, queries: Gradients, damping: float, groups: Groups
+) -> Scores:
+    """Scores of a solver that takes layers one by one; ``layer_scores``: a layer's index and its λ
+    to that layer's scores [m, n]."""
     _check(train, queries)
     members, by_layer = _members(groups, len(queries)), []
-    by_item = torch.zeros(len(dampings), len(queries), len(train), dtype=torch.float64)
+    by_item = torch.zeros(len(queries), len(train), dtype=torch.float64)
     parts = np.array([np.ones(len(queries)), *members.values()])
     means = torch.from_numpy(parts / parts.sum(1, keepdims=True))  # [1 + groups, m]
     for index, layer in enumerate(train.layers):
-        lams = [d.of(train.squares[:, index], train.width(layer)) for d in dampings]
-        scores = layer_scores(train, queries, index, lams)
-        if not all(some.isfinite().all() for some in scores):
+        lam = _lambda(damping, train.squares[:, index], train.width(layer))
+        scores = layer_scores(train, queries, index, lam)
+        if not scores.isfinite().all():
             raise StudyError(f"attribution: {layer}: gradients too large or too small for scores")
-        for total, some in zip(by_item, scores):
-            total += some
-        by_layer.append(torch.stack([means @ some for some in scores]))
-    layerwise = torch.stack(by_layer, 2).numpy()  # [λs, 1 + groups, L, n]
-    return [
-        _grouped(train.layers, items.T.numpy(), layers, members)
-        for items, layers in zip(by_item, layerwise)
-    ]
+        by_item += scores
+        by_layer.append(means @ scores)
+    layerwise = torch.stack(by_layer, 1).numpy()  # [1 + groups, L, n]
+    return _grouped(train.layers, by_item.T.numpy(), layerwise, members)
 
 
-def _dot_layer(train: Gradients, queries: Gradients, index: int, lams) -> list[torch.Tensor]:
+def _dot_layer(train: Gradients, queries: Gradients, index: int, lam: float) -> torch.Tensor:
     """− V Gᵀ, from float32 products."""
     layer, products = train.layers[index], []
     v = whole(queries, layer).float()
     for _, g in train.blocks(layer):
         products.append((v @ g.T).double())
-    return [-torch.cat(products, 1)]
+    return -torch.cat(products, 1)
 
 
-def _datainf_layer(train: Gradients, queries: Gradients, index: int, lams) -> torch.Tensor:
-    lams = torch.tensor(lams, dtype=torch.float64)[:, None, None]
-    first, second = _datainf_terms(train, queries, index, lams, torch.float32)
+def _datainf_layer(train: Gradients, queries: Gradients, index: int, lam: float) -> torch.Tensor:
+    first, second = _datainf_terms(train, queries, index, lam, torch.float32)
     # Rounding errors of float32, as measured: a share of the terms, and of what a product of small
     # cosine adds up.
     sizes = queries.squares[:, index].sqrt() * train.squares[:, index].max().sqrt()
     rounding = 4e-7 * first.abs().amax(-1) + 2e-8 * sizes
     within = rounding <= PRECISION * (first - second).abs().amax(-1)
     if not within.all():  # also where float32 overflowed
-        first, second = _datainf_terms(train, queries, index, lams, torch.float64)
-    return (second - first) / lams
+        first, second = _datainf_terms(train, queries, index, lam, torch.float64)
+    return (second - first) / lam
 
 
 def _datainf_terms(
-    train: Gradients, queries: Gradients, index: int, lams: torch.Tensor, dtype: torch.dtype
+    train: Gradients, queries: Gradients, index: int, lam: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """λ rᵀ g_k = vᵀ g_k − mean_i (vᵀ g_i) / (λ + ‖g_i‖²) · g_iᵀ g_k: the first term [m, n] and,
-    for every λ, the second [λs, m, n]; float64."""
+    """λ rᵀ g_k = vᵀ g_k − mean_i (vᵀ g_i) / (λ + ‖g_i‖²) · g_iᵀ g_k: both terms [m, n],
+    float64."""
     layer, squares = train.layers[index], train.squares[:, index]
     n, v = len(train), whole(queries, layer).to(dtype)
     first = torch.empty(len(v), n, dtype=torch.float64)
-    sums = torch.zeros(len(lams) * len(v), train.width(layer), dtype=torch.float64)
+    sums = torch.zeros(len(v), train.width(layer), dtype=torch.float64)
     for rows, g in train.blocks(layer):
         first[:, rows] = (v @ g.to(dtype).T).double()
-        shares = first[:, rows] / (lams + squares[rows])  # [λs, m, rows]
-        sums += shares.flatten(0, 1).to(dtype) @ g.to(dtype)
-    sums = (sums / n).to(dtype)
-    second = torch.empty(len(sums), n, dtype=torch.float64)
+        shares = first[:, rows] / (lam + squares[rows])
+        sums += shares.to(dtype) @ g.to(dtype)
+    sums, second = (sums / n).to(dtype), torch.empty_like(first)
     for rows, g in train.blocks(layer):
         second[:, rows] = (sums @ g.to(dtype).T).double()
-    return first, second.view(len(lams), len(v), n)
+    return first, second
 
 
-def _exact_layer(train: Gradients, queries: Gradients, index: int, lams) -> list[torch.Tensor]:
-    gram, products = _gram(train, queries, train.layers[index])
-    return [_damped(gram, products, lam) for lam in lams]
+def _exact_layer(train: Gradients, queries: Gradients, index: int, lam: float) -> torch.Tensor:
+    return _damped(*_gram(train, queries, train.layers[index]), lam)
 
 
 def _ekfac_layer(
-    rank: int, train: Gradients, queries: Gradients, index: int, lams
-) -> list[torch.Tensor]:
+    rank: int, train: Gradients, queries: Gradients, index: int, lam: float
+) -> torch.Tensor:
     layer, width = train.layers[index], train.width(train.layers[index])
     if width % rank:
         raise StudyError(f"ekfac: {layer} has {width} entries, not a multiple of rank {rank}")
@@ -417,27 +384,7 @@ def _ekfac_layer(
     columns = torch.linalg.eigh(torch.einsum("nij,nik->jk", g, g)).eigenvectors
     g, v = ((rows.T @ some @ columns).flatten(1) for some in (g, v))
     eigenvalues = g.square().mean(0)
-    return [-(v / (eigenvalues + lam)) @ g.T for lam in lams]
-
-
-def _exact_joint(
-    train: Gradients, queries: Gradients, dampings: list[Damping], groups: Groups
-) -> list[Scores]:
-    _check(train, queries)
-    gram, products = 0.0, 0.0
-    for layer in train.layers:
-        of_layer = _gram(train, queries, layer)
-        gram, products = gram + of_layer[0], products + of_layer[1]
-    squares, width = train.squares.sum(1), sum(map(train.width, train.layers))
-    lams = [damping.of(squares, width) for damping in dampings]
-    return [of_items(_damped(gram, products, lam).T.numpy(), groups) for lam in lams]
-
-
-_DAMPED = {
-    "datainf": partial(_layerwise, _datainf_layer),
-    "exact_layerwise": partial(_layerwise, _exact_layer),
-    "exact_joint": _exact_joint,
-}
+    return -(v / (eigenvalues + lam)) @ g.T
 
 
 def _gram(train: Gradients, queries: Gradients, layer: str) -> tuple[np.ndarray, torch.Tensor]:
