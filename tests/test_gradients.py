@@ -526,5 +526,3 @@ def test_kept_zero_gradients_are_still_an_error(tiny_llama, tmp_path):
     stored(tmp_path, model, examples, loss, allow_zero=True)
     with pytest.raises(StudyError, match="'same' is exactly zero"):
         stored(tmp_path, model, examples, loss)
-    with pytest.raises(StudyError, match="number_format: must be float32 or float16"):
-        stored(tmp_path, model, examples, loss, number_format="bfloat16")

@@ -468,16 +468,16 @@ def test_normalised_attains_both_ends():
 def test_contribution_numbers():
     by_item = np.array([[3.0, 5.0], [-1.0, -3.0], [1.0, 1.0]])  # means 4, -2, 1
     found = contribution(by_item)
-    assert found.contribution == pytest.approx((1 - 1 + 0.25) / 3)
-    assert found.standardised == pytest.approx(3 / math.sqrt(21))
-    assert found.n == 2 and found == contribution(by_item)
-    assert found.ci_low <= found.standardised <= found.ci_high
-    assert contribution(-by_item).standardised == pytest.approx(-found.standardised)
-    assert contribution(by_item * 1e-200).standardised == pytest.approx(found.standardised)
+    assert found["contribution"] == pytest.approx((1 - 1 + 0.25) / 3)
+    assert found["standardised"] == pytest.approx(3 / math.sqrt(21))
+    assert found["n"] == 2 and found == contribution(by_item)
+    assert found["ci_low"] <= found["standardised"] <= found["ci_high"]
+    assert contribution(-by_item)["standardised"] == pytest.approx(-found["standardised"])
+    assert contribution(by_item * 1e-200)["standardised"] == pytest.approx(found["standardised"])
     alone = contribution(by_item[:, :1])  # one item: nothing is known of the spread
-    assert (alone.ci_high, alone.ci_low) == (math.sqrt(3), -math.sqrt(3))
+    assert (alone["ci_high"], alone["ci_low"]) == (math.sqrt(3), -math.sqrt(3))
     nothing = contribution(np.zeros((3, 4)))
-    assert (nothing.contribution, nothing.standardised) == (0.0, 0.0)
+    assert (nothing["contribution"], nothing["standardised"]) == (0.0, 0.0)
     assert standardised(np.ones(9)) == pytest.approx(3.0)
     for bad in (np.zeros((3, 0)), np.array([[math.nan]])):
         with pytest.raises(StudyError):
@@ -506,7 +506,7 @@ def test_tables_of_a_stage():
     assert own["p_null"].tolist()[0] == 0.25 and summary["p_null"].notna().sum() == 1
     found = datainf(train, queries, groups=groups).groups["b"]
     expected = contribution(found.by_item, 3)
-    assert (own["standardised"] == expected.standardised).all() and (own["n"] == 2).all()
+    assert (own["standardised"] == expected["standardised"]).all() and (own["n"] == 2).all()
     rows = examples[(examples["vertical"] == "b") & (examples["loss"] == "next-token")]
     assert rows["example_id"].tolist() == [p.id for p in pairs]
     assert rows["influence"].tolist() == found.influence.tolist()
@@ -523,7 +523,7 @@ def test_interval_covers_the_standardised_score_of_all_items():
     for _ in range(200):
         by_item = mean[:, None] + rng.normal(0, 1.0, (1, 40)) + rng.normal(0, 0.3, (30, 40))
         found = contribution(by_item, draws=300)
-        covered += found.ci_low <= standardised(mean) <= found.ci_high
+        covered += found["ci_low"] <= standardised(mean) <= found["ci_high"]
     assert 0.87 <= covered / 200 <= 0.99
 
 

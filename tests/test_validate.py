@@ -102,8 +102,6 @@ def test_halves_and_sets():
     assert sets.shape == (5, 4) and (np.diff(sets, axis=1) > 0).all()
     with pytest.raises(StudyError, match="must be even"):
         random_halves(7, 2, 0)
-    with pytest.raises(StudyError, match="cannot draw"):
-        random_sets(3, 4, 1, 0)
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -147,8 +145,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     calls.clear()
     retrained(tmp_path / "off", "run", ["key"], halves, measure, seed=10)
     assert len(calls) == 6, "with the cache off nothing kept is read"
-    with pytest.raises(StudyError, match="no subset to train on"):
-        retrained(tmp_path, "run", [], halves & False, measure)
 
 
 def test_pairs_are_ranked_right_where_their_loss_is_below_log_2():
@@ -188,8 +184,6 @@ def test_scores_that_say_nothing_and_items_that_never_change(ridge):
     assert table.loc[0, "above_turned"] == pytest.approx(2 * np.nanmean(scores))
     with pytest.raises(StudyError, match="no loss changes"):
         lds_table(solvers, halves, np.ones_like(outcomes), ["turned"], draws=50)
-    with pytest.raises(StudyError, match="do not fit"):
-        lds(influence[:-1], halves, outcomes)
     with pytest.raises(StudyError, match="finite scores"):
         lds(influence * np.nan, halves, outcomes)
 
@@ -251,8 +245,6 @@ def test_solvers_are_compared_on_the_same_halves(ridge):
     assert by_name.loc["nothing", "above_random_p_holm"] > 0.05
     below = lds_table(solvers | {"exact": -influence}, halves, outcomes, draws=300)
     assert below.loc[0, "above_random_high"] < 0 and below.loc[0, "above_random_p_holm"] < 0.05
-    with pytest.raises(StudyError, match="no baseline 'tfidf'"):
-        lds_table({"random": influence}, halves, outcomes)
 
 
 def test_random_is_a_mean_and_a_constant_says_nothing(ridge):
@@ -286,8 +278,6 @@ def test_noise_ceiling():
     nothing = module.noise_ceiling(rng.normal(size=(2, 200, 30)), draws=100)
     assert nothing[0].low < 0 < nothing[0].high and nothing[1].value < 0.25
     assert module.noise_ceiling(np.stack([truth] * 3), draws=20)[1].value == pytest.approx(1)
-    with pytest.raises(StudyError, match="at least 2 seeds"):
-        module.noise_ceiling(truth[None])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -482,8 +472,6 @@ def test_mitigation_table_and_words():
     assert len(words) == 5  # no side effect was measured
     with pytest.raises(StudyError, match="no target 'privacy'"):
         mitigation_words(table, "privacy")
-    with pytest.raises(StudyError, match="2 random draws for remove"):
-        mitigation_table(arms[:6], {"ethics": ethics[:6]}, "ethics")
 
 
 def test_planted_words():

@@ -15,7 +15,7 @@ to do with the training data at all, by a null over these data (:func:`label_nul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -27,22 +27,6 @@ from ..decode import Example
 from ..losses import DPOLoss, INPOLoss, Loss
 from .features import effects
 from .solvers import SOLVERS, Scores
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """The scores of a stage's training examples for one vertical, summed over all of them.
-
-    ``contribution``: mean normalised score, in [-1, 1] (the paper's number). ``standardised``: Σ
-    score / √(Σ score²), in [-√examples, √examples], with a 95 % interval over evaluation items,
-    ``ci_low`` to ``ci_high``. ``n``: evaluation items.
-    """
-
-    contribution: float
-    standardised: float
-    ci_low: float
-    ci_high: float
-    n: int
 
 
 def normalised(scores: np.ndarray) -> np.ndarray:
@@ -66,8 +50,8 @@ def standardised(scores: np.ndarray) -> np.ndarray:
     return scaled.sum(0) / np.where(length > 0, length, 1.0)
 
 
-def contribution(by_item: np.ndarray, seed: int = 0, draws: int = 1000) -> Contribution:
-    """Sums over a stage's examples, from their scores against each item of a vertical.
+def contribution(by_item: np.ndarray, seed: int = 0, draws: int = 1000) -> dict[str, float]:
+    """The scores of a stage's training examples for one vertical, summed over all of them.
 
     Parameters
     ----------
@@ -76,6 +60,13 @@ def contribution(by_item: np.ndarray, seed: int = 0, draws: int = 1000) -> Contr
         mean evaluation gradient.
     seed, draws
         Of the bootstrap.
+
+    Returns
+    -------
+    dict
+        ``contribution``: mean normalised score, in [-1, 1] (the paper's number). ``standardised``:
+        Σ score / √(Σ score²), in [-√examples, √examples], with a 95 % interval over evaluation
+        items, ``ci_low`` to ``ci_high``. ``n``: evaluation items.
 
     The interval is the bootstrap's: items (columns) drawn with replacement, percentiles 2.5 and
     97.5 of the standardised sum. With one item nothing is known about its spread, and the interval
@@ -92,13 +83,8 @@ def contribution(by_item: np.ndarray, seed: int = 0, draws: int = 1000) -> Contr
         low, high = np.percentile(standardised(by_item @ counts.T / items), [2.5, 97.5])
     else:
         low, high = -np.sqrt(examples), np.sqrt(examples)
-    return Contribution(
-        contribution=float(normalised(scores).mean()),
-        standardised=float(standardised(scores)),
-        ci_low=float(low),
-        ci_high=float(high),
-        n=items,
-    )
+    sums = {"contribution": normalised(scores).mean(), "standardised": standardised(scores)}
+    return sums | {"ci_low": low, "ci_high": high, "n": items}
 
 
 # --- could it be chance? A null over the training data -------------------------------------------
@@ -310,7 +296,7 @@ def attribution_tables(
             solver, comma, mean = name.partition(", ")
             cell |= {"solver": solver, "loss": loss + comma + mean}
             p = (p_null or {}).get((name, vertical), np.nan)
-            summary.append(cell | vars(contribution(part.by_item, seed)) | {"p_null": p})
+            summary.append(cell | contribution(part.by_item, seed) | {"p_null": p})
             if solver == "datainf":
                 ids = {"example_id": [p.id for p in pairs], "source": [p.source for p in pairs]}
                 values = {"influence": part.influence, "normalised": normalised(part.influence)}

@@ -51,7 +51,7 @@ from ..artifacts import (
 from ..decode import Example, LowerStates, batches_by_length, packed_length
 from ..losses import Loss, tokens_content
 from ..models import lora_layers, using
-from .store import NUMBER_FORMATS, Stored, block_files, encoded
+from .store import Stored, block_files, encoded
 
 MANIFEST = "manifest.json"
 
@@ -188,9 +188,6 @@ def stored_gradients(
     gradients, where not allowed, are an error also if they were allowed when they were stored.
     """
     _check_examples(examples, loss, name)
-    if number_format not in NUMBER_FORMATS:
-        known = " or ".join(NUMBER_FORMATS)
-        raise StudyError(f"number_format: must be {known}, got {number_format!r}")
     parts = {
         "model": fingerprint,
         "loss": f"{loss.name} {content_key(loss.content(examples))}",

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-NUMBER_FORMATS = ("float32", "float16")
-
 
 class Gradients:
     """Gradients of n examples with respect to L layer weights."""

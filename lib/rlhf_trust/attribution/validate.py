@@ -57,8 +57,6 @@ def random_halves(n: int, count: int, seed: int) -> np.ndarray:
 def random_sets(n: int, k: int, draws: int, seed: int) -> np.ndarray:
     """``draws`` random sets of ``k`` of ``n`` examples: indices [draws, k], ascending. The first
     sets do not depend on ``draws``."""
-    if not 0 < k <= n or draws < 1:
-        raise StudyError(f"random sets: cannot draw {draws} sets of {k} from {n}")
     rng = np.random.default_rng(seed)
     return np.array([np.sort(rng.permutation(n)[:k]) for _ in range(draws)])
 
@@ -86,8 +84,6 @@ def retrained(
         arguments (restore the start!): then results are the same with and without an interruption.
         Subset s gets the seed ``seed + s``.
     """
-    if not len(subsets) or not subsets.any(1).all():
-        raise StudyError(f"{name}: there is no subset to train on, or one is empty")
     kept = ResultCache(directory / f"{name}.{content_key(name, key, seed, training_code())}.jsonl")
     rows = []
     for number, subset in enumerate(progress(subsets, desc=name, unit="retraining")):
@@ -161,9 +157,6 @@ def lds(influence: np.ndarray, halves: np.ndarray, outcomes: np.ndarray) -> np.n
     scores predict the same for every half scores 0; one whose loss never changes has no score
     (NaN).
     """
-    if len(influence) != halves.shape[1] or outcomes.shape != (len(halves), influence.shape[1]):
-        shapes = f"influence {influence.shape}, halves {halves.shape}, outcomes {outcomes.shape}"
-        raise StudyError(f"LDS: {shapes} do not fit")
     if len(halves) < 3 or not np.isfinite(influence).all() or not np.isfinite(outcomes).all():
         raise StudyError("LDS: needs at least 3 halves, and finite scores and outcomes")
     return _rank_correlations(_predicted(influence, halves).T, outcomes.T)
@@ -204,8 +197,6 @@ def noise_ceiling(
     Returns the agreement and the ceiling, each with a 95 % interval over halves and items.
     """
     seeds, count, items = by_seed.shape
-    if seeds < 2:
-        raise StudyError("noise ceiling: needs the same halves under at least 2 seeds")
     pairs = [(first, second) for second in range(seeds) for first in range(second)]
     of_pairs, drawn = [], []
     for first, second in pairs:
@@ -261,9 +252,6 @@ def lds_table(
     Scores that are the same for every example say nothing: they predict the same for every half
     (halves are of one size), and their LDS is 0, which is what ties broken at random would give.
     """
-    missing = [baseline for baseline in against if baseline not in solvers]
-    if missing:
-        raise StudyError(f"LDS: no baseline {missing[0]!r} among the solvers {', '.join(solvers)}")
     values, resampled = {}, {}
     for solver, influence in solvers.items():
         repeats = influence[None] if influence.ndim == 2 else influence
@@ -464,8 +452,6 @@ def mitigation_table(
     random, rows = arms["selection"] == "random", []
     for place, arm in arms[~random & (arms["action"] != "none")].iterrows():
         alike = random & (arms["action"] == arm["action"]) & (arms["pairs"] == arm["pairs"])
-        if alike.sum() < 2:
-            raise StudyError(f"mitigation: needs 2 random draws for {arm['action']}")
         for what, values in outcomes.items():
             found = against_draws(values[place], values[alike], (clusters or {}).get(what))
             row = dict(arm) | {"vertical": what, "change": found.value, "ci_low": found.low}
