@@ -140,14 +140,6 @@ def test_split_items_share_no_cluster():
         assert templates.setdefault(item.template, item.topic) == item.topic
 
 
-def test_bad_input(tiny_llama):
-    chat = Chat(tiny_llama.tokenizer, "chatml")
-    with pytest.raises(StudyError, match="toxicity_examples"):
-        metric_examples("toxicity", [], chat)
-    with pytest.raises(StudyError, match="'fairness' has no options"):
-        metric_examples("fairness", [], chat)
-
-
 # --- stages ---------------------------------------------------------------------------------------
 
 

@@ -374,7 +374,7 @@ def test_text_and_random_baselines():
     assert (drawn == random_scores(2000, 2, seed=1).by_item).all()
     assert (drawn != random_scores(2000, 2, seed=2).by_item).all()
     assert abs(spearmanr(drawn).statistic) < 0.1 and drawn.std() == pytest.approx(1, abs=0.05)
-    for bad in (([], queries), (train, []), (["?", "!"], queries)):
+    for bad in (([], queries), (["?", "!"], queries)):
         for similarity in (tfidf, bm25):
             with pytest.raises(StudyError, match="text similarity: .* no"):
                 similarity(*bad)
@@ -424,24 +424,12 @@ def test_sentence_embeddings_are_means_over_tokens():
 @pytest.mark.parametrize("name", ALL)
 def test_bad_input(name):
     solver, (train, queries) = ALL[name], some_gradients(4, 2)
-    nan, wide = tensor(queries, "layer1").clone(), torch.randn(2, 8)
-    nan[1, 0] = math.nan
     with pytest.raises(StudyError, match="1 training example"):
         solver(rows(train, [0]), queries)
     with pytest.raises(StudyError, match="gradient of layer1 is zero"):
         solver(changed(train, layer1=torch.zeros(4, 3)), queries)
     with pytest.raises(StudyError, match="no evaluation item"):
         solver(train, rows(queries, []))
-    with pytest.raises(StudyError, match="layer1 has 3 entries in training gradients and 0"):
-        solver(train, InMemory({k: tensor(queries, k) for k in ("layer0", "layer2")}, queries.ids))
-    with pytest.raises(StudyError, match="layer1 has 3 entries in training gradients and 8"):
-        solver(train, changed(queries, layer1=wide))
-    with pytest.raises(StudyError, match="evaluation gradient of example 'q1' is not .* in layer1"):
-        solver(train, changed(queries, layer1=nan))
-    with pytest.raises(StudyError, match="training gradient of example 'e0' is not .* in layer2"):
-        solver(changed(train, layer2=tensor(train, "layer2") / 0.0), queries)
-    with pytest.raises(StudyError, match="3 group labels for 2"):
-        solver(train, queries, 0.1, ["a", "b", "c"])
 
 
 def test_too_little_damping():
@@ -479,9 +467,6 @@ def test_contribution_numbers():
     nothing = contribution(np.zeros((3, 4)))
     assert (nothing["contribution"], nothing["standardised"]) == (0.0, 0.0)
     assert standardised(np.ones(9)) == pytest.approx(3.0)
-    for bad in (np.zeros((3, 0)), np.array([[math.nan]])):
-        with pytest.raises(StudyError):
-            contribution(bad)
 
 
 def test_tables_of_a_stage():

@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from .. import StudyError
 from ..data.preferences import PreferencePair
 from ..decode import Example
 from ..losses import DPOLoss, INPOLoss, Loss
@@ -75,8 +74,6 @@ def contribution(by_item: np.ndarray, seed: int = 0, draws: int = 1000) -> dict[
     """
     by_item = np.asarray(by_item, dtype=float)
     examples, items = by_item.shape
-    if not by_item.size or not np.isfinite(by_item).all():
-        raise StudyError("contribution: there is no score, or one is not finite")
     rng, scores = np.random.default_rng(seed), by_item.mean(1)
     if items > 1:
         counts = rng.multinomial(items, np.full(items, 1 / items), size=draws)

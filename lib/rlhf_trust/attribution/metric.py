@@ -193,14 +193,12 @@ def metric_examples(vertical: str, items: Sequence, chat: Chat) -> list[Example]
     elif vertical == "truthfulness":
         weighed = truthfulness.choices(items, chat, truthfulness.load_primer())
         choices = [(c, _nearest_in_length(c, len(i.wrong)), 0) for c, i in zip(weighed, items)]
-    elif vertical == "privacy":
+    else:
         choices = []
         for p, item in zip(privacy.prompts(items), items):
             options = chat.options(p.turns, (item.value, REFUSAL), p.system)
             choices.append((MultipleChoice(p.id, *options), 0, 1))
         labels = [item.kind for item in items]
-    else:
-        raise StudyError(f"metric: {vertical!r} has no options (toxicity: toxicity_examples)")
     return [
         _example(vertical, c.id, (c.context, (c.options[bad], c.options[good])), label)
         for (c, bad, good), label in zip(choices, labels)

@@ -111,9 +111,8 @@ def datainf(
     Raises
     ------
     StudyError
-        If the layers differ, there are fewer than two training examples or no evaluation item, a
-        gradient is not finite, or all training gradients of a layer are zero; the message names the
-        layer.
+        If there are fewer than two training examples or no evaluation item, or all training
+        gradients of a layer are zero; the message names the layer.
     """
     return _layerwise(_datainf_layer, train, queries, damping, groups)
 
@@ -414,8 +413,6 @@ def _damped(gram: np.ndarray, products: torch.Tensor, lam: float) -> torch.Tenso
 def _counted(vectorizer, train_texts: Sequence[str], query_texts: Sequence[str]):
     """Words of training texts [n, words] and evaluation texts [m, words], sparse; the words are the
     training texts'."""
-    if not len(train_texts) or not len(query_texts):
-        raise StudyError("text similarity: there is no training text or no evaluation text")
     try:
         return vectorizer.fit_transform(train_texts), vectorizer.transform(query_texts)
     except ValueError as error:  # no word of two letters anywhere
@@ -423,22 +420,10 @@ def _counted(vectorizer, train_texts: Sequence[str], query_texts: Sequence[str])
 
 
 def _check(train: Gradients, queries: Gradients) -> None:
-    widths, others = ({layer: g.width(layer) for layer in g.layers} for g in (train, queries))
-    if odd := sorted(dict(widths.items() ^ others.items())):
-        raise StudyError(
-            f"attribution: {odd[0]} has {widths.get(odd[0], 0)} entries in training gradients and "
-            f"{others.get(odd[0], 0)} in evaluation gradients; take both from the same adapter"
-        )
     if len(train) < 2:
         raise StudyError(f"attribution: {len(train)} training example(s); at least 2 are needed")
     if not len(queries):
         raise StudyError("attribution: there is no evaluation item (no answer changed?)")
-    for which, gradients in (("training", train), ("evaluation", queries)):
-        for example, layer in (~gradients.squares.isfinite()).nonzero().tolist():
-            raise StudyError(
-                f"attribution: the {which} gradient of example {gradients.ids[example]!r} is not "
-                f"finite in {gradients.layers[layer]}; check its text and loss"
-            )
     for layer, largest in zip(train.layers, train.squares.amax(0).tolist()):
         if largest == 0:
             trained = "was this adapter trained (LoRA's B starts at zero)?"
@@ -453,8 +438,6 @@ def of_items(by_item: np.ndarray, groups: Groups = None) -> Scores:
 
 def _members(groups: Groups, m: int) -> dict[str, np.ndarray]:
     """Label → which of the m items have it, bool [m]."""
-    if groups is not None and len(groups) != m:
-        raise StudyError(f"attribution: {len(groups)} group labels for {m} evaluation items")
     return {label: np.array([g == label for g in groups]) for label in dict.fromkeys(groups or ())}
 
 
