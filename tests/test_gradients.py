@@ -418,9 +418,7 @@ def test_what_is_kept_is_read_and_only_that(tiny_llama, tmp_path, monkeypatch):
     before = files(tmp_path)
     monkeypatch.setenv("RLHF_TRUST_CACHE", "off")
     fresh, blocks = get()
-    assert blocks == [3, 1] and fresh.directory.exists()
-    assert torch.equal(fresh.squares, first.squares)
-    del fresh
+    assert blocks == [3, 1] and torch.equal(fresh.squares, first.squares)
     assert files(tmp_path) == before
 
 

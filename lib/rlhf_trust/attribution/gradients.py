@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
@@ -180,9 +179,9 @@ def stored_gradients(
     number_format
         ``float32``, or ``float16`` (:func:`.store.encoded`), half the size.
 
-    With ``RLHF_TRUST_CACHE=off`` nothing kept is read; results lie in a temporary folder for as
-    long as they are in use. Other parameters and errors as for :func:`per_example_gradients`; zero
-    gradients, where not allowed, are an error also if they were allowed when they were stored.
+    With ``RLHF_TRUST_CACHE=off`` the files are written anew. Other parameters and errors as for
+    :func:`per_example_gradients`; zero gradients, where not allowed, are an error also if they were
+    allowed when they were stored.
     """
     _check_examples(examples, name)
     parts = {
@@ -197,14 +196,11 @@ def stored_gradients(
     manifest = {"key": key, "parts": parts, "ids": ids, "block": block, "layers": {}, "blocks": {}}
     options = {"rows": rows, "allow_zero": allow_zero, "desc": name, "kept": kept}
     compute = partial(per_example_gradients, model, adapter, loss=loss, pad=pad, **options)
-    folder, holder = Path(directory) / f"{name}.{key}", None
+    folder = Path(directory) / f"{name}.{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RLHF_TRUST_CACHE") == "off":
-        holder = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=directory)
-        folder = Path(holder.name)
     with FileLock(folder.parent / f".{name}.{key}.lock"):  # two notebooks may want the same
         _write_missing(folder, manifest, examples, compute, number_format, name)
-    stored = Stored(folder, manifest, holder)
+    stored = Stored(folder, manifest)
     _check_sizes(stored.squares.sum(1).tolist(), examples, allow_zero, name)
     return stored
 
@@ -215,7 +211,8 @@ def _write_missing(
     """Complete the folder, and ``manifest`` with its ``layers`` and ``blocks`` (file name →
     hash)."""
     with suppress(OSError, ValueError):  # not there, or damaged
-        kept = read_record(folder / MANIFEST)
+        anew = os.environ.get("RLHF_TRUST_CACHE") == "off"
+        kept = {} if anew else read_record(folder / MANIFEST)
         if kept.get("key") == manifest["key"]:
             manifest["layers"] = kept["layers"]
             for file, digest in kept["blocks"].items():

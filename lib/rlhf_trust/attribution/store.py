@@ -93,14 +93,12 @@ class Stored(Gradients):
     A folder with ``manifest.json`` and one safetensors file per block of examples. A block holds,
     for b examples and L layers, each layer's gradients [b, d] and ``squares`` [b, L], see
     :func:`encoded`. Reading takes one layer of one block into memory at a time.
-
-    ``holder``: what must live as long as the files are in use (a temporary folder).
     """
 
-    def __init__(self, directory: Path, manifest: dict, holder: object = None):
+    def __init__(self, directory: Path, manifest: dict):
         self.directory, self._widths = directory, manifest["layers"]
         self.layers, self.ids = tuple(sorted(self._widths)), tuple(manifest["ids"])
-        self._holder, blocks = holder, block_files(len(self), manifest["block"])
+        blocks = block_files(len(self), manifest["block"])
         self._files = [(rows, directory / file) for rows, file in blocks]
         squares = []
         for _, path in self._files:
