@@ -100,7 +100,7 @@ def test_a_missing_name_is_found():
     assert missing_names(source) == ["rlhf_trust.data.nothing", "rlhf_trust.stats.nobody"]
 
 
-SHOWN = ("say", "table", "samples", "show")
+SHOWN = ("say", "paragraphs", "table", "samples", "show")
 
 
 def lost_outputs(source: str) -> list[str]:

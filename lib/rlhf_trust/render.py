@@ -204,6 +204,11 @@ def say(*sentences: str) -> Markdown:
     return _holding(Markdown(), prose(" ".join(sentences)))
 
 
+def paragraphs(sentences: Iterable[str]) -> Markdown:
+    """:func:`say`, a paragraph each."""
+    return say(*(f"{sentence}\n\n" for sentence in sentences))
+
+
 # --- notebooks to HTML ---------------------------------------------------------------------------
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
