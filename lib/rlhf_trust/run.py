@@ -40,17 +40,7 @@ from unittest.mock import patch
 
 from filelock import FileLock, Timeout
 
-from . import (
-    ROOT,
-    StudyError,
-    build_root,
-    check_name,
-    command,
-    printable,
-    require,
-    sources,
-    visible,
-)
+from . import ROOT, StudyError, build_root, check_name, command, require, sources, visible
 from .artifacts import (
     Build,
     changed_files,
@@ -436,8 +426,8 @@ def run_stage(stage: str, run: str, values: dict[str, Any]) -> int:
         move(aside, failed)
         reason += f" (see {os.path.relpath(failed)})"
     aside.unlink(missing_ok=True)
-    reason = printable(reason)
-    print(f"error: {stage}: {reason}; the same command carries on from here", file=sys.stderr)
+    problem = StudyError(f"{stage}: {reason}; the same command carries on from here")
+    print(f"error: {problem}", file=sys.stderr)
     return code
 
 

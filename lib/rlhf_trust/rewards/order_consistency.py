@@ -310,8 +310,7 @@ class Bench:
     @property
     def fingerprint(self) -> str:
         """Hash of all its numbers."""
-        arrays = (self.train, self.train_golden, self.test, self.test_golden)
-        content = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+        content = b"".join(array.tobytes() for array in vars(self).values())
         return hashlib.sha256(content).hexdigest()[:16]
 
     def annotated(self, how: str, n: int, beta: float, rng: np.random.Generator) -> Annotated:
