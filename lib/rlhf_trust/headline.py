@@ -43,11 +43,9 @@ def measure_all(
     models: ModelSet, generations: Generations, benchmarks: str, sizes: Mapping[str, int], seed: int
 ) -> ByVertical:
     """Vertical → every model's measures by its instrument. ``sizes``: vertical → items (0: all)."""
-    found = {}
-    for vertical, n in sizes.items():
-        module = import_module(f".verticals.{vertical}", __package__)
-        found[vertical] = module.instrument(models, generations, benchmarks, n, seed)
-    return found
+    modules = {name: import_module(f".verticals.{name}", __package__) for name in sizes}
+    asked = models, generations, benchmarks
+    return {name: modules[name].instrument(*asked, n, seed) for name, n in sizes.items()}
 
 
 def one_measure(measures: Measures, metric: str, condition: str) -> Measure:

@@ -170,12 +170,9 @@ def paired_change(after, before, clusters=None, bounds: Bounds = None) -> Change
     """
     after, before = (item_means(np.asarray(x, dtype=float)) for x in (after, before))
     difference, clusters = _readable(after - before, clusters)
-    n = len(difference)
-    if n == 0:
-        return Change(np.nan, np.nan, np.nan, 0, np.nan, np.nan)
-    means = ClusterMeans.of(difference, clusters)
+    n, means = len(difference), ClusterMeans.of(difference, clusters)
     if n < FEW:
-        return Change(means.value, np.nan, np.nan, n, np.nan, np.nan)
+        return Change(means.value if n else np.nan, np.nan, np.nan, n, np.nan, np.nan)
     reach = bounds and (bounds[0] - bounds[1], bounds[1] - bounds[0])
     low, high, p, error = means.change(reach)
     return Change(means.value, low, high, n, p, DETECTED * error)
@@ -435,7 +432,7 @@ class ClusterMeans:
         low, high = value - error * max(limit, upper), value - error * min(-limit, lower)
         return *_within(reach, float(low), float(high)), float(p), error
 
-    def interval(self, name: str, draws: int = DRAWS) -> tuple[float, float]:
+    def interval(self, name: str) -> tuple[float, float]:
         """Bootstrap-t over clusters (Efron and Tibshirani 1993, ch. 12); Student's t below ``FEW``.
 
         Studentising by each resample's own standard error corrects for skewed values and few
@@ -450,7 +447,7 @@ class ClusterMeans:
         if k < FEW:
             half = stdtrit(self.freedom, TAILS[1]) * self.standard_error
             return value - half, value + half
-        weights = generator(name).multinomial(k, np.full(k, 1 / k), size=draws).astype(float)
+        weights = generator(name).multinomial(k, np.full(k, 1 / k), size=DRAWS).astype(float)
         resampled = (weights @ self.sums) / (weights @ self.counts)
         errors = self._standard_errors(weights, resampled)
         # With few distinct values a resample may contain only one, and cannot be studentised.

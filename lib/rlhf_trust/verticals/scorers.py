@@ -93,11 +93,8 @@ class ToxBlockScorer(Scorer):
         self.numbers = {word: number for number, word in enumerate(self.settings["words"], start=1)}
 
     def _scores(self, texts: list[str]) -> Sequence[float]:
-        scores = np.zeros(len(texts))
-        for start in range(0, len(texts), self.rows):
-            ids = torch.tensor([self.encode(text) for text in texts[start : start + self.rows]])
-            scores[start : start + self.rows] = self.forward(ids)[:, 0].numpy()
-        return scores
+        ids = torch.tensor(list(map(self.encode, texts)))
+        return torch.cat([self.forward(rows)[:, 0] for rows in ids.split(self.rows)]).numpy()
 
     def encode(self, text: str) -> list[int]:
         """Word numbers, always ``length`` of them. Unknown words are left out, a long text loses
