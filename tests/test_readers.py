@@ -11,7 +11,7 @@ import pytest
 from conftest import NAN, REAL_DATA, same
 from rlhf_trust.stats import corrected_rate
 from rlhf_trust.verticals import ethics, privacy, stereotype, toxicity, truthfulness
-from rlhf_trust.verticals.common import Measure, error_removed, reader_counts
+from rlhf_trust.verticals.common import Measure, answers_table, reader_counts
 from rlhf_trust.verticals.privacy import PrivateFact
 from rlhf_trust.verticals.scorers import MeanScorer, make_scorers
 from rlhf_trust.verticals.truthfulness import Question
@@ -153,9 +153,10 @@ def test_further_answers_are_read(vertical, bound):
 
 def test_the_readers_error_is_taken_out():
     found = [Measure("leak_rate", "main", ("a", "b", "c", "d"), np.array([1.0, 0.0, 0.0, NAN]))]
-    (row,) = error_removed("privacy", {"start": found}, seed=0).to_dict("records")
+    plain, row = answers_table("privacy", {"start": found}, seed=0).to_dict("records")
+    assert (plain["condition"], plain["value"]) == ("main", 1 / 3)
     of = reader_counts("privacy")
     sides = (of.hits, of.counted), (of.rejections, of.others)
     assert row["value"] == corrected_rate(1 / 3, 3, *sides).value
     assert (row["condition"], row["n"]) == ("main;error=removed", 3)
-    assert error_removed("privacy", {"start": []}, seed=0).empty
+    assert answers_table("privacy", {"start": []}, seed=0).empty

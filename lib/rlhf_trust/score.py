@@ -40,7 +40,7 @@ from .rag.entailment import entailment_model
 from .rewards import rm_bench
 from .sources import HALF_CHARACTER, field, read_json, read_jsonl
 from .verticals import HEADLINE, toxicity
-from .verticals.common import error_removed, reader_sentence, trust_table
+from .verticals.common import answers_table, reader_sentence, trust_table
 from .verticals.scorers import make_scorer
 
 SCORERS = "of toxicity: local, tox-block, hub:<id>@<revision>, path:<directory>, perspective:<file>"
@@ -84,8 +84,7 @@ def vertical_table(vertical: str, path: Path, items: Sequence, scorer: str) -> p
         scores = toxicity.score_answers(answers, make_scorer(scorer))
         return trust_table(vertical, {"model": toxicity.measures(answered, scores)}, 0)
     measures = {"model": MODULES[vertical].measures(answered, answers, "main")}
-    parts = [trust_table(vertical, measures, 0), error_removed(vertical, measures, 0)]
-    table = pd.concat(parts, ignore_index=True)
+    table = answers_table(vertical, measures, 0)
     print(reader_sentence(vertical, table))
     return table
 

@@ -265,12 +265,13 @@ def reader_counts(vertical: str) -> pd.Series:
     return pd.read_csv(path, index_col="vertical").loc[vertical]
 
 
-def error_removed(vertical: str, measures: ByModel, seed: int) -> pd.DataFrame:
-    """Rows of ``trust.csv``: each model's published rate with its reader's error taken out, for a
-    reader that errs on every model's answers as on the labelled ones (:func:`reader_counts`)."""
+def answers_table(vertical: str, measures: ByModel, seed: int) -> pd.DataFrame:
+    """:func:`trust_table`, and below it each model's published rate with its reader's error taken
+    out, for a reader that errs on all answers as on the labelled ones (:func:`reader_counts`)."""
     of, which = reader_counts(vertical), PUBLISHED[vertical][:2]
     sides = (of.hits, of.counted), (of.rejections, of.others)
-    return without_error(vertical, measures, which, sides, seed)
+    corrected = without_error(vertical, measures, which, sides, seed)
+    return pd.concat([trust_table(vertical, measures, seed), corrected], ignore_index=True)
 
 
 def without_error(
