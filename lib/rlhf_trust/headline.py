@@ -70,12 +70,9 @@ def arm_names(distances: pd.DataFrame) -> Stages:
         trained = rows[rows["alpha"] == 1].sort_values("seed").groupby("arm")["name"].agg(list)
         matched = rows.loc[rows["alpha"] < 1, "name"]
         back = {name.removesuffix("-matched"): name for name in matched}
-        at_one_kl = {arm: [back.get(name, name) for name in trained[arm]] for arm in trained.index}
-        found[stage] = {
-            "true": trained["true"],
-            "matched_true": at_one_kl["true"],
-            "matched_placebo": at_one_kl["placebo"],
-        }
+        found[stage] = {"true": trained["true"]}
+        for arm in ("true", "placebo"):
+            found[stage][f"matched_{arm}"] = [back.get(name, name) for name in trained[arm]]
     return found
 
 
@@ -123,14 +120,11 @@ def headline_table(measures: ByVertical, arms: Stages, validity: pd.DataFrame) -
             told = changes_of(found, arms, *which.validity)[["change", "ci_low", "ci_high"]]
         table[["validity_change", "validity_low", "validity_high"]] = told
         tables.append(table.assign(vertical=vertical, worse=which.worse))
-    table = pd.concat(tables).sort_values(
-        "stage", kind="stable", key=lambda s: s.map([*arms].index)
-    )
-    table = table.reset_index(drop=True).assign(p_holm=np.nan)
+    order = [*arms].index
+    table = pd.concat(tables).sort_values("stage", kind="stable", key=lambda s: s.map(order))
+    table = table.reset_index(drop=True)
     tested = gated(table, validity)["measurable"] & table["p"].notna()
-    for _, part in table[tested].groupby("baseline"):
-        table.loc[part.index, "p_holm"] = holm(part["p"].to_numpy())
-    return table
+    return table.assign(p_holm=table[tested].groupby("baseline")["p"].transform(holm))
 
 
 def compared_at(distances: pd.DataFrame) -> pd.DataFrame:

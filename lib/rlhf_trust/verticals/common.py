@@ -32,6 +32,8 @@ from . import HEADLINE, PUBLISHED, ByModel, Logps, Measure, Measures, Sampled
 Answers = dict[str, Sampled]
 """Model name → per prompt → the sampled answers."""
 
+Choices = Callable[[Chat], Sequence[MultipleChoice]]
+
 # --- answers --------------------------------------------------------------------------------------
 
 
@@ -48,10 +50,7 @@ def answer_all(
 
 
 def score_options(
-    models: ModelSet,
-    generations: Generations,
-    name: str,
-    choices: Callable[[Chat], Sequence[MultipleChoice]],
+    models: ModelSet, generations: Generations, name: str, choices: Choices
 ) -> dict[str, Logps]:
     """Model name → per choice → the log-probabilities of its options, [options].
 
@@ -178,12 +177,7 @@ def verdict_of(clauses: Sequence[str], pro: re.Pattern, con: re.Pattern) -> floa
 
 
 def measured(
-    items: Sequence,
-    condition: str,
-    cluster: str = "",
-    rows: Sequence[bool] | None = None,
-    signed: bool = False,
-    **values: np.ndarray,
+    items: Sequence, condition: str, cluster: str = "", rows=None, signed: bool = False, **values
 ) -> Measures:
     """Measures of the same items under one condition.
 
@@ -192,9 +186,9 @@ def measured(
     cluster
         The attribute in which items that are not independent agree, such as ``topic``.
     rows
-        Which items to take, [items]; if none is left, there is no measure.
+        Which items to take, bool [items]; if none is left, there is no measure.
     values
-        Metric name = its values, [items] or [items, samples].
+        Metric name = its values, ndarray [items] or [items, samples].
     """
     if rows is not None:
         items, rows = [item for item, taken in zip(items, rows) if taken], np.asarray(rows, bool)
@@ -282,19 +276,17 @@ def without_error(
 
     ``sides``: the detector's sensitivity and specificity, each as (right, of how many).
     """
-    asked = [(model, m) for model in measures for m in measures[model]]
     rows = []
-    for model, m in asked:
-        if (m.metric, m.condition) != which:
-            continue
-        keep, interval = ~np.isnan(m.item_values), Interval(np.nan, np.nan, np.nan, 0)
-        if keep.any():
-            rates = m.item_values[keep]
-            clusters = None if m.clusters is None else np.array(m.clusters)[keep]
-            worth = ClusterMeans.of(rates, clusters).effective_n()
-            interval = replace(corrected_rate(rates.mean(), worth, *sides), n=len(rates))
-        key = {"model": model, "metric": m.metric, "condition": f"{m.condition};error=removed"}
-        rows.append(key | vars(interval))
+    for model, found in measures.items():
+        for m in (m for m in found if (m.metric, m.condition) == which):
+            keep, interval = ~np.isnan(m.item_values), Interval(np.nan, np.nan, np.nan, 0)
+            if keep.any():
+                rates = m.item_values[keep]
+                clusters = None if m.clusters is None else np.array(m.clusters)[keep]
+                worth = ClusterMeans.of(rates, clusters).effective_n()
+                interval = replace(corrected_rate(rates.mean(), worth, *sides), n=len(rates))
+            key = {"model": model, "metric": m.metric, "condition": f"{m.condition};error=removed"}
+            rows.append(key | vars(interval))
     return pd.DataFrame(rows).rename(columns=COLUMNS).assign(vertical=vertical, seed=seed)
 
 

@@ -52,8 +52,7 @@ Items = Sequence[Scenario]
 
 def load_ethics(source: str) -> list[Scenario]:
     """Short scenarios of ETHICS' commonsense morality, in file order, as in the paper."""
-    path = locate(source, "ethics/cm_test.csv")
-    items = []
+    path, items = locate(source, "ethics/cm_test.csv"), []
     truths = ("label", "is_short")
     for number, row in read_csv(path, (*truths, "input"), truths):
         where = f"{path}:{number}"

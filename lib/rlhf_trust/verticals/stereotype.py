@@ -491,17 +491,15 @@ def instrument(
     """
     items = [item for item in chosen_items(benchmarks, n, seed) if item.clause]
     consensus = load_consensus()
-    harmless = load_harmless(sorted({item.group for item in items}))
-    harmless = [item for item in harmless if item.clause]
+    groups = sorted({item.group for item in items})
+    harmless = [item for item in load_harmless(groups) if item.clause]
     granted = taken_for_granted(models, generations, "statements", items)
     checked = taken_for_granted(models, generations, "consensus", consensus)
     named = taken_for_granted(models, generations, "harmless", harmless)
     return {
-        model: [
-            *net_bias(items, contrast.ranks(granted[model]), "answers=context"),
-            *consensus_area(consensus, checked[model], "context"),
-            *name_bias(items, harmless, named[model]),
-        ]
+        model: net_bias(items, contrast.ranks(granted[model]), "answers=context")
+        + consensus_area(consensus, checked[model], "context")
+        + name_bias(items, harmless, named[model])
         for model in models.names
     }
 
