@@ -96,11 +96,6 @@ def padded_width(rows: Sequence) -> int:
     return -(-max(map(len, rows)) // PAD_TO) * PAD_TO
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack token lists flush right; returns ids and attention mask, both [rows, width]."""
-    return _padded(rows, pad, device, left=True)
-
-
 def pad_right(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Stack token lists flush left; returns ids and attention mask, both [rows, width]."""
     return _padded(rows, pad, device, left=False)
@@ -109,6 +104,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Te
 def _padded(
     rows: Sequence[Sequence[int]], pad: int, device, left: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, or with ``left`` flush right."""
     width = padded_width(rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -202,12 +198,12 @@ def _read_prompts(
     widths = [padded_width([row]) for row in rows]
     batches, read, logits = _batches_by_tokens(widths, PROMPT_TOKENS), [], []
     for batch in batches:
-        ids, mask = pad_left([rows[i] for i in batch], pad, model.device)
+        ids, mask = _padded([rows[i] for i in batch], pad, model.device, left=True)
         read.append(DynamicCache(config=model.config))
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits.append(_next_logits(model, ids, mask, positions, read[-1]))
     order = [i for batch in batches for i in batch]
-    _, mask = pad_left([rows[i] for i in order], pad, model.device)
+    _, mask = _padded([rows[i] for i in order], pad, model.device, left=True)
     layers = [  # a layer that shares another's keys and values (Gemma 3n) keeps none of its own
         RoomyLayer(parts, mask.shape[1], room) if isinstance(parts[0], DynamicLayer) else parts[0]
         for parts in zip(*(cache.layers for cache in read))
@@ -1055,10 +1051,8 @@ class Generations:
         keys = [content_key(s.input_ids, s.answer_start) for s in sequences]
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
-            measure(
-                [sequences[index] for index in missing],
-                lambda place, value: kept.add(keys[missing[place]], value=float(value)),
-            )
+            some = [sequences[index] for index in missing]
+            measure(some, lambda place, value: kept.add(keys[missing[place]], value=float(value)))
         return np.array([kept[key]["value"] for key in keys])
 
     def _kept(self, name: str, *common: object) -> ResultCache:

@@ -64,9 +64,9 @@ class Scores:
     the evaluation loss.
 
     - ``by_item`` [n, m]: summed over layers;
-    - ``by_layer`` [L, n]: of the mean evaluation gradient, in the order of ``layers``. Only where a
-      layer's scores come from that layer's gradients alone (``datainf``, ``exact_layerwise``,
-      ``gradient_dot``), as ``contribution.example_z`` needs; else [0, n] and ``layers`` is empty;
+    - ``by_layer`` [L, n]: of the mean evaluation gradient, in the order of the gradients'
+      ``layers``. Only where a layer's scores come from that layer's gradients alone (``datainf``,
+      ``exact_layerwise``, ``gradient_dot``), as ``contribution.example_z`` needs; else [0, n];
     - ``groups``: label → the same for the items with that label, where solvers were given
       ``groups``. Verticals are scored together at the price of one: reading and multiplying the
       training gradients dominates the cost.
@@ -75,7 +75,6 @@ class Scores:
     mean of the scores, and two margins of the [L, n, m] array are all that is needed.
     """
 
-    layers: tuple[str, ...]
     by_item: np.ndarray
     by_layer: np.ndarray
     groups: dict[str, Scores] = field(default_factory=dict)
@@ -312,7 +311,7 @@ def _layerwise(
     """Scores of a solver that takes layers one by one; ``layer_scores``: a layer's index and its λ
     to that layer's scores [m, n]."""
     _check(train, queries)
-    members, by_layer = _members(groups, len(queries)), []
+    members, by_layer = _members(groups), []
     by_item = torch.zeros(len(queries), len(train), dtype=torch.float64)
     parts = np.array([np.ones(len(queries)), *members.values()])
     means = torch.from_numpy(parts / parts.sum(1, keepdims=True))  # [1 + groups, m]
@@ -324,7 +323,7 @@ def _layerwise(
         by_item += scores
         by_layer.append(means @ scores)
     layerwise = torch.stack(by_layer, 1).numpy()  # [1 + groups, L, n]
-    return _grouped(train.layers, by_item.T.numpy(), layerwise, members)
+    return _grouped(by_item.T.numpy(), layerwise, members)
 
 
 def _dot_layer(train: Gradients, queries: Gradients, index: int, lam: float) -> torch.Tensor:
@@ -432,19 +431,17 @@ def _check(train: Gradients, queries: Gradients) -> None:
 
 def of_items(by_item: np.ndarray, groups: Groups = None) -> Scores:
     """``Scores`` without layers, from scores [n, m]."""
-    members = _members(groups, by_item.shape[1])
-    return _grouped((), by_item, np.zeros((1 + len(members), 0, len(by_item))), members)
+    members = _members(groups)
+    return _grouped(by_item, np.zeros((1 + len(members), 0, len(by_item))), members)
 
 
-def _members(groups: Groups, m: int) -> dict[str, np.ndarray]:
-    """Label → which of the m items have it, bool [m]."""
+def _members(groups: Groups) -> dict[str, np.ndarray]:
+    """Label → which of the items have it, bool [m]."""
     return {label: np.array([g == label for g in groups]) for label in dict.fromkeys(groups or ())}
 
 
-def _grouped(
-    layers: tuple[str, ...], by_item: np.ndarray, by_layer: np.ndarray, members: dict
-) -> Scores:
+def _grouped(by_item: np.ndarray, by_layer: np.ndarray, members: dict) -> Scores:
     parts = {}
     for (label, items), part in zip(members.items(), by_layer[1:]):
-        parts[label] = Scores(layers, by_item[:, items], part)
-    return Scores(layers, by_item, by_layer[0], parts)
+        parts[label] = Scores(by_item[:, items], part)
+    return Scores(by_item, by_layer[0], parts)

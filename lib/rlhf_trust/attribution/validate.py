@@ -20,6 +20,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from random import Random
 
@@ -196,13 +197,11 @@ def noise_ceiling(
 
     Returns the agreement and the ceiling, each with a 95 % interval over halves and items.
     """
-    seeds, count, items = by_seed.shape
-    pairs = [(first, second) for second in range(seeds) for first in range(second)]
+    seeds, _, items = by_seed.shape
     of_pairs, drawn = [], []
-    for first, second in pairs:
-        values = _rank_correlations(by_seed[first].T, by_seed[second].T)
-        of_pairs.append(np.nanmean(values))
-        drawn.append(_resampled_lds(by_seed[first], by_seed[second], name, draws))
+    for first, second in combinations(by_seed, 2):
+        of_pairs.append(np.nanmean(_rank_correlations(first.T, second.T)))
+        drawn.append(_resampled_lds(first, second, name, draws))
     ends = np.nanquantile(np.mean(drawn, axis=0), stats.TAILS)
     agreement = np.array([np.mean(of_pairs), *ends])
     r = np.clip(agreement, 0, 1)
