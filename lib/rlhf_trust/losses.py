@@ -291,9 +291,8 @@ def training_loss(
 
 def tokens_content(examples: Sequence[Example]) -> str:
     """A hash of examples' ids and tokens, for keys of what is computed from them."""
-    return content_key(
-        [[e.id, [[s.input_ids, s.answer_start] for s in e.sequences]] for e in examples]
-    )
+    texts = [[e.id, [[s.input_ids, s.answer_start] for s in e.sequences]] for e in examples]
+    return content_key(texts)
 
 
 def log_odds(

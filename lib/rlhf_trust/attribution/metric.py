@@ -69,7 +69,7 @@ Changed = tuple[Prompt, str, str]
 def training_examples(pairs: Sequence[PreferencePair], chat: Chat, stage: str) -> list[Example]:
     """SFT saw the chosen answers alone; the reward model and DPO saw both."""
     return [
-        _stage_example(Prompt(p.id, p.prompt), p.source, p.chosen, p.rejected, chat, stage)
+        _stage_example(Prompt(p.id, p.prompt), p.source, (p.chosen, p.rejected), chat, stage)
         for p in pairs
     ]
 
@@ -84,29 +84,23 @@ def evaluation_examples(
     was cut (:func:`was_cut`) and has no end token here: the model never drew one. Only the reward
     model is given one all the same, as in PPO: it reads every answer there.
     """
+    examples = []
     limit = None if stage == "ppo" else limit
-    return [
-        _stage_example(
-            replace(p, id=f"{vertical}/{p.id}"), vertical, after, before, chat, stage, limit
-        )
-        for p, before, after in items
-    ]
+    for p, before, after in items:
+        prompt = replace(p, id=f"{vertical}/{p.id}")
+        examples.append(_stage_example(prompt, vertical, (after, before), chat, stage, limit))
+    return examples
 
 
 def _stage_example(
-    prompt: Prompt,
-    source: str,
-    preferred: str,
-    other: str,
-    chat: Chat,
-    stage: str,
-    limit: int | None = None,
+    prompt: Prompt, source: str, answers: tuple[str, str], chat: Chat, stage: str, limit=None
 ) -> Example:
-    answers = (preferred,) if stage == "sft" else (preferred, other)
-    sequences = [chat.sequence(prompt.turns, answer, prompt.system) for answer in answers]
-    sequences = [
-        replace(s, input_ids=s.input_ids[:-1]) if was_cut(s, limit) else s for s in sequences
-    ]
+    """``answers``: the preferred one first, of which SFT saw that alone."""
+    sequences = []
+    for answer in answers[:1] if stage == "sft" else answers:
+        text = chat.sequence(prompt.turns, answer, prompt.system)
+        cut = was_cut(text, limit)
+        sequences.append(replace(text, input_ids=text.input_ids[:-1]) if cut else text)
     return Example(prompt.id, source, tuple(sequences))
 
 

@@ -190,8 +190,6 @@ def unrolled_scores(
         ended, weights are too coarse (bfloat16), a gradient is not what it was in training, a
         number is not finite, or a query has no gradient.
     """
-    if not stages or not queries:
-        raise StudyError("unrolled: needs at least one stage and one query")
     for name, query in queries.items():
         if not query.examples:
             raise StudyError(f"unrolled: the query {name!r} has no examples")
@@ -336,17 +334,16 @@ class _Replay:
         for number, (stage, own) in enumerate(zip(stages, weights)):
             if stage.trajectory is None:
                 raise StudyError(f"unrolled: stage {number} has no trajectory; keep its states")
+            place = stage.trajectory.folder
             key, rates = stage.trajectory.read()
             start = stage.trajectory.state(0)["weight"]
             if {n: w.shape for n, w in start.items()} != {n: w.shape for n, w in own.items()}:
-                raise StudyError(
-                    f"{stage.trajectory.folder}: these states are of another adapter or loss"
-                )
+                raise StudyError(f"{place}: these states are of another adapter or loss")
             _put(own, start)  # the loss's own weights are part of its content
             if key != content_key(training_content(stage.examples, stage.loss, stage.config)):
                 raise StudyError(
-                    f"{stage.trajectory.folder}: these states are of other examples, another loss "
-                    "or other settings than given"
+                    f"{place}: these states are of other examples, another loss or other settings "
+                    "than given"
                 )
             shared = start.keys() & (end or start).keys()  # a reward head is one stage's own
             if end and not all(torch.equal(start[name], end[name]) for name in shared):
@@ -354,10 +351,8 @@ class _Replay:
             end = stage.trajectory.state(len(rates))["weight"]
             self.keys.append(key)
             self.rates.append(rates)
-        self.units = [
-            np.cumsum([0, *(sum(_units(stage.loss, example)) for example in stage.examples)])
-            for stage in stages
-        ]
+        counts = ([sum(_units(stage.loss, e)) for e in stage.examples] for stage in stages)
+        self.units = [np.cumsum([0, *of_examples]) for of_examples in counts]
 
     def by_example(self) -> list[np.ndarray]:
         return [np.add.reduceat(s.T.numpy(), u[:-1]) for s, u in zip(self.scores, self.units)]

@@ -126,10 +126,9 @@ def mean_gradients(
 ) -> InMemory:
     """The gradient of every query's mean loss, by the query's name."""
     found = [query_gradients(network, adapter, q, pad, kept) for q in queries.values()]
-    means = {
-        layer: torch.stack([whole(gradients, layer).mean(0) for gradients in found]).float()
-        for layer in found[0].layers
-    }
+    means = {}
+    for layer in found[0].layers:
+        means[layer] = torch.stack([whole(some, layer).mean(0) for some in found]).float()
     return InMemory(means, list(queries))
 
 
