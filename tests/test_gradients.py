@@ -247,11 +247,15 @@ def test_other_errors(tiny_llama):
         per_example_gradients(model, "ppo", examples, loss, PAD)
     with pytest.raises(StudyError, match="two examples have the id 'e0'"):
         per_example_gradients(model, "default", [*examples, examples[0]], loss, PAD)
+    with pytest.raises(StudyError, match="'e0' has 1 sequence"):
+        per_example_gradients(model, "default", examples, RewardLoss(torch.ones(32)), PAD)
     two, incomplete = some_examples(2, 2), DPOLoss(BETA, {"e0": (0.0, 0.0)})
     with pytest.raises(StudyError, match="no reference log-probabilities for example 'e1'"):
         per_example_gradients(model, "default", two, incomplete, PAD)
     with pytest.raises(StudyError, match="reduction"):
         NextTokenLoss("max")
+    with model.disable_adapter(), pytest.raises(StudyError, match="takes no part"):
+        per_example_gradients(model, "default", examples, loss, PAD)
     foreign = [Example("e0", "random", (EncodedExample((1, 2, 3, 300), 2),))]
     with pytest.raises(StudyError, match="another model's tokenizer"):
         per_example_gradients(model, "default", foreign, loss, PAD)

@@ -28,4 +28,4 @@ def test_all_notebooks_run_under_a_paper_scale_profile(tmp_path, monkeypatch, ca
         small = {**smoke["all"], **smoke.get(stage, {}), **ELSEWHERE, "model": f"path:{model}"}
         del small["max_length"]  # bytes are tokens here, so texts are long
         values |= {name: value for name, value in small.items() if name in values}
-        assert run.run_stage(stage, "pythia-1.4b", parameters) == 0, capsys.readouterr().err
+        assert run.run_stage(stage, "pythia-1.4b", values) == 0, capsys.readouterr().err

@@ -245,6 +245,7 @@ def test_scores_of_language_models(tiny_directories, tmp_path, monkeypatch, caps
     """Whole models, through the command, against a plain loop over tokens."""
     mine, theirs = (f"path:{tiny_directories[kind]}" for kind in ("llama", "gpt_neox"))
     monkeypatch.setattr(score, "ROOT", tmp_path)
+    monkeypatch.setattr(models, "auto_dtype", lambda: torch.float32)  # whatever this processor has
     reference = ["--reference", theirs] if form == "reference" else ["--form", form]
     given = ["rm-bench", mine, "-n", "4", *reference, "--save", str(tmp_path / "table.csv")]
     assert score.main(given) == 0

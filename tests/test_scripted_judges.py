@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import values
 from rlhf_trust.chat import Chat
-from rlhf_trust.verticals import HEADLINE, ethics, stereotype
+from rlhf_trust.verticals import HEADLINE, contrast, ethics, stereotype
 from rlhf_trust.verticals.common import change_table, trust_table
 
 PAIRS = (*stereotype.CONTEXTS, *ethics.PAIRS)
@@ -63,7 +63,7 @@ def instrument(tiny_llama, monkeypatch):
         }
 
     def measure(vertical, n):
-        monkeypatch.setattr(vertical, "score_options", scripted)
+        monkeypatch.setattr(contrast, "score_options", scripted)
         models = SimpleNamespace(names=list(SCRIPTS))
         return vertical.instrument(models, SimpleNamespace(chat=chat), "shipped", n, 0)
 

@@ -99,10 +99,11 @@ def per_example_gradients(
     Raises
     ------
     StudyError
-        If the model has no such adapter or trains (dropout), if ids repeat, or if an example has a
-        loss or gradient that is not finite, or a zero gradient; the message names the example.
+        If the model has no such adapter or trains (dropout), if ids repeat, or if an example has
+        the wrong number of sequences, a loss or gradient that is not finite, or a zero gradient;
+        the message names the example.
     """
-    _check_examples(examples, desc)
+    _check_examples(examples, loss, desc)
     if any(module.training for module in model.modules()):
         raise StudyError(f"{desc}: the model is in training mode (dropout); call model.eval()")
     layers = lora_layers(model, adapter)
@@ -127,6 +128,8 @@ def per_example_gradients(
                             f"{desc}: the {loss.name} loss of example {example.id!r} is {value}; "
                             "check its text and the adapter's training curve"
                         )
+                if not values.requires_grad:
+                    raise StudyError(f"{desc}: adapter {adapter!r} takes no part in the loss")
                 # autograd.grad, not backward: nothing is left in the weights' .grad, and its own
                 # result (the sum over the batch) is not needed, only what the hooks catch.
                 torch.autograd.grad(values.sum(), list(weights.values()), allow_unused=True)
@@ -183,7 +186,7 @@ def stored_gradients(
     :func:`per_example_gradients`; zero gradients, where not allowed, are an error also if they were
     allowed when they were stored.
     """
-    _check_examples(examples, name)
+    _check_examples(examples, loss, name)
     parts = {
         "model": fingerprint,
         "loss": f"{loss.name} {content_key(loss.content(examples))}",
@@ -235,7 +238,7 @@ def _write_missing(
             write_record(folder / MANIFEST, manifest)
 
 
-def _check_examples(examples: Sequence[Example], desc: str) -> None:
+def _check_examples(examples: Sequence[Example], loss: Loss, desc: str) -> None:
     if not examples:
         raise StudyError(f"{desc}: there is no example")
     seen: set[str] = set()
@@ -243,6 +246,10 @@ def _check_examples(examples: Sequence[Example], desc: str) -> None:
         if example.id in seen:
             raise StudyError(f"{desc}: two examples have the id {example.id!r}")
         seen.add(example.id)
+        count = len(example.sequences)
+        if count != loss.sequences:
+            needed = f"the {loss.name} loss needs {loss.sequences}"
+            raise StudyError(f"{desc}: example {example.id!r} has {count} sequence(s), {needed}")
 
 
 def _check_sizes(
