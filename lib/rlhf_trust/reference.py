@@ -160,18 +160,18 @@ def attribution_points(profile: str) -> list[str]:
     validation = reference_table(profile, "validation")
     through = validation[validation["test"] == "through training, other orders"]
     if len(through):
-        by_solver = through.set_index(["target", "solver"])
-        said = [
-            f"{stage} {interval_words(Interval.of_row(by_solver.loc[(stage, 'unrolled')]), '.2f')} "
-            f"(perfect scores would reach {by_solver.loc[(stage, 'noise ceiling')]['value']:.2f})"
-            for stage in through["target"].unique()
-        ]
+        by_solver, said = through.set_index(["target", "solver"]), []
+        for stage in through["target"].unique():
+            found = interval_words(Interval.of_row(by_solver.loc[stage, "unrolled"]), ".2f")
+            best = by_solver.loc[stage, "noise ceiling"]["value"]
+            said.append(f"{stage} {found[:-1]}; perfect scores would reach {best:.2f})")
         points.append(
             "**Which examples**: scores through every step of a training foretell retraining in "
             f"other orders of the examples with rank correlations of {'; '.join(said)}."
         )
     mitigation = reference_table(profile, "mitigation")
-    arms = mitigation[mitigation["target"] == mitigation["vertical"]]
+    own = mitigation["target"] == mitigation["vertical"]
+    arms = mitigation[own & (mitigation["selection"] == "harmful")]
     clear = [
         f"to {arm_words(row)} changes {row.target} by "
         f"{interval_words(Interval.of_row(row, 'change'), '+.2f')} nats"
