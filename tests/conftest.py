@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     # First, so that no process waits for a long test at the end.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many cases of trouble were tried, kind by kind, and how many did not end as they should:
+    in the right value, or in one line that names what is wrong."""
+    counts = Counter(
+        (Path(report.fspath).stem.removeprefix("test_").replace("_", " "), outcome)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, ())
+        if report.when == "call" and Path(report.fspath).parent.name == "faults"
+    )
+    if kinds := sorted({kind for kind, _ in counts}):
+        terminalreporter.section("trouble tried")
+    for kind in kinds:
+        failed = counts[kind, "failed"]
+        tried = counts[kind, "passed"] + failed
+        terminalreporter.line(f"{kind}: {tried} cases, {failed} ended otherwise than they should")
 
 
 def values(measures, metric, condition="main"):
