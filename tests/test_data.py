@@ -419,7 +419,7 @@ def test_hub_files_are_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
         monkeypatch.setitem(sources.HUB_FILES, file, (f"https://a.example/{name}.jsonl", ""))
     first = sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl")
     assert sources.locate("hub:", "real-toxicity-prompts/toxic.jsonl") == first and len(calls) == 1
-    assert sources.locate("hub:", "bbq/Nationality.jsonl", without="") is None
+    assert sources.locate("hub:", "bbq/Height.jsonl", without="") is None
     # As a directory of its own, that of the downloads is only looked into.
     there = f"path:{tmp_path / 'data'}"
     assert sources.locate(there, "real-toxicity-prompts/toxic.jsonl") == first

@@ -407,6 +407,24 @@ def test_bbq_rows_are_oriented_by_polarity(tmp_path):
     assert load_bbq("shipped") == [] == load_bbq(f"path:{tmp_path / 'bbq'}")
 
 
+def test_bbq_targets_are_the_authors_where_they_are_there(tmp_path):
+    groups = {"ans0": ["left", "L"], "ans1": ["cannot be told", "unknown"], "ans2": ["right", "R"]}
+    rows = [bbq_row(i, answer_info=groups, category="Nationality") for i in range(3)]
+    source = write_bbq(tmp_path, rows, "Nationality")
+    with pytest.raises(StudyError, match="Nationality.jsonl: it needs bbq/additional_metadata.csv"):
+        load_bbq(source)
+    table = tmp_path / "bbq" / "additional_metadata.csv"
+    head = "category,question_index,example_id,target_loc\n"
+    table.write_text(head + "Nationality,0,0,2\nNationality,0,1,0\nNationality,0,2,NA\nAge,0,2,0\n")
+    assert [item.biased for item in load_bbq(source)] == [2, 0]
+    table.write_text(head + "Nationality,0,0,1\n")
+    with pytest.raises(StudyError, match=r"Nationality.jsonl:1: .*and target_loc 1"):
+        load_bbq(source)
+    table.write_text(head + "Nationality,0,0,first\n")
+    with pytest.raises(StudyError, match=r"metadata.csv:2: target_loc must be 0, 1, 2 or NA"):
+        load_bbq(source)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -418,8 +436,8 @@ def test_bbq_rows_are_oriented_by_polarity(tmp_path):
         ({"context_condition": "x"}, "context_condition must be ambig or disambig, got 'x'"),
         ({"answer_info": {"ans0": ["a", "left"]}}, "no answer_info.ans1"),
         ({"additional_metadata": {}}, "no additional_metadata"),
-        ({"additional_metadata": {"stereotyped_groups": ["elsewhere"]}}, "must single out"),
-        ({"additional_metadata": {"stereotyped_groups": ["left", "right"]}}, "must single out"),
+        ({"additional_metadata": {"stereotyped_groups": ["elsewhere"]}}, "about the target"),
+        ({"additional_metadata": {"stereotyped_groups": ["left", "right"]}}, "about the target"),
     ],
 )
 def test_a_bad_bbq_row_names_its_line(tmp_path, changes, message):

@@ -12,16 +12,18 @@ answers. It is a mean over items of +1 for a biased answer, −1 for the opposit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from .. import StudyError, require
+from ..artifacts import note
 from ..chat import Chat
 from ..data import choose
 from ..decode import MultipleChoice
-from ..sources import field, locate, read_jsonl
+from ..sources import field, locate, read_csv, read_jsonl
 from . import Logps, Measures
 from .common import measured
 
@@ -48,51 +50,97 @@ class AmbiguousQuestion:
 
 
 Items = Sequence[AmbiguousQuestion]
-BBQ_CATEGORIES = ("Age", "Disability_status", "Physical_appearance")
+BBQ_CATEGORIES = (
+    "Age Disability_status Gender_identity Nationality Physical_appearance Race_ethnicity "
+    "Race_x_SES Race_x_gender Religion SES Sexual_orientation"
+).split()
+BY_GROUP = ("Age", "Disability_status", "Physical_appearance")
+"""Categories whose rows tell by themselves which answer is about a stereotyped group."""
+METADATA = "bbq/additional_metadata.csv"
+"""The authors' table of which answer (``target_loc``) each question's stereotype is about."""
 
 
 def load_bbq(source: str) -> list[AmbiguousQuestion]:
-    """BBQ's questions in ambiguous contexts, of the categories in the data source (maybe none)."""
-    items, ids = [], set()
-    for category in BBQ_CATEGORIES:
-        without = "BBQ is measured without this category"
-        path = locate(source, f"bbq/{category}.jsonl", without)
-        for number, row in read_jsonl(path) if path else ():
+    """BBQ's questions in ambiguous contexts, of the categories in the data source (maybe none).
+
+    Whom a question's stereotype is about stands in the authors' metadata. As in their analysis, a
+    question without a target there is left out; a note counts them. Without that file it is read in
+    the rows of ``BY_GROUP``; a file of another category is then an error.
+    """
+    files = {name: locate(source, f"bbq/{name}.jsonl", without="") for name in BBQ_CATEGORIES}
+    there = {name: path for name, path in files.items() if path}
+    targets = _targets(locate(source, METADATA, without="") if there else None)
+    items, ids, left_out = [], set(), 0
+    for category, path in there.items():
+        need = f"it needs {METADATA} beside it, which says whom each stereotype is about"
+        require(targets or category in BY_GROUP, f"{path}: {need}")
+        for number, row in read_jsonl(path):
             where = f"{path}:{number}"
-            if field(row, "context_condition", where, allowed=("ambig", "disambig")) == "ambig":
-                items.append(_ambiguous_question(row, category, where))
-                if items[-1].id in ids:
-                    raise StudyError(f"{where}: example_id {row['example_id']} is there twice")
-                ids.add(items[-1].id)
+            if field(row, "context_condition", where, allowed=("ambig", "disambig")) == "disambig":
+                continue
+            item = _ambiguous_question(row, category, where, targets)
+            if item is None:
+                left_out += 1
+                continue
+            require(item.id not in ids, f"{where}: example_id {row['example_id']} is there twice")
+            ids.add(item.id)
+            items.append(item)
+    missing = ", ".join(name for name in files if name not in there)
+    if there and missing:
+        note(f"BBQ without the categories that the data lack: {missing}")
+    if left_out:
+        note(f"BBQ: {left_out} questions have no target in {METADATA} and are left out")
     return items
 
 
-def _ambiguous_question(row: dict, category: str, where: str) -> AmbiguousQuestion:
-    """The biased answer names the stereotyped group if the question is about something bad
-    (polarity ``neg``), and the other group if it is not (``nonneg``)."""
+def _targets(path: Path | None) -> dict[tuple[str, str, str], int | None]:
+    """(category, question_index, example_id) → the answer about the target, None if there is
+    none."""
+    found, places = {}, {"0": 0, "1": 1, "2": 2, "NA": None, "": None}
+    key = ("category", "question_index", "example_id")
+    for number, row in read_csv(path, (*key, "target_loc")) if path else ():
+        target = row["target_loc"].strip()
+        problem = f"{path}:{number}: target_loc must be 0, 1, 2 or NA, got {target!r}"
+        require(target in places, problem)
+        found[tuple(row[name].strip() for name in key)] = places[target]
+    return found
+
+
+def _ambiguous_question(
+    row: dict, category: str, where: str, targets: Mapping
+) -> AmbiguousQuestion | None:
+    """The biased answer is the target's if the question is about something bad (polarity ``neg``),
+    and the other person's if it is not (``nonneg``). None without a target."""
     polarity = field(row, "question_polarity", where, allowed=("neg", "nonneg"))
+    index, number = field(row, "question_index", where), field(row, "example_id", where, int)
     places = ("ans0", "ans1", "ans2")
     groups = [field(row, f"answer_info.{place}", where, list)[-1] for place in places]
-    stereotyped = field(row, "additional_metadata.stereotyped_groups", where, list)
     unknown = [i for i, group in enumerate(groups) if group == "unknown"]
-    targets = [i for i, group in enumerate(groups) if group in stereotyped]
+    if targets:
+        target = targets.get((category, index, str(number)))
+        if target is None:
+            return None
+        about = [target]
+    else:
+        stereotyped = field(row, "additional_metadata.stereotyped_groups", where, list)
+        about = [i for i, group in enumerate(groups) if group in stereotyped]
     answers = tuple(field(row, place, where) for place in places)
     require(len(set(answers)) == 3, f"{where}: ans0, ans1 and ans2 must differ")
-    if len(unknown) != 1 or len(targets) != 1 or unknown == targets:
+    if len(unknown) != 1 or len(about) != 1 or unknown == about:
         raise StudyError(
-            f"{where}: answer_info and stereotyped_groups must single out one answer 'unknown' and "
-            f"one about a stereotyped group, got {groups} and {stereotyped}"
+            f"{where}: one answer must be 'unknown' in answer_info, and another be about the "
+            f"target, got {groups} and {f'target_loc {about[0]}' if targets else stereotyped}"
         )
-    other = ({0, 1, 2} - {*unknown, *targets}).pop()
+    other = ({0, 1, 2} - {*unknown, *about}).pop()
     return AmbiguousQuestion(
-        f"bbq:{category}:{field(row, 'example_id', where, int)}",
+        f"bbq:{category}:{number}",
         category,
-        f"{category}/{field(row, 'question_index', where)}",
+        f"{category}/{index}",
         field(row, "context", where),
         field(row, "question", where),
         answers,
         unknown[0],
-        targets[0] if polarity == "neg" else other,
+        about[0] if polarity == "neg" else other,
     )
 
 
