@@ -9,6 +9,7 @@ import pytest
 from rlhf_trust import StudyError, score
 from rlhf_trust.rag import questions as rag, trust_align, trust_score as ts
 from rlhf_trust.rag.entailment import LexicalEntailment
+from rlhf_trust.rewards import rm_bench
 from rlhf_trust.sources import SHIPPED
 
 
@@ -166,3 +167,35 @@ def test_a_file_that_is_none_of_the_authors(tmp_path, capsys, content, given, me
     assert score.main(["trust-score", str(path), *given]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("prefers", "rates"), [("right", (1, 1, 1)), ("fancier", (1, 0, 0))])
+def test_a_generative_judge_is_scored_by_its_verdicts(tmp_path, capsys, prefers, rates):
+    assert score.main(["ask", "rm-bench", "-n", "8", "--seed", "2"]) == 0
+    asked = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(asked) == 72
+    items = {item.id: item for item in rm_bench.load_rm_bench("shipped")}
+
+    def verdict(row):
+        item, right, wrong = row["id"].rsplit(":", 2)
+        i, j = rm_bench.STYLES.index(right), rm_bench.STYLES.index(wrong)
+        if prefers == "fancier" and i == j:
+            return "A is good." if i else "\\boxed{A>B}, no: \\boxed{ A = B }"
+        text, chosen = row["messages"][0]["content"], items[item].chosen[i]
+        first = text.split("[Answer A]\n")[1].startswith(f"{chosen}\n\n[Answer B]")
+        better = first if prefers == "right" or i > j else not first
+        return f"\\boxed{{A=B}}? No: \\boxed{{{'A>>B' if better else 'B>A'}}}"
+
+    path, table = tmp_path / "judgements.jsonl", tmp_path / "table.csv"
+    rows = [json.dumps({"id": row["id"], "answer": verdict(row)}) for row in asked]
+    path.write_text("\n".join(rows))
+    given = ["rm-bench", str(path), "-n", "8", "--seed", "2"]
+    assert score.main([*given, "--save", str(table)]) == 0
+    unread = "16 of 72 answers have no verdict" in capsys.readouterr().out
+    assert unread == (prefers == "fancier")
+    found = pd.read_csv(table).set_index(["domain", "level"])["value"]
+    easy, normal, hard = (found["shipped items, 4-domain", level] for level in rm_bench.LEVELS)
+    assert (easy, normal, hard) == rates
+    path.write_text("\n".join(rows[1:]))
+    assert score.main(given) == 2
+    assert "needs one answer to each of the 72 prompts" in capsys.readouterr().err

@@ -14,7 +14,8 @@ Answers come from any program; no model is loaded but entailment and reward mode
 
 ``python -m rlhf_trust.score rm-bench hub:a/reward-model --items path:data``
     RM-Bench of a sequence classifier, of a language model over a ``--reference``, or of one alone;
-    scores are kept in ``build/score``, and an interrupted run carries on;
+    scores are kept in ``build/score``, and an interrupted run carries on. Of a generative judge
+    ``ask rm-bench`` prints the prompts, and ``rm-bench judgements.jsonl`` reads its verdicts;
 
 ``--save table.csv`` writes the table as well. Exit codes: 0 done, 2 the input is wrong.
 """
@@ -112,16 +113,24 @@ def output_table(path: Path, kind: str, judge: str, strict: bool) -> pd.DataFram
     return trust_score.trust_score(scores, path.stem)
 
 
-def rm_bench_table(model: str, items: Sequence, source: str, reference: str, form: str):
-    """RM-Bench's summary of one model."""
+def rm_bench_table(
+    model: str, items: Sequence, source: str, seed: int, reference: str, form: str
+) -> pd.DataFrame:
+    """RM-Bench's summary of one model, or of a judge's answers in a JSONL file."""
     kept = ROOT / "build" / "score"
-    if rm_bench.is_classifier(model):
+    if model.endswith(".jsonl"):
+        require(not reference, f"{model}: a judge has no reference; leave --reference out")
+        asked = rm_bench.duels(items, seed)
+        answered, answers = read_answers(Path(model), asked)
+        whole = len(answered) == len(asked) and all(len(some) == 1 for some in answers)
+        require(whole, f"{model}: needs one answer to each of the {len(asked)} prompts asked")
+        won = rm_bench.judged_wins(asked, [text for (text,) in answers], seed)
+    elif rm_bench.is_classifier(model):
         require(not reference, f"{model}: a classifier has no reference; leave --reference out")
-        scores = rm_bench.classifier_scores(model, items, kept)
+        won = rm_bench.wins(rm_bench.classifier_scores(model, items, kept))
     else:
-        scores = rm_bench.policy_scores(model, items, kept, reference, form)
-    released = source != "shipped"
-    table = rm_bench.summary(items, rm_bench.wins(scores), model, released=released)
+        won = rm_bench.wins(rm_bench.policy_scores(model, items, kept, reference, form))
+    table = rm_bench.summary(items, won, model, released=source != "shipped")
     for sentence in rm_bench.words(table.assign(model=model)):
         print(sentence)
     return table
@@ -140,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     saving = argparse.ArgumentParser(add_help=False)
     saving.add_argument("--save", type=Path, help="CSV file for the table")
     ask = commands.add_parser("ask", parents=[asking], help="print a vertical's prompts")
-    ask.add_argument("vertical", choices=MODULES)
+    ask.add_argument("vertical", choices=[*MODULES, "rm-bench"])
     for name in MODULES:
         asked = commands.add_parser(name, parents=[asking, saving], help="score answers to them")
         asked.add_argument("answers", type=Path)
@@ -151,7 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     trust.add_argument("--strict", action="store_true", help="read responses as trust-eval does")
     trust.add_argument("--judge", default="lexical", help="lexical, hub:<id>@<revision>, path:")
     bench = commands.add_parser("rm-bench", parents=[asking, saving], help="score a reward model")
-    bench.add_argument("model", help="hub:<id>@<revision>, path:<directory> or wheel:<package>")
+    known = "hub:<id>@<revision>, path:<directory>, wheel:<package>, or a judge's answers.jsonl"
+    bench.add_argument("model", help=known)
     bench.add_argument("--reference", default="", help="of a language model's implicit reward")
     bench.add_argument(
         "--form",
@@ -160,21 +170,25 @@ def main(argv: list[str] | None = None) -> int:
         help="of log-probabilities, without one",
     )
     given = parser.parse_args(argv)
-    if given.command == "trust-score":
-        table = output_table(given.answers, given.kind, given.judge, given.strict)
-    elif given.command == "rm-bench":
+    about = given.vertical if given.command == "ask" else given.command
+    if about == "rm-bench":
         items = rm_bench.load_rm_bench(given.items)
         items = choose(items, given.n or len(items), given.seed, by=lambda item: item.domain)
-        table = rm_bench_table(given.model, items, given.items, given.reference, given.form)
+    elif about in MODULES:
+        items = MODULES[about].chosen_items(given.items, given.n, given.seed)
+    if given.command == "ask":
+        asked = rm_bench.duels(items, given.seed) if about == "rm-bench" else None
+        for prompt in asked or MODULES[about].prompts(items):
+            row = {"id": prompt.id, "messages": messages(prompt.turns, prompt.system)}
+            print(json.dumps(row, ensure_ascii=False))
+        return 0
+    if about == "trust-score":
+        table = output_table(given.answers, given.kind, given.judge, given.strict)
+    elif about == "rm-bench":
+        how = given.items, given.seed, given.reference, given.form
+        table = rm_bench_table(given.model, items, *how)
     else:
-        vertical = given.vertical if given.command == "ask" else given.command
-        items = MODULES[vertical].chosen_items(given.items, given.n, given.seed)
-        if given.command == "ask":
-            for prompt in MODULES[vertical].prompts(items):
-                row = {"id": prompt.id, "messages": messages(prompt.turns, prompt.system)}
-                print(json.dumps(row, ensure_ascii=False))
-            return 0
-        table = vertical_table(vertical, given.answers, items, given.scorer)
+        table = vertical_table(about, given.answers, items, given.scorer)
         table = table[["metric", "condition", "value", "ci_low", "ci_high", "n"]]
     print(table.to_string(index=False, float_format="{:.3f}".format))
     if given.save:
