@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import OTHERS, save_tiny, some_examples
+from rlhf_trust import StudyError, artifacts
 from rlhf_trust.chat import Chat
 from rlhf_trust.decode import (
     Decoding,
     Generations,
     LowerStates,
     MultipleChoice,
+    Prompt,
     option_logps,
     sample_batch,
 )
@@ -99,3 +102,21 @@ def test_an_adapter_learns_is_saved_and_read_again(family, tmp_path, layers):
     (kept,) = option_logps(loaded, asked, PAD, kept=LowerStates(loaded))
     (whole,) = option_logps(loaded, asked, PAD)
     np.testing.assert_allclose(kept, whole, rtol=1e-5)
+
+
+def test_texts_beyond_the_context_are_counted(family, tmp_path, capsys, monkeypatch):
+    """What a model was not made for is a note; what it cannot read at all, one line."""
+    chat, prompts = (
+        Chat(family.tokenizer, "auto"),
+        [Prompt("a", ("Hi",)), Prompt("b", ("x" * 600,))],
+    )
+    ask = partial(Generations(tmp_path, chat).answer, family.model, "f", "ethics.start", prompts)
+    said = "ethics.start, with their answers: 1 of 2 texts are longer than the model's context of"
+    if family.model.config.model_type == "gpt2":
+        with pytest.raises(StudyError, match=f"{said} 512 tokens; leave them out"):
+            ask(Decoding(2))
+        return
+    for _ in range(2):  # also where the answers are there
+        monkeypatch.setattr(artifacts, "NOTES", [])
+        ask(Decoding(2))
+        assert f"note: {said} 512 tokens" in capsys.readouterr().out

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.cache_utils import DynamicLayer
 
 from . import StudyError
-from .artifacts import ResultCache, code_hash, content_key, progress
+from .artifacts import ResultCache, code_hash, content_key, note, progress
 from .chat import Chat, EncodedExample
 
 
@@ -561,6 +561,18 @@ def _check_vocabulary(model, rows: Sequence[Sequence[int]]) -> None:
         )
 
 
+def note_beyond_context(model, lengths: Sequence[int], what: str) -> None:
+    """Count texts of these ``lengths`` [tokens] that are longer than the model's context: a note,
+    or, where it has no position for their tokens at all, a StudyError."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    beyond = sum(length > context for length in lengths) if context else 0
+    counts = f"{what}: {beyond} of {len(lengths)} texts are longer than the model's context"
+    if beyond and hasattr(backbone(model), "wpe"):  # a table of positions, as GPT-2's
+        raise StudyError(f"{counts} of {context} tokens; leave them out, or take another model")
+    if beyond:
+        note(f"{counts} of {context} tokens, for which it was not made")
+
+
 def option_mask(
     model, segments: torch.Tensor, positions: torch.Tensor, shared: int = 0
 ) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -999,6 +1011,9 @@ class Generations:
         if len({p.id for p in prompts}) < len(prompts):
             raise StudyError(f"{name}: two items have the same id")
         kept = self._kept(name, fingerprint, self.chat.key, asdict(decoding))
+        lengths = [len(self.chat.prompt_ids(p.turns, p.system)) for p in prompts]
+        longest = [length + decoding.max_new_tokens for length in lengths]
+        note_beyond_context(model, longest, f"{name}, with their answers")
         keys = [content_key(p.id, p.turns, p.system) for p in prompts]
         missing = [(key, prompt) for key, prompt in zip(keys, prompts) if key not in kept]
         if missing:
@@ -1025,6 +1040,7 @@ class Generations:
     ) -> list[np.ndarray]:
         """Summed log-probabilities of options, one array [options] a choice (:func:`option_logps`),
         in order."""
+        note_beyond_context(model, [max(map(len, choice.group)) for choice in choices], name)
         kept = self._kept(name, fingerprint, "options", "logits in float32")
         keys = [content_key(choice.context, choice.options) for choice in choices]
         missing = [index for index, key in enumerate(keys) if key not in kept]

@@ -14,15 +14,16 @@ from typing import Any
 import pandas as pd
 import torch
 from IPython.display import Image
+from transformers import AutoConfig
 
 from . import StudyError, figures, models, render, require
-from .artifacts import NOTES, Build, Manifest, sha256_of, versions, write_table
+from .artifacts import NOTES, Build, Manifest, note, sha256_of, versions, write_table
 from .chat import Chat
 from .data.preferences import Preferences, load_preferences
 from .decode import Generations
 from .models import Base, Loader, ModelSet, load_tokenizer
 from .params import NOTEBOOKS, notebook_parameters, whole_paths
-from .sources import is_adapter, model_directory, read_json
+from .sources import NO_CODE, is_adapter, model_directory, read_json
 
 
 @dataclass
@@ -73,9 +74,15 @@ class Study:
 
     @cached_property
     def pairs(self) -> Preferences:
-        """The preference pairs, split into ``train`` and ``held_out``."""
+        """The preference pairs, split into ``train`` and ``held_out``; those that are longer than
+        the model's context are left out."""
         wanted = self._need("preferences", "n_train", "n_held_out")
-        return load_preferences(*wanted, self.chat, *self._need("max_length", "seed"))
+        source, max_length, seed = self._need("model", "max_length", "seed")
+        config = AutoConfig.from_pretrained(model_directory(source), **NO_CODE)
+        context = getattr(config, "max_position_embeddings", None) or max_length
+        if context < max_length:
+            note(f"max_length {max_length}: {context} is used, the model's context")
+        return load_preferences(*wanted, self.chat, min(max_length, context), seed)
 
     @cached_property
     def generations(self) -> Generations:

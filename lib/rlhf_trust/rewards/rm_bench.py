@@ -132,6 +132,7 @@ def adapter_scores(
 
     name = f"rm-bench.{adapter}" if head is None else f"rm-bench.{adapter}.rewards"
     answers = answers_of(items, generations.chat)
+    decode.note_beyond_context(model, list(map(len, answers)), name)
     scores = generations.numbers(fingerprint, name, answers, measure)
     return scores.reshape(len(items), 2, 3)
 
@@ -155,6 +156,7 @@ def policy_scores(
     base, power = load_base(source), 2 if form == "norm" else 1
     chat = Chat(base.tokenizer, "auto")
     answers = answers_of(items, chat)
+    decode.note_beyond_context(base.model, list(map(len, answers)), f"RM-Bench, {source}")
 
     def measure(sequences, each):
         options = (sequences, base.tokenizer.pad_token_id, ROWS, f"RM-Bench, {source}", each)
