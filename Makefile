@@ -71,7 +71,7 @@ MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
 chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
 EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
 
-.PHONY: help setup fetch reproduce flagship quick evaluate card report params appendix pdf lab lint format unit test compare parity bench clean resolve
+.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf lab lint format unit test compare parity bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -123,6 +123,9 @@ pdf: $(BUILD)/notebooks/90-report.ipynb ## the report and all executed notebooks
 
 params: $(INSTALLED) ## print what every notebook would run with (* = changed by the profile)
 	@$(LAUNCH) params $(OPTIONS)
+
+status: $(INSTALLED) ## which notebooks of a run are done, and about how many minutes the others will take
+	@$(LAUNCH) status $(OPTIONS)
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab, with the parameters of PROFILE
 	$(BIN)/jupyter lab --notebook-dir . --KernelSpecManager.kernel_dirs="[]" --LabApp.default_url="/lab/tree/$$($(LAUNCH) lab $(OPTIONS))"

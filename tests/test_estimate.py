@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from rlhf_trust import estimate, params, run
+from rlhf_trust import artifacts, estimate, params, run
 
 RUNS = json.loads(estimate.MEASURED.read_text())
 
@@ -62,3 +62,27 @@ def test_a_profile_is_shown_with_its_cost(capsys):
     assert "by 6,738 million weights (hub:huggyllama/llama-7b@4782ad27" in said
     assert "20-attribution" in said and "lib/docs/running.md" in said
     assert estimate.machine_tflops(torch.float32, 2) > 1e-3
+
+
+def test_the_status_of_a_run(tmp_path, monkeypatch, capsys):
+    """Twice as slow as estimated so far: the rest is expected to be so as well."""
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path))
+    monkeypatch.setenv("JOBS", "1")
+    monkeypatch.setattr(estimate, "machine_tflops", lambda dtype: 0.28)
+    parameters = params.resolve("embedded")
+    minutes = 60 * estimate.hours(parameters, 134.5e6, 0.28).set_index("stage")["hours"]
+    for folder in ("manifests", "notebooks"):
+        (tmp_path / folder).mkdir()
+    record = {"stage": "01-sft", "seconds": 120 * minutes["01-sft"], "code": {}}
+    artifacts.write_record(tmp_path / "manifests" / "01-sft.json", record)
+    for name in ("01-sft.ipynb", ".02-reward.part.ipynb", "03-ppo.failed.ipynb"):
+        (tmp_path / "notebooks" / name).touch()
+    (tmp_path / "notebooks" / ".02-reward.part.progress").write_text("a bar\nhalf way\x1b[A")
+    assert run.main(["status"]) == 0
+    said = capsys.readouterr().out
+    states = dict(line.split(None, 1) for line in said.splitlines()[: len(parameters)])
+    assert states["01-sft"] == f"done in {2 * minutes['01-sft']:.1f} minutes"
+    assert (states["02-reward"], states["03-ppo"]) == ("begun half way", "failed")
+    assert states["04-dpo"] == "waiting" and f"1 of {len(parameters)} notebooks are done." in said
+    left = 2 * minutes.drop("01-sft").sum()
+    assert f"About {left:.0f} minutes are left, 1 at a time" in said

