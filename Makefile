@@ -71,7 +71,7 @@ MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
 chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
 EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
 
-.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf lab lint format unit test compare parity bench clean resolve
+.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf lab lint format unit test verify compare parity bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -130,7 +130,10 @@ status: $(INSTALLED) ## which notebooks of a run are done, and about how many mi
 lab: $(INSTALLED) ## open the notebooks in JupyterLab, with the parameters of PROFILE
 	$(BIN)/jupyter lab --notebook-dir . --KernelSpecManager.kernel_dirs="[]" --LabApp.default_url="/lab/tree/$$($(LAUNCH) lab $(OPTIONS))"
 
-compare: $(INSTALLED) ## hold a run against its profile's reference tables, or A=<run> against B=<run>
+verify: $(INSTALLED) ## does what was published hold in a run (A=<run>), and are its tables as its notebooks wrote them?
+	$(BIN)/python -m rlhf_trust.reference $(or $(A),$(RUN)) --verify
+
+compare: $(INSTALLED) ## list where a run's figures differ from its profile's reference, or A=<run> from B=<run>
 	$(BIN)/python -m rlhf_trust.reference $(or $(A),$(RUN)) $(if $(B),--with $(B))
 
 clean: ## remove what PROFILE made (the model and .venv stay)

@@ -3,31 +3,133 @@ tables."""
 
 from __future__ import annotations
 
+import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from rlhf_trust import ROOT, StudyError, reference
-from rlhf_trust.reference import PAGES, PICTURE, REFERENCE, differences, with_results
-from scipy.stats import t as student
+from rlhf_trust.artifacts import WRITTEN, file_sha256, write_record, write_text
+from rlhf_trust.reference import (
+    NUMBERS,
+    PAGES,
+    PICTURE,
+    REFERENCE,
+    differences,
+    verify,
+    with_results,
+)
+from scipy.stats import norm as normal, t as student
 
 PROFILES = sorted(path.parent.name for path in REFERENCE.glob("*/run.json"))
 
 
-def table(**figures: tuple[float, float, float]) -> pd.DataFrame:
-    """Of each model: its value and the ends of its interval."""
-    columns = ["value", "ci_low", "ci_high"]
-    rows = pd.DataFrame.from_dict(figures, "index", columns=columns).rename_axis("model")
-    same = {"vertical": "ethics", "metric": "accuracy", "condition": "main", "n": 60, "seed": 0}
-    return rows.reset_index().assign(**same)
+def estimates(**of: tuple[float, float, float]) -> pd.DataFrame:
+    """Of each name: a value and the ends of its interval."""
+    return pd.DataFrame.from_dict(of, "index", columns=["value", "ci_low", "ci_high"])
 
 
-def test_only_a_figure_outside_the_other_runs_interval_on_both_sides_differs():
-    run = table(a=(0.5, 0.4, 0.6), b=(0.9, 0.85, 0.95), c=(0.65, 0.4, 0.9), only=(0, 0, 0))
-    reference = table(a=(0.55, 0.5, 0.7), b=(0.5, 0.4, 0.6), c=(0.5, 0.45, 0.55))
-    joined = differences(run, reference).set_index("model")
-    assert joined["differs"].to_dict() == {"a": False, "b": True, "c": False, "only": False}
-    assert joined["only_in"].to_dict() == {"a": "", "b": "", "c": "", "only": "run"}
+def test_two_estimates_differ_beyond_their_joint_error():
+    # Each value of a and c lies outside the other's interval; c's are not a joint error apart.
+    run = estimates(a=(0.9, 0.85, 0.95), b=(0.5, 0.4, 0.6), c=(0.5, 0.4, 0.6), d=(1, 1, 1))
+    other = estimates(a=(0.5, 0.4, 0.6), b=(0.5, 0.4, 0.6), c=(0.61, 0.51, 0.71), d=(0, 0, 0))
+    found = differences(run, other)
+    assert found["differs"].to_dict() == {"a": True, "b": False, "c": False, "d": True}
+    assert found["p"]["c"] == pytest.approx(2 * normal.sf(1.959964 * 0.11 / 0.02**0.5))
+    assert found["p"]["b"] == 1 and found["p"]["d"] == 0
+    # Only the halves that face each other count.
+    wide = estimates(a=(0.9, 0.2, 0.95), b=(0.5, 0.5, 0.5))
+    assert not differences(wide, other)["differs"].any()
+    assert differences(estimates(a=(0.9, float("nan"), 1)), other)["differs"].tolist() == [False]
+
+
+def test_one_honest_repetition_in_twenty_fails():
+    random, failed = np.random.default_rng(0), 0
+    for _ in range(400):
+        error = random.uniform(0.1, 1, (2, 60))
+        value = random.normal(0, error)
+        ends = [value, value - 1.959964 * error, value + 1.959964 * error]
+        run, other = (pd.DataFrame(dict(zip(NUMBERS, x))) for x in np.stack(ends, 1))
+        failed += differences(run, other)["differs"].any()
+    assert 8 <= failed <= 34  # 20 expected
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Makes a run whose notebook wrote the reference's tables, changed by a function of both."""
+    monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path))
+    record = json.loads((REFERENCE / "embedded" / "run.json").read_text(encoding="utf-8"))
+
+    def make(change=lambda table, rows: rows):
+        for path in (REFERENCE / "embedded").glob("*.csv"):
+            rows = change(path.stem, pd.read_csv(path))
+            for name in (f"{path.stem}.csv", f"parts/{path.stem}.x.csv"):
+                write_text(
+                    tmp_path / "tables" / name, rows.to_csv(index=False, float_format="%.6g")
+                )
+        outputs = {
+            file.relative_to(tmp_path).as_posix(): file_sha256(file)
+            for file in tmp_path.rglob("*.csv")
+        }
+        manifest = {
+            "stage": "90-report",
+            "parameters": record["parameters"]["90-report"],
+            "outputs": outputs,
+            "inputs": {"model: path:/home/a": "0"},
+            "sources": {},
+            "code": {},
+            "versions": record["versions"] | {"torch": "0"},
+            "seconds": 1,
+        }
+        write_record(tmp_path / "manifests" / "90-report.json", manifest)
+        WRITTEN.clear()
+        return tmp_path
+
+    return make
+
+
+def failures(capsys) -> list[str]:
+    return re.findall("^error: (.+)$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_what_was_published_holds_in_the_same_run_and_in_one_a_little_different(run, capsys):
+    before = sorted(run().rglob("*"))
+    assert verify("embedded") == 0
+    said = capsys.readouterr().out
+    assert "16 of 16 equal the published ones byte for byte" in said
+    assert re.search(r"versions: torch 0 \(published 2\..+\)$", said, re.MULTILINE)
+    assert sorted(run().rglob("*")) == before
+    numbers = ["change", *NUMBERS]
+    run(lambda table, rows: rows.assign(**{n: 1.01 * rows[n] for n in numbers if n in rows}))
+    assert verify("embedded-seed1") == 0
+    assert "16 of 16" not in capsys.readouterr().out
+
+
+def test_a_number_that_another_seed_does_not_confirm_is_named(run, capsys):
+    def moved(table, rows):
+        if table == "checks":
+            rows.loc[0, NUMBERS] = 0.2, 0.1, 0.3
+        return rows[rows["model"] != "start"] if table == "validity" else rows
+
+    run(moved)
+    assert verify("embedded-seed1") == 1
+    *gone, differs = failures(capsys)
+    assert len(gone) == 5 and all(line.endswith("not in this run") for line in gone)
+    assert differs.startswith("checks.csv: sft, held-out loss falls: differs: +0.200 (+0.100")
+
+
+def test_a_table_changed_by_hand_is_named_though_its_value_lies_within_the_interval(run, capsys):
+    path = run() / "tables" / "headline.csv"
+    rows = pd.read_csv(path)
+    rows.loc[rows["stage"].eq("dpo") & rows["vertical"].eq("ethics"), "change"] += 0.001
+    rows.to_csv(path, index=False)
+    assert verify("embedded") == 1
+    assert failures(capsys) == [
+        "headline.csv: dpo, ethics, placebo: not as its notebook wrote it",
+        "headline.csv: dpo, ethics, start: not as its notebook wrote it",
+        "tables/headline.csv: missing, or not as 90-report wrote it",
+    ]
 
 
 def test_there_is_a_reference_run():

@@ -3,16 +3,19 @@ is written into the README and the docs.
 
 The tables of a published run (numbers only) are in ``tests/reference/<profile>/``:
 
-``python -m rlhf_trust.reference <profile>``
-    where does a reader's run differ from the reference beyond the intervals? (``make compare``;
-    ``--with <run>``: from another run)
+``python -m rlhf_trust.reference <run>``
+    where do a run's trust figures differ from the reference? (``make compare``; ``--with <run>``:
+    from another run)
+``python -m rlhf_trust.reference <run> --verify``
+    does what was published hold in a run, and are its tables as its notebooks wrote them? (``make
+    verify``)
 ``python -m rlhf_trust.reference <profile> --save``
     make the run in ``build/<profile>`` the reference;
 ``python -m rlhf_trust.reference <profile> --docs``
     write the reference's results into the README and ``lib/docs``.
 
-A figure differs when the reader's value lies outside the reference's interval *and* the reference's
-value outside the reader's. Exit code 1 if a headline figure differs, 2 without anything to compare.
+Exit codes: 1 if a claim does not hold or a headline figure differs (:func:`differences`), 2 without
+anything to compare. Both print, and write nothing.
 """
 
 from __future__ import annotations
@@ -22,17 +25,31 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from functools import partial
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from scipy.special import ndtr
 
 from . import ROOT, command, figures, require, visible
-from .artifacts import Build, read_csv_table, read_manifests, read_table, write_text
+from .artifacts import (
+    TABLES,
+    Build,
+    changed_files,
+    file_sha256,
+    read_csv_table,
+    read_manifests,
+    read_table,
+    write_text,
+)
 from .headline import clear_verdict, gated, headline_words
 from .render import as_markdown, prose
 from .report import arm_words, as_published, headline_rows
 from .rewards import rm_bench
-from .stats import FEW, UNCLEAR, Interval, interval_words
+from .stats import FEW, LEVEL, NORMAL, UNCLEAR, Interval, holm, interval_words
 from .verticals import HEADLINE, PUBLISHED
 
 REFERENCE = ROOT / "tests" / "reference"
@@ -44,25 +61,83 @@ SAVED = (
     "validation mitigation rm_bench grounding grounding_change lineage lineage_separation"
 ).split()
 """The tables of a reference run."""
-KEYS = ["model", "vertical", "metric", "condition"]
+
+NUMBERS = ["value", "ci_low", "ci_high"]
+RULE = (
+    "Rule: two estimates differ if the gap between them is more than √(h₁² + h₂²), h₁ and h₂ being "
+    "the halves of their 95 % intervals that face each other, after Holm's correction over all "
+    "that are compared. Both are estimates, and of many, some would differ by chance alone."
+)
+Read = Callable[[str], pd.DataFrame]
+"""The name of a table → its rows."""
+
+CLAIMS: dict[str, tuple[str, Callable[[Read], pd.DataFrame]]] = {
+    "headline": (
+        "Effects of the preferences (placebo) and changes by the training as a whole (start)",
+        lambda read: gated(read("headline"), read("validity")).query("measurable"),
+    ),
+    "validity": ("Can it be measured?", lambda read: read("validity").query("model == 'start'")),
+    "trust_change": (
+        "Changes of single checkpoints, by the measures as published",
+        lambda read: headline_rows(read("trust_change"), PUBLISHED),
+    ),
+    "checks": ("Did training do its job?", lambda read: read("checks")),
+    "rm_bench": (
+        "Rewards on RM-Bench",
+        lambda read: read("rm_bench").query(
+            "domain not in @rm_bench.DOMAINS and level != 'normal'"
+        ),
+    ),
+    "validation": (
+        "Which examples: scores through training, and the most that scores could reach",
+        lambda read: read("validation").query(
+            "test == 'through training, other orders' and solver in ['unrolled', 'noise ceiling']"
+        ),
+    ),
+    "mitigation": (
+        "Acting on them",
+        lambda read: read("mitigation").query("target == vertical and selection == 'harmful'"),
+    ),
+}
+"""Tables with numbers that README and results give with an interval → what is said of them, and the
+rows that hold them."""
+
+
+def named_rows(table: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """``value``, ``ci_low`` and ``ci_high`` of a table's rows, by their names: ``headline.csv: ppo,
+    ethics, start``."""
+    columns = TABLES[table]
+    value = "change" if "change" in columns else "value"
+    keys = [name for name in columns[: columns.index(value)] if name != "holds"]
+    names = [", ".join(map(str, row)) for row in rows[keys].itertuples(index=False)]
+    named = rows.set_axis([visible(f"{table}.csv: {name}") for name in names])
+    return named.rename(columns={value: "value"})[NUMBERS].astype(float)
 
 
 def differences(run: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """Rows of both trust tables joined by what they measure, with ``differs`` and ``only_in``.
+    """:func:`named_rows` that both have, side by side, with ``p`` and ``differs``.
 
-    ``differs``: each value lies outside the other's interval. ``only_in``: the table of a row that
-    the other lacks, else empty.
+    Both are estimates, so a value outside the other's interval shows nothing. The two differ where
+    their difference exceeds √(h₁² + h₂²), the hᵢ being the halves of the 95 % intervals that face
+    each other (MOVER, G. Y. Zou and A. Donner 2008); and with many rows, where its p-value, by the
+    normal distribution, stays below .05 after Holm's correction. Runs that share items are closer
+    than independent ones, so a difference is then found more rarely. Without an interval p is NaN.
     """
     ends = ("_run", "_reference")
-    joined = run.merge(reference, "outer", on=KEYS, suffixes=ends, indicator="only_in")
-    names = {"left_only": "run", "right_only": "reference", "both": ""}
-    joined["only_in"] = joined["only_in"].map(names).astype(str)
+    joined = run.merge(reference, left_index=True, right_index=True, suffixes=ends)
+    gap = joined["value_run"] - joined["value_reference"]
 
-    def outside(one: str, other: str) -> pd.Series:
-        value = joined[f"value_{one}"]
-        return (value < joined[f"ci_low_{other}"]) | (value > joined[f"ci_high_{other}"])
+    def facing(upper: str, lower: str) -> pd.Series:
+        down = joined[f"value_{upper}"] - joined[f"ci_low_{upper}"]
+        return np.hypot(down, joined[f"ci_high_{lower}"] - joined[f"value_{lower}"])
 
-    return joined.assign(differs=outside("run", "reference") & outside("reference", "run"))
+    joint = facing("run", "reference").where(gap > 0, facing("reference", "run"))
+    # Of intervals without width, equal values agree and others differ.
+    joined["p"] = 2 * ndtr(-NORMAL * (gap.abs() / joint).mask((gap == 0) & (joint == 0), 0))
+    tested = joined["p"].notna()
+    joined["differs"] = False
+    joined.loc[tested, "differs"] = holm(joined.loc[tested, "p"]) < 1 - LEVEL
+    return joined
 
 
 def reference_table(profile: str, table: str) -> pd.DataFrame:
@@ -72,32 +147,140 @@ def reference_table(profile: str, table: str) -> pd.DataFrame:
     return read_csv_table(path, table)
 
 
+def profile_of(run: str) -> str:
+    """``embedded`` of ``embedded-seed1``."""
+    return re.sub(r"-seed\d+$", "", run)
+
+
+def both_words(row, against: str = "published") -> str:
+    """``+0.020 (-0.010 to +0.050), published +0.012 (…)`` of a row of :func:`differences`."""
+    run, reference = (
+        "{:+.3f} ({:+.3f} to {:+.3f})".format(*(getattr(row, f"{name}_{of}") for name in NUMBERS))
+        for of in ("run", "reference")
+    )
+    return f"{run}, {against} {reference}"
+
+
 def compare(run: str, other: str = "") -> int:
-    """Print where the run differs from its profile's reference, or from another run; 1 if a
-    headline figure does, else 0."""
-    reference = read_table(Build(other), "trust") if other else reference_table(run, "trust")
-    joined = differences(read_table(Build(run), "trust"), reference)
-    against = other or "reference"
-    both = joined[joined["only_in"] == ""]
+    """Print which trust figures of the run differ from its profile's reference, or from another
+    run; 1 if a headline figure does, else 0."""
+    against, ours = other or "reference", read_table(Build(run), "trust")
+    theirs = other and read_table(Build(other), "trust")
+    theirs = theirs if other else reference_table(profile_of(run), "trust")
+    here, there = (named_rows("trust", table) for table in (ours, theirs))
+    both = differences(here, there)
     require(len(both), f"{run} and {against} have no figure in common")
     differing = both[both["differs"]]
     for row in differing.itertuples():
-        what = visible(f"{row.model}, {row.vertical}, {row.metric}, {row.condition}")
-        found = f"{row.value_run:.3f} [{row.ci_low_run:.3f}, {row.ci_high_run:.3f}]"
-        ends = f"[{row.ci_low_reference:.3f}, {row.ci_high_reference:.3f}]"
-        print(f"differs: {what}: {found}, {against} {row.value_reference:.3f} {ends}")
-    for where in ("run", "reference"):
-        if count := int((joined["only_in"] == where).sum()):
-            name = run if where == "run" else against
+        print(f"differs: {row.Index}: {both_words(row, against)}")
+    for name, one, two in ((run, here, there), (against, there, here)):
+        if count := len(one.index.difference(two.index)):
             print(f"{count} figures are only in {name}: do its parameters differ?")
-    agree = f"{len(both) - len(differing)} of {len(both)} figures agree with {against}"
-    print(f"{agree} within their intervals.")
-    return int(any(len(headline_rows(differing, of)) for of in (HEADLINE, PUBLISHED)))
+    print(f"{len(both) - len(differing)} of {len(both)} figures agree with {against}. {RULE}")
+    main = (named_rows("trust", headline_rows(ours, of)) for of in (HEADLINE, PUBLISHED))
+    return int(any(rows.index.isin(differing.index).any() for rows in main))
+
+
+def verify(run: str) -> int:
+    """Print every published number beside the run's, whether the run's tables are as its notebooks
+    wrote them, and what else it shares with the reference run; 1 unless all of it holds."""
+    build, profile, problems = Build(run), profile_of(run), {}
+    tables = [name for name in CLAIMS if (REFERENCE / profile / f"{name}.csv").exists()]
+    require(tables, f"tests/reference/{profile}: no reference run of profile {profile!r}")
+    manifests = read_manifests(build)
+    require(manifests, f"{build.root}: no such run; run `make reproduce PROFILE={profile}` first")
+    written = [name for made in manifests.values() for name in made["outputs"]]
+
+    def read(table: str, pattern: str) -> pd.DataFrame:
+        paths = (build.root / name for name in written if fnmatch(name, f"tables/{pattern}"))
+        found = [read_csv_table(path, table) for path in paths if path.exists()]
+        return pd.concat(found or [pd.DataFrame(columns=TABLES[table])])
+
+    merged = {table: read(table, f"{table}.csv") for table in tables}
+    here = pd.concat(named_rows(table, rows) for table, rows in merged.items())
+    made = pd.concat(named_rows(table, read(table, f"parts/{table}.*.csv")) for table in tables)
+    made = made[~made.index.duplicated()].reindex(here.index)
+    edited = here.index[(here.fillna(np.inf) != made.fillna(np.inf)).any(axis=1)]
+    reader = partial(reference_table, profile)
+    said = {table: named_rows(table, CLAIMS[table][1](reader)).dropna() for table in tables}
+    published = pd.concat(said.values())
+    both = differences(here, published)
+
+    if {"headline", "validation", "mitigation"} <= {t for t in tables if len(merged[t])}:
+        print(f"Published findings:\n{findings_markdown(reader)}\n")
+        print(f"Findings of this run:\n{findings_markdown(merged.get)}\n")
+    for table, rows in said.items():
+        print(f"{CLAIMS[table][0]} ({table}.csv)")
+        for claim in rows.index:
+            if claim not in both.index:
+                problems[claim] = "not in this run"
+                continue
+            row = next(both.loc[[claim]].itertuples())
+            if claim in edited:
+                problems[claim] = "not as its notebook wrote it"
+            elif np.isnan(row.p):
+                problems[claim] = "no interval in this run"
+            elif row.differs:
+                problems[claim] = f"differs: {both_words(row)}"
+            state = problems.get(claim, "holds").partition(":")[0]
+            print(f"  {claim.partition(': ')[2]}: {both_words(row)}: {state}")
+    print(RULE, *shared(build, profile, manifests), sep="\n")
+    for stage, manifest in manifests.items():
+        for path in changed_files(build, manifest, "tables"):
+            problems[path.relative_to(build.root)] = f"missing, or not as {stage} wrote it"
+    for name, problem in problems.items():
+        print(f"error: {name}: {problem}")
+    held = len(published.index.difference([*problems]))
+    print(f"{held} of {len(published)} published numbers hold in {run}.")
+    return int(bool(problems))
+
+
+def shared(build: Build, profile: str, manifests: Mapping[str, dict]) -> list[str]:
+    """What of a run equals the reference run, in lines; for information."""
+    folder, here = REFERENCE / profile, record_of(manifests)
+    there = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    names = [path.name for path in folder.glob("*.csv")]
+    equal = [file_sha256(folder / n) == file_sha256(build.root / "tables" / n) for n in names]
+    lines = [f"tables: {sum(equal)} of {len(names)} equal the published ones byte for byte"]
+    for kind in ("dtype", "versions", "parameters", "data", "code"):
+        then, now = (flat(of.get(kind), kind) for of in (there, here))
+        other = [key for key in now | then if now.get(key) != then.get(key)]
+        told = [
+            key[-1]
+            if kind in ("data", "code")
+            else f"{key[-1]} {now.get(key)} (published {then.get(key)})"
+            for key in other
+        ]
+        told = ", ".join(dict.fromkeys(told)) or "all equal"
+        lines.append(f"{kind}: {told if kind in there else 'not recorded with the published run'}")
+    return lines
+
+
+def flat(entry: object, *key: str) -> dict[tuple[str, ...], object]:
+    """Values of nested dicts by the keys that lead to them."""
+    if not isinstance(entry, dict):
+        return {key: entry}
+    return {k: value for name, of in entry.items() for k, value in flat(of, *key, name).items()}
+
+
+def record_of(manifests: Mapping[str, dict]) -> dict[str, dict]:
+    """How a run was made, without directories: parameters, versions, hashes of the data and models
+    that it began with and of the code, minutes."""
+    made = manifests.values()
+    files = {name: of for m in made for name, of in (m["sources"] | m["inputs"]).items()}
+    record = {
+        "parameters": {stage: m["parameters"] for stage, m in manifests.items()},
+        "dtype": manifests.get("01-sft", {"facts": {}})["facts"].get("dtype"),
+        "versions": manifests[max(manifests)]["versions"],
+        "data": {name: of for name, of in files.items() if name.startswith(("lib/", "model: "))},
+        "code": {name: of for m in made for name, of in m["code"].items()},
+        "minutes_last_run": {stage: round(m["seconds"] / 60, 1) for stage, m in manifests.items()},
+    }
+    return json.loads(re.sub(r'path:(?:[^"\\]|\\.)*"', 'path:<directory>"', json.dumps(record)))
 
 
 def save(profile: str) -> None:
-    """Copy a finished run's tables, with its parameters (without directories), versions and
-    minutes.
+    """Copy a finished run's tables, with how it was made.
 
     Minutes are those of each notebook's last run, which may have reused cached answers.
     """
@@ -110,22 +293,14 @@ def save(profile: str) -> None:
         saved.unlink(missing_ok=True)
         if build.table(table).exists():
             shutil.copyfile(build.table(table), saved)
-    manifests = read_manifests(build)
-    record = {
-        "parameters": {stage: m["parameters"] for stage, m in manifests.items()},
-        "dtype": manifests["01-sft"]["facts"]["dtype"],
-        "versions": manifests["90-report"]["versions"],
-        "minutes_last_run": {stage: round(m["seconds"] / 60, 1) for stage, m in manifests.items()},
-    }
-    text = re.sub(r'"path:(?:[^"\\]|\\.)*"', '"path:<directory>"', json.dumps(record, indent=1))
-    write_text(target / "run.json", text + "\n")
+    record = record_of(read_manifests(build))
+    write_text(target / "run.json", json.dumps(record, indent=1) + "\n")
 
 
-def findings_markdown(profile: str) -> str:
-    """What the reference run found, in a few points: the effects of the preferences, those of all
+def findings_markdown(read: Read) -> str:
+    """What a run found, in a few points: the effects of the preferences, those of all
     training, what cannot be measured, and whether attribution and acting on it hold."""
-    headline, validity = (reference_table(profile, name) for name in ("headline", "validity"))
-    table = gated(headline, validity)
+    table = gated(read("headline"), read("validity"))
     tested = table[table["measurable"] & (table["n"] >= FEW)]
     causes = {
         "placebo": "**Effects of the preferences**, against placebos at the same distance from SFT",
@@ -151,13 +326,13 @@ def findings_markdown(profile: str) -> str:
     missing = [*dict.fromkeys(table.loc[~table["measurable"], "vertical"])]
     if missing:
         points.append(f"**Not measurable** on some of the models compared: {', '.join(missing)}.")
-    return "\n".join(f"- {point}" for point in [*points, *attribution_points(profile)])
+    return "\n".join(f"- {point}" for point in [*points, *attribution_points(read)])
 
 
-def attribution_points(profile: str) -> list[str]:
+def attribution_points(read: Read) -> list[str]:
     """Does attribution foretell retraining, and does acting on it help?"""
     points = []
-    validation = reference_table(profile, "validation")
+    validation = read("validation")
     through = validation[validation["test"] == "through training, other orders"]
     if len(through):
         by_solver, said = through.set_index(["target", "solver"]), []
@@ -169,7 +344,7 @@ def attribution_points(profile: str) -> list[str]:
             "**Which examples**: scores through every step of a training foretell retraining in "
             f"other orders of the examples with rank correlations of {'; '.join(said)}."
         )
-    mitigation = reference_table(profile, "mitigation")
+    mitigation = read("mitigation")
     own = mitigation["target"] == mitigation["vertical"]
     arms = mitigation[own & (mitigation["selection"] == "harmful")]
     clear = [
@@ -231,13 +406,15 @@ def results_markdown(profile: str) -> str:
 
 def with_results(text: str, profile: str) -> str:
     """A page with what stands between the profile's markers replaced."""
-    for kind, made in (("findings", findings_markdown), ("results", results_markdown)):
+    read = partial(reference_table, profile)
+    findings, results = partial(findings_markdown, read), partial(results_markdown, profile)
+    for kind, made in (("findings", findings), ("results", results)):
         begin, end = f"<!-- {kind}:{profile} -->", f"<!-- end of {kind} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         require(closed or not found, f"the line {end} is missing after {begin}")
         if found:
-            text = f"{before}{begin}\n{made(profile)}\n{end}{after}"
+            text = f"{before}{begin}\n{made()}\n{end}{after}"
     return text
 
 
@@ -257,20 +434,23 @@ def headline_picture(profile: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     about = "Hold a run against its profile's reference."
     parser = argparse.ArgumentParser("python -m rlhf_trust.reference", description=about)
-    parser.add_argument("profile", help="or the name of a run's folder")
+    parser.add_argument("run", help="a profile, or the name of a run's folder")
     parser.add_argument("--with", dest="other", default="", help="another run, not the reference")
+    parser.add_argument("--verify", action="store_true", help="does what was published hold in it?")
     parser.add_argument("--save", action="store_true", help="make this run the reference")
     parser.add_argument("--docs", action="store_true", help="put its results into the docs")
     arguments = parser.parse_args(argv)
     if arguments.save:
-        save(arguments.profile)
+        save(arguments.run)
     if arguments.docs:
         for page in PAGES:
-            text = with_results(page.read_text(encoding="utf-8"), arguments.profile)
+            text = with_results(page.read_text(encoding="utf-8"), arguments.run)
             write_text(page, text)
-            if f"<!-- findings:{arguments.profile} -->" in text:
-                headline_picture(arguments.profile)
-    return 0 if arguments.save or arguments.docs else compare(arguments.profile, arguments.other)
+            if f"<!-- findings:{arguments.run} -->" in text:
+                headline_picture(arguments.run)
+    if arguments.save or arguments.docs:
+        return 0
+    return verify(arguments.run) if arguments.verify else compare(arguments.run, arguments.other)
 
 
 if __name__ == "__main__":
