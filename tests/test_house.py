@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import pkgutil
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import rlhf_trust
+import yaml
 from rlhf_trust import params
 
 PACKAGE = Path(rlhf_trust.__file__).parent
@@ -124,3 +126,12 @@ def test_whatever_a_cell_makes_to_show_is_shown(stage):
         if cell["cell_type"] == "code":
             assert lost_outputs("".join(cell["source"])) == [], cell["id"]
     assert lost_outputs("say('a')\nif b:\n    table(b)") == ["say", "table"]
+
+
+def test_one_version_is_cited():
+    project = tomllib.loads((rlhf_trust.ROOT / "lib" / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((rlhf_trust.ROOT / ".github" / "CITATION.cff").read_text())
+    deposit = json.loads((rlhf_trust.ROOT / ".zenodo.json").read_text())
+    assert {project["version"], cited["version"], deposit["version"]} == {rlhf_trust.__version__}
+    assert project["license"] == cited["license"] == deposit["license"]
+    assert project["description"] == cited["title"] == deposit["title"]
