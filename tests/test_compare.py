@@ -3,13 +3,15 @@ tables."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from rlhf_trust import ROOT, StudyError, reference
+from rlhf_trust import ROOT, StudyError, params, reference
 from rlhf_trust.artifacts import WRITTEN, file_sha256, write_record, write_text
 from rlhf_trust.reference import (
     NUMBERS,
@@ -176,6 +178,66 @@ def test_links_of_the_docs_lead_somewhere(path):
         target = path.parent / name if name else path
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+CONSTANTS = {
+    "0.05": "a level",
+    "5 %": "a level",
+    "2 %": "how close arms are matched",
+    "80 %": "the power of a detectable change",
+    "90 %": "of an interval",
+    "95 %": "of an interval",
+    "1.96": "standard errors to the end of an interval",
+    "0.5": "chance, and lineage's and toxicity's thresholds",
+    "0.8": "lineage's threshold",
+    "0.1": "a damping, an example, rounding in bfloat16",
+    "0.25": "a step of bfloat16",
+    "0.000004": "a step of float32",
+    "0.69": "log 2",
+    "1.5": "an example of a ratio",
+    "73 %": "the logistic function of 1",
+    "50 %": "chance",
+    "0.000": "rewards before training",
+    "1.4": "billion weights of the paper's smallest model",
+    **dict.fromkeys(["31 %", "150 %", "25 %", "12 %"], "the paper's results, quoted as such"),
+    **dict.fromkeys(["3.11", "3.12"], "versions of Python"),
+    **dict.fromkeys(["2.0", "4.0"], "versions of licences"),
+}
+"""Numbers that may be typed, and what they are. Results are computed."""
+
+
+def typed_numbers(text: str) -> set[str]:
+    """Decimals and percentages, other than arXiv's numbers."""
+    found = re.findall(r"\d+\.\d+ ?%|\d+ ?%|\d+\.\d+", text)
+    return {number for number in found if not re.fullmatch(r"\d{4}\.\d{5}", number)}
+
+
+def prose(notebook: Path) -> str:
+    """A notebook's Markdown, and what its code has to say."""
+    parts = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+        else:
+            strings = (getattr(node, "value", "") for node in ast.walk(ast.parse(source)))
+            parts += [text for text in strings if isinstance(text, str) and " " in text]
+    return "\n".join(parts)
+
+
+@pytest.mark.parametrize("stage", params.stages())
+def test_no_result_is_typed_into_a_notebooks_prose(stage):
+    assert typed_numbers(prose(params.NOTEBOOKS / f"{stage}.ipynb")) <= {*CONSTANTS}
+    assert typed_numbers("rises by 0.123 (95 % interval 0.1 to 7.5%)") - {*CONSTANTS} == {
+        "0.123",
+        "7.5%",
+    }
+
+
+def test_no_result_is_typed_into_the_readme():
+    text = PAGES[0].read_text(encoding="utf-8")
+    made = re.sub("<!-- findings:.*?<!-- end of findings -->", "", text, flags=re.DOTALL)
+    assert made != text and typed_numbers(made) <= {*CONSTANTS}
 
 
 def test_the_readme_is_short_and_opens_with_a_picture():
