@@ -471,9 +471,10 @@ def test_sft_is_one_checkpoint_against_start():
     sft, dpo = headline_words(table, validity)
     assert sft.startswith("sft, stereotype (net stereotype bias): no placebo. Against start +0.0")
     assert "one checkpoint): " in sft and "3 seeds)" in dpo and "one checkpoint" not in dpo
-    (axis,) = headline_figure(gated(table, validity)).axes
-    assert "over items and seeds" in axis.get_xlabel()
-    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    figure = headline_figure(gated(table, validity))
+    (axis,), (legend,) = figure.axes, figure.legends
+    assert "over items and seeds" in " ".join(axis.get_xlabel().split())
+    legend = [text.get_text() for text in legend.get_texts()]
     assert legend[2:] == ["sft (one checkpoint)", "dpo"]
     assert "seeds = 3)" in axis.get_yticklabels()[0].get_text()
     dots = [line for line in axis.lines if line.get_marker() == "o"]

@@ -1,9 +1,11 @@
-"""Every figure's style: one colour per model, intervals always drawn, no text below 8 pt."""
+"""Every figure's style: drawn at the width at which it is printed, no text below 7 pt; one colour
+a model and none for other things; intervals always drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, product
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,20 +15,30 @@ import seaborn as sns
 from .stats import FEW, mean_interval
 
 # Okabe and Ito's palette, safe for colour-blind readers.
-GREY, BLUE, ORANGE, GREEN = "#666666", "#0072B2", "#D55E00", "#009E73"
 COLOURS = {
-    "start": GREY,
-    "sft": BLUE,
-    "ppo": ORANGE,
-    "dpo": GREEN,
+    "start": "#666666",
+    "sft": "#0072B2",
+    "ppo": "#D55E00",
+    "dpo": "#009E73",
     "inpo": "#CC79A7",
     "trust-sft": "#E69F00",
     "trust-aligned": "#56B4E9",
 }
 OTHERS = cycle(["#882255", "#44AA99", "#332288", "#999933", "#117733", "#AA4499"])
 """Of Tol's palette, for models with other names as they are first drawn."""
-WORSE, BETTER, UNCLEAR = "#B2182B", "#2166AC", "#BBBBBB"
+INK, FAINT = "#222222", "#BBBBBB"
+SERIES = (
+    {"color": INK, "marker": "o", "linestyle": "-"},
+    {"color": INK, "marker": "s", "linestyle": "--", "markerfacecolor": "white"},
+    {"color": INK, "marker": "^", "linestyle": ":"},
+    {"color": INK, "marker": "D", "linestyle": "-.", "markerfacecolor": "white"},
+)
+"""Lines that stand for no model."""
 AT_ZERO = {"color": "black", "linewidth": 0.8}
+WIDTH, TALLEST = 5.5, 9.0
+"""Inches: of a page's text, and what fits on a page."""
+LABEL = 30
+"""Characters on a line of a row's label."""
 TITLES = {
     "toxicity": "Toxicity",
     "stereotype": "Stereotypical bias",
@@ -41,15 +53,25 @@ TITLES = {
 def use_style() -> None:
     """Set the study's style; call once at the head of a notebook."""
     settings = {
-        "figure.dpi": 120,
-        "savefig.dpi": 160,
+        "figure.figsize": (WIDTH, 2.6),
+        "figure.dpi": 140,
+        "savefig.dpi": 220,
+        "pdf.fonttype": 42,
         "figure.constrained_layout.use": True,
-        "font.size": 10,
-        "axes.titlesize": 11,
-        "axes.labelsize": 10,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-        "legend.fontsize": 9,
+        "font.size": 8,
+        "figure.titlesize": 9,
+        "figure.titleweight": "bold",
+        "figure.labelsize": 8,
+        "axes.titlesize": 8,
+        "axes.labelsize": 8,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "xtick.major.pad": 2,
+        "ytick.major.pad": 2,
+        "legend.fontsize": 7.5,
+        "legend.frameon": False,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 4,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "grid.color": "#E5E5E5",
@@ -70,20 +92,27 @@ def colour(model: str) -> str:
 # --- what figures share --------------------------------------------------------------------------
 
 
-def _panels(count: int, columns: int, size: tuple, extra: tuple = (0.0, 0.0), **shared):
-    """A figure of ``count`` panels of ``size`` inches, ``columns`` in a row, and its used axes."""
+def _panels(count: int, columns: int, height: float, extra: float = 0.0, **shared):
+    """A figure of ``count`` panels of ``height`` inches, ``columns`` a row, and its used axes."""
     rows = -(-count // columns)
-    inches = (size[0] * columns + extra[0], size[1] * rows + extra[1])
+    inches = (WIDTH, min(TALLEST, height * rows + extra))
     figure, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, **shared)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
+    for axis in axes.flat[max(0, count - columns) : count]:
+        axis.tick_params(labelbottom=True)  # the lowest of its column
     return figure, axes.flat[:count]
+
+
+def _wrapped(text: str, width: int) -> str:
+    """At most ``width`` characters a line, with the line breaks that it has."""
+    return "\n".join(fill(line, width) for line in text.split("\n"))
 
 
 def _point(axis, y: float, value: float, low: float, high: float, colour: str, **dot) -> None:
     """A dot and its interval at height ``y``."""
-    axis.plot([low, high], [y, y], color=colour, linewidth=2)
-    axis.plot(value, y, "o", color=colour, **{"markersize": 5} | dot)
+    axis.plot([low, high], [y, y], color=colour, linewidth=1.5)
+    axis.plot(value, y, "o", color=colour, **dot)
 
 
 def _offset(place: int, count: int, spread: float = 0.8) -> float:
@@ -91,17 +120,19 @@ def _offset(place: int, count: int, spread: float = 0.8) -> float:
     return spread * ((place + 0.5) / count - 0.5)
 
 
+def _pitch(labels: Sequence[str]) -> float:
+    """Inches from one row to the next, by the longest of their labels."""
+    return 0.17 + 0.1 * (max(map(len, labels)) > LABEL)
+
+
 def _row_labels(axis, labels: Sequence[str], lines: bool = False) -> None:
     """Name the rows 0, 1, … from top to bottom; ``lines``: between them."""
     for row in range(1, len(labels)) if lines else ():
         axis.axhline(row - 0.5, color="#DDDDDD", linewidth=0.8)
-    axis.set_yticks(range(len(labels)), [label.replace("_", " ") for label in labels])
+    named = [_wrapped(label.replace("_", " "), LABEL) for label in labels]
+    axis.set_yticks(range(len(labels)), named)
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
-
-
-def _legend_right(axis, *handles_and_labels) -> None:
-    axis.legend(*handles_and_labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _span(counts: pd.Series) -> str:
@@ -109,23 +140,29 @@ def _span(counts: pd.Series) -> str:
     return " to ".join(map(str, sorted({counts.min(), counts.max()})))
 
 
-def _dot_legend(axis, looks: dict[str, dict]) -> None:
+def legend_below(figure, handles: Sequence, labels: Sequence[str], **more) -> None:
+    """A legend of a whole figure under its panels, in as many columns as fit."""
+    columns = max(1, min(len(labels), 84 // (max(map(len, labels), default=1) + 7)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **more)
+
+
+def _dot_legend(figure, looks: dict[str, dict]) -> None:
     """``looks``: label → what its dot has of its own."""
-    dot = {"marker": "o", "markersize": 6, "linestyle": "none", "color": GREY}
-    handles = [plt.Line2D([], [], **dot | look) for look in looks.values()]
-    _legend_right(axis, handles, list(looks))
+    dot = {"marker": "o", "markersize": 5, "linestyle": "none", "color": INK}
+    legend_below(figure, [plt.Line2D([], [], **dot | look) for look in looks.values()], [*looks])
 
 
-def _titles(figure, title: str = "", x: str = "", y: str = "") -> None:
-    """Title and axis labels of a whole figure."""
+def titles(figure, title: str = "", x: str = "", y: str = "") -> None:
+    """Title and axis labels of a whole figure. Under ``x`` there is no room for a legend."""
     if title:
-        figure.suptitle(title, fontweight="bold", fontsize=11)
-    figure.supxlabel(x, fontsize=10)
+        figure.suptitle(_wrapped(title, 62), x=0.01, horizontalalignment="left")
+    if x:
+        figure.supxlabel(_wrapped(x, 80))
     if y:
-        figure.supylabel(y, fontsize=10)
+        figure.supylabel(y)
 
 
-def _heat_map(axis, table, low: float, high: float, fmt: str, size: float = 10, **more) -> None:
+def _heat_map(axis, table, low: float, high: float, fmt: str, size: float = 7.5, **more) -> None:
     """Numbers on colours from ``low`` (blue) to ``high`` (red)."""
     options = {"annot": True, "cmap": "RdBu_r", "linewidths": 1, "annot_kws": {"fontsize": size}}
     sns.heatmap(table, vmin=low, vmax=high, fmt=fmt, ax=axis, **options | more)
@@ -143,18 +180,31 @@ def curves(
     ``names``: metric → title of its panel (default: the metric).
     With fewer than two windows of values, and for the learning rate, the values themselves.
     """
-    figure, axes = _panels(len(metrics), min(3, len(metrics)), (3.1, 2.5))
+    figure, axes = _panels(len(metrics), min(3, len(metrics)), 1.75)
     for axis, metric in zip(axes, metrics):
         values = training[training["metric"] == metric].set_index("step")["value"]
         label = "step"
         if len(values) < 2 * window or metric == "learning_rate":
-            axis.plot(values, color=BLUE, marker="o", markersize=4)
+            axis.plot(values, color=INK, marker="o", markersize=2.5)
         else:
-            label = f"step (blue: mean over {window})"
-            axis.plot(values, color=UNCLEAR, linewidth=1, marker="o", markersize=2)
-            axis.plot(values.rolling(window, min_periods=1, center=True).mean(), color=BLUE)
-        axis.set(xlabel=label, title=(names or {}).get(metric, metric))
-        axis.xaxis.get_major_locator().set_params(integer=True)
+            label = f"step (black: mean over {window})"
+            axis.plot(values, color=FAINT, linewidth=1, marker="o", markersize=1.5)
+            axis.plot(values.rolling(window, min_periods=1, center=True).mean(), color=INK)
+        axis.set(xlabel=label, title=_wrapped((names or {}).get(metric, metric), 24))
+        axis.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+        axis.yaxis.get_major_locator().set_params(nbins=5)
+    return figure
+
+
+def histogram(values: np.ndarray, title: str, xlabel: str, ylabel: str, shade: str = INK):
+    """How many of some ``values`` lie where; one of the edges between bins is zero."""
+    bound, bins = np.abs(values).max() or 1.0, 12
+    edges = np.linspace(-bound, bound, 2 * bins + 1)
+    figure, axis = plt.subplots(figsize=(WIDTH, 2.1))
+    axis.hist(values, edges, color=shade)
+    axis.axvline(0, **AT_ZERO)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    titles(figure, f"{title}, n = {len(values)}")
     return figure
 
 
@@ -166,17 +216,19 @@ def intervals(trust: pd.DataFrame, title: str, xlabel: str, over: str = "items",
     """
     models, trust = list(trust["model"].unique()), trust[trust["n"] >= least]
     labels = list(trust["label"].unique()) or [f"fewer than {least} {over}: not drawn"]
-    figure, axis = plt.subplots(figsize=(7.2, 0.9 + 0.24 * len(labels) * max(2, len(models))))
+    height = 1.0 + max(0.42, 0.12 * len(models) + 0.06) * len(labels)
+    figure, axis = plt.subplots(figsize=(WIDTH, min(TALLEST, height)))
     points = trust.drop_duplicates(["label", "model"]).dropna(subset="value")
     for point in points.itertuples():
         y = labels.index(point.label) + _offset(models.index(point.model), len(models))
-        ends = point.ci_low, point.ci_high
-        _point(axis, y, point.value, *ends, colour(point.model), markersize=6)
+        _point(axis, y, point.value, point.ci_low, point.ci_high, colour(point.model))
     counts = trust.groupby("label", sort=False)["n"]
     named = [f"{label}\n(n = {_span(of_label)})" for label, of_label in counts]
     _row_labels(axis, named or labels, lines=True)
-    axis.set(title=title, xlabel=f"{xlabel}, 95 % interval over {over}")
-    _dot_legend(axis, {model: {"color": colour(model)} for model in models})
+    axis.set_xlabel(_wrapped(f"{xlabel}, 95 % interval over {over}", 56))
+    axis.locator_params(axis="x", nbins=7)
+    titles(figure, title)
+    _dot_legend(figure, {model: {"color": colour(model)} for model in models})
     return figure
 
 
@@ -185,25 +237,34 @@ def forest(
 ):
     """Point and interval of every ``row``, one panel for each value of ``panel``.
 
-    Columns value, ci_low, ci_high, n and the two named. ``lines``: label → place of a vertical line
-    (default: one at zero).
+    Columns value, ci_low, ci_high, n and the two named; models have their colours, by the column
+    model or by the row. ``lines``: label → place of a vertical line (default: one at zero).
     """
     panels, rows = list(table[panel].unique()), list(table[row].unique())
-    columns = len(panels) if len(panels) <= 4 else 3
-    size = (max(5.6 / columns, min(2.9, 9.8 / columns)), 0.7 + 0.26 * len(rows))
-    figure, axes = _panels(len(panels), columns, size, (0, 0.4), sharex=True, sharey=True)
-    figure.get_layout_engine().set(w_pad=0.08)  # between the tick labels of two panels
-    for axis, name in zip(axes, panels):
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    by_row, by_panel = (table.groupby(by, sort=False)["n"] for by in (row, panel))
+    names, heads = list(rows), [_wrapped(str(name), 54 // columns) for name in panels]
+    if table["n"].nunique() == 1:
+        xlabel += f", n = {table['n'].iloc[0]}"
+    elif by_row.nunique().max() == 1:
+        names = [f"{name} (n = {_span(counts)})" for name, counts in by_row]
+    else:
+        heads = [f"{head}\n(n = {_span(n)})" for head, (_, n) in zip(heads, by_panel)]
+    height = 0.6 + _pitch(names) * len(rows)
+    figure, axes = _panels(len(panels), columns, height, 0.6, sharex=True, sharey=True)
+    for axis, name, head in zip(axes, panels, heads):
         for point in table[table[panel] == name].to_dict("records"):
             found = (point[column] for column in ("value", "ci_low", "ci_high"))
-            _point(axis, rows.index(point[row]), *found, BLUE)
-        for (label, where), style in zip((lines or {"": 0.0}).items(), ("-", "--", ":")):
-            axis.axvline(where, color="black", linewidth=0.8, linestyle=style, label=label or None)
-        axis.set(title=name)
-        _row_labels(axis, rows)
-    if lines:
-        _legend_right(axes[columns - 1])
-    _titles(figure, title, xlabel)
+            shade = colour(point["model"]) if "model" in point else COLOURS.get(point[row], INK)
+            _point(axis, rows.index(point[row]), *found, shade)
+        for where, style in zip((lines or {"": 0.0}).values(), ("-", "--", ":")):
+            axis.axvline(where, linestyle=style, **AT_ZERO)
+        axis.set_title(head)
+        axis.locator_params(axis="x", nbins=4)
+        _row_labels(axis, names)
+    kinds = zip(("solid", "dashed", "dotted"), lines or ())
+    legend = "; ".join(f"{kind} line: {label}" for kind, label in kinds)
+    titles(figure, title, f"{xlabel}\n{legend}" if lines else xlabel)
     return figure
 
 
@@ -219,13 +280,14 @@ def headline(changes: pd.DataFrame):
     """
     verticals, stages = list(changes["vertical"].unique()), list(changes["stage"].unique())
     seeds = changes.groupby("stage")["seeds"].max()
-    figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.32 * len(verticals) * len(stages)))
+    height = 1.2 + max(0.55, 0.16 * len(stages)) * len(verticals)
+    figure, axis = plt.subplots(figsize=(WIDTH, min(TALLEST, height)))
     for point in changes[changes["measurable"] & (changes["n"] >= FEW)].itertuples():
         hollow, shade = point.baseline == "start", colour(point.stage)
         y = verticals.index(point.vertical) + _offset(stages.index(point.stage), len(stages))
         y += 0.05 if hollow else -0.05
         ends = point.worse * point.ci_low, point.worse * point.ci_high
-        look = {"markersize": 6, "markerfacecolor": "white" if hollow else shade}
+        look = {"markerfacecolor": "white" if hollow else shade}
         _point(axis, y, point.worse * point.change, *ends, shade, **look)
     labels = []
     for vertical, rows in changes.groupby("vertical", sort=False):
@@ -237,12 +299,13 @@ def headline(changes: pd.DataFrame):
     axis.axvline(0, **AT_ZERO)
     over = "items and seeds" if seeds.max() > 1 else "items: one checkpoint of each"
     xlabel = f"change, signed so that right is worse; 95 % interval over {over}, not corrected"
-    axis.set(title="What each stage changed", xlabel=xlabel)
+    axis.set_xlabel(_wrapped(xlabel, 56))
+    titles(figure, "What each stage changed")
     axis.locator_params(axis="x", nbins=6)  # long labels, where changes are small
     looks = {"minus placebo": {}, "minus start": {"markerfacecolor": "white"}}
     one = {stage: " (one checkpoint)" if seeds[stage] < seeds.max() else "" for stage in stages}
     looks |= {stage + one[stage]: {"color": colour(stage)} for stage in stages}
-    _dot_legend(axis, looks)
+    _dot_legend(figure, looks)
     return figure
 
 
@@ -262,11 +325,12 @@ def trade_offs(changes: pd.DataFrame, over: str):
 def correlations(table: pd.DataFrame, points: int):
     """Heat map of correlations between verticals over ``points`` pairs of model and seed."""
     names = [TITLES[vertical] for vertical in table.columns]
-    figure, axis = plt.subplots(figsize=(6.0, 4.6))
-    labels = {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "correlation"}}
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.4))
+    labels = {"xticklabels": names, "yticklabels": names, "cbar": False}
     _heat_map(axis, table.to_numpy(), -1, 1, "+.2f", **labels)
-    axis.set_title(f"Do verticals get worse together? n = {points} models and seeds")
-    axis.tick_params(axis="x", rotation=20)
+    axis.set_xticklabels(names, rotation=25, ha="right")
+    title = "Do verticals get worse together?"
+    titles(figure, title, f"correlation over n = {points} models and seeds")
     return figure
 
 
@@ -285,30 +349,35 @@ def contributions(
 
     ``missing``: what a cell without a number says (by default, that the stage changed no answer).
     """
-    cells = summary.set_index(["stage", "vertical"])[[value, "p_null"]].astype(float)
-    table, p = (cells[name].unstack().reindex(stages, columns=verticals) for name in cells)
+    cells = summary.set_index(["stage", "vertical"])[[value, "p_null", "n"]].astype(float)
+    table, p, n = (cells[name].unstack().reindex(stages, columns=verticals) for name in cells)
     text = table.map(lambda v: missing if pd.isna(v) else f"{v:+.2f}")
-    text += p.map(lambda v: " *" if v < 0.05 else "")
+    text += p.map(lambda v: " *" if v < 0.05 else "") + n.map(lambda v: f"\nn = {v:.0f}" * (v > 0))
     bound = max(1e-9, float(np.nanmax(np.abs(table.to_numpy()), initial=0.0)))
-    figure, axis = plt.subplots(figsize=(1.55 * len(verticals) + 1.6, 0.62 * len(stages) + 1.5))
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.4 * len(stages) + 1.4))
     # Missing cells are coloured as zero, and labelled.
-    shown = {"annot": text, "center": 0, "cbar_kws": {"label": value}}
-    _heat_map(axis, table.fillna(0.0), -bound, bound, "", **shown)
-    axis.set_title(title)
-    axis.set_xticklabels([TITLES[v] for v in verticals], rotation=20, ha="right")
+    shown = {"annot": text, "center": 0, "cbar": False}
+    _heat_map(axis, table.fillna(0.0), -bound, bound, "", 7, **shown)
+    axis.set_xticklabels([TITLES[v] for v in verticals], rotation=25, ha="right")
     axis.set_yticklabels(stages, rotation=0)
+    note = (
+        "* p < 0.05 against each cell's own null, whose spread differs: of two numbers the larger"
+    )
+    titles(figure, title, f"n: items. {note} need not be the clearer")
     return figure
 
 
 def agreements(tables: dict[str, np.ndarray], names: Sequence[str]):
     """Heat maps of rank correlations between solvers, one per stage."""
-    figure, axes = _panels(len(tables), min(2, len(tables)), (3.8, 4.1), (1.4, 0), sharey=True)
+    columns, height = min(2, len(tables)), 0.35 + 0.15 * len(names)
+    figure, axes = _panels(len(tables), columns, height, 1.3, sharex=True, sharey=True)
+    look = {"annot": False, "cbar": False, "xticklabels": names, "yticklabels": names}
     for axis, (title, table) in zip(axes, tables.items()):
-        table = np.round(table, 1) + 0.0  # no -0.0
-        shown = {"cbar": False, "xticklabels": names, "yticklabels": names, "square": True}
-        _heat_map(axis, table, -1, 1, ".1f", 8.5, **shown)
+        _heat_map(axis, table, -1, 1, "", **look)
         axis.set_title(title)
-        axis.tick_params(axis="x", rotation=60)
+        axis.tick_params(axis="x", rotation=90)
+    shown = {"orientation": "horizontal", "aspect": 40, "label": "rank correlation of two solvers"}
+    figure.colorbar(axes[0].collections[0], ax=figure.axes, **shown)
     return figure
 
 
@@ -318,37 +387,37 @@ def effects(tables: dict[str, pd.DataFrame]):
     Columns feature, effect, ci_low, ci_high, p_holm.
     """
     features = list(pd.concat(tables.values())["feature"].unique())
-    size = (3.2, 0.9 + 0.27 * len(features))
-    figure, axes = _panels(len(tables), min(2, len(tables)), size, (2.6, 0), sharey=True)
+    height, shared = 0.4 + _pitch(features) * len(features), {"sharex": True, "sharey": True}
+    figure, axes = _panels(len(tables), min(2, len(tables)), height, 0.4, **shared)
     for axis, (title, table) in zip(axes, tables.items()):
         for point in table.itertuples():
-            clear = point.p_holm < 0.05
-            shade = (WORSE if point.effect > 0 else BETTER) if clear else UNCLEAR
-            dot = {"markersize": 6, "markerfacecolor": shade if clear else "white"}
+            face = INK if point.p_holm < 0.05 else "white"
             found = point.effect, point.ci_low, point.ci_high
-            _point(axis, features.index(point.feature), *found, shade, **dot)
+            _point(axis, features.index(point.feature), *found, INK, markerfacecolor=face)
         axis.axvline(0, **AT_ZERO)
-        axis.set(title=title, xlabel="effect, 95 % interval")
+        axis.set_title(title)
+        axis.locator_params(axis="x", nbins=5)
         _row_labels(axis, features)
+    titles(figure, x="effect, 95 % interval; filled: p < 0.05 after Holm's correction")
     return figure
 
 
 def doses(table: pd.DataFrame):
-    """Change of each target (panel) against the share of pairs acted on, one line an action; open
-    squares: the pairs most similar in text.
+    """Change of each target (panel) against the share of pairs acted on, one line an action;
+    pale: the pairs most similar in text.
 
     Columns as of the table ``mitigation``; only rows that measure the target itself.
     """
     targets, actions = list(table["target"].unique()), list(table["action"].unique())
-    figure, axes = _panels(len(targets), len(targets), (4.2, 3.6), (1.4, 0))
+    figure, axes = _panels(len(targets), min(2, len(targets)), 2.5, 0.6)
     for axis, target in zip(axes, targets):
         own = table[(table["target"] == target) & (table["vertical"] == target)]
         shares = sorted(own["share"].unique())
         lines = own.groupby(["action", "selection"], sort=False)
         for place, ((action, selection), rows) in enumerate(lines):
-            similar, shade = selection == "similar", (BLUE, ORANGE, GREEN)[actions.index(action)]
-            look = {"color": shade, "markerfacecolor": "white" if similar else shade}
-            look |= {"fmt": "s" if similar else "-o", "markersize": 5, "capsize": 2}
+            look = {"capsize": 2} | SERIES[actions.index(action)]
+            if similar := selection == "similar":
+                look |= {"linestyle": "none", "color": FAINT}
             label = f"{action}, most similar" if similar else action
             ends = [rows["change"] - rows["ci_low"], rows["ci_high"] - rows["change"]]
             x = rows["share"] + _offset(place, len(lines), 0.014)
@@ -356,11 +425,11 @@ def doses(table: pd.DataFrame):
         axis.axhline(0, **AT_ZERO)
         axis.set_xticks(shares, [f"{share:.0%}".replace("%", " %") for share in shares])
         title = f"{TITLES.get(target, target)} (n = {own['n'].iloc[0]})"
-        axis.set(title=title, xlim=(0, table["share"].max() + 0.02))
-    _legend_right(axes[len(targets) - 1])
+        axis.set(title=title, xlim=(0, table["share"].max() + 0.02), xlabel="share of all pairs")
+    legend_below(figure, *axes[-1].get_legend_handles_labels())
     unit = "log-odds of the bad answer, nats:\nchange against random pairs"
     title = f"What acting on the most harmful pairs changes, {table['draws'].iloc[0]} random draws"
-    _titles(figure, title, "share of all pairs", unit)
+    titles(figure, title, y=unit)
     return figure
 
 
@@ -375,25 +444,27 @@ def learners(found: pd.DataFrame, metric: str, title: str, ylabel: str):
     """
     amounts, unbounded = sorted(set(found["amount"])), (-np.inf, np.inf)
     panels = list(product(found["pairs"].unique(), amounts))
-    size, shared = (3.2, 2.5), {"sharex": True, "sharey": True}
-    figure, axes = _panels(len(panels), len(amounts), size, (1.6, 0.6), **shared)
-    look = {"fmt": "-o", "markersize": 4, "linewidth": 1.5, "capsize": 2}
+    columns = len(amounts) if len(amounts) <= 3 else 2
+    shared = {"sharex": True, "sharey": True}
+    figure, axes = _panels(len(panels), columns, 1.8, 0.7, **shared)
     for axis, (how, amount) in zip(axes, panels):
         part = found[(found["pairs"] == how) & (found["amount"] == amount)]
         by_learner = part.groupby("learner", sort=False)
-        for tone, (learner, rows) in zip((GREY, BLUE, GREEN, ORANGE), by_learner):
+        for place, (learner, rows) in enumerate(by_learner):
             by_beta, points = rows.groupby("beta"), []
             for beta, values in by_beta[metric]:
                 name = f"{how}/{amount}/{learner}/{beta}"
                 points.append(mean_interval(values.to_numpy(), name, bounds=unbounded))
             means, low, high = np.array([(one.value, one.low, one.high) for one in points]).T
-            shares, label = by_beta["label_accuracy"].mean(), learner.replace("_", " ")
-            ends = [means - low, high - means]
-            axis.errorbar(shares, means, ends, color=tone, label=label, **look)
+            shares = by_beta["label_accuracy"].mean() + _offset(place, len(by_learner), 0.02)
+            look = {"label": learner.replace("_", " "), "capsize": 2} | SERIES[place % len(SERIES)]
+            axis.errorbar(shares, means, [means - low, high - means], **look)
         kind = f"{how} prompt" if how in ("same", "cross") else how
-        axis.set(title=f"{kind}, {amount} pairs")
-    _legend_right(axes[len(amounts) - 1])
-    _titles(figure, title, "share of correct labels", ylabel)
+        axis.set_title(_wrapped(f"{kind}, {amount} pairs", 24))
+    for axis in axes[-columns:]:
+        axis.set_xlabel("share of correct labels")
+    legend_below(figure, *axes[0].get_legend_handles_labels())
+    titles(figure, f"{title}; 95 % interval over n = {found['seed'].nunique()} seeds", y=ylabel)
     return figure
 
 
@@ -402,14 +473,14 @@ def style_matrices(matrices: dict[str, np.ndarray], styles: Sequence[str]):
 
     Share of items whose right answer (row: its style) scores above the wrong one (column).
     """
-    columns = min(3, len(matrices))
-    figure, axes = _panels(len(matrices), columns, (2.6, 2.5), (1.0, 0.4), sharex=True, sharey=True)
+    columns, shared = min(3, len(matrices)), {"sharex": True, "sharey": True}
+    figure, axes = _panels(len(matrices), columns, 1.7, 0.7, **shared)
     for axis, (title, matrix) in zip(axes, matrices.items()):
-        _heat_map(axis, matrix, 0, 1, ".0%", 9, cmap="RdBu", cbar=False, square=True)
-        axis.set(title=title)
+        _heat_map(axis, matrix, 0, 1, ".0%", cmap="RdBu", cbar=False, square=True)
+        axis.set_title(_wrapped(title, 22))
         axis.set_xticklabels(styles, rotation=30, ha="right")
         axis.set_yticklabels(styles, rotation=0)
-    _titles(figure, x="style of the wrong answer", y="style of the right answer")
+    titles(figure, x="style of the wrong answer", y="style of the right answer")
     return figure
 
 
@@ -418,50 +489,34 @@ def style_matrices(matrices: dict[str, np.ndarray], styles: Sequence[str]):
 
 def layer_maps(maps: dict[str, np.ndarray]):
     """Heat maps of similarity: layers of start (up) against layers of another model (across)."""
-    figure, axes = _panels(len(maps), min(4, len(maps)), (2.5, 2.6), (1.2, 0.4))
+    figure, axes = _panels(len(maps), min(3, len(maps)), 1.7, 0.7)
     look = {"cmap": "viridis", "vmin": 0, "vmax": 1, "origin": "lower", "aspect": "auto"}
     for axis, (name, values) in zip(axes, maps.items()):
         rows, columns = values.shape
         shown = axis.imshow(values, extent=(0.5, columns + 0.5, 0.5, rows + 0.5), **look)
-        axis.set(title=name)
+        axis.set_title(_wrapped(name, 20))
         axis.grid(visible=False)
     figure.colorbar(shown, ax=figure.axes, label="CKA, unbiased", shrink=0.8)
-    _titles(figure, x="layer of the other model", y="layer of start")
+    titles(figure, x="layer of the other model", y="layer of start")
     return figure
 
 
-def separation(told: pd.DataFrame, curves: pd.DataFrame):
-    """Left: least similar derived and most similar unrelated model, by measure. Right: ROC curves.
-
-    One grey curve stands for all measures without an error. Columns as of ``lineage.separation``
-    and ``lineage.roc``.
-    """
-    size = (12.6, max(3.2, 0.27 * len(told) + 1.2))
-    figure, (axis, right) = plt.subplots(1, 2, figsize=size, width_ratios=(4, 3))
-    places, apart = range(len(told)), told["derived"] > told["unrelated"]
-    shades = apart.map({True: "#999999", False: WORSE})
-    axis.hlines(places, told["unrelated"], told["derived"], color=shades, linewidth=2)
-    axis.plot(told["unrelated"], places, "s", color=ORANGE, label="most similar unrelated model")
-    axis.plot(told["derived"], places, "o", color=BLUE, label="least similar derived model")
-    axis.axvline(0.8, color="black", linestyle="--", linewidth=1, label="the paper's 0.8")
-    _row_labels(axis, [f"{row.measure} (area {row.auc:.2f})" for row in told.itertuples()])
-    axis.set(xlabel="CKA of two models")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
-    perfect = told.loc[told["auc"] == 1.0, "measure"]
-    if len(perfect):
-        label = f"no error: {len(perfect)} of {len(told)}"
-        right.plot([0, 0, 1], [0, 1, 1], color="#999999", linewidth=4, label=label)
-    others = curves[~curves["measure"].isin(perfect)].groupby("measure", sort=False)
-    shades = list(COLOURS.values())[1:]
-    for place, (measure, curve) in enumerate(others):
-        shade, style = shades[place % 6], ("-", "--", ":")[place // 6 % 3]
-        points = curve["false_positive"], curve["true_positive"]
-        right.plot(*points, color=shade, linestyle=style, label=measure)
-    first = told.iloc[0]
-    right.set_xlabel(f"unrelated pairs called derived (n = {first['n_unrelated']})")
-    right.set_ylabel(f"derived pairs called derived (n = {first['n_derived']})")
-    right.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    _legend_right(right)
+def separation(told: pd.DataFrame):
+    """Least similar derived and most similar unrelated model, by measure, with the area under the
+    ROC curve that tells pairs apart. Columns as of ``lineage.separation``."""
+    named = [f"{row.measure} ({row.auc:.2f})" for row in told.itertuples()]
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.1 + _pitch(named) * len(told)))
+    places, first = range(len(told)), told.iloc[0]
+    axis.hlines(places, told["unrelated"], told["derived"], color=INK, linewidth=1.2)
+    ends = {"unrelated": {"markerfacecolor": "white"}, "derived": {}}
+    for kind, look in ends.items():
+        which = "least" if kind == "derived" else "most"
+        label = f"{which} similar {kind} pair (of {first[f'n_{kind}']})"
+        axis.plot(told[kind], places, "o", color=INK, label=label, **look)
+    axis.axvline(0.8, label="the paper's 0.8", **AT_ZERO | {"linestyle": "--"})
+    _row_labels(axis, named)
+    axis.set_xlabel("CKA of two models (in brackets: area under the ROC curve)")
+    legend_below(figure, *axis.get_legend_handles_labels())
     return figure
 
 
@@ -471,15 +526,14 @@ def margins(by_texts: dict[str, pd.DataFrame], by_depth: pd.Series):
 
     ``by_texts``: measure → as of ``lineage.margin_by_texts``.
     """
-    figure, (axis, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
-    for (measure, rows), tone in zip(by_texts.items(), (BLUE, ORANGE)):
-        band = {"color": tone, "alpha": 0.2, "linewidth": 0}
-        axis.fill_between(rows["texts"], rows["low"], rows["high"], **band)
-        axis.plot(rows["texts"], rows["median"], "o-", color=tone, label=measure)
+    figure, (axis, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.4), sharey=True)
+    for (measure, rows), look in zip(by_texts.items(), SERIES):
+        axis.fill_between(rows["texts"], rows["low"], rows["high"], color=FAINT, alpha=0.4)
+        axis.plot(rows["texts"], rows["median"], label=measure, **look)
     axis.set(xlabel="texts", ylabel="margin, CKA", title="by number of texts")
-    axis.legend(frameon=False)
-    right.plot(by_depth.index, by_depth, "o-", color=GREEN)
+    legend_below(figure, *axis.get_legend_handles_labels())
+    right.plot(by_depth.index, by_depth, **SERIES[0])
     right.set(xlabel="relative depth", title="by depth, unbiased")
     for each in (axis, right):
-        each.axhline(0, color="black", linewidth=0.8)
+        each.axhline(0, **AT_ZERO)
     return figure

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -351,14 +351,6 @@ def _sides(pairs: Iterable[tuple[str, str, float]], known: Known) -> tuple[np.nd
     return np.array(sides[True]), np.array(sides[False])
 
 
-def _by_measure(table: pd.DataFrame, known: Known) -> Iterator[tuple]:
-    """Each measure with the :func:`_sides` of its pairs; nothing where one side has no pair."""
-    for measure, rows in table.groupby("measure", sort=False):
-        derived, unrelated = _sides(zip(rows["first"], rows["second"], rows["value"]), known)
-        if len(derived) and len(unrelated):
-            yield measure, derived, unrelated
-
-
 def separation(table: pd.DataFrame, known: Known) -> pd.DataFrame:
     """How well each measure separates pairs of derived models from all other pairs of ``known``:
     columns measure, auc (area under the ROC curve), derived (lowest), unrelated (highest),
@@ -368,21 +360,13 @@ def separation(table: pd.DataFrame, known: Known) -> pd.DataFrame:
     ``table``: as :func:`similarities` gives it.
     """
     rows = []
-    for measure, derived, unrelated in _by_measure(table, known):
-        auc = float((1 + np.sign(derived[:, None] - unrelated)).mean() / 2)
-        rows.append((measure, auc, derived.min(), unrelated.max(), len(derived), len(unrelated)))
+    for measure, part in table.groupby("measure", sort=False):
+        derived, unrelated = _sides(zip(part["first"], part["second"], part["value"]), known)
+        if len(derived) and len(unrelated):
+            auc = float((1 + np.sign(derived[:, None] - unrelated)).mean() / 2)
+            ends = derived.min(), unrelated.max()
+            rows.append((measure, auc, *ends, len(derived), len(unrelated)))
     return pd.DataFrame(rows, columns=TABLES["lineage_separation"])
-
-
-def roc(table: pd.DataFrame, known: Known) -> pd.DataFrame:
-    """Each measure's ROC curve, as the threshold for "derived" falls: columns measure,
-    false_positive (share of the other pairs), true_positive (share of the derived pairs). The pairs
-    are those of :func:`separation`."""
-    rows = []
-    for measure, derived, unrelated in _by_measure(table, known):
-        for threshold in np.unique([*derived, *unrelated, np.inf])[::-1]:
-            rows.append((measure, *((side >= threshold).mean() for side in (unrelated, derived))))
-    return pd.DataFrame(rows, columns=["measure", "false_positive", "true_positive"])
 
 
 def margin(cubes: Cubes, known: Known, depth: float | None = None) -> float:

@@ -430,6 +430,10 @@ def headline_picture(profile: str) -> None:
     )
     with plt.rc_context({"svg.hashsalt": profile}):
         figure.savefig(PICTURE, metadata={"Date": None}, facecolor="white")
+    sides, drawn = re.compile(r'(width|height)="([\d.]+)pt"'), PICTURE.read_text(encoding="utf-8")
+    # Larger than in print, as a page's text is.
+    drawn = sides.sub(lambda side: f'{side[1]}="{1.4 * float(side[2]):g}pt"', drawn, count=2)
+    write_text(PICTURE, drawn)
     plt.close(figure)
 
 

@@ -181,10 +181,11 @@ def _html_table(heads: Iterable, rows: Iterable[Iterable], kind: str) -> Html:
 
 
 def show(figure, path: Path, alt: str) -> Image:
-    """Save a figure as PNG and put it on the page at its drawn size; ``alt`` says what it shows.
+    """Save a figure as PNG and, to print at its drawn size, as PDF beside it, and put it on the
+    page, larger, as text there is; ``alt`` says what it shows.
 
-    Without the name of the software, whose version would make equal runs differ. Names on it are
-    shown as they are: a dollar sign does not begin a formula (see :func:`figures.use_style`).
+    Without time and software, which would make equal runs differ. Names on it are shown as they
+    are: a dollar sign does not begin a formula (see :func:`figures.use_style`).
     """
     for text in figure.findobj(Text):
         text.set_text(visible(text.get_text()))
@@ -192,9 +193,11 @@ def show(figure, path: Path, alt: str) -> Image:
         names = [label.get_text() for label in axis.get_ticklabels()]
         if any(map(UNSEEN.search, names)):
             axis.set_ticks(axis.get_ticklocs(), map(visible, names))
-    with atomic_write(path) as aside:
-        figure.savefig(aside, format="png", metadata={"Software": None})
-    width = round(figure.get_size_inches()[0] * 100)
+    unsaid = {"png": ("Software",), "pdf": ("Creator", "Producer", "CreationDate")}
+    for form, keys in unsaid.items():
+        with atomic_write(path.with_suffix(f".{form}")) as aside:
+            figure.savefig(aside, format=form, metadata=dict.fromkeys(keys))
+    width = round(figure.get_size_inches()[0] * 140)
     plt.close(figure)
     return Image(data=path.read_bytes(), format="png", width=width, alt=visible(alt))
 

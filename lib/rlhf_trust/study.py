@@ -131,7 +131,8 @@ class Study:
         return write_table(self.build, table, part or self.stage, rows)
 
     def show(self, figure, name: str, alt: str) -> Image:
-        """Save a figure as ``figures/<name>.png`` and show it; ``alt`` says what is on it."""
+        """Save a figure as ``figures/<name>.png`` and ``.pdf`` and show it; ``alt`` says what is on
+        it."""
         return render.show(figure, self.build.path("figures", f"{name}.png"), alt)
 
     def close(self, read: Sequence[str] = (), **facts: Any) -> None:

@@ -338,10 +338,10 @@ def summary(
 
 
 def over_domains(table: pd.DataFrame) -> pd.DataFrame:
-    """The rates over domains from models' summaries with a column model; each name gets the domains
-    and number of items."""
+    """The rates over domains from models' summaries with a column model; each name gets the
+    domains."""
     rows = table[~table["domain"].isin(DOMAINS) & (table["level"] != "style_gap")]
-    return rows.assign(model=[f"{r.model} ({r.domain}, n = {r.n})" for r in rows.itertuples()])
+    return rows.assign(model=rows["model"] + " (" + rows["domain"] + ")")
 
 
 def style_bias(items: Sequence[Item], scores: np.ndarray, lengths: np.ndarray) -> pd.DataFrame:

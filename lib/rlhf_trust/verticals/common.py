@@ -310,6 +310,7 @@ def labelled(trust: pd.DataFrame, rows: Sequence | Mapping[tuple[str, str], str]
     parts = []
     for metric, condition in rows:
         default = spelled(metric) + ("" if condition == "main" else f", {condition}")
+        default = default.replace("=", ": ").replace(";", ", ")
         label = rows[metric, condition] if isinstance(rows, Mapping) else default
         chosen = (trust["metric"] == metric) & (trust["condition"] == condition)
         parts.append(trust[chosen].assign(label=label))
