@@ -71,7 +71,7 @@ MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
 chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
 EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
 
-.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf crate lab lint format unit test verify compare parity bench clean resolve
+.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf latex crate lab lint format unit test verify compare parity bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -120,6 +120,9 @@ $(BUILD)/appendix/index.html: $(BUILD)/notebooks/90-report.ipynb
 
 pdf: $(BUILD)/notebooks/90-report.ipynb ## the report and all executed notebooks as two PDFs (APPENDIX_TEXT=full: with harsh texts)
 	$(BIN)/python -m rlhf_trust.pdf $(RUN) $(if $(APPENDIX_TEXT),--text $(APPENDIX_TEXT))
+
+latex: $(BUILD)/notebooks/90-report.ipynb ## the main tables, headline numbers (as macros) and figures for a paper in LaTeX
+	$(BIN)/python -m rlhf_trust.latex $(RUN)
 
 crate: $(BUILD)/notebooks/90-report.ipynb ## describe a run's files by ro-crate-metadata.json, to publish with them
 	$(BIN)/python -m rlhf_trust.crate $(RUN)
