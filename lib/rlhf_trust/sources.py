@@ -32,10 +32,8 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import torch
 from filelock import FileLock
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from . import ROOT, StudyError, require, visible
 from .artifacts import atomic_write, content_key, file_hash, note, note_source, write_text
@@ -544,6 +542,9 @@ def rebuild_gguf(unpacked: Path, target: Path) -> None:
 
     A model that transformers loads from GGUF stays marked as quantized and can be neither saved nor
     trained, so a fresh one is built from the config without that mark and given the weights."""
+    import torch  # slow to import, and make starts this module for every notebook
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     gguf = joined_gguf(unpacked)
     folder, name = str(gguf.parent), gguf.name
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
@@ -571,5 +572,7 @@ def sentence_directory() -> Path:
 
 def sentence_encoder():
     """A trained model of another family and its tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
     folder = sentence_directory()
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
