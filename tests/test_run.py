@@ -10,7 +10,7 @@ import nbformat
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from rlhf_trust import params, run
+from rlhf_trust import artifacts, params, run
 
 
 @pytest.fixture
@@ -101,6 +101,31 @@ def test_full_disk_is_one_line_and_leaves_no_result(study, capsys, monkeypatch):
     assert study("pass") == 1
     assert "error: 01-x: No space left on device: somewhere" in capsys.readouterr().err
     assert names(study.made) == ["01-x.failed.ipynb"]
+
+
+MANIFEST = """
+from rlhf_trust.artifacts import Build, Manifest
+Manifest(Build('embedded'), '01-x', {'steps': steps}).write()
+print('made')
+"""
+
+
+def test_of_two_runs_at_once_the_second_takes_what_the_first_made(study, capsys, monkeypatch):
+    assert study(MANIFEST) == 0
+    monkeypatch.setattr(run.time, "time", lambda: 0.0)  # the second had begun before
+    assert study(MANIFEST) == 0
+    assert "01-x: made by another run just now" in capsys.readouterr().out
+    monkeypatch.setenv("SET", "01-x.steps=9")
+    assert study(MANIFEST) == 0
+    assert "01-x: done" in capsys.readouterr().out
+
+
+def test_what_a_finished_notebook_shows_is_held_against_its_hash(study, capsys):
+    assert study(MANIFEST) == 0
+    build, path = artifacts.Build("embedded"), study.made / "01-x.ipynb"
+    assert run.reason_to_repeat(build, "01-x") == ""
+    path.write_text(path.read_text().replace("made\\n", "mode\\n"))
+    assert run.reason_to_repeat(build, "01-x") == f"{path}: missing, or not as it was written"
 
 
 def test_unknown_stage_names_the_known_ones(study, capsys):

@@ -48,12 +48,14 @@ from .artifacts import (
     changed_files,
     code_hash,
     content_key,
+    file_sha256,
     move,
     read_manifests,
     read_record,
     remove_left_over,
     state_of,
     warn_of_strays,
+    write_record,
     write_text,
 )
 from .params import NOTEBOOKS, notebook_parameters, read_cells, read_yaml, resolve, terms_accepted
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    began = time.time()
     about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("python -m rlhf_trust.run", **about)
     parser.add_argument("task", choices=("resolve", "stage", "params", "status", "fetch", "lab"))
@@ -102,7 +105,12 @@ def main(argv: list[str] | None = None) -> int:
         require(known, f"no notebook {stage!r}; there are {', '.join(parameters)}")
     if task == "stage":
         fetch(parameters, wanted)
-        with place(build_root(run)):
+        lock = build_root(run) / f".{arguments.stage}.lock"
+        # A second run in the same build waits, and takes what the first has made of its parameters.
+        with FileLock(lock), place(build_root(run)):
+            if made_since(began, Build(run), arguments.stage, parameters[arguments.stage]):
+                print(f"{arguments.stage}: made by another run just now")
+                return 0
             return run_stage(arguments.stage, run, parameters[arguments.stage])
     # Before any stage computes, not after an hour.
     look_for_sources(run, {stage: parameters[stage] for stage in wanted})
@@ -326,6 +334,14 @@ def reason_to_repeat(build: Build, stage: str) -> str:
     return f"{changed[0]}: changed" if changed else ""
 
 
+def made_since(began: float, build: Build, stage: str, values: dict[str, Any]) -> bool:
+    """Has another process run this stage to its end, with these values, since ``began``?"""
+    done, manifest = build.root / f"notebooks/{stage}.ipynb", build.root / f"manifests/{stage}.json"
+    if not done.exists() or done.stat().st_mtime < began or reason_to_repeat(build, stage):
+        return False
+    return manifest.exists() and read_record(manifest)["parameters"] == values
+
+
 def lay_out(run: str, parameters: dict[str, dict]) -> Path:
     """Where notebooks with these parameters are to step through: the sources if they have them,
     else copies in the run's folder. A copy that differs from what would be written stays."""
@@ -453,6 +469,9 @@ def run_stage(stage: str, run: str, values: dict[str, Any]) -> int:
         with _follow(stage, shown), patch.dict(os.environ, kernel_environment(values, shown)):
             papermill.execute_notebook(NOTEBOOKS / f"{stage}.ipynb", aside, values, **options)
         nbformat.write(publishable(nbformat.read(aside, as_version=4)), aside)
+        if made := read_manifests(build).get(stage, {}):
+            made["outputs"][f"notebooks/{stage}.ipynb"] = file_sha256(aside)
+            write_record(build.path("manifests", f"{stage}.json"), made)
     except PapermillExecutionError as error:
         reason = first_line(error.evalue)
         if error.ename != "StudyError":
@@ -469,8 +488,7 @@ def run_stage(stage: str, run: str, values: dict[str, Any]) -> int:
     if reason is None:
         move(aside, done)
         failed.unlink(missing_ok=True)
-        made = read_manifests(build).get(stage, {"facts": {}})
-        for sentence in made["facts"].get("notes", ()):
+        for sentence in made.get("facts", {}).get("notes", ()):
             print(f"{stage}: note: {sentence}", flush=True)
         print(f"{stage}: done in {time.monotonic() - started:.0f} s", flush=True)
         return 0
