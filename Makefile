@@ -12,15 +12,17 @@ AFTER ?=
 CHAPTERS ?= toxicity,stereotype,ethics,truthfulness,privacy
 # For `make pdf`: full prints the harsh texts that pages fold away.
 APPENDIX_TEXT ?=
+# For `make soak`: 0.1 is a tenth of the trials.
+SHARE ?=
 # The launcher reads them from the environment, as they were written: neither make nor a shell runs what is in them.
-$(foreach name,PROFILE DATA SEED SET BEFORE AFTER CHAPTERS APPENDIX_TEXT A B,$(eval override $(name) := $$(value $(name))))
+$(foreach name,PROFILE DATA SEED SET BEFORE AFTER CHAPTERS APPENDIX_TEXT A B SHARE,$(eval override $(name) := $$(value $(name))))
 export DATA SEED SET BEFORE AFTER
 # Those that name folders, or stand in a recipe, are names.
 LETTERS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
 LETTERS += 0 1 2 3 4 5 6 7 8 9 _ . - ,
 without = $(if $(1),$(call without,$(wordlist 2,99,$(1)),$(subst $(firstword $(1)),,$(2))),$(2))
 named = $(and $(filter 1,$(words $(1))),$(filter-out .% -%,$(1)),$(if $(call without,$(LETTERS),$(1)),,yes))
-$(foreach name,PROFILE SEED CHAPTERS APPENDIX_TEXT A B,$(if $(filter PROFILE,$(name))$(strip $($(name))),$(if $(call named,$($(name))),,$(error $(name) must be \
+$(foreach name,PROFILE SEED CHAPTERS APPENDIX_TEXT A B SHARE,$(if $(filter PROFILE,$(name))$(strip $($(name))),$(if $(call named,$($(name))),,$(error $(name) must be \
   a name of letters, digits, "_", "." and "-", got "$($(name))"))))
 # Two notebooks at a time, each on half of the cores, are half as fast again as one on all of them.
 # JOBS=1 needs less memory, and suits a model that fills a GPU.
@@ -71,7 +73,7 @@ MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
 chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
 EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
 
-.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf latex crate lab lint format unit test verify compare parity bench clean resolve
+.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf latex crate lab lint format unit test verify compare parity soak bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -193,6 +195,9 @@ parity: .parity/.installed .bergson/.installed ## compare DataInf with dattri, s
 	.parity/bin/python tests/parity/dattri_datainf.py
 	.parity/bin/python tests/parity/truthfulqa.py --data "$(or $(DATA),shipped)"
 	.bergson/bin/python tests/parity/bergson_magic.py
+
+soak: $(INSTALLED) ## break a small study on purpose (kills, power cuts, full disks, flipped bits): hours; some of it as root
+	$(BIN)/python tests/soak.py $(if $(SHARE),--share $(SHARE))
 
 bench: .trl-ppo/.installed .yardsticks/.installed parity ## speed of sampling, training, PPO, attribution, lineage, as ratios to the plain way, TRL, ctranslate2; coverage of the intervals
 	for each in throughput reading gradients scoring lineage; do $(BIN)/python tests/benchmarks/$$each.py; done
