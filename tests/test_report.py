@@ -14,6 +14,7 @@ from rlhf_trust.report import (
     checkpoint_changes,
     conditions,
     contributions_of,
+    foretelling_words,
     merge_study_tables,
     needed_tables,
     over_runs,
@@ -136,6 +137,19 @@ def test_sums_and_contrasts_of_datainf_by_proxy_or_metric():
     assert len(attribution_words(old)) == 2
 
 
+def test_datainf_is_worth_what_it_foretold():
+    rows = [
+        ("lds", "answers", "datainf", 0.3, 0.1),
+        ("lds", "ethics", "datainf", -0.12, -0.6),
+        ("lds", "ethics", "gradient_cosine", 0.9, 0.8),
+        ("through training, other orders", "dpo", "datainf", 0.7, 0.2),
+        ("mislabelled_auc", "pairs", "datainf", 0.9, 0.8),
+    ]
+    validation = pd.DataFrame(rows, columns=["test", "target", "solver", "value", "ci_low"])
+    said = foretelling_words(validation)
+    assert "in 2 of 3 comparisons" in said and "correlations of -0.12 to 0.70" in said
+
+
 def test_attribution_words():
     columns = "stage vertical standardised p_null n exact group effect effect_low effect_high"
     columns = [*columns.split(), "effect_p", "examples", "exact_effect"]
@@ -165,7 +179,9 @@ def test_attribution_words():
     sums, signs, contrasts, first = words(nothing, (*driving, -0.3), dull)
     assert "1 of 2 combinations" in sums and "at least 0.1 would be expected by chance" in sums
     assert "disagree about that sign in 1 of 2" in signs
-    assert contrasts.startswith("In 1 of 2 the score of a group")
+    assert contrasts.startswith(
+        "A group of examples scores clearly above or below the others in 1 of"
+    )
     assert first == (
         "sft on privacy, source: harmless: such pairs drive the change more than others, Cliff's "
         "delta -0.40 (95 % interval -0.60 to -0.20, n = 90 examples)."

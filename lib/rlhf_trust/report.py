@@ -320,8 +320,8 @@ def attribution_words(
     clear = contrasted[contrasted["effect_p"] < 0.05]
     if len(contrasted):
         words.append(
-            f"In {len(clear) or 'none'} of {len(contrasted)} the score of a group of examples lies "
-            "clearly above or below that of the others (Holm-corrected over the groups of a "
+            "A group of examples scores clearly above or below the others in "
+            f"{len(clear) or 'none'} of {len(contrasted)} (Holm-corrected over the groups of a "
             "combination, p < 0.05)"
             f"{'.' if clear.empty else ':'}"
         )
@@ -377,6 +377,18 @@ def validation_words(validation: pd.DataFrame) -> list[str]:
         f"of {ceiling:.2f} for pairs that it has not seen."
     )
     return words
+
+
+def foretelling_words(validation: pd.DataFrame) -> str:
+    """What DataInf's scores are worth: how often, and how well, they foretold retraining."""
+    tests = validation["test"].eq("lds") | validation["test"].str.startswith("through training")
+    rows = validation[tests & validation["solver"].eq("datainf")]
+    above, correlations = int((rows["ci_low"] > 0).sum()), rows["value"]
+    return (
+        "What follows is DataInf's, and is worth what DataInf foretold of the retrainings above: "
+        f"its scores go with what happened in {above} of {len(rows)} comparisons (95 % interval "
+        f"above 0), at rank correlations of {correlations.min():.2f} to {correlations.max():.2f}."
+    )
 
 
 def unrolled_words(validation: pd.DataFrame) -> list[str]:
