@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pandas as pd
 import pypandoc
 import pytest
 from rlhf_trust import StudyError, latex
 from rlhf_trust.headline import gated
-from rlhf_trust.reference import reference_table
+from rlhf_trust.reference import REFERENCE, reference_table
 from rlhf_trust.report import p_words
 
 
@@ -26,10 +28,17 @@ def test_two_models_cannot_share_a_macro():
 
 
 @pytest.mark.parametrize("profile", ["embedded", "hh-cpu"])
-def test_a_reference_becomes_tables_and_macros_that_latex_reads(profile, monkeypatch, tmp_path):
+def test_a_run_becomes_tables_and_macros_that_latex_reads(profile, monkeypatch, tmp_path):
     monkeypatch.setenv("RLHF_TRUST_BUILD", str(tmp_path))
-    assert latex.main([profile, "--reference"]) == 0
+    shutil.copytree(REFERENCE / profile, tmp_path / "tables")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "dots.pdf").write_bytes(b"%PDF")
+    assert latex.main([profile]) == 0
     out = tmp_path / "latex"
+    assert (out / "figures" / "dots.pdf").read_bytes() == b"%PDF"
+    of_run = {path.name: path.read_bytes() for path in out.glob("*.tex")}
+    assert latex.main([profile, "--reference"]) == 0 and not any((out / "figures").iterdir())
+    assert of_run == {path.name: path.read_bytes() for path in out.glob("*.tex")}
     tables = {path.stem: path.read_text() for path in out.glob("*.tex")}
     defined = tables.pop("macros")
     assert {"published", "checks", "validation"} <= {*tables}

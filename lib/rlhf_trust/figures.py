@@ -237,8 +237,9 @@ def forest(
 ):
     """Point and interval of every ``row``, one panel for each value of ``panel``.
 
-    Columns value, ci_low, ci_high, n and the two named; models have their colours, by the column
-    model or by the row. ``lines``: label → place of a vertical line (default: one at zero).
+    Columns value, ci_low, ci_high, n and the two named. The study's models have their colours, by
+    the column model or by the row. ``lines``: label → place of a vertical line (default: one at
+    zero).
     """
     panels, rows = list(table[panel].unique()), list(table[row].unique())
     columns = 2 if len(panels) == 4 else min(3, len(panels))
@@ -255,7 +256,7 @@ def forest(
     for axis, name, head in zip(axes, panels, heads):
         for point in table[table[panel] == name].to_dict("records"):
             found = (point[column] for column in ("value", "ci_low", "ci_high"))
-            shade = colour(point["model"]) if "model" in point else COLOURS.get(point[row], INK)
+            shade = COLOURS.get(point.get("model", point[row]), INK)
             _point(axis, rows.index(point[row]), *found, shade)
         for where, style in zip((lines or {"": 0.0}).values(), ("-", "--", ":")):
             axis.axvline(where, linestyle=style, **AT_ZERO)
@@ -426,7 +427,9 @@ def doses(table: pd.DataFrame):
         axis.set_xticks(shares, [f"{share:.0%}".replace("%", " %") for share in shares])
         title = f"{TITLES.get(target, target)} (n = {own['n'].iloc[0]})"
         axis.set(title=title, xlim=(0, table["share"].max() + 0.02), xlabel="share of all pairs")
-    legend_below(figure, *axes[-1].get_legend_handles_labels())
+    found = [zip(*axis.get_legend_handles_labels()) for axis in axes]
+    labelled = {label: handle for of_axis in found for handle, label in of_axis}
+    legend_below(figure, [*labelled.values()], [*labelled])
     unit = "log-odds of the bad answer, nats:\nchange against random pairs"
     title = f"What acting on the most harmful pairs changes, {table['draws'].iloc[0]} random draws"
     titles(figure, title, y=unit)
