@@ -244,11 +244,11 @@ def shared(build: Build, profile: str, manifests: Mapping[str, dict]) -> list[st
     lines = [f"tables: {sum(equal)} of {len(names)} equal the published ones byte for byte"]
     for kind in ("dtype", "versions", "parameters", "data", "code"):
         then, now = (flat(of.get(kind), kind) for of in (there, here))
-        other = [key for key in now | then if now.get(key) != then.get(key)]
+        other = [key for key in now if now[key] != then.get(key)]
         told = [
             key[-1]
             if kind in ("data", "code")
-            else f"{key[-1]} {now.get(key)} (published {then.get(key)})"
+            else f"{key[-1]} {now[key]} (published {then.get(key)})"
             for key in other
         ]
         told = ", ".join(dict.fromkeys(told)) or "all equal"
