@@ -410,11 +410,40 @@ def results_markdown(profile: str) -> str:
     return "\n".join(lines)
 
 
+def repeated_markdown(profile: str) -> str:
+    """Where another run of the same parameters, in ``<profile>-again``, differs from the reference
+    (:func:`differences`)."""
+    ours, theirs = (partial(reference_table, f"{profile}{end}") for end in ("-again", ""))
+    points = []
+    for table in ("headline", "validity", "checks", "trust_change"):
+        what, claimed = CLAIMS[table]
+        both = differences(*(named_rows(table, claimed(read)).dropna() for read in (ours, theirs)))
+        names = [
+            f"{row.Index.partition(': ')[2]}: {both_words(row)}"
+            for row in both[both["differs"]].itertuples()
+        ]
+        found = f": {'; '.join(names)}" if names else ""
+        points.append(f"{what}: {len(names) or 'none'} of {len(both)} numbers differ{found}.")
+    headline, validity = ours("headline"), ours("validity")
+    clear = [
+        f"{row.stage}, {row.vertical}, against {row.baseline}: {found}, "
+        f"{interval_words(Interval.of_row(row, 'change'))}, p = {row.p_holm:.3f} after Holm"
+        for row in gated(headline, validity).query("measurable").itertuples()
+        if (found := clear_verdict(row)) != UNCLEAR
+    ]
+    points.append(f"Clear in the repetition: {'; '.join(clear) or 'nothing'}.")
+    return "\n".join(f"- {prose(point)}" for point in points)
+
+
 def with_results(text: str, profile: str) -> str:
     """A page with what stands between the profile's markers replaced."""
     read = partial(reference_table, profile)
-    findings, results = partial(findings_markdown, read), partial(results_markdown, profile)
-    for kind, made in (("findings", findings), ("results", results)):
+    kinds = {
+        "findings": partial(findings_markdown, read),
+        "results": partial(results_markdown, profile),
+        "repeated": partial(repeated_markdown, profile),
+    }
+    for kind, made in kinds.items():
         begin, end = f"<!-- {kind}:{profile} -->", f"<!-- end of {kind} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
