@@ -201,7 +201,7 @@ def at_once(study: Study, count: int) -> dict[str, int]:
     """Two runs in one build, which together make what one makes. (Noticed: one has waited.)"""
     noticed = 0
     for _ in range(count):
-        study.begin(study.targets(3))
+        study.begin(study.targets(1))
         for make, log in [(study.start(log), log) for log in ("log", "log2")]:
             code, said = study.finish(make, log)
             study.problems += [f"ended with {code}: {said[-2000:]}"] * (code != 0)
@@ -245,26 +245,24 @@ def full_disks(study: Study, count: int) -> dict[str, int]:
     return study.outcome(count, noticed)
 
 
+def breakable(study: Study, kind: str) -> list[Path]:
+    """A kind's files; of a share of the trials, without those of stages that others need."""
+    outputs = {p.stem: json.loads(p.read_text()) for p in study.build.glob("manifests/*.json")}
+    owners = {study.build / name: stage for stage in outputs for name in outputs[stage]["outputs"]}
+    files = [path for path in study.build.glob(kind) if path.is_file() and path.stat().st_size]
+    late = [path for path in files if not UPSTREAM.match(owners.get(path, path.stem))]
+    return late if study.share < 1 else files
+
+
 def flips(study: Study, count: int, together: int = 26) -> dict[str, int]:
     """Single bits of a finished build, some ``together``, in each kind of product in turn."""
     study.begin([], whole=True)
-    outcomes, kinds = [], [kind for kind in KINDS if any(study.build.glob(kind))]
+    outcomes = []
     for first in range(0, count, together):
-        owners = {
-            name: path.stem
-            for path in study.build.glob("manifests/*.json")
-            for name in json.loads(path.read_text())["outputs"]
-        }
-        flipped = []
+        flipped, kinds = [], [files for kind in KINDS if (files := breakable(study, kind))]
         for number in range(count)[first : first + together]:
-            files = {
-                path.relative_to(study.build).as_posix(): path
-                for path in study.build.glob(kinds[number % len(kinds)])
-                if path.is_file() and path.stat().st_size
-            }
-            kept = [n for n in files if not UPSTREAM.match(owners.get(n, files[n].stem))]
-            flipped.append(random.choice(kept if study.share < 1 and kept else [*files]))
-            path = files[flipped[-1]]
+            path = random.choice(kinds[number % len(kinds)])
+            flipped.append(path.relative_to(study.build).as_posix())
             data, state = bytearray(path.read_bytes()), path.stat()
             data[random.randrange(len(data))] ^= 1 << random.randrange(8)
             path.write_bytes(data)
@@ -292,9 +290,10 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of the trials, up to 1")
     parser.add_argument("--only", default="", help="trials with this in their names")
     parser.add_argument("--folder", type=Path, help="for the clone, which then stays")
+    parser.add_argument("--seed", type=int, default=0, help="of what is broken, and when")
     parser.add_argument("--limit", type=float, default=3600, help="seconds of one run of make")
     given = parser.parse_args()
-    random.seed(0)
+    random.seed(given.seed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder, rows = given.folder or Path(tempfile.mkdtemp(prefix="soak-")), []
     study = Study(folder.resolve(), given)

@@ -137,7 +137,8 @@ LARGE = 1 << 24
 def state_of(path: Path) -> str:
     """Stands for a file of data, or for the names of a folder's; empty if there is none."""
     if path.is_dir():
-        return content_key(sorted(str(p) for p in path.rglob("[!.]*") if p.is_file()))
+        inside = (p for p in path.rglob("[!.]*") if p.is_file())
+        return content_key(sorted(str(p.relative_to(path)) for p in inside))
     if not path.is_file():
         return ""
     size, changed = path.stat().st_size, path.stat().st_mtime_ns

@@ -27,6 +27,7 @@ from rlhf_trust.artifacts import (
     read_manifests,
     read_record,
     read_table,
+    state_of,
     write_record,
     write_table,
     write_text,
@@ -174,6 +175,16 @@ def test_changed_data_and_code_run_their_stage_again(made, tmp_path, monkeypatch
     assert run.reason_to_repeat(made, STAGE) == ""
     monkeypatch.setattr(run, "code_hash", lambda name: name)
     assert run.reason_to_repeat(made, STAGE) == "rlhf_trust: changed"
+
+
+def test_a_moved_folder_of_data_is_the_same_data(tmp_path):
+    (tmp_path / "a" / "in").mkdir(parents=True)
+    (tmp_path / "a" / "in" / "rows.jsonl").write_text("{}")
+    before = state_of(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert state_of(tmp_path / "b") == before
+    (tmp_path / "b" / "in").rename(tmp_path / "b" / "out")
+    assert state_of(tmp_path / "b") != before
 
 
 def test_code_is_known_without_its_comments(tmp_path, monkeypatch):
