@@ -307,8 +307,12 @@ def write_resolved(run: str, parameters: dict[str, dict]) -> None:
             build.path("notebooks", f"{stage}.ipynb").unlink()
         if reason or not path.exists() or path.read_bytes() != text.encode():
             write_text(path, text)
-    with suppress(StudyError):  # a damaged manifest, whose stage runs again
-        warn_of_strays(build)
+    for path in (build.root / "manifests").glob("*.json"):
+        try:
+            read_record(path)
+        except (OSError, ValueError):
+            path.unlink()  # its stage runs again, and those that run before it read all manifests
+    warn_of_strays(build)
 
 
 def reason_to_repeat(build: Build, stage: str) -> str:

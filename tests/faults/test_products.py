@@ -163,6 +163,18 @@ def test_a_notebook_without_a_manifest_runs_again_if_it_should_have_one(made):
     assert run.reason_to_repeat(made, STAGE) == ""
 
 
+def test_a_damaged_manifest_stops_no_stage_that_runs_before_its_own(made, capsys):
+    path = made.root / "manifests" / "90-report.json"
+    for notebook in (path.with_suffix(".none"), made.path("notebooks", "90-report.ipynb")):
+        notebook.write_text(json.dumps({"cells": ["open_study("]}))
+        path.write_text("{")
+        with pytest.raises(StudyError, match="90-report.json: is damaged"):
+            checked(made.model("sft"))
+        run.write_resolved("any", {STAGE: {"seed": 0}, "90-report": {"seed": 0}})
+        assert not path.exists() and checked(made.model("sft"))
+    assert f"{path}: missing or damaged; 90-report runs again" in capsys.readouterr().err
+
+
 def test_changed_data_and_code_run_their_stage_again(made, tmp_path, monkeypatch):
     data, absent = tmp_path / "data.jsonl", tmp_path / "absent.jsonl"
     data.write_text('{"text": "b"}\n')
