@@ -93,7 +93,8 @@ def _texts(rows: pd.DataFrame, columns: str) -> pd.DataFrame:
     def text(row, name: str) -> str:
         cell = getattr(row, name)
         if name in ("change", "value") and not pd.isna(row.ci_low):
-            return f"{cell:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+            form = "+.3f" if name == "change" else ".3f"
+            return f"{cell:{form}} [{row.ci_low:{form}}, {row.ci_high:{form}}]"
         if name in ("p", "p_holm") and not pd.isna(cell):
             return p_words(cell)
         if isinstance(cell, float):
