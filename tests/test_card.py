@@ -187,7 +187,7 @@ def test_what_comes_from_data_is_text_on_the_page(build):
     text, shown = markdown.read_text(), page.read_text()
     _, metadata, body = text.split("---\n", 2)
     assert "<script" not in body and "<script" not in shown and "evil.example)" in body
-    assert "<a " not in shown
+    assert not re.search('href="(?!#)', shown)
     assert "&lt;/script&gt;" in shown and "<table" in shown
     index = yaml.safe_load(metadata)["model-index"]
     assert index[0]["results"][0]["metrics"][0]["args"]["prompt_format"] == EVIL

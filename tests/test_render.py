@@ -193,6 +193,22 @@ def check_asks_nothing(page: Page):
         assert "url(" not in attributes.get("style", "")
 
 
+def check_readable(page: Page):
+    """What a screen reader goes by."""
+    assert page.of("html") == [{"lang": "en"}] and len(page.of("title")) == 1
+    assert len(page.of("main")) == len(page.of("h1")) == 1
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert all(deeper <= level + 1 for level, deeper in zip(levels, levels[1:]))
+    assert all(image["alt"] for image in page.of("img"))
+    assert all(cell["scope"] == "col" for cell in page.of("th"))
+    labels = [navigation["aria-label"] for navigation in page.of("nav")]
+    names = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(labels)) == len(labels) and len(set(names)) == len(names)
+    boxes = [a for _, a in page.tags if a.get("class") == "wide"]
+    assert len(boxes) >= len(page.of("table"))
+    assert all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
+
+
 def test_a_page_holds_everything_it_shows(tmp_path):
     source = write_notebook(tmp_path / "90-report.ipynb", "Did it help?")
     write_html(source, tmp_path / "out" / "report.html", code=False)
@@ -225,13 +241,18 @@ def test_an_appendix_links_its_neighbours(tmp_path):
     for page in pages:
         hrefs = [a["href"] for a in Page(page).of("a")]
         links.append([href for href in hrefs if not href.startswith(("https:", "#"))])
-    assert [p.name for p in pages] == ["index.html", *links[0]]
-    assert links[0] == ["01-sft.html", "02-reward.html", "90-report.html"]
+    assert [p.name for p in pages] == ["index.html", *links[0][:3]]
+    assert links[0][:3] == ["01-sft.html", "02-reward.html", "90-report.html"]
+    assert {"01-sft.html#table-1", "90-report.html#figure-1"} < set(links[0])
+    for link in links[0][3:]:  # to sections, figures and tables
+        page, _, name = link.partition("#")
+        assert f' id="{name}"' in (tmp_path / "appendix" / page).read_text()
     assert links[1] == 2 * ["index.html", "02-reward.html"]  # above and below
     assert links[2] == 2 * ["01-sft.html", "index.html", "90-report.html"]
     assert links[3] == 2 * ["02-reward.html", "index.html"]
     for path in pages:
         check_asks_nothing(Page(path))
+        check_readable(Page(path))
     text = pages[1].read_text()
     assert "text = " in re.sub("<[^>]+>", "", text) and "unseen" not in text
     assert "First &amp; foremost?" in pages[2].read_text()

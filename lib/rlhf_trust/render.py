@@ -221,7 +221,8 @@ PAGE = Html(
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
     "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    "<title>{title}</title><style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+    "<title>{title}</title><style>\n{style}</style></head>\n<body>\n"
+    "{before}<main>\n{body}\n</main>{after}\n</body></html>\n"
 )
 """A page's frame. Its policy: browsers load nothing but images that the page itself holds."""
 
@@ -242,8 +243,14 @@ NEIGHBOURS = re.compile(r"^(?:← )?\[[^\]]*\]\(\d\d-[\w-]+\.ipynb\).*$", re.MUL
 LINK = re.compile(r"\[([^\]]*)\]\((\d\d-[\w-]+)\.ipynb\)")
 """A link to another notebook."""
 
-NO_CODE = re.compile(r'<div class="sourceCode"[^>]*><pre[^>]*><code[^>]*></code></pre></div>')
-"""What pandoc makes of a code cell without source."""
+NO_CODE = re.compile(
+    r'<div class="sourceCode"[^>]*><pre[^>]*><code[^>]*></code></pre></div>'
+    r'|<a href="#cb[\d-]+"[^>]*></a>'
+)
+"""What pandoc makes of a code cell without source, and its links to lines of code."""
+
+SHOW_CODE = Html('<label><input type="checkbox" checked> Show code</label>')
+"""Folds a page's code: the style sheet reads it, so that no script needs to."""
 
 
 def page_cells(notebook, code: bool, pages: Collection[str] = (), folder: str = "") -> Iterator:
@@ -367,6 +374,7 @@ def clean(page: str, links: bool = True) -> str:
         url_schemes={"http", "https", "mailto", "data"},
         filter_style_properties=STYLES,
         clean_content_tags={"script", "style", "annotation", "title"},
+        set_tag_attribute_values={"th": {"scope": "col"}},
     )
 
 
@@ -382,24 +390,69 @@ def read_notebook(path: Path):
 
 
 def write_html(
-    notebook_path: Path, out: Path, code: bool, navigation: str = "", folder: str = ""
-) -> None:
-    """Render an executed notebook as one HTML file that makes no network request.
+    notebook_path: Path,
+    out: Path,
+    code: bool,
+    navigation: Sequence[tuple[str, str]] = (),
+    folder: str = "",
+) -> list[tuple[str, str, Html]]:
+    """Render an executed notebook as one HTML file that makes no network request; returns what is
+    on it, as :func:`_with_anchors` does.
 
-    ``folder``: where, from this page, the pages of the notebooks beside it are.
+    ``navigation``: links, as addresses and texts, to stand above and below; ``folder``: where, from
+    this page, the pages of the notebooks beside it are.
     """
     title, body = page_body(notebook_path, code, folder)
-    whole = Html("{0}{1}{2}{0}").format(navigation, _contents(body), body)
-    write_text(out, _page(title, whole))
+    body, places = _with_anchors(body)
+    sections = [(f"#{name}", said) for kind, name, said in places if kind == "h2"]
+    folded = Html("<details><summary>Contents</summary>{}</details>").format(_list(sections))
+    before = _navigation("Chapters", _links(navigation))
+    before += _navigation("Sections", folded if len(sections) > 1 else "")
+    after = _navigation("Chapters, below", _links(navigation))
+    body = (SHOW_CODE if "sourceCode" in body else Html("")) + body
+    write_text(out, _page(title, body, before, after))
+    return places
 
 
-def _contents(body: Html) -> Html:
-    """Links to a page's sections, folded; nothing if it has only one."""
-    heads = re.findall(r'(?s)<h2 id="([^"]+)"[^>]*>(.*?)</h2>', body)
-    links = [(f"#{name}", Html(re.sub("<[^>]+>", "", text))) for name, text in heads]
-    entries = Html("").join(Html("<li>{}</li>").format(_links([link])) for link in links)
-    folded = Html('<details class="contents"><summary>Contents</summary><ul>{}</ul></details>')
-    return folded.format(entries) if len(links) > 1 else Html("")
+PLACE = re.compile(
+    r"""(?sx) <(?P<head>h[23])\ id="(?P<id>[^"]+)"[^>]*>(?P<said>.*?)</h[23]>
+    | <img\ (?:[^>"]|"[^"]*")*> | </?table\b[^>]*> | <math\ display="block".*?</math>"""
+)
+"""Sections, figures and tables, which can be linked to; and what else gets a box."""
+
+
+def _with_anchors(body: Html) -> tuple[Html, list[tuple[str, str, Html]]]:
+    """A page's body with anchors, and what they lead to: kind (h2, h3, figure, table), name, words.
+    Tables and formulas scroll in boxes of their own, by keys as well."""
+    places: list[tuple[str, str, Html]] = []
+
+    def place(kind: str, name: str, said: str) -> str:
+        places.append((kind, name, Html(re.sub("<[^>]+>", "", said))))
+        return name
+
+    def anchored(found: re.Match) -> str:
+        part, box = found[0], 'class="wide" role="group" tabindex="0" aria-label='
+        if part == "</table>":
+            return f"{part}</div>"
+        if part.startswith("<math"):
+            return f'<span {box}"Formula">{part}</span>'
+        if found["id"]:
+            name = place(found["head"], found["id"], found["said"])
+            link = f'<a class="anchor" href="#{name}" aria-label="Link to this section"></a>'
+            return f"{part[:-5]}{link}{part[-5:]}"
+        kind = "figure" if part.startswith("<img") else "table"
+        number = 1 + sum(other == kind for other, *_ in places)
+        label, (rows, _, _) = (
+            f"{kind.capitalize()} {number}",
+            body[found.end() :].partition("</table>"),
+        )
+        said = re.findall('alt="([^"]*)"', part) or re.findall("(?s)<th[^>]*>(.*?)</th>", rows)
+        name = place(kind, f"{kind}-{number}", f"{label}: {', '.join(said)}")
+        if kind == "figure":
+            return f'<img id="{name}"{part[4:]}'
+        return f'<div id="{name}" {box}"{label}">{part}'
+
+    return Html(PLACE.sub(anchored, body)), places
 
 
 def page_body(notebook_path: Path, code: bool, folder: str = "") -> tuple[str, Html]:
@@ -417,7 +470,8 @@ def page_body(notebook_path: Path, code: bool, folder: str = "") -> tuple[str, H
 def write_markdown_page(text: str, out: Path, title: str) -> None:
     """Render Markdown as one HTML file that makes no network request. HTML in it shows as text."""
     form = "gfm-raw_html-tex_math_dollars-autolink_bare_uris"
-    write_text(out, _page(title, Html(_converted(visible(text), form))))
+    body, _ = _with_anchors(Html(_converted(visible(text), form)))
+    write_text(out, _page(title, body))
 
 
 def _converted(text: str, form: str) -> str:
@@ -434,8 +488,12 @@ def _converted(text: str, form: str) -> str:
     return "".join(part if part.startswith("<math") else visible(part) for part in parts)
 
 
-def _page(title: str, body: Html) -> Html:
-    return PAGE.format(title=title, style=Html(STYLE), body=body)
+def _page(title: str, body: Html, before: str = "", after: str = "") -> Html:
+    return PAGE.format(title=title, style=Html(STYLE), body=body, before=before, after=after)
+
+
+def _navigation(label: str, links: str) -> Html:
+    return Html('<nav aria-label="{}">{}</nav>\n').format(label, links) if links else Html("")
 
 
 def write_appendix(notebooks: Path, out: Path) -> list[Path]:
@@ -443,20 +501,23 @@ def write_appendix(notebooks: Path, out: Path) -> list[Path]:
     sources = executed_notebooks(notebooks)
     titles = [_title(read_notebook(p), p.stem) for p in sources]
     pages = [out / f"{source.stem}.html" for source in sources]
+    entries, contents = [], Html("")
     for index, (source, page) in enumerate(zip(sources, pages)):
         links = [("index.html", "Contents")]
         if index:
             links.insert(0, (pages[index - 1].name, f"← {titles[index - 1]}"))
         if index + 1 < len(pages):
             links.append((pages[index + 1].name, f"{titles[index + 1]} →"))
-        navigation = Html('<nav class="sequence">{}</nav>').format(_links(links))
-        write_html(source, page, code=True, navigation=navigation)
-    entries = [(page.name, f"{page.name[:2]} · {title}") for page, title in zip(pages, titles)]
+        places = write_html(source, page, code=True, navigation=links)
+        entries.append((page.name, f"{page.name[:2]} · {titles[index]}"))
+        inside = _list((f"{page.name}#{name}", said) for _, name, said in places)
+        contents += Html("<h3>{}</h3>{}").format(titles[index], inside)
     body = Html(
         "<h1>Appendix: the notebooks as they ran</h1>"
-        "<p>One page a notebook, with its code and results. The last one is the report.</p>"
-        '<ol style="list-style:none">{}</ol>'
-    ).format(Html("").join(Html("<li>{}</li>").format(_links([entry])) for entry in entries))
+        "<p>One page a notebook, with its code and results. The last one is the report.</p>{}"
+        "<h2>Sections, figures and tables</h2>"
+        "<p>Of all pages, tables by their columns: search here with the browser.</p>{}"
+    ).format(_list(entries), contents)
     write_text(out / "index.html", _page("Appendix", body))
     return [out / "index.html", *pages]
 
@@ -471,6 +532,11 @@ def executed_notebooks(folder: Path) -> list[Path]:
 
 def _links(links: Iterable[tuple[str, str]]) -> Html:
     return Html("").join(Html('<a href="{}">{}</a>').format(*link) for link in links)
+
+
+def _list(links: Iterable[tuple[str, str]]) -> Html:
+    entries = (Html("<li>{}</li>").format(_links([link])) for link in links)
+    return Html("<ul>{}</ul>").format(Html("").join(entries))
 
 
 def _title(notebook, default: str) -> str:
@@ -489,8 +555,7 @@ def main(argv: list[str] | None = None) -> int:
     build = Build(arguments.run)
     if arguments.page == "report":
         report, source = build.path("report.html"), build.path("notebooks", "90-report.ipynb")
-        links = _links([("appendix/index.html", "All notebooks as they ran")])
-        links = Html("<nav>{}</nav>").format(links)
+        links = [("appendix/index.html", "All notebooks as they ran")]
         write_html(source, report, code=False, navigation=links, folder="appendix/")
         print(report)
     else:

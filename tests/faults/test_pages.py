@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 import socket
+import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
@@ -79,10 +81,12 @@ def assert_harmless(text: str, own_links: tuple[str, ...] = ()) -> Parsed:
     """No script, no event, no address but images in the page and links to pages beside it."""
     found = Parsed(text)
     for tag, attributes in found.tags:
-        assert tag not in "script iframe object embed link base svg form input".split(), tag
+        assert tag not in "script iframe object embed link base svg form".split(), tag
+        assert tag != "input" or attributes == {"type": "checkbox", "checked": None}  # a page's own
         assert not [name for name in attributes if name.startswith("on")]
         for name, value in attributes.items():
-            near = re.fullmatch(r"(\w+/)?[\w.-]+\.html|#\S*", value or "") or value in own_links
+            near = re.fullmatch(r"(\w+/)?[\w.-]+\.html(#\S*)?|#\S*", value or "")
+            near = near or value in own_links
             image = tag == "img" and name == "src" and value.startswith("data:image/")
             assert name != "href" or near, value
             assert name not in ("src", "srcset", "data", "poster", "srcdoc") or image, value
@@ -276,7 +280,9 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> Path:
     return path
 
 
-def test_a_page_of_hostile_outputs_asks_for_nothing_and_opens_nothing(tmp_path):
+@pytest.fixture
+def hostile(tmp_path):
+    """Pages of hostile notebooks, the address that these name, and who asked for it so far."""
     secret, asked = tmp_path / "secret.svg", []
     secret.write_text("<svg xmlns='http://www.w3.org/2000/svg'><text>SECRET-MARKER</text></svg>")
     server = socket.create_server(("127.0.0.1", 0))
@@ -284,7 +290,9 @@ def test_a_page_of_hostile_outputs_asks_for_nothing_and_opens_nothing(tmp_path):
     def listen():
         while True:
             try:
-                asked.append(server.accept()[1])
+                connection, address = server.accept()
+                asked.append(address)
+                connection.close()
             except OSError:
                 return
 
@@ -293,8 +301,36 @@ def test_a_page_of_hostile_outputs_asks_for_nothing_and_opens_nothing(tmp_path):
     folder = tmp_path / "notebooks"
     write(notebook(address, secret), folder / "17-mine.ipynb")
     write(notebook(address, secret), folder / "90-report.ipynb")
-    pages = render.write_appendix(folder, tmp_path / "appendix")
+    yield render.write_appendix(folder, tmp_path / "appendix"), address, asked
     server.close()
+
+
+def test_in_a_browser_no_page_runs_or_asks_for_anything(hostile, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium")
+    pages, address, asked = hostile
+    options = "--headless=new --no-sandbox --disable-gpu --disable-background-networking"
+    options += f" --user-data-dir={tmp_path}/profile --virtual-time-budget=5000 --dump-dom"
+
+    def opened(page: Path) -> str:
+        command = [browser, *options.split(), page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    tried = tmp_path / "tried.html"
+    tried.write_text(f"<title>a</title><img src={address}><script>document.title='ran'</script>")
+    assert "<title>ran</title>" in opened(tried) and asked
+    asked.clear()
+    for page in pages:
+        written = page.read_text(encoding="utf-8")
+        (title,) = re.findall("<title>.*?</title>", written)
+        dom = opened(page)
+        assert title in dom and "<script" not in dom
+    assert not asked
+
+
+def test_a_page_of_hostile_outputs_asks_for_nothing_and_opens_nothing(hostile):
+    pages, _, asked = hostile
     assert not asked
     for path in pages:
         page = path.read_text(encoding="utf-8")
