@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 from rlhf_trust import StudyError, params, run
 from rlhf_trust.attribution.solvers import SOLVERS
 from rlhf_trust.chat import FORMATS
@@ -477,3 +478,36 @@ def test_a_chapter_opened_by_hand_checks_the_same(tmp_path, monkeypatch):
     study = open_study("01-sft", edited)
     assert edited["model"] == study.parameters["model"] == f"path:{params.ROOT}/my/model"
     assert isinstance(edited["learning_rate"], float)
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
+DECLARED = {
+    stage: params.notebook_parameters(params.NOTEBOOKS / f"{stage}.ipynb")
+    for stage in params.stages()
+}
+
+
+@settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    place=st.sampled_from([(stage, name) for stage in DECLARED for name in DECLARED[stage]]),
+    value=st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=4),
+    everything=st.one_of(st.none(), st.none(), st.text(max_size=30)),
+)
+def test_any_profile_is_taken_whole_or_refused_in_one_line(launch, place, value, everything):
+    """Any value of any parameter, and any text: what is accepted is what its notebook declares."""
+    (stage, name), profiles = place, params.PROFILES
+    text = json.dumps({stage: {name: value}}) if everything is None else everything
+    (profiles / "p.yaml").write_text(text, encoding="utf-8")
+    try:
+        found = params.resolve("p")[stage][name]
+    except StudyError as error:
+        assert "\n" not in str(error) and "p.yaml" in str(error)
+    else:
+        assert DECLARED[stage][name].check(found, "here") == found
+        if everything is None:
+            assert found == value
