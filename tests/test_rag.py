@@ -391,4 +391,4 @@ def test_without_alignment_the_chapter_measures_what_is_there(tmp_path, monkeypa
     assert models == ["start", "mine", "perfect answers", "always refuses", "always answers"]
     changes = pd.read_csv(parts / "grounding_change.40.csv")
     assert set(zip(changes["model"], changes["baseline"])) == {("mine", "start")}
-    assert list(chapter["kinds"]) == ["start", "mine"]
+    assert chapter["kinds"]["model"].unique().tolist() == ["start", "mine"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,19 @@ class Study:
         """The preference pairs, split into ``train`` and ``held_out``; those that are longer than
         the model's context are left out."""
         wanted = self._need("preferences", "n_train", "n_held_out")
-        source, max_length, seed = self._need("model", "max_length", "seed")
+        max_length, seed = self._need("max_length", "seed")
+        return load_preferences(*wanted, self.chat, min(max_length, self._context()), seed)
+
+    def _context(self) -> float:
+        """The model's, in tokens, if there is a model; a note where ``max_length`` is beyond it."""
+        source, max_length = self.parameters.get("model"), self.parameters["max_length"]
+        if source is None:
+            return inf
         config = AutoConfig.from_pretrained(model_directory(source), **NO_CODE)
-        context = getattr(config, "max_position_embeddings", None) or max_length
+        context = getattr(config, "max_position_embeddings", None) or inf
         if context < max_length:
             note(f"max_length {max_length}: {context} is used, the model's context")
-        return load_preferences(*wanted, self.chat, min(max_length, context), seed)
+        return context
 
     @cached_property
     def generations(self) -> Generations:

@@ -414,7 +414,8 @@ def test_what_is_done_instead_is_said(tmp_path, capsys, monkeypatch):
         load(f"path:{tmp_path}")
     notes = artifacts.NOTES
     assert any("no training files: their test pairs are split" in said for said in notes)
-    for name in ("bbq/Age.jsonl", "enron/name2email.json", "reef/truthfulqa.csv"):
+    assert any("the data lack BBQ's categories Age, Disability_status," in said for said in notes)
+    for name in ("enron/name2email.json", "reef/truthfulqa.csv"):
         assert any(f"the data have no {name}: " in said for said in notes)
     said = capsys.readouterr().out
     assert all(f"note: {one}\n" in said and str(tmp_path) not in one for one in notes)

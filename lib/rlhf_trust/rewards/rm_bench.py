@@ -123,6 +123,7 @@ def adapter_scores(
     pad = generations.chat.tokenizer.pad_token_id
 
     def measure(sequences, each):
+        decode.note_beyond_context(model, list(map(len, sequences)), f"RM-Bench, {adapter}")
         options = (sequences, pad, ROWS, f"RM-Bench, {adapter}", each)
         with using(model, adapter):
             if head is None:
@@ -132,7 +133,6 @@ def adapter_scores(
 
     name = f"rm-bench.{adapter}" if head is None else f"rm-bench.{adapter}.rewards"
     answers = answers_of(items, generations.chat)
-    decode.note_beyond_context(model, list(map(len, answers)), name)
     scores = generations.numbers(fingerprint, name, answers, measure)
     return scores.reshape(len(items), 2, 3)
 
@@ -156,9 +156,9 @@ def policy_scores(
     base, power = load_base(source), 2 if form == "norm" else 1
     chat = Chat(base.tokenizer, "auto")
     answers = answers_of(items, chat)
-    decode.note_beyond_context(base.model, list(map(len, answers)), f"RM-Bench, {source}")
 
     def measure(sequences, each):
+        decode.note_beyond_context(base.model, list(map(len, sequences)), f"RM-Bench, {source}")
         options = (sequences, base.tokenizer.pad_token_id, ROWS, f"RM-Bench, {source}", each)
         decode.answer_logps(base.model, *options, power=power)
 
