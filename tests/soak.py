@@ -4,7 +4,7 @@
 In a clone of what is committed, with a tiny random model, so that all notebooks run in minutes:
 SIGKILLs within stages, two runs at once in one build, power cuts (an unsynced ext4 image is copied,
 and the run goes on in the copy), full disks and flipped bits. What mounts needs root, and is
-skipped without. For odd rows of data and odd profiles, drawn by hypothesis, see tests/faults.
+skipped without. Odd rows of data and odd profiles are drawn by hypothesis in tests/faults.
 
 With ``--share`` below 1 a trial does not begin with nothing but with a finished run of which some
 late stages are gone, with their products and all kept answers; and bits are flipped in files of

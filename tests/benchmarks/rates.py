@@ -112,7 +112,8 @@ def main() -> None:
             found = getattr(sweep, given.stage)(rate, seed)
             for metric, i in found.items():
                 row = {"metric": metric, "value": i.value, "ci_low": i.low, "ci_high": i.high}
-                rows.append(what | row | {"n": i.n})
+                note = str(sweep.base.model.dtype).removeprefix("torch.")
+                rows.append(what | row | {"n": i.n, "note": note})
             print(pd.DataFrame(rows[-len(found) :]).to_string(index=False), flush=True)
     if given.save:
         table = pd.concat([pd.read_csv(REFERENCE), pd.DataFrame(rows)], ignore_index=True)
