@@ -467,7 +467,7 @@ def run_stage(stage: str, run: str, values: dict[str, Any]) -> int:
     print(f"{stage}: running", flush=True)
     reason, code = None, 1
     options = dict(kernel_name="python3", kernel_manager_class=own_kernel(), cwd=NOTEBOOKS)
-    options |= dict(progress_bar=False, extra_arguments=["--IPKernelApp.log_level=40"])
+    options |= dict(progress_bar=False, extra_arguments=["--IPKernelApp.log_level=50"])
     try:
         # The kernel inherits them.
         with _follow(stage, shown), patch.dict(os.environ, kernel_environment(values, shown)):
