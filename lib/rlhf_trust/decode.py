@@ -1011,13 +1011,13 @@ class Generations:
         if len({p.id for p in prompts}) < len(prompts):
             raise StudyError(f"{name}: two items have the same id")
         kept = self._kept(name, fingerprint, self.chat.key, asdict(decoding))
-        lengths = [len(self.chat.prompt_ids(p.turns, p.system)) for p in prompts]
-        longest = [length + decoding.max_new_tokens for length in lengths]
+        asked = [self.chat.prompt_ids(p.turns, p.system) for p in prompts]
+        longest = [len(ids) + decoding.max_new_tokens for ids in asked]
         note_beyond_context(model, longest, f"{name}, with their answers")
         keys = [content_key(p.id, p.turns, p.system) for p in prompts]
-        missing = [(key, prompt) for key, prompt in zip(keys, prompts) if key not in kept]
+        missing = [given for given in zip(keys, prompts, asked) if given[0] not in kept]
         if missing:
-            ids = [self.chat.prompt_ids(p.turns, p.system) for _, p in missing]
+            ids = [prompt_ids for *_, prompt_ids in missing]
             batches = batches_by_length(list(map(len, ids)), max(1, self.rows // decoding.samples))
             ends = self.chat.tokenizer.eos_token_id, self.chat.tokenizer.pad_token_id
             with progress(total=len(missing), desc=name, unit="item") as bar:

@@ -414,18 +414,14 @@ def print_status(run: str, parameters: dict[str, dict]) -> None:
     """What has been done of a run; and what the rest will take, scaled by what this run's own
     notebooks took if any is done."""
     build, left, states = Build(run), [], []
-    made = read_manifests(build)
+    made, here = read_manifests(build), build.root / "notebooks"
     for stage in parameters:
-        here = build.root / "notebooks"
-        shown = here / f".{stage}.part.progress"
         if stage in made and (here / f"{stage}.ipynb").exists():
             states.append(f"done in {made[stage]['seconds'] / 60:.1f} minutes")
             continue
         left.append(stage)
         if (here / f".{stage}.part.ipynb").exists():
-            bars = shown.read_text(encoding="utf-8", errors="replace") if shown.exists() else ""
-            latest = bars.replace("\x1b[A", "").strip().splitlines()
-            states.append(f"begun {visible(latest[-1].strip()) if latest else ''}")
+            states.append(f"begun {visible(latest_bar(here / f'.{stage}.part.progress'))}")
         else:
             failed = (here / f"{stage}.failed.ipynb").exists()
             states.append("failed" if failed else "waiting")
@@ -541,6 +537,13 @@ def place(folder: Path) -> Iterator[None]:
         yield
 
 
+def latest_bar(path: Path) -> str:
+    """The last line that a kernel's progress bars wrote to a file; empty if there is none."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = text.replace("\x1b[A", "").strip()  # a bar within a bar moves up a line
+    return text.splitlines()[-1].strip() if text else ""
+
+
 @contextmanager
 def _follow(stage: str, path: Path, every: float = 10.0) -> Iterator[None]:
     """Show on the terminal what the kernel's progress bars write to a file (see ``progress``).
@@ -552,9 +555,7 @@ def _follow(stage: str, path: Path, every: float = 10.0) -> Iterator[None]:
     def show() -> None:
         shown = ""
         while not stop.wait(every):
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-            text = text.replace("\x1b[A", "").strip()  # a bar within a bar moves up a line
-            latest = text.splitlines()[-1].strip() if text else shown
+            latest = latest_bar(path) or shown
             if latest != shown:
                 print(f"{stage}: {visible(latest)}", file=sys.stderr, flush=True)
                 shown = latest
