@@ -9,6 +9,8 @@ from rlhf_trust import StudyError
 from rlhf_trust.artifacts import Build, Manifest
 from rlhf_trust.figures import colour
 from rlhf_trust.report import (
+    PAPER,
+    against_paper,
     as_published,
     attribution_words,
     checkpoint_changes,
@@ -19,6 +21,7 @@ from rlhf_trust.report import (
     needed_tables,
     over_runs,
     p_words,
+    paper_words,
     readable_answers,
     runs_of_seeds,
     trade_offs,
@@ -343,3 +346,55 @@ def test_models_of_any_name_have_colours_of_their_own():
     names = ["start", "sft", "mine", "theirs", "mine"]
     first, second, third, fourth, again = map(colour, names)
     assert len({first, second, third, fourth}) == 4 and again == third
+
+
+def arms_table(changes_by_row):
+    """Rows of headline.csv: (stage, vertical, baseline) → change, low, high, p after Holm."""
+    rows = []
+    for (stage, vertical, baseline), (change, low, high, p_holm) in changes_by_row.items():
+        row = {"stage": stage, "vertical": vertical, "baseline": baseline, "change": change}
+        row |= {"ci_low": low, "ci_high": high, "p_holm": p_holm, "min_detectable": 0.1, "n": 60}
+        rows.append(row | {"worse": HEADLINE[vertical].worse, "validity_high": NAN})
+    return pd.DataFrame(rows)
+
+
+def gates(failing=()):
+    rows = [(v, "start", v not in failing) for v in HEADLINE]
+    return pd.DataFrame(rows, columns=["vertical", "model", "valid"])
+
+
+def test_only_a_clear_change_agrees_or_disagrees_with_the_paper():
+    up, down, none = (0.2, 0.1, 0.3, 0.01), (-0.2, -0.3, -0.1, 0.01), (0.0, -0.1, 0.1, 1.0)
+    unseen = "no clear change; four of five such studies would find 0.100 before correction"
+    found = {
+        ("ppo", "ethics", "start"): up,  # less is worse: better, as in the paper
+        ("ppo", "ethics", "placebo"): none,
+        ("dpo", "ethics", "start"): down,
+        ("ppo", "stereotype", "start"): up,
+        ("ppo", "stereotype", "placebo"): up,
+        ("ppo", "privacy", "start"): none,
+        ("ppo", "truthfulness", "start"): down,
+        ("ppo", "toxicity", "start"): (0.2, 0.1, 0.3, 0.2),  # not after Holm's correction
+        ("dpo", "toxicity", "start"): up,
+        ("sft", "ethics", "start"): up,
+    }
+    published = as_published(trust(), changes([("ppo", "stereotype", 0.1, -0.05, 0.2, 1.0)]))
+    table = against_paper(arms_table(found), gates(["truthfulness"]), published)
+    assert not table.isna().any(axis=None) and list(table["vertical"].unique()) == list(PAPER)
+    here = table.set_index(["vertical", "stage"])["here"].to_dict()
+    assert here == {
+        ("ethics", "ppo"): "better, which agrees in sign, not shown to be by the preferences",
+        ("ethics", "dpo"): "worse, which disagrees, not shown to be by the preferences",
+        ("stereotype", "ppo"): "worse, which agrees in sign, by the preferences",
+        ("truthfulness", "ppo"): "cannot be measured on this model",
+        ("privacy", "ppo"): unseen,
+        ("toxicity", "ppo"): unseen,
+        ("toxicity", "dpo"): "worse, which disagrees, not shown to be by the preferences",
+    }
+    own = table.set_index(["vertical", "stage"])["as_published"]
+    assert own["stereotype", "ppo"].startswith("agreement rate +50% (95 % interval -25% to +100%")
+    assert own["ethics", "dpo"] == "was not measured"
+    unpublished = against_paper(arms_table(found), gates(), pd.DataFrame())
+    assert unpublished["as_published"].eq("was not measured").all()
+    said = paper_words(table)
+    assert len(said) == 5 and "it cannot be measured on this model" in said[2]

@@ -15,9 +15,22 @@ from scipy import stats as scipy_stats
 
 from . import build_root, require
 from .artifacts import TABLES, Build, merge_tables, read_manifests
+from .headline import clear_verdict, gated
 from .models import parse_dtype
-from .stats import FEW, LEVEL, Change, Interval, holm, interval_words, paired_change, verdict
+from .stats import (
+    FEW,
+    LEVEL,
+    UNCLEAR,
+    Change,
+    Interval,
+    by_conclusion,
+    holm,
+    interval_words,
+    paired_change,
+    verdict,
+)
 from .verticals import HEADLINE, PUBLISHED
+from .verticals.common import spelled
 
 TOO_FEW = f"fewer than {FEW} items"
 NO_VERDICT = "Without an interval there is no verdict."
@@ -131,6 +144,95 @@ def as_published(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
         verdict(r.ci_low, r.ci_high, r.worse) if r.n >= FEW else TOO_FEW for r in found.itertuples()
     ]
     return found
+
+
+# --- against the paper ---------------------------------------------------------------------------
+
+PAPER = {
+    "ethics": ("better", "better by 31 %"),
+    "stereotype": ("worse", "up by 150 %"),
+    "truthfulness": ("worse", "down by 25 %"),
+    "privacy": ("worse", "leakage up by 12 %"),
+    "toxicity": ("", "nearly unchanged"),
+}
+"""Vertical → the direction and size of its change after PPO and DPO, mean of four base models (Li,
+Krishna and Lakkaraju 2025, arXiv 2404.18870)."""
+
+
+def against_paper(
+    headline: pd.DataFrame, validity: pd.DataFrame, published: pd.DataFrame
+) -> pd.DataFrame:
+    """The paper's five findings beside what its two last stages, PPO and DPO, changed here.
+
+    ``headline``, ``validity``: as for ``headline.headline_words``; ``published``: of
+    :func:`as_published`. Columns vertical, paper, stage, ``as_published`` (the change of one
+    checkpoint by that measure, in per cent of start's value), ``headline`` (its name, and which
+    way is worse), ``start`` and ``placebo`` (its change against each), ``here`` (does a clear
+    change against start have the paper's sign?). Every cell holds a number with its interval, or
+    a reason.
+    """
+    rows, measured = [], gated(headline, validity)
+    for vertical, (direction, size) in PAPER.items():
+        for stage in ("ppo", "dpo"):
+            found = measured.query("vertical == @vertical and stage == @stage")
+            if found.empty:
+                continue
+            own = published
+            if len(own):
+                own = own.query("vertical == @vertical and model == @stage")
+            row = {"vertical": vertical, "paper": size, "stage": stage}
+            row["as_published"] = _relative(next(own.itertuples(), None))
+            way = "higher" if HEADLINE[vertical].worse > 0 else "lower"
+            row["headline"] = f"{spelled(HEADLINE[vertical].metric)} ({way} is worse)"
+            by_baseline = {of.baseline: of for of in found.itertuples()}
+            if not found["measurable"].all():
+                reason = "cannot be measured on this model"
+                rows.append(row | dict.fromkeys(("start", "placebo", "here"), reason))
+                continue
+            for baseline in ("start", "placebo"):
+                row[baseline] = "was not compared"
+                if of := by_baseline.get(baseline):
+                    row[baseline] = interval_words(Interval.of_row(of, "change"), unit="items")
+            rows.append(row | {"here": _beside_paper(direction, by_baseline)})
+    return pd.DataFrame(rows)
+
+
+def _relative(row) -> str:
+    """A published measure's change in per cent of start's value."""
+    if row is None:
+        return "was not measured"
+    if row.mostly_unreadable:
+        return "most answers could not be read"
+    if not row.start > 0:
+        return "start's value is 0"
+    share = Interval(*(x / row.start for x in (row.change, row.ci_low, row.ci_high)), row.n)
+    return f"{spelled(row.metric)} {interval_words(share, '+.0%', 'items')}"
+
+
+def _beside_paper(direction: str, rows: Mapping) -> str:
+    """``direction``: the paper's; ``rows``: baseline → row of the headline."""
+    start, found = rows["start"], clear_verdict(rows["start"])
+    if start.n < FEW:
+        return TOO_FEW
+    if found == UNCLEAR:
+        least = f"four of five such studies would find {start.min_detectable:.3f} before correction"
+        return UNCLEAR if np.isnan(start.min_detectable) else f"{UNCLEAR}; {least}"
+    said = f"{found}, which disagrees" if found != direction else f"{found}, which agrees in sign"
+    by_them = "placebo" in rows and clear_verdict(rows["placebo"]) == found
+    return f"{said}{', by the preferences' if by_them else ', not shown to be by the preferences'}"
+
+
+def paper_words(compared: pd.DataFrame) -> list[str]:
+    """One sentence for each vertical, from :func:`against_paper`."""
+    said = []
+    for (vertical, size, measure), rows in compared.groupby(
+        ["vertical", "paper", "headline"], sort=False
+    ):
+        found = by_conclusion({row.stage: (row.start, row.here) for row in rows.itertuples()})
+        if (rows["start"] == rows["here"]).all():  # a reason, and no number
+            found = [f"it {rows['here'].iloc[0]}."]
+        said.append(f"- **{vertical}**, in the paper {size}. Here, {measure}: {' '.join(found)}")
+    return said
 
 
 class Conditions(NamedTuple):
