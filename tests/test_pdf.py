@@ -18,7 +18,8 @@ FACTS = ['Run "smoke" of #2 notebooks', "Model: path:…/a_b"]
 def notebooks(tmp_path):
     picture = {"image/png": PIXEL}
     told = render.samples([("Who?", {"sft": "something harsh"})], warning="Harsh.").data
-    numbers = render.table(pd.DataFrame({"model": ["sft"], "change_in_rate": [0.25]})).data
+    rows = pd.DataFrame({"model": ["sft"] * 14, "change_in_rate": [0.25] * 14})
+    numbers = render.table(rows).data
     first = [
         new_markdown_cell("# First?\n\n[Second?](02-reward.ipynb) →\n\nLoss $x_1 = \\frac{1}{2}$."),
         new_markdown_cell("## Part\n\nSee [rewards](02-reward.ipynb), [none](30-none.ipynb)."),
@@ -45,6 +46,13 @@ def test_an_appendix_has_chapters_that_link_to_each_other(notebooks):
     assert 'alt: "x_{1} = \\\\frac{1}{2}"' in text
     assert len(images) == 1 and f'#figure(image("{[*images][0]}"' in text
     assert "something harsh" in pdf.typst_source(notebooks, "x", [], code=False, full=True)[0]
+
+
+def test_a_table_is_whole_and_has_its_section_as_caption(notebooks):
+    text, _ = pdf.typst_source(notebooks, "x", [], code=False, full=False)
+    assert text.count("kind: table\n") == 1 and text.count("table.header(") == 1
+    caption = text[text.index("table.header(") :].partition("kind: table")[0]
+    assert "caption: [Part]" in caption and text.count("[sft]") == 14 and "more rows" not in text
 
 
 def test_a_pdf_is_tagged_and_made_alike_twice(notebooks, tmp_path):

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,6 +31,12 @@ from .sources import first_line
 FOLDED = re.compile(r'(?s)<details class="harsh">.*?</details>')
 """Text that pages fold away."""
 
+MORE_ROWS = re.compile(
+    r"(?s)</tbody></table>\s*<details><summary>\d+ more rows</summary>\s*"
+    r"<table[^>]*>\s*<thead>.*?</thead>\s*<tbody>(.*?</table>)\s*</details>"
+)
+"""Rows of a table that pages fold away."""
+
 PAGE = re.compile(r"(?:appendix/)?(\d\d-[\w-]+)\.html")
 """A link to another notebook's page."""
 
@@ -46,10 +52,13 @@ STYLE = r"""
 #show raw: set text(size: 7pt, font: ("DejaVu Sans Mono", "DejaVu Sans"))
 #show raw.where(block: true): block.with(fill: luma(246), inset: 5pt, width: 100%)
 #show figure: set block(breakable: true)
+#show figure.where(kind: table): set figure.caption(position: top)
+#show figure.caption: set text(size: 9pt)
 #set table(stroke: (x, y) => if y == 0 { (bottom: .6pt) } else { (bottom: .2pt + luma(180)) })
 #set table(inset: (x: 3pt, y: 2.5pt))
 #show table: set text(size: 7pt, hyphenate: true)
 #show table: set par(justify: false)
+#show table.cell: set align(left)
 #show table: it => { show regex("[_/=]"): sign => sign + sym.zws; it }
 #show link: underline
 #let horizontalrule = line(length: 100%, stroke: .3pt)
@@ -70,8 +79,9 @@ def typst_source(
         page = str(page_body(path, code)[1])
         if not full:
             page = FOLDED.sub("<p><em>Texts that are folded away on the page.</em></p>", page)
-        tree = json.loads(_pandoc(page, "html", "json"))
-        tree["blocks"] = _for_print(tree["blocks"], path.stem, names, images)
+        tree = json.loads(_pandoc(MORE_ROWS.sub(r"\1", page), "html", "json"))
+        blocks = [*_captioned(_ungrouped(tree["blocks"]))]
+        tree["blocks"] = _for_print(blocks, path.stem, names, images)
         chapters.append(_pandoc(json.dumps(tree), "json", "typst"))
     text = "\n".join([STYLE, _title_page(title, facts), *chapters])
     has = FT2Font(FONT).get_charmap()
@@ -102,6 +112,17 @@ def _title_page(title: str, facts: Sequence[str]) -> str:
         f'#align(center, text(size: 22pt, weight: "bold", {name}))\n#v(1cm)\n{about}\n'
         "#pagebreak()\n#outline(depth: 2)\n"
     )
+
+
+def _captioned(blocks: Iterable[dict]) -> Iterator[dict]:
+    """A table's caption is the section in which it stands."""
+    section: list[dict] = []
+    for block in blocks:
+        if block["t"] == "Header":
+            section = block["c"][2]
+        elif block["t"] == "Table":
+            block["c"][1] = [None, [{"t": "Plain", "c": section}]]
+        yield block
 
 
 def _for_print(node, chapter: str, chapters: Collection[str], images: dict[str, bytes]):
