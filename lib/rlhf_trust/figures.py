@@ -1,16 +1,17 @@
-"""Every figure's style: drawn at the width at which it is printed, no text below 7 pt; one colour
-a model and none for other things; intervals always drawn."""
+"""Every figure's style: drawn at the width at which it is printed, a page's or a column's, no text
+below 7 pt; one colour a model and none for other things; intervals always drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, product
-from textwrap import fill
+from textwrap import wrap
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.collections import QuadMesh
 
 from .stats import FEW, mean_interval
 
@@ -35,8 +36,8 @@ SERIES = (
 )
 """Lines that stand for no model."""
 AT_ZERO = {"color": "black", "linewidth": 0.8}
-WIDTH, TALLEST = 5.5, 9.0
-"""Inches: of a page's text, and what fits on a page."""
+WIDTH, COLUMN, TALLEST = 5.5, 3.25, 9.0
+"""Inches: of a page's text, of one of two columns, and what fits on a page."""
 LABEL = 30
 """Characters on a line of a row's label."""
 TITLES = {
@@ -105,8 +106,15 @@ def _panels(count: int, columns: int, height: float, extra: float = 0.0, **share
 
 
 def _wrapped(text: str, width: int) -> str:
-    """At most ``width`` characters a line, with the line breaks that it has."""
-    return "\n".join(fill(line, width) for line in text.split("\n"))
+    """At most ``width`` characters a line, with the line breaks that it has. Those that are made
+    here follow a space, and are made anew for another width."""
+    lines = text.replace(" \n", " ").split("\n")
+    return "\n".join(" \n".join(wrap(line, width)) for line in lines)
+
+
+def _fitting(figure, characters: int) -> int:
+    """Of the characters on a line of a page's width, those that fit on this figure's."""
+    return int(characters * figure.get_figwidth() / WIDTH)
 
 
 def _point(axis, y: float, value: float, low: float, high: float, colour: str, **dot) -> None:
@@ -142,7 +150,8 @@ def _span(counts: pd.Series) -> str:
 
 def legend_below(figure, handles: Sequence, labels: Sequence[str], **more) -> None:
     """A legend of a whole figure under its panels, in as many columns as fit."""
-    columns = max(1, min(len(labels), 84 // (max(map(len, labels), default=1) + 7)))
+    fitting = _fitting(figure, 84) // (max(map(len, labels), default=1) + 7)
+    columns = max(1, min(len(labels), fitting))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, **more)
 
 
@@ -155,11 +164,43 @@ def _dot_legend(figure, looks: dict[str, dict]) -> None:
 def titles(figure, title: str = "", x: str = "", y: str = "") -> None:
     """Title and axis labels of a whole figure. Under ``x`` there is no room for a legend."""
     if title:
-        figure.suptitle(_wrapped(title, 62), x=0.01, horizontalalignment="left")
+        wrapped = _wrapped(title, _fitting(figure, 62))
+        figure.suptitle(wrapped, x=0.01, horizontalalignment="left")
     if x:
-        figure.supxlabel(_wrapped(x, 80))
+        figure.supxlabel(_wrapped(x, _fitting(figure, 80)))
     if y:
         figure.supylabel(y)
+
+
+def narrow(figure) -> bool:
+    """Lay a figure out anew for a column: panels below each other, as high as they were, and longer
+    legends. Nothing is done, and False returned, where a page is too short for that, and for heat
+    maps, whose cells and names would be too small."""
+    panels = [axis for axis in figure.axes if axis.axison]
+    coloured = any(axis.images or axis.findobj(QuadMesh) for axis in panels)
+    height = 0.6 + figure.get_figheight() / panels[0].get_gridspec().nrows * len(panels)
+    if coloured or height > TALLEST:
+        return False
+    figure.set_size_inches(COLUMN, height)
+    for axis in {*figure.axes} - {*panels}:
+        axis.remove()
+    for axis, place in zip(panels, figure.add_gridspec(len(panels), 1)):
+        axis.set_subplotspec(place)
+        axis.tick_params(labelleft=True, labelbottom=True)
+        axis.xaxis.get_major_locator().set_params(nbins=4)
+        axis.set_xlabel(_wrapped(axis.get_xlabel(), _fitting(figure, 46)))
+        axis.set_ylabel(_wrapped(axis.get_ylabel(), 36))
+        axis.set_title(_wrapped(axis.get_title("left"), _fitting(figure, 62)))
+    drawn = [zip(*axis.get_legend_handles_labels()) for axis in panels]
+    whole = {label: handle for of_axis in drawn for handle, label in of_axis}
+    for legend in (*figure.legends, *filter(None, (axis.get_legend() for axis in panels))):
+        legend.remove()
+        shown = zip(legend.get_texts(), legend.legend_handles)
+        looks = {text.get_text(): whole.get(text.get_text(), part) for text, part in shown}
+        title = legend.get_title().get_text()
+        legend_below(figure, [*looks.values()], [*looks], title=title, title_fontsize=7.5)
+    titles(figure, figure.get_suptitle(), figure.get_supxlabel())
+    return True
 
 
 def _heat_map(axis, table, low: float, high: float, fmt: str, size: float = 7.5, **more) -> None:

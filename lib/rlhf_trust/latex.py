@@ -1,5 +1,5 @@
 r"""A run for a paper in LaTeX: its main tables (booktabs), its headline numbers as macros, its
-figures as PDF.
+figures as PDF, as wide as a page's text or as a column.
 
 ``\TrustDpoToxicity`` is what DPO changed in toxicity against its placebo, with its interval;
 ``\TrustDpoToxicityStart`` against start; with a ``P`` or an ``N`` behind it, p after Holm's

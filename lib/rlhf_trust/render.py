@@ -30,6 +30,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from . import ROOT, UNSEEN, StudyError, command, require, visible
 from .artifacts import Build, atomic_write, write_text
+from .figures import narrow
 from .masking import LONGEST, Masker
 from .params import shown_path
 from .sources import first_line
@@ -182,7 +183,8 @@ def _html_table(heads: Iterable, rows: Iterable[Iterable], kind: str) -> Html:
 
 def show(figure, path: Path, alt: str) -> Image:
     """Save a figure as PNG and, to print at its drawn size, as PDF beside it, and put it on the
-    page, larger, as text there is; ``alt`` says what it shows.
+    page, larger, as text there is; ``alt`` says what it shows. ``<name>-column.pdf`` is as wide as
+    one of two columns, of figures that can be (:func:`figures.narrow`).
 
     Without time and software, which would make equal runs differ. Names on it are shown as they
     are: a dollar sign does not begin a formula (see :func:`figures.use_style`).
@@ -193,11 +195,19 @@ def show(figure, path: Path, alt: str) -> Image:
         names = [label.get_text() for label in axis.get_ticklabels()]
         if any(map(UNSEEN.search, names)):
             axis.set_ticks(axis.get_ticklocs(), map(visible, names))
-    unsaid = {"png": ("Software",), "pdf": ("Creator", "Producer", "CreationDate")}
-    for form, keys in unsaid.items():
-        with atomic_write(path.with_suffix(f".{form}")) as aside:
-            figure.savefig(aside, format=form, metadata=dict.fromkeys(keys))
-    width = round(figure.get_size_inches()[0] * 140)
+    unsaid = {".png": ("Software",), ".pdf": ("Creator", "Producer", "CreationDate")}
+
+    def save(end: str) -> None:
+        out = path.with_name(path.stem + end)
+        with atomic_write(out) as aside:
+            metadata = dict.fromkeys(unsaid[out.suffix])
+            figure.savefig(aside, format=out.suffix[1:], metadata=metadata)
+
+    save(".png")
+    save(".pdf")
+    width = round(figure.get_figwidth() * 140)
+    if narrow(figure):
+        save("-column.pdf")
     plt.close(figure)
     return Image(data=path.read_bytes(), format="png", width=width, alt=visible(alt))
 

@@ -139,8 +139,7 @@ class Study:
         return write_table(self.build, table, part or self.stage, rows)
 
     def show(self, figure, name: str, alt: str) -> Image:
-        """Save a figure as ``figures/<name>.png`` and ``.pdf`` and show it; ``alt`` says what is on
-        it."""
+        """Save a figure in ``figures/`` and show it, as :func:`render.show` does."""
         return render.show(figure, self.build.path("figures", f"{name}.png"), alt)
 
     def close(self, read: Sequence[str] = (), **facts: Any) -> None:
