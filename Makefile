@@ -126,7 +126,7 @@ pdf: $(BUILD)/notebooks/90-report.ipynb ## the report and all executed notebooks
 latex: $(BUILD)/notebooks/90-report.ipynb ## the main tables, headline numbers (as macros) and figures for a paper in LaTeX
 	$(BIN)/python -m rlhf_trust.latex $(RUN)
 
-crate: $(BUILD)/notebooks/90-report.ipynb ## describe a run's files by ro-crate-metadata.json, to publish with them
+crate: $(BUILD)/notebooks/90-report.ipynb ## describe a run's files, data and packages (RO-Crate, Croissant, SBOM), to publish with them
 	$(BIN)/python -m rlhf_trust.crate $(RUN)
 
 params: $(INSTALLED) ## print what every notebook would run with (* = changed by the profile)
