@@ -73,7 +73,7 @@ MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
 chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
 EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
 
-.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf latex crate lab lint format unit test verify compare parity soak bench clean resolve
+.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf latex crate lock lab lint format unit test verify compare parity soak bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -128,6 +128,10 @@ latex: $(BUILD)/notebooks/90-report.ipynb ## the main tables, headline numbers (
 
 crate: $(BUILD)/notebooks/90-report.ipynb ## describe a run's files, data and packages (RO-Crate, Croissant, SBOM), to publish with them
 	$(BIN)/python -m rlhf_trust.crate $(RUN)
+
+lock: .lock/.installed ## after a change of lib/constraints.txt: lib/hashes.txt anew, to install by hash
+	.lock/bin/uv pip compile --quiet --universal --python-version 3.11.5 --extra dev --constraint lib/constraints.txt \
+	  --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock" --output-file lib/hashes.txt lib/pyproject.toml
 
 params: $(INSTALLED) ## print what every notebook would run with (* = changed by the profile)
 	@$(LAUNCH) params $(OPTIONS)
@@ -210,9 +214,10 @@ bench: .trl-ppo/.installed .yardsticks/.installed parity ## speed of sampling, t
 .parity/.installed: tests/parity/requirements.txt
 .trl-ppo/.installed: ADDED := --no-deps trl==1.12.0
 .yardsticks/.installed: ADDED := --no-deps ctranslate2==4.8.5
+.lock/.installed: ADDED := --no-deps uv==0.13.9
 # bergson asks for torchvision, torchaudio and bitsandbytes as well, which its MAGIC does not need.
 .bergson/.installed: ADDED := --no-deps bergson==2.5.1 torchopt==0.7.3 optree==0.20.0 graphviz==0.21 jaxtyping==0.3.11 wadler-lindig==0.1.8 simple-parsing==0.1.9 docstring-parser==0.18.0 petname==2.9 natsort==8.4.0 ml_dtypes==0.6.0
-.parity/.installed .trl-ppo/.installed .yardsticks/.installed .bergson/.installed: $(INSTALLED)
+.parity/.installed .trl-ppo/.installed .yardsticks/.installed .lock/.installed .bergson/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(@D)
 	packages() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	echo "import site; site.addsitedir('$$(packages $(abspath $(ENVIRONMENT)))')" > $$(packages $(@D))/study.pth

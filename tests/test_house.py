@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import pkgutil
+import re
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -126,6 +127,16 @@ def test_whatever_a_cell_makes_to_show_is_shown(stage):
         if cell["cell_type"] == "code":
             assert lost_outputs("".join(cell["source"])) == [], cell["id"]
     assert lost_outputs("say('a')\nif b:\n    table(b)") == ["say", "table"]
+
+
+def test_every_pinned_package_has_its_hashes():
+    lib, hashes = rlhf_trust.ROOT / "lib", r"(?:    --hash=sha256:[0-9a-f]{64}.*\n)+"
+    text = (lib / "hashes.txt").read_text(encoding="utf-8")
+    hashed = re.findall(rf"(?m)^([\w.-]+)==([^ ;]+).*\\\n{hashes}", text)
+    assert len(hashed) == text.count("==") - text.count(" == ") and "://" not in text
+    pins = [line.split("==") for line in (lib / "constraints.txt").read_text().split()]
+    same = re.compile("[-_.]+")
+    assert {(same.sub("-", name).lower(), version) for name, version in pins} <= {*hashed}
 
 
 def test_one_version_is_cited():
