@@ -298,6 +298,15 @@ def test_a_page_lists_its_sections(tmp_path):
     assert all(text.count(f'<h2 id="{name}"') == 1 for name in links)
 
 
+def test_the_index_has_the_first_sentence_of_each_section(tmp_path):
+    begins = "## Part\n\nIt *begins*, by 0.5 < 1. Then more.\n\n## Next\n\n- a list\n\nA text."
+    cells = [new_markdown_cell(f"# One\n\n{begins}")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "01-sft.ipynb")
+    index = write_appendix(tmp_path, tmp_path / "appendix")[0].read_text()
+    assert '#part">Part</a> It begins, by 0.5 &lt; 1.</li>' in index
+    assert '#next">Next</a> </li>' in index and "more" not in index
+
+
 def test_parameters_stand_on_a_page_once_with_their_values(tmp_path):
     cells = [
         new_markdown_cell("# One"),

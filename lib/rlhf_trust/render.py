@@ -405,7 +405,7 @@ def write_html(
     code: bool,
     navigation: Sequence[tuple[str, str]] = (),
     folder: str = "",
-) -> list[tuple[str, str, Html]]:
+) -> list[tuple[str, str, Html, str]]:
     """Render an executed notebook as one HTML file that makes no network request; returns what is
     on it, as :func:`_with_anchors` does.
 
@@ -414,7 +414,7 @@ def write_html(
     """
     title, body = page_body(notebook_path, code, folder)
     body, places = _with_anchors(body)
-    sections = [(f"#{name}", said) for kind, name, said in places if kind == "h2"]
+    sections = [(f"#{name}", said) for kind, name, said, _ in places if kind == "h2"]
     folded = Html("<details><summary>Contents</summary>{}</details>").format(_list(sections))
     before = _navigation("Chapters", _links(navigation))
     before += _navigation("Sections", folded if len(sections) > 1 else "")
@@ -431,13 +431,17 @@ PLACE = re.compile(
 """Sections, figures and tables, which can be linked to; and what else gets a box."""
 
 
-def _with_anchors(body: Html) -> tuple[Html, list[tuple[str, str, Html]]]:
-    """A page's body with anchors, and what they lead to: kind (h2, h3, figure, table), name, words.
-    Tables and formulas scroll in boxes of their own, by keys as well."""
-    places: list[tuple[str, str, Html]] = []
+OPENING = re.compile(r"\s*<p>((?:(?!</p>).)*?[.:?!])(?:\s|</p>)", re.DOTALL)
+"""A section's first sentence."""
 
-    def place(kind: str, name: str, said: str) -> str:
-        places.append((kind, name, Html(re.sub("<[^>]+>", "", said))))
+
+def _with_anchors(body: Html) -> tuple[Html, list[tuple[str, str, Html, Html]]]:
+    """A page's body with anchors, and what they lead to: kind (h2, h3, figure, table), name, words,
+    first sentence of a section. Tables and formulas scroll in boxes of their own, by keys too."""
+    places: list[tuple[str, str, Html, Html]] = []
+
+    def place(kind: str, name: str, *said: str) -> str:
+        places.append((kind, name, *(Html(re.sub("<[^>]+>", "", text)) for text in said)))
         return name
 
     def anchored(found: re.Match) -> str:
@@ -447,7 +451,8 @@ def _with_anchors(body: Html) -> tuple[Html, list[tuple[str, str, Html]]]:
         if part.startswith("<math"):
             return f'<span {box}"Formula">{part}</span>'
         if found["id"]:
-            name = place(found["head"], found["id"], found["said"])
+            opening = OPENING.match(body, found.end())
+            name = place(found["head"], found["id"], found["said"], opening[1] if opening else "")
             link = f'<a class="anchor" href="#{name}" aria-label="Link to this section"></a>'
             return f"{part[:-5]}{link}{part[-5:]}"
         kind = "figure" if part.startswith("<img") else "table"
@@ -457,7 +462,7 @@ def _with_anchors(body: Html) -> tuple[Html, list[tuple[str, str, Html]]]:
             body[found.end() :].partition("</table>"),
         )
         said = re.findall('alt="([^"]*)"', part) or re.findall("(?s)<th[^>]*>(.*?)</th>", rows)
-        name = place(kind, f"{kind}-{number}", f"{label}: {', '.join(said)}")
+        name = place(kind, f"{kind}-{number}", f"{label}: {', '.join(said)}", "")
         if kind == "figure":
             return f'<img id="{name}"{part[4:]}'
         return f'<div id="{name}" {box}"{label}">{part}'
@@ -520,13 +525,14 @@ def write_appendix(notebooks: Path, out: Path) -> list[Path]:
             links.append((pages[index + 1].name, f"{titles[index + 1]} →"))
         places = write_html(source, page, code=True, navigation=links)
         entries.append((page.name, f"{page.name[:2]} · {titles[index]}"))
-        inside = _list((f"{page.name}#{name}", said) for _, name, said in places)
+        inside = _list((f"{page.name}#{name}", said, opening) for _, name, said, opening in places)
         contents += Html("<h3>{}</h3>{}").format(titles[index], inside)
     body = Html(
         "<h1>Appendix: the notebooks as they ran</h1>"
         "<p>One page a notebook, with its code and results. The last one is the report.</p>{}"
         "<h2>Sections, figures and tables</h2>"
-        "<p>Of all pages, tables by their columns: search here with the browser.</p>{}"
+        "<p>Of all pages, sections with their first sentence, tables by their columns: search here "
+        "with the browser.</p>{}"
     ).format(_list(entries), contents)
     write_text(out / "index.html", _page("Appendix", body))
     return [out / "index.html", *pages]
@@ -544,8 +550,10 @@ def _links(links: Iterable[tuple[str, str]]) -> Html:
     return Html("").join(Html('<a href="{}">{}</a>').format(*link) for link in links)
 
 
-def _list(links: Iterable[tuple[str, str]]) -> Html:
-    entries = (Html("<li>{}</li>").format(_links([link])) for link in links)
+def _list(links: Iterable[Sequence[str]]) -> Html:
+    """Links by address and text, and perhaps what stands behind them."""
+    parts = (Html(" ").join([_links([link[:2]]), *link[2:]]) for link in links)
+    entries = (Html("<li>{}</li>").format(part) for part in parts)
     return Html("<ul>{}</ul>").format(Html("").join(entries))
 
 
