@@ -41,6 +41,7 @@ from ..chat import Chat, EncodedExample, Options
 from ..data import choose
 from ..data.preferences import Pair, PreferencePair
 from ..decode import Example, MultipleChoice, Prompt
+from ..training import pair_examples
 from ..verticals import HEADLINE, ethics, privacy, stereotype, toxicity, truthfulness
 from ..verticals.common import read_answers
 from ..verticals.scorers import make_scorer
@@ -68,10 +69,7 @@ Changed = tuple[Prompt, str, str]
 
 def training_examples(pairs: Sequence[PreferencePair], chat: Chat, stage: str) -> list[Example]:
     """SFT saw the chosen answers alone; the reward model and DPO saw both."""
-    return [
-        _stage_example(Prompt(p.id, p.prompt), p.source, (p.chosen, p.rejected), chat, stage)
-        for p in pairs
-    ]
+    return [_as_seen(example, stage) for example in pair_examples(pairs, chat)]
 
 
 def evaluation_examples(
@@ -84,24 +82,21 @@ def evaluation_examples(
     was cut (:func:`was_cut`) and has no end token here: the model never drew one. Only the reward
     model is given one all the same, as in PPO: it reads every answer there.
     """
-    examples = []
-    limit = None if stage == "ppo" else limit
-    for p, before, after in items:
-        prompt = replace(p, id=f"{vertical}/{p.id}")
-        examples.append(_stage_example(prompt, vertical, (after, before), chat, stage, limit))
+    examples, limit = [], None if stage == "ppo" else limit
+    for prompt, before, after in items:
+        sequences = []
+        for answer in (after, before):
+            text = chat.sequence(prompt.turns, answer, prompt.system)
+            cut = was_cut(text, limit)
+            sequences.append(replace(text, input_ids=text.input_ids[:-1]) if cut else text)
+        example = Example(f"{vertical}/{prompt.id}", vertical, tuple(sequences))
+        examples.append(_as_seen(example, stage))
     return examples
 
 
-def _stage_example(
-    prompt: Prompt, source: str, answers: tuple[str, str], chat: Chat, stage: str, limit=None
-) -> Example:
-    """``answers``: the preferred one first, of which SFT saw that alone."""
-    sequences = []
-    for answer in answers[:1] if stage == "sft" else answers:
-        text = chat.sequence(prompt.turns, answer, prompt.system)
-        cut = was_cut(text, limit)
-        sequences.append(replace(text, input_ids=text.input_ids[:-1]) if cut else text)
-    return Example(prompt.id, source, tuple(sequences))
+def _as_seen(pair: Example, stage: str) -> Example:
+    """SFT saw the first answer alone."""
+    return replace(pair, sequences=pair.sequences[:1]) if stage == "sft" else pair
 
 
 def was_cut(sequence: EncodedExample, limit: int | None) -> bool:
