@@ -126,7 +126,8 @@ def load_base(source: str, dtype: str = "auto") -> Base:
     # Of which transformers would load the backbone from wherever the adapter says.
     if is_adapter(directory):
         raise StudyError(f"{where} holds an adapter; name the model that it was trained on")
-    try:
+    remedy = "delete the folder and run again" if source.startswith("wheel:") else again
+    with refusing(f"{where} cannot be read", remedy, Exception):
         tokenizer = load_tokenizer(directory)
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         for name in config.get("architectures") or []:
@@ -135,13 +136,6 @@ def load_base(source: str, dtype: str = "auto") -> Base:
         model, loading = AutoModelForCausalLM.from_pretrained(
             directory, dtype=kind, output_loading_info=True, **NO_CODE
         )
-    except StudyError:
-        raise
-    # Whatever a broken file makes of the readers: say which folder, in one line.
-    except Exception as error:
-        remedy = "delete the folder and run again" if source.startswith("wheel:") else again
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise StudyError(f"{where} cannot be read ({reason}); {remedy}") from error
     # Missing weights would stay random numbers.
     if loading["missing_keys"]:
         raise StudyError(f"{where} lacks the weights {min(loading['missing_keys'])}; {again}")
@@ -298,12 +292,9 @@ def load_merged(source: str, directory: Path, dtype: str = "auto") -> Base:
     Raises :class:`StudyError` for what PEFT cannot put there, such as a learnt prompt.
     """
     base = load_base(source, dtype)
-    try:
+    problem = f"{directory}: PEFT cannot put it into {source}"
+    with refusing(problem, "merge it by other means and name the merged model", Exception):
         merged = PeftModel.from_pretrained(base.model, directory).merge_and_unload()
-    # Whatever PEFT makes of a broken or foreign adapter.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise StudyError(f"{directory}: PEFT cannot put it into {source} ({reason})") from None
     weights = _short_hash(base.weights + sha256_of(directory))
     fingerprint = _short_hash(base.fingerprint + weights)
     model = merged.requires_grad_(False).eval()

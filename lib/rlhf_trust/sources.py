@@ -46,11 +46,17 @@ def first_line(error: object) -> str:
 
 @contextmanager
 def refusing(problem: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds become a :class:`StudyError`: problem (what the error says); remedy."""
+    """Errors of these kinds become a :class:`StudyError`: problem (what the error says); remedy.
+
+    One that is a :class:`StudyError` already stays as it is. With ``Exception`` (whatever a broken
+    file makes of its readers) the error's name is said, too."""
     try:
         yield
+    except StudyError:
+        raise
     except kinds as error:
-        raise StudyError(f"{problem} ({first_line(error)}); {remedy}") from None
+        name = f"{type(error).__name__}: " if Exception in kinds else ""
+        raise StudyError(f"{problem} ({name}{first_line(error)}); {remedy}") from error
 
 
 # --- data -----------------------------------------------------------------------------------------

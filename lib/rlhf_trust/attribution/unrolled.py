@@ -76,7 +76,7 @@ from ..losses import (
     training_loss,
 )
 from ..models import load_tokenizer, lora_weights, restore, using
-from ..sources import first_line
+from ..sources import refusing
 from ..training import (
     CLIP,
     TrainConfig,
@@ -298,12 +298,8 @@ def attribute(
 def _own_tokenizer(network):
     """The tokenizer beside the weights of a PEFT model."""
     place = network.get_base_model().name_or_path
-    try:
+    with refusing(f"attribute: no tokenizer beside the model {place}", "pass one", Exception):
         return load_tokenizer(Path(place))
-    except Exception as error:  # whatever a missing or broken file makes of the reader
-        raise StudyError(
-            f"attribute: no tokenizer beside the model {place} ({first_line(error)}); pass one"
-        ) from error
 
 
 def _encoded(

@@ -25,7 +25,7 @@ from .. import ROOT, StudyError, sources
 from ..artifacts import ResultCache, content_key, progress, sha256_of
 from ..decode import batches_by_length
 from ..models import device
-from ..sources import Wheel, ensure_converted, first_line
+from ..sources import Wheel, ensure_converted
 
 
 class Scorer:
@@ -80,16 +80,15 @@ class ToxBlockScorer(Scorer):
     def __init__(self, directory: Path | None = None):
         try:
             directory = directory or tox_block_directory()
+        except StudyError as error:
+            raise StudyError(f"scorer tox-block: {error}; or use another scorer") from None
+        problem, remedy = f"{directory} cannot be read", "delete the folder and run again"
+        broken = OSError, ValueError, SafetensorError
+        with sources.refusing(f"scorer tox-block: {problem}", remedy, *broken):
             self.settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             # In double precision a text's score does not depend on its batch to any shown digit.
             stored = load_file(directory / "model.safetensors")
             self.weights = {name: weight.double() for name, weight in stored.items()}
-        except StudyError as error:
-            raise StudyError(f"scorer tox-block: {error}; or use another scorer") from None
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            problem = f"{directory} cannot be read ({reason}); delete the folder and run again"
-            raise StudyError(f"scorer tox-block: {problem}") from None
         self.numbers = {word: number for number, word in enumerate(self.settings["words"], start=1)}
 
     def _scores(self, texts: list[str]) -> Sequence[float]:
@@ -231,13 +230,10 @@ class ClassifierScorer(Scorer):
     def __init__(self, source: str, batch_size: int = 32):
         folder, kind = sources.model_directory(source), AutoModelForSequenceClassification
         how = {"dtype": torch.float32, "output_loading_info": True, **sources.NO_CODE}
-        try:
+        problem = f"scorer {source}: {folder} cannot be read"
+        with sources.refusing(problem, "fetch or save it again", Exception):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **sources.NO_CODE)
             model, loading = kind.from_pretrained(folder, **how)
-        # Whatever a broken file makes of the readers.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise StudyError(f"scorer {source}: {folder} cannot be read ({reason})") from None
         if missing := loading["missing_keys"]:
             raise StudyError(f"scorer {source}: is no classifier: it lacks {min(missing)}")
         config, labels = model.config, model.config.id2label
