@@ -25,7 +25,7 @@ from .. import ROOT, StudyError, sources
 from ..artifacts import ResultCache, content_key, progress, sha256_of
 from ..decode import batches_by_length
 from ..models import device
-from ..sources import Wheel, ensure_converted
+from ..sources import ensure_converted, listed_wheel
 
 
 class Scorer:
@@ -146,18 +146,11 @@ def lstm(x: torch.Tensor, kernel, recurrent_kernel, bias) -> torch.Tensor:
 
 TOX_BLOCK_WEIGHTS = "tox_block/trained_models/lstm_model_0.1.2.h5"
 TOX_BLOCK_TOKENIZER = "tox_block/trained_models/encoder_0.1.2.pkl"
-TOX_BLOCK = Wheel(
-    "tox-block==0.1.2",
-    {
-        TOX_BLOCK_WEIGHTS: "587d40726f1250341a3661fac099e46582cf34cdd5136eb88a726bf6d62ec24e",
-        TOX_BLOCK_TOKENIZER: "f73db76ce4138c0a566cf91a84077ab66db1f5da40d795d2f751b5a157d91ce7",
-    },
-)
 
 
 def tox_block_directory() -> Path:
     """Where they are, fetched and rebuilt on first use."""
-    return ensure_converted(TOX_BLOCK, rebuild_tox_block)
+    return ensure_converted(listed_wheel("tox-block==0.1.2"), rebuild_tox_block)
 
 
 def rebuild_tox_block(unpacked: Path, target: Path) -> None:
