@@ -12,7 +12,6 @@ a model costs only that model."""
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from . import StudyError
 from .artifacts import ResultCache, code_hash, content_key, note, progress
 from .chat import Chat, EncodedExample
+from .stats import generator
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class MultipleChoice:
 def uniform_draws(key: str, seed: int, sample: int, steps: int) -> np.ndarray:
     """The random numbers in [0, 1) that an item's ``sample``-th answer is drawn with, shape
     [steps]."""
-    digest = hashlib.sha256(f"{key}\0{seed}\0{sample}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "little")).random(steps)
+    return generator(f"{key}\0{seed}\0{sample}").random(steps)
 
 
 PAD_TO = 16
@@ -845,20 +844,29 @@ def _groups(sequences: Sequence[EncodedExample]) -> list[list[int]]:
     ]
 
 
-def _read_in_batches(
-    sequences: Sequence[EncodedExample], rows: int, desc: str
-) -> Iterator[tuple[list[int], list[Group]]]:
-    """Batches of about ``rows`` texts: their indices, and the texts in the same order, as
-    groups."""
-    groups = _groups(sequences)
+@torch.no_grad()
+def _read_all(
+    read: Callable[[list[Group]], torch.Tensor],
+    sequences: Sequence[EncodedExample],
+    rows: int,
+    desc: str,
+    each: Each | None = None,
+) -> np.ndarray:
+    """What ``read`` gives for each text, [n, …], in batches of about ``rows`` texts; ``each(index,
+    value)`` is called as soon as a text has its own."""
+    groups, found = _groups(sequences), [np.nan] * len(sequences)
     texts = [tuple(sequences[i] for i in group) for group in groups]
     together = max(1, rows // max(map(len, groups), default=1))
     batches = batches_by_length([packed_length(group) for group in texts], together)
     for batch in progress(batches, desc=desc, unit="batch") if desc else batches:
-        yield [i for place in batch for i in groups[place]], [texts[place] for place in batch]
+        values = read([texts[place] for place in batch]).cpu().numpy()
+        for index, value in zip([i for place in batch for i in groups[place]], values):
+            found[index] = value
+            if each:
+                each(index, value)
+    return np.array(found)
 
 
-@torch.no_grad()
 def answer_logps(
     model,
     sequences: Sequence[EncodedExample],
@@ -871,28 +879,23 @@ def answer_logps(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed answer log-probabilities (each to this ``power``) and answer lengths of many texts, in
     the given order: two arrays [n]. ``each(index, sum)`` is called as soon as a text has one."""
-    sums = np.zeros(len(sequences))
-    for batch, groups in _read_in_batches(sequences, rows, desc):
+
+    def sums(groups: list[Group]) -> torch.Tensor:
         predicting, targets, owner = _predictions(model, pack(groups), pad, kept)
         logps = chosen_logps(model, predicting, targets).double() ** power
-        sums[batch] = logps.new_zeros(len(batch)).index_add(0, owner, logps).cpu().numpy()
-        for index in batch if each else ():
-            each(index, sums[index])
-    return sums, np.array([len(s.answer_ids) for s in sequences], dtype=int)
+        return logps.new_zeros(sum(map(len, groups))).index_add(0, owner, logps)
+
+    found = _read_all(sums, sequences, rows, desc, each)
+    return found, np.array([len(s.answer_ids) for s in sequences], dtype=int)
 
 
-@torch.no_grad()
 def end_states(
     model, sequences: Sequence[EncodedExample], pad: int, rows: int = 16, desc: str = ""
-) -> torch.Tensor:
+) -> np.ndarray:
     """Last hidden state at each text's last token, [n, hidden], float32."""
-    found = torch.zeros(len(sequences), model.config.hidden_size)
-    for batch, groups in _read_in_batches(sequences, rows, desc):
-        found[batch] = _end_states(model, groups, pad).float().cpu()
-    return found
+    return _read_all(lambda some: _end_states(model, some, pad).float(), sequences, rows, desc)
 
 
-@torch.no_grad()
 def rewards(
     model,
     head: torch.Tensor,
@@ -904,13 +907,12 @@ def rewards(
 ) -> np.ndarray:
     """Scalar rewards [n] with the active (reward) adapter: head · hidden state of each text's last
     token. ``each`` as for :func:`answer_logps`."""
-    values = np.zeros(len(sequences))
-    for batch, groups in _read_in_batches(sequences, rows, desc):
+
+    def scores(groups: list[Group]) -> torch.Tensor:
         states = _end_states(model, groups, pad).float()
-        values[batch] = (states @ head.to(states)).double().cpu().numpy()
-        for index in batch if each else ():
-            each(index, values[index])
-    return values
+        return (states @ head.to(states)).double()
+
+    return _read_all(scores, sequences, rows, desc, each)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def embed(
     eos, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
     ended = with_end(answers, eos)
     with models.using(model, None):
-        return decode.end_states(model, ended, pad, rows, desc).numpy()
+        return decode.end_states(model, ended, pad, rows, desc)
 
 
 def reward_fn(model, reward: Reward, chat: Chat) -> RewardFn:
