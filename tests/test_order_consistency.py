@@ -115,8 +115,8 @@ def test_prompts_are_held_out_whole():
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"betas": [2.0, 1.0]}, "betas: must be above 0, in rising order, got 2.0, 1.0"),
-        ({"n_pairs": [400, 200]}, "amounts: must be above 1, in rising order, got 400, 200"),
+        ({"betas": [2.0, 1.0]}, "betas: must be in rising order, got 2.0, 1.0"),
+        ({"n_pairs": [400, 200]}, "amounts: must be in rising order, got 400, 200"),
         ({"best_of": [2, 9]}, "best_of: must be at most answers_test, 8, got 9"),
         ({"betas": [0.5, 2.0]}, "ppo_beta: must be one of betas, got 1.0"),
     ],

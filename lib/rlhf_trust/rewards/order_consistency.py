@@ -347,14 +347,10 @@ class Settings:
         """Raise for settings, each allowed by itself, that cannot work together: with ``answers``
         to a test prompt, or as no annotator of the sweep has PPO's ``ppo_beta``. Errors name the
         notebook's parameter."""
-        for name, given, least in (
-            ("betas", self.betas, 0),
-            ("amounts", self.n_pairs, 1),
-            ("best_of", self.best_of, 0),
-        ):
+        lists = {"betas": self.betas, "amounts": self.n_pairs, "best_of": self.best_of}
+        for name, given in lists.items():
             listed = ", ".join(map(str, given))
-            rising = f"{name}: must be above {least}, in rising order, got {listed}"
-            require(sorted(given) == list(given), rising)
+            require(sorted(given) == list(given), f"{name}: must be in rising order, got {listed}")
         most = self.best_of[-1]
         require(most <= answers, f"best_of: must be at most answers_test, {answers}, got {most}")
         require(ppo_beta in self.betas, f"ppo_beta: must be one of betas, got {ppo_beta}")
