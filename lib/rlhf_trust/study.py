@@ -6,7 +6,7 @@ Nothing is loaded before it is asked for, so a chapter that needs no model opens
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import inf
 from pathlib import Path
@@ -23,7 +23,7 @@ from .chat import Chat
 from .data.preferences import Preferences, load_preferences
 from .decode import Generations
 from .models import Base, Loader, ModelSet, load_tokenizer
-from .params import NOTEBOOKS, notebook_parameters, whole_paths
+from .params import NOTEBOOKS, notebook_parameters, shown_source, whole_paths
 from .sources import NO_CODE, is_adapter, model_directory, read_json
 
 
@@ -39,6 +39,7 @@ class Study:
     build: Build
     manifest: Manifest
     _compared: ModelSet | None = None
+    _read: dict[str, str] = field(default_factory=dict)
 
     def _need(self, *names: str) -> list[Any]:
         for name in names:
@@ -77,9 +78,16 @@ class Study:
     def pairs(self) -> Preferences:
         """The preference pairs, split into ``train`` and ``held_out``; those that are longer than
         the model's context are left out."""
-        wanted = self._need("preferences", "n_train", "n_held_out")
-        max_length, seed = self._need("max_length", "seed")
-        return load_preferences(*wanted, self.chat, min(max_length, self._context()), seed)
+        return self.pairs_from(*self._need("preferences", "n_train"))
+
+    def pairs_from(self, source: str, n_train: int = 10**9) -> Preferences:
+        """The same of any source, with as many training pairs (by default all)."""
+        n_held_out, max_length, seed = self._need("n_held_out", "max_length", "seed")
+        sizes = n_train, n_held_out, self.chat, min(max_length, self._context()), seed
+        found = load_preferences(source, *sizes)
+        of = "" if source == self.parameters["preferences"] else f" {shown_source(source)}"
+        self._read |= {f"preferences{of}: {name}": found.files[name] for name in found.files}
+        return found
 
     def _context(self) -> float:
         """The model's, in tokens, if there is a model; a note where ``max_length`` is beyond it."""
@@ -146,9 +154,7 @@ class Study:
         """Write the manifest: which preference files and models (``read``, entries as in
         :meth:`models`) were read, by hash (sha256, of models 16 digits), and whatever else was, how
         checkpoints were asked, and ``facts`` about the run."""
-        # Pairs that nothing asked for were not read.
-        files = self.pairs.files if "pairs" in vars(self) else {}
-        self.manifest.inputs = {f"preferences: {name}": files[name] for name in files}
+        self.manifest.inputs = dict(self._read)
         for entry in read:
             name, brought, _ = entry.partition("=")
             hashed = brought and self._compared.fingerprints[name]
