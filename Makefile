@@ -62,7 +62,9 @@ endif
 BIN := $(ENVIRONMENT)/bin
 RUN := $(PROFILE)$(if $(SEED),-seed$(SEED))
 BUILD := build/$(RUN)
-STAGES := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]-*.ipynb))))
+# Those from 60 on have targets of their own. They belong to a run in which they are done, and to the tests'.
+STAGES := $(sort $(filter-out %.failed,$(basename $(notdir $(wildcard notebooks/[0-57-9][0-9]-*.ipynb \
+  $(if $(filter smoke,$(PROFILE)),notebooks,$(BUILD)/notebooks)/6[0-9]-*.ipynb)))))
 LAUNCH := $(BIN)/python -m rlhf_trust.run
 OPTIONS := --profile $(PROFILE)
 PYTEST := $(BIN)/python -m pytest -q --strict-markers --numprocesses $(JOBS) --dist worksteal
@@ -102,6 +104,12 @@ reproduce flagship: $(BUILD)/report.html $(BUILD)/appendix/index.html
 quick: ## a first answer: SFT, DPO and its placebo, five verticals without written answers, report
 	$(MAKE) build/quick/report.html PROFILE=quick JOBS=1 OMP_NUM_THREADS=$(CORES) STAGES="01-sft 04-dpo 16-headline 90-report"
 	@echo "report: build/quick/report.html"
+
+dose: ## how do effects grow with the amount of preference pairs? Beside the whole study (then in its report), or alone
+	$(MAKE) $(BUILD)/notebooks/60-dose.ipynb JOBS=1 OMP_NUM_THREADS=$(CORES) STAGES="01-sft 04-dpo 60-dose"
+	[ ! -e $(BUILD)/report.html ] || $(MAKE) report
+	$(BIN)/python -m rlhf_trust.render appendix $(RUN)
+	@echo "chapter: $(BUILD)/appendix/60-dose.html"
 
 evaluate: ## measure models as they are: BEFORE=<model> AFTER=<name>=<model>,… CHAPTERS=toxicity,…,rag,lineage
 	$(MAKE) card PROFILE=$(if $(filter embedded,$(PROFILE)),evaluate,$(PROFILE)) STAGES="$(EVALUATED) 90-report"
@@ -172,9 +180,10 @@ $(call nb,21-% 22-% 23-%): $(call nb,10-%)
 $(call nb,30-%): $(call nb,02-% 04-% 05-%)
 $(call nb,40-%): $(call nb,01-% 03-% 04-% 05-%)
 $(call nb,50-%): $(call nb,01-% 03-% 04-% 05-% 40-%)
+$(call nb,60-%): $(call nb,01-% 04-%)
 # The long ones are started first, so that no core waits for them at the end.
 READ := $(filter $(if $(filter flagship,$(MAKECMDGOALS)),0% 1% 2%,%),$(filter-out 90-%,$(STAGES)))
-$(call nb,90-%): $(foreach some,05-% 16-% 30-% 40-% 22-% 21-% 23-% %,$(call nb,$(filter $(some),$(READ))))
+$(call nb,90-%): $(foreach some,05-% 16-% 60-% 30-% 40-% 22-% 21-% 23-% %,$(call nb,$(filter $(some),$(READ))))
 $(call nb,90-%): $(if $(SEED),,$(wildcard $(BUILD)-seed*/tables/trust_change.csv))
 
 # --- checks -----------------------------------------------------------------------------------------------------

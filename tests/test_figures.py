@@ -90,6 +90,12 @@ def doses():
     return figures.doses(table.assign(vertical=table["target"], draws=8))
 
 
+def dose_curves(subsets=("harmless", "helpful", "all"), amounts=(30, 60, 120, 240)):
+    labels = {"vertical": VERTICALS[1:5], "subset": subsets, "arm": ["true", "placebo"]}
+    table = measured(26, 72, **labels, amount=amounts).rename(columns={"value": "change"})
+    return figures.dose_curves(table.assign(baseline="sft", measurable=True, worse=1, seeds=3))
+
+
 def learners():
     named = {"pairs": ["same", "cross"], "amount": [100, 200, 400, 800], "beta": [0.5, 2, 5]}
     kinds = ["Bradley-Terry_MLP", "classification_MLP", "order-consistent", "random_forest"]
@@ -193,6 +199,10 @@ FIGURES = {
     ),
     "effects": effects,
     "doses": doses,
+    "dose_curves": dose_curves,
+    "dose_curves, paper": lambda: dose_curves(
+        ("harmless", "helpful", "all", "ultrafeedback"), (2500, 10000, 40000, 80000)
+    ),
     "learners": learners,
     "style_matrices": lambda: figures.style_matrices(
         {f"{name}\nn = 24": RANDOM.uniform(0, 1, (3, 3)) for name in [*MODELS[3:], "reward model"]},

@@ -39,6 +39,8 @@ PACKAGES = (
 
 CHANGE = "change ci_low ci_high p p_holm min_detectable"
 """A change's columns, with its interval and its test."""
+OVER_SEEDS = "n seeds seed_sd worse compared validity_change validity_low validity_high"
+"""Further ones, of a change over items and seeds."""
 
 TABLES = {
     table: columns.split()
@@ -60,11 +62,13 @@ TABLES = {
         "validation": "test target solver value ci_low ci_high p n",
         "mitigation": f"target action selection share pairs vertical {CHANGE} draws n seed",
         "arms": "stage arm seed kl alpha kl_stereotype kl_ethics",
-        "headline": (
-            f"stage vertical baseline {CHANGE} n seeds seed_sd worse compared "
-            "validity_change validity_low validity_high kl alpha"
-        ),
+        "headline": (f"stage vertical baseline {CHANGE} {OVER_SEEDS} kl alpha"),
         "validity": "model vertical metric condition value ci_low ci_high chance valid n",
+        "dose": "subset amount arm seed kl alpha vertical metric value n",
+        "dose_change": (
+            f"subset amount vertical arm baseline {CHANGE} {OVER_SEEDS} kl alpha measurable"
+        ),
+        "dose_trend": (f"subset contrast vertical {CHANGE} {OVER_SEEDS} clear_from measurable"),
         "checks": "stage check holds value ci_low ci_high n sentence",
     }.items()
 }
@@ -80,7 +84,9 @@ and ``lineage_separation`` how well each measure separates derived from unrelate
 how far each training of a stage, true or placebo, moved from SFT, and how far it was brought back
 (alpha); ``kl_<vertical>``: on the documents that the vertical reads. ``headline``: what each stage
 changed against start and against its placebo, over items and seeds (SFT against start alone), and
-``validity`` whether the vertical's instrument measures anything on each model.
+``validity`` whether the vertical's instrument measures anything on each model. ``dose``: every
+arm's headlines by amount and set of pairs; ``dose_change`` what an amount changed, ``dose_trend``
+how changes grow with it.
 """
 
 

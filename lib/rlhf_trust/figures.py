@@ -35,6 +35,7 @@ SERIES = (
     {"color": INK, "marker": "D", "linestyle": "-.", "markerfacecolor": "white"},
 )
 """Lines that stand for no model."""
+ENDS = ["ci_low", "ci_high"]
 AT_ZERO = {"color": "black", "linewidth": 0.8}
 WIDTH, COLUMN, TALLEST = 5.5, 3.25, 9.0
 """Inches: of a page's text, of one of two columns, and what fits on a page."""
@@ -474,6 +475,42 @@ def doses(table: pd.DataFrame):
     unit = "log-odds of the bad answer, nats:\nchange against random pairs"
     title = f"What acting on the most harmful pairs changes, {table['draws'].iloc[0]} random draws"
     titles(figure, title, y=unit)
+    return figure
+
+
+def dose_curves(changes: pd.DataFrame):
+    """Change of each vertical against SFT by the amount of pairs, a panel for each vertical and
+    set, signed so that up is worse: DPO's true arms filled, their placebos hollow, both at one KL
+    to SFT.
+
+    ``changes``: of the table ``dose_change``; what cannot be measured is not drawn. None if nothing
+    can.
+    """
+    shown = changes[changes["baseline"].eq("sft") & changes["measurable"] & (changes["n"] >= FEW)]
+    if shown.empty:
+        return None
+    panels, amounts = ["vertical", "subset"], [0, *sorted(shown["amount"].astype(int).unique())]
+    columns = min(3, shown["subset"].nunique())
+    count = len(shown[panels].drop_duplicates())
+    figure, axes = _panels(count, columns, 1.3, 0.9, sharex=True, sharey=True)
+    for axis, ((vertical, subset), rows) in zip(axes, shown.groupby(panels, sort=False)):
+        for place, (arm, points) in enumerate(rows.groupby("arm", sort=False)):
+            value, ends = (points[some].mul(points["worse"], 0) for some in ("change", ENDS))
+            bars = [value - ends.min(axis=1), ends.max(axis=1) - value]
+            x = points["amount"].map(amounts.index) + _offset(place, 2, 0.24)
+            look = {"markerfacecolor": "white", "linestyle": "--"} if arm == "placebo" else {}
+            look |= {"color": colour("dpo"), "marker": "o", "capsize": 2}
+            axis.errorbar(x, value, bars, label=f"dpo, {arm} arms", **look)
+        axis.plot(0, 0, "o", color=colour("sft"), label="sft")
+        axis.axhline(0, **AT_ZERO)
+        axis.set_xticks(
+            range(len(amounts)), [f"{a}" if a < 1000 else f"{a / 1000:g}k" for a in amounts]
+        )
+        axis.set_title(_wrapped(f"{TITLES[vertical]}\n{subset} (n = {_span(rows['n'])})", 20))
+    legend_below(figure, *axes[0].get_legend_handles_labels())
+    over = f"items and {_span(shown['seeds'])} seeds" if shown["seeds"].max() > 1 else "items"
+    title = f"Change by the amount of preference pairs, 95 % interval over {over}"
+    titles(figure, title, y="change against sft, up is worse")
     return figure
 
 

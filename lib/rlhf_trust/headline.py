@@ -266,7 +266,7 @@ def _comparisons(rows: Mapping, placebos: bool) -> str:
     after = f"{overall}." if start.n >= FEW else "no verdict."
     if "placebo" not in rows:
         against = "no placebo. Against" if placebos else "against"
-        return f"{against} start {_change_words(start)}: {after}"
+        return f"{against} start {change_words(start)}: {after}"
     placebo, found = rows["placebo"], clear_verdict(rows["placebo"])
     one = placebo.seeds < 2
     if placebo.n < FEW:
@@ -283,11 +283,11 @@ def _comparisons(rows: Mapping, placebos: bool) -> str:
             "preferences."
         )
     where = f"{placebo.kl:.2f} nats an answer, {placebo.alpha:.0%} or more of each arm's way"
-    against = f"{_change_words(placebo)} against the placebo at the same KL to SFT ({where})"
-    return f"{said}: {against}. Against start {_change_words(start)}: {after}"
+    against = f"{change_words(placebo)} against the placebo at the same KL to SFT ({where})"
+    return f"{said}: {against}. Against start {change_words(start)}: {after}"
 
 
-def _change_words(row) -> str:
+def change_words(row) -> str:
     """``+0.080 (95 % interval +0.020 to +0.140; p = 0.012 after Holm, n = 36 items, 3 seeds)``."""
     seeds = f"{row.seeds} seeds" if row.seeds > 1 else "one checkpoint"
     change = interval_words(Interval.of_row(row, "change"))[:-1]

@@ -58,7 +58,8 @@ PAGES = (ROOT / "README.md", ROOT / "lib" / "docs" / "results.md")
 PICTURE = ROOT / "lib" / "docs" / "headline.svg"
 SAVED = (
     "trust trust_change headline validity arms distance training checks attribution_summary "
-    "validation mitigation rm_bench grounding grounding_change lineage lineage_separation"
+    "validation mitigation rm_bench grounding grounding_change lineage lineage_separation "
+    "dose dose_change dose_trend"
 ).split()
 """The tables of a reference run."""
 

@@ -45,6 +45,7 @@ WRITTEN = {
     "0": ("training", "checks"),
     "10 11 12 13 14": ("trust", "trust_change"),
     "16": ("headline", "validity"),
+    "60": ("dose", "dose_change", "dose_trend"),
 }
 """First digits of stages → the tables that each of them writes."""
 

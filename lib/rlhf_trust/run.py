@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-SETS = {"preferences": "hh-rlhf/", "questions": "trust-score/"}
+SETS = {"preferences": "hh-rlhf/", "also": "hh-rlhf/", "questions": "trust-score/"}
 """Which of ``HUB_FILES`` a parameter ``hub:`` means; ``benchmarks``: all others."""
 
 
@@ -140,7 +140,7 @@ def fetch(parameters: dict[str, dict], wanted: Iterable[str]) -> None:
             for file in sources.HUB_FILES:
                 if file.startswith(SETS.get(name, "")) and not file.startswith(others):
                     sources.locate(source, file.removesuffix(".gz"))
-        elif name == "preferences" and source.startswith("hub:"):
+        elif name in ("preferences", "also") and source.startswith("hub:"):
             from .data.parts import hub_splits  # slow to import, like the scorers
 
             hub_splits(source.split(":")[1])
@@ -173,6 +173,7 @@ BENCHMARKS = {
     "11": "decodingtrust-stereotype/user_prompts.csv",
     "12": "ethics/cm_test.csv",
     "13": "truthfulqa/mc_task.json",
+    "60": "decodingtrust-stereotype/user_prompts.csv ethics/cm_test.csv truthfulqa/mc_task.json",
 }
 """Notebook → the files that it needs of ``benchmarks``, which has to have them."""
 ALL_BENCHMARKS = ("15", "16", "20", "21", "22", "23")
@@ -194,7 +195,9 @@ def look_for_sources(run: str, parameters: dict[str, dict]) -> None:
                     if name == "trained":
                         _look_for_model(entry, adapters)
                     elif isinstance(entry, str):
-                        _look_for(entry, name in ("preferences", "benchmarks", "questions"))
+                        source = entry.partition("=")[2] if name == "also" else entry
+                        data = name in ("preferences", "also", "benchmarks", "questions")
+                        _look_for(source, data)
                 except StudyError as error:
                     raise StudyError(f"{stage}: {name}: {error}") from None
         made = [entry.partition("=")[0] for entry in values.get("trained", [])]
@@ -410,11 +413,17 @@ def print_estimate(parameters: dict[str, dict]) -> None:
     print("memory beyond the weights, and disk: lib/docs/running.md has measured runs")
 
 
+OPT_IN = "6"
+"""Notebooks whose number begins so are no part of ``make reproduce``: they have own targets."""
+
+
 def print_status(run: str, parameters: dict[str, dict]) -> None:
     """What has been done of a run; and what the rest will take, scaled by what this run's own
     notebooks took if any is done."""
     build, left, states = Build(run), [], []
     made, here = read_manifests(build), build.root / "notebooks"
+    asked = [s for s in parameters if not s.startswith(OPT_IN) or any(here.glob(f"*{s}*"))]
+    parameters = {stage: parameters[stage] for stage in asked}
     for stage in parameters:
         if stage in made and (here / f"{stage}.ipynb").exists():
             states.append(f"done in {made[stage]['seconds'] / 60:.1f} minutes")

@@ -91,7 +91,7 @@ def stage_parameters(build: Build, stages: Sequence[str], own: Mapping) -> dict[
     """Stage → the parameters that its chapter ran with.
 
     ``own``: the parameters of the arms' chapter, which read the same model and pairs. A StudyError
-    names a stage that has not run, or a parameter in which the two differ.
+    names a stage that has not run, or a parameter that both have and in which they differ.
     """
     manifests, found = artifacts.read_manifests(build), {}
     for stage in stages:
@@ -99,7 +99,7 @@ def stage_parameters(build: Build, stages: Sequence[str], own: Mapping) -> dict[
         require(chapter in manifests, f"{build.root}: no manifest of {chapter}; run it first")
         found[stage] = manifests[chapter]["parameters"]
         for name in SHARED:
-            if found[stage][name] != own[name]:
+            if name in own and found[stage][name] != own[name]:
                 values = f"{found[stage][name]!r} there and {own[name]!r} here"
                 raise StudyError(f"{name}: {chapter} was run with another value, {values}")
     return found
@@ -355,9 +355,9 @@ def match_arms(
     -------
     DataFrame
         A row for each arm as it was trained (alpha 1), then one for each that was brought back:
-        stage, arm, seed, kl, alpha, log_ratio_gap (nats: how much more it prefers the chosen to the
-        rejected answers than SFT does, mean over the pairs), name and ``kl_<kind>`` of each kind of
-        documents (nats a text).
+        stage, arm, seed (and what else tells arms apart), kl, alpha, log_ratio_gap (nats: how much
+        more it prefers the chosen to the rejected answers than SFT does, mean over the pairs), name
+        and ``kl_<kind>`` of each kind of documents (nats a text).
     """
     sft, pad, rows = build.model("sft"), chat.tokenizer.pad_token_id, []
     adapters = {"sft": sft, "between": sft} | {arm.name: arm.folder(build) for arm in arms}
@@ -372,8 +372,8 @@ def match_arms(
             return float(np.mean([chosen - rejected for chosen, rejected in logps.values()]))
 
         def add(arm: Arm, adapter: str, distance: float, alpha: float, name: str) -> None:
-            row = {"stage": arm.stage, "arm": arm.kind, "seed": arm.seed, "kl": distance}
-            row |= {"alpha": alpha, "log_ratio_gap": gap(adapter) - before, "name": name}
+            row = asdict(arm) | {"kl": distance, "alpha": alpha}
+            row |= {"log_ratio_gap": gap(adapter) - before, "name": name}
             rows.append(row | {column: far(adapter) for column, far in plain.items()})
 
         before, distance = gap("sft"), {arm: kl(arm.name) for arm in arms}
@@ -387,4 +387,4 @@ def match_arms(
                 alpha, found = match(network, further.name, "between", far, near, kl)
                 models.save_adapter(base, network, build.model(f"arms/{name}"), adapter="between")
                 add(further, "between", found, alpha, name)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).rename(columns={"kind": "arm"})
