@@ -224,6 +224,17 @@ def test_settings_are_the_stages_own_with_other_seeds(trainer):
         trainer.config(Arm("ppo", PLACEBO, 0))
 
 
+@pytest.mark.parametrize("kind", [TRUE, PLACEBO])
+def test_grpo_is_ppo_with_another_advantage(trainer, kind):
+    trainer.parameters = {"ppo": PARAMETERS["ppo"], "grpo": PARAMETERS["ppo"]}
+    arm = Arm("grpo", kind, 0)  # no chapter trains it
+    assert not arm.is_stage and arm.name == f"grpo{'-placebo' * (kind == PLACEBO)}-seed0"
+    ppos = trainer.config(Arm("ppo", kind, 0))
+    assert trainer.config(arm) == replace(ppos, advantage="grpo") and ppos.advantage == "gae"
+    assert np.isfinite(trainer.train(arm))
+    assert (trainer.build.model(f"arms/{arm.name}") / arms.NOTE).is_file()
+
+
 def test_settings_come_from_the_stages_manifests(trainer):
     own = dict.fromkeys(arms.SHARED, 1)
     with pytest.raises(StudyError, match="no manifest of 04-dpo; run it first"):

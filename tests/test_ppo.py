@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_tokenizer
+from datasets import Dataset
 from rlhf_trust import StudyError, decode, models
 from rlhf_trust.align import ppo
 from rlhf_trust.align.rollout import RewardModel, before_and_after, sample_answers
@@ -19,6 +20,7 @@ from rlhf_trust.decode import Prompt
 from rlhf_trust.models import LoRA
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 PROMPTS = [Prompt(f"p{i}", (f"what is {'the ' * (i % 4)}question {i}?",)) for i in range(12)]
 HELD_OUT = [Prompt(f"h{i}", (f"is the answer {i} {'not ' * (i % 3)}wrong?",)) for i in range(48)]
@@ -170,6 +172,123 @@ def test_value_loss_equals_a_loop_and_holds_far_steps(batch):
     one = torch.ones(1, 1)
     ppo.value_loss(value, 0 * one, one, one).backward()
     assert float(value.grad) == 0.0
+
+
+# --- groups of answers in place of a value function -----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_group_advantages_equal_a_loop(kind):
+    returns = torch.tensor([1.0, 4.0, -2.0, 0.5, 0.5, 0.5], dtype=torch.float64)
+    found = ppo.group_advantages(returns, 3, kind)
+    assert found.shape == (6, 1)
+    for first in (0, 3):
+        group = returns[first : first + 3].tolist()
+        for i, own in enumerate(group):
+            others = np.mean(group[:i] + group[i + 1 :])
+            standard = (own - np.mean(group)) / (np.std(group, ddof=1) + 1e-4)
+            wanted = own - others if kind == "rloo" else standard
+            assert float(found[first + i]) == pytest.approx(wanted)
+
+
+TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_group_losses_and_their_gradients_are_trls(tiny_llama, tmp_path, kind):
+    """TRL samples and scores; on its answers, with a policy that has moved away from SFT before and
+    from itself since, both have the same advantages, loss and gradient."""
+    sft, _ = write_adapters(tiny_llama, tmp_path)
+    model = models.load_adapters(tiny_llama, {"default": sft}, trainable="default")
+    chat = Chat(tiny_llama.tokenizer, "chatml")
+    config = dataclasses.replace(
+        QUICK, advantage=kind, answers_per_prompt=4, kl_coef=0.3, clip_range=0.02
+    )
+    trainer, arguments = TRAINERS[kind]
+    own = {"loss_type": "grpo"} if kind == "grpo" else {}
+    own |= {"per_device_train_batch_size": 8, "num_generations": 4, "num_iterations": 2}
+    arguments = arguments(
+        str(tmp_path / "trl"),
+        beta=config.kl_coef,
+        epsilon=config.clip_range,
+        max_completion_length=config.max_new_tokens,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        use_cpu=True,
+        **own,
+    )
+
+    def shares(completion_ids, **_):
+        return [float(np.mean([token < 100 for token in ids])) for ids in completion_ids]
+
+    asked = [{"prompt": chat.prompt_text(prompt.turns)} for prompt in PROMPTS[:2]]
+    rows = Dataset.from_list(asked)
+    chat.tokenizer.padding_side = "left"
+    trl = trainer(
+        model, shares, args=arguments, train_dataset=rows, processing_class=chat.tokenizer
+    )
+    trl.model.train()
+    trl.current_gradient_accumulation_steps = 1
+
+    def move():
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if ".lora_B.default" in name:
+                    weight.add_(0.05 * torch.randn_like(weight))
+
+    move()
+    made = trl._generate_and_score_completions([row for row in asked for _ in range(4)])
+    ids, masks = [], [made["prompt_mask"].bool(), made["completion_mask"].bool()]
+    for prompt, completion, *kept in zip(made["prompt_ids"], made["completion_ids"], *masks):
+        prompt, completion = prompt[kept[0]].tolist(), completion[kept[1]].tolist()
+        ids.append(EncodedExample((*prompt, *completion), len(prompt)))
+    batches = [range(len(ids))]
+    reference, _, _ = ppo.token_pass(model, "ref", ids, batches, 2)
+    old, mask, zeros = ppo.token_pass(model, "default", ids, batches, 2)
+    returns = torch.tensor(shares([answer.answer_ids for answer in ids]))
+    assert len(set(returns.tolist())) > 2
+    returns = returns - (config.kl_coef * (old - reference).sum(1) if kind == "rloo" else 0)
+    advantages = ppo.group_advantages(returns, 4, kind)
+    torch.testing.assert_close(advantages.flatten(), made["advantages"], rtol=1e-3, atol=1e-3)
+    move()
+    model.set_adapter("default")
+    theirs = trl.compute_loss(trl.model, made)
+    batch = ppo.Minibatch(ids, old, reference, zeros, made["advantages"][:, None], zeros)
+    logps, mask = decode.token_logps(model, ids, 2)
+    ours, clipped = ppo.group_loss(logps, mask, batch, config)
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+    assert abs(float(theirs)) > 1e-3 and 0 < float(clipped) < 1
+    weights = list(models.lora_weights(model, "default").values())
+    for own, other in zip(*(torch.autograd.grad(loss, weights) for loss in (ours, theirs))):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_without_a_value_function_the_policy_alone_is_trained(tiny_llama, tmp_path, kind):
+    config = dataclasses.replace(QUICK, advantage=kind, answers_per_prompt=4)
+    curves, answers = run(tiny_llama, tmp_path, config)
+    assert values(curves, "value_loss") == [0, 0, 0] and config.name == kind.upper()
+    assert values(curves, "kl")[0] == 0.0 and values(curves, "kl")[-1] != 0.0
+    assert (before_and_after(answers)["kl_after"] != 0).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_groups_raise_a_planted_reward(tiny_llama, tmp_path, kind):
+    config = dataclasses.replace(LEARN, advantage=kind, answers_per_prompt=8, kl_coef=0.0)
+    _, answers = run(tiny_llama, tmp_path, config, reward_fn=planted)
+    held_out = before_and_after(answers)
+    gain = held_out["reward_after"] - held_out["reward_before"]
+    assert gain.mean() > 0.1 and gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
+
+
+def test_groups_of_one_are_refused():
+    with pytest.raises(StudyError, match="answers_per_prompt: must be 2 or more for GRPO"):
+        ppo.PPOConfig(advantage="grpo")
+    with pytest.raises(StudyError, match="advantage: must be one of gae, rloo, grpo, got 'a2c'"):
+        ppo.PPOConfig(advantage="a2c")
 
 
 def test_half_a_prompts_answers_are_refused():

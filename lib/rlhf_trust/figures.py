@@ -22,10 +22,12 @@ COLOURS = {
     "ppo": "#D55E00",
     "dpo": "#009E73",
     "inpo": "#CC79A7",
+    "grpo": "#882255",
+    "rloo": "#332288",
     "trust-sft": "#E69F00",
     "trust-aligned": "#56B4E9",
 }
-OTHERS = cycle(["#882255", "#44AA99", "#332288", "#999933", "#117733", "#AA4499"])
+OTHERS = cycle(["#44AA99", "#999933", "#117733", "#AA4499"])
 """Of Tol's palette, for models with other names as they are first drawn."""
 INK, FAINT = "#222222", "#BBBBBB"
 SERIES = (

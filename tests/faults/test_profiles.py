@@ -199,7 +199,10 @@ REFUSED = {
         )
     },
     "no text": (everywhere(dtype='""'), "dtype must be one of .*, got ''"),
-    "one stage": ("16-headline: {stages: [dpo, kto]}", "stages must be one of ppo, dpo, inpo, got"),
+    "one stage": (
+        "16-headline: {stages: [dpo, kto]}",
+        "stages must be one of ppo, dpo, inpo, grpo, rloo, got",
+    ),
     "one learner": (everywhere(learners="[xgboost]"), "learners must be one of"),
     "one pair choice": (everywhere(pair_choices="[same, sme]"), "pair_choices must be one of"),
     # --- lists

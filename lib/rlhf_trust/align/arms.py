@@ -39,8 +39,9 @@ from . import inpo, ppo
 from .rollout import RewardFn, RewardFnMaker, RewardModel, before_and_after, sample_answers
 
 TRUE, PLACEBO = "true", "placebo"
-CHAPTERS = {"ppo": "03-ppo", "dpo": "04-dpo", "inpo": "05-inpo"}
-"""The chapter that trains each stage and whose settings its arms have."""
+CHAPTERS = {"ppo": "03-ppo", "dpo": "04-dpo", "inpo": "05-inpo", "grpo": "03-ppo", "rloo": "03-ppo"}
+"""The chapter whose settings a stage's arms have, and which trains the stage that it is named
+after. GRPO and RLOO are PPO's loop with another advantage, and sample as many answers."""
 
 SHARED = "model dtype prompt_format preferences n_train n_held_out max_length seed".split()
 """Parameters that the arms' chapter and the stage's must agree in."""
@@ -70,7 +71,8 @@ class Arm:
     @property
     def is_stage(self) -> bool:
         """Is it the stage's own model, which its chapter has trained?"""
-        return self.kind == TRUE and self.seed == 0
+        own = CHAPTERS[self.stage].endswith(f"-{self.stage}")
+        return own and self.kind == TRUE and self.seed == 0
 
     @property
     def name(self) -> str:
@@ -187,11 +189,12 @@ class Trainer:
 
     def config(self, arm: Arm) -> ppo.PPOConfig | inpo.INPOConfig | TrainConfig:
         """The stage's settings with the arm's own seed."""
-        kinds = {"ppo": ppo.PPOConfig, "dpo": TrainConfig, "inpo": inpo.INPOConfig}
-        given, kind = dict(self.parameters[arm.stage]), kinds[arm.stage]
+        kinds = {"dpo": TrainConfig, "inpo": inpo.INPOConfig}
+        given, kind = dict(self.parameters[arm.stage]), kinds.get(arm.stage, ppo.PPOConfig)
         given["seed"] += SEED_STEP * arm.seed
-        if arm.stage == "ppo":
+        if kind is ppo.PPOConfig:
             given |= {"epochs": given["ppo_epochs"], "evaluate_every": 0}
+            given["advantage"] = "gae" if arm.stage == "ppo" else arm.stage
             if given["answers_per_prompt"] < 2:
                 raise StudyError(
                     "answers_per_prompt: with one answer a prompt PPO has no placebo, as there is "
@@ -247,9 +250,9 @@ class Trainer:
         return np.nan
 
     def _sampled(self, arm: Arm, config: ppo.PPOConfig | inpo.INPOConfig, out: Path) -> float:
-        """Train a PPO or INPO arm."""
+        """Train an arm that samples answers."""
         given, reward = self.parameters[arm.stage], self.reward
-        train = ppo.train if arm.stage == "ppo" else inpo.train
+        train = inpo.train if arm.stage == "inpo" else ppo.train
         prompts = [Prompt(pair.id, pair.prompt) for pair in self.pairs.train]
         held_out = [Prompt(pair.id, pair.prompt) for pair in self.pairs.held_out]
         held_out = held_out[: given["n_prompts_held_out"]]

@@ -38,6 +38,18 @@ returns by squared error, with a similar limit on the size of its steps (:func:`
 
 (eq. 9, without an entropy bonus: the KL term keeps the policy broad).
 
+**Without a value function.** What was to be expected can also be read off the k answers that a step
+has to each prompt (:func:`group_advantages`, :func:`group_loss`; both as TRL has them):
+
+- RLOO (Ahmadian et al. 2024, arXiv 2402.14740) takes the answer as one action with the return R_i =
+  R(x, a_i) − β log π(a_i|x)/π_ref(a_i|x), less the mean return of the other k − 1 answers. ρ is the
+  ratio of whole answers;
+- GRPO (Shao et al. 2024, arXiv 2402.03300) gives every token of an answer the group's standard
+  score, (R(x, a_i) − mean) / standard deviation, averages over an answer's tokens before it does
+  over answers, and charges the KL in the loss: β times the mean of ρ (π_ref/π − log π_ref/π − 1).
+  The factor ρ makes its gradient that of KL(π‖π_ref) (DeepSeek-AI 2025, arXiv 2512.02556; TRL's
+  default). A score unit of β is thus the standard deviation within the group.
+
 **One backbone, four roles.** Its adapters are switched: ``policy`` (starts as the SFT adapter and
 is the only one trained), ``reference`` (the SFT adapter; with no adapter at all the model would be
 the start model) and ``reward``. The value function is one linear layer, initially zero, on the
@@ -80,6 +92,10 @@ VALUE_WEIGHT = 0.1
 """
 
 
+ADVANTAGES = ("gae", "rloo", "grpo")
+"""What an answer is compared with: PPO's value function, or other answers to its prompt."""
+
+
 @dataclass(frozen=True)
 class PPOConfig:
     """Settings of a PPO run, each in the range that 03-ppo declares for it.
@@ -115,6 +131,9 @@ class PPOConfig:
         Score units subtracted from truncated answers.
     evaluate_every
         Steps between evaluations on held-out prompts; 0: only before and after.
+    advantage
+        One of ``ADVANTAGES``. Without ``gae`` there is no value function: ``gamma``, ``lam`` and
+        ``value_learning_rate`` mean nothing, and ``answers_per_prompt`` is 2 or more.
     """
 
     steps: int = 8
@@ -133,11 +152,20 @@ class PPOConfig:
     missing_end_penalty: float = 0.0
     evaluate_every: int = 0
     seed: int = 0
+    advantage: str = "gae"
 
     def __post_init__(self):
         n, k = self.answers_per_step, self.answers_per_prompt
+        known = f"advantage: must be one of {', '.join(ADVANTAGES)}, got {self.advantage!r}"
+        require(self.advantage in ADVANTAGES, known)
+        alone = f"answers_per_prompt: must be 2 or more for {self.name}, which compares them, got 1"
+        require(k > 1 or self.advantage == "gae", alone)
         multiple = f"a multiple of answers_per_prompt ({k})"
         require(n % k == 0, f"answers_per_step: must be {multiple}, got {n}")
+
+    @property
+    def name(self) -> str:
+        return "PPO" if self.advantage == "gae" else self.advantage.upper()
 
     @property
     def decoding(self) -> Decoding:
@@ -205,6 +233,30 @@ def value_loss(values, old_values, returns, mask) -> Tensor:
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
+def group_advantages(returns: Tensor, answers_per_prompt: int, kind: str) -> Tensor:
+    """Advantages of whole answers, [n, 1], from their returns [n], where answers to one prompt are
+    neighbours. ``kind``: ``rloo`` or ``grpo``."""
+    by_prompt = returns.view(-1, answers_per_prompt)
+    centred = by_prompt - by_prompt.mean(1, keepdim=True)
+    scale = by_prompt.std(1, keepdim=True) + 1e-4  # TRL's; all answers may be alike
+    if kind == "rloo":  # less the others' mean: k / (k − 1) times less the mean of all
+        scale = (answers_per_prompt - 1) / answers_per_prompt
+    return (centred / scale).view(-1, 1)
+
+
+def group_loss(logps, mask, batch: Minibatch, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """The loss of RLOO or GRPO and the share of answers (of GRPO: tokens) whose gradient clipping
+    removed: two scalars. ``logps``: of the policy, [answers, T]."""
+    old, advantages = batch.old_logps, batch.advantages
+    if config.advantage == "rloo":
+        whole = logps.sum(1, keepdim=True), old.sum(1, keepdim=True)
+        return policy_loss(*whole, advantages, torch.ones_like(advantages), config.clip_range)
+    weights = mask / mask.sum(1, keepdim=True)  # every answer counts once
+    loss, clipped = policy_loss(logps, old, advantages, weights, config.clip_range)
+    gap, ratio = batch.reference_logps - logps, torch.exp(logps - old)
+    return loss + config.kl_coef * masked_mean(ratio * (gap.exp() - gap - 1), weights), clipped
+
+
 # --- rollouts -------------------------------------------------------------------------------------
 
 
@@ -240,10 +292,12 @@ def token_pass(
 
 
 class Minibatch(NamedTuple):
-    """What an update needs; tensors are [answers, longest answer]."""
+    """What an update needs; tensors are [answers, longest answer], a group's advantages [answers,
+    1]."""
 
     answers: list[EncodedExample]
     old_logps: Tensor
+    reference_logps: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -262,6 +316,7 @@ class PPORun(rollout.Run):
         torch.nn.init.zeros_(self.value_head.bias)
         self.policy = list(models.lora_weights(self.model, "policy").values())
         head = list(self.value_head.parameters())
+        self.critic = self.value_head if config.advantage == "gae" else None
         self.weights = self.policy + head
         groups = [{"params": self.policy}, {"params": head, "lr": config.value_learning_rate}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0)
@@ -276,7 +331,7 @@ class PPORun(rollout.Run):
             scores = scores - self.reward_fn([self.chosen[prompt.id] for prompt in prompts])
         batches = batches_by_length([len(a) for a in answers], config.minibatch)
         self.kept = LowerStates(model)  # for all passes over this step's answers
-        given, head = (answers, batches, tokenizer.pad_token_id), self.value_head
+        given, head = (answers, batches, tokenizer.pad_token_id), self.critic
         reference_logps, _, _ = token_pass(model, "reference", *given, kept=self.kept)
         old_logps, mask, old_values = token_pass(model, "policy", *given, head, self.kept)
         kl = float((old_logps - reference_logps).sum(1).mean())
@@ -291,10 +346,17 @@ class PPORun(rollout.Run):
         if config.answers_per_prompt > 1:
             by_prompt = shaped.view(-1, config.answers_per_prompt)
             shaped = (by_prompt - by_prompt.mean(1, keepdim=True)).flatten()
-        rewards = kl_shaped_rewards(old_logps, reference_logps, shaped, mask, config.kl_coef)
-        discounts = config.gamma, config.lam
-        advantages, returns = generalized_advantages(rewards, old_values, mask, *discounts)
-        tensors = (old_logps, old_values, whiten(advantages, mask), returns)
+        if self.critic is None:
+            if config.advantage == "rloo":
+                shaped = shaped - config.kl_coef * (old_logps - reference_logps).sum(1)
+            k, returns = config.answers_per_prompt, old_values  # which are all 0
+            advantages = group_advantages(shaped, k, config.advantage)
+        else:
+            rewards = kl_shaped_rewards(old_logps, reference_logps, shaped, mask, config.kl_coef)
+            discounts = config.gamma, config.lam
+            advantages, returns = generalized_advantages(rewards, old_values, mask, *discounts)
+            advantages = whiten(advantages, mask)
+        tensors = (old_logps, reference_logps, old_values, advantages, returns)
         minibatches = []
         for batch in batches:
             rows = [answers[i] for i in batch]
@@ -324,9 +386,14 @@ class PPORun(rollout.Run):
         """One clipped update: policy loss, value loss, share of tokens clipped."""
         pad, clip_range = self.chat.tokenizer.pad_token_id, self.config.clip_range
         logps, mask, states = token_logps(self.model, batch.answers, pad, True, self.kept)
-        surrogate, clipped = policy_loss(logps, batch.old_logps, batch.advantages, mask, clip_range)
-        values = predicted_values(self.value_head, states)
-        value_error = value_loss(values, batch.old_values, batch.returns, mask)
+        if self.critic is None:
+            surrogate, clipped = group_loss(logps, mask, batch, self.config)
+            value_error = torch.zeros_like(surrogate)
+        else:
+            given = logps, batch.old_logps, batch.advantages, mask
+            surrogate, clipped = policy_loss(*given, clip_range)
+            values = predicted_values(self.critic, states)
+            value_error = value_loss(values, batch.old_values, batch.returns, mask)
         loss = surrogate + VALUE_WEIGHT * value_error
         self.optimizer.zero_grad()
         loss.backward()
@@ -335,8 +402,8 @@ class PPORun(rollout.Run):
         numbers = torch.stack([loss.detach(), *norms])
         if not numbers.isfinite().all():
             raise StudyError(
-                f"ppo step {step}: loss and gradient norms are {numbers.tolist()}; lower "
-                "learning_rate or raise kl_coef"
+                f"{self.config.name} step {step}: loss and gradient norms are {numbers.tolist()}; "
+                "lower learning_rate or raise kl_coef"
             )
         self.optimizer.step()
         return [float(x.detach()) for x in (surrogate, value_error, clipped)]
@@ -412,8 +479,9 @@ def train(
         so step 0 is the SFT model. On training answers: reward (raw score), kl (nats per answer:
         Σ_t log π − log π_ref, mean over answers), kl_coef, entropy (nats per token, estimated by
         the mean of −log π over the sampled tokens), answer_length (tokens), ended (share that
-        stopped before the limit), and of the update that follows policy_loss, value_loss,
-        clip_fraction (means over minibatches). On held-out prompts: held_out_reward, held_out_kl.
+        stopped before the limit), and of the update that follows policy_loss, value_loss (0
+        without a value function), clip_fraction (means over minibatches). On held-out prompts:
+        held_out_reward, held_out_kl.
     eval_history : DataFrame
         The answers of every evaluation on held-out prompts, as in :class:`rollout.Run`.
 
@@ -425,10 +493,10 @@ def train(
     """
     evaluate_at = {*range(0, config.steps, config.evaluate_every or config.steps), config.steps}
     answers_in_all = len(held_out) * len(evaluate_at) + config.answers_per_step * config.steps
-    unfinished = out.with_name(f"{out.name}.unfinished.pt")
+    unfinished, name = out.with_name(f"{out.name}.unfinished.pt"), config.name
     with (
         rollout.policy_and_reward(base, chat, sft, reward, config.minibatch) as (model, reward_fn),
-        progress(total=answers_in_all, desc="PPO: held-out prompts before", unit="answer") as bar,
+        progress(total=answers_in_all, desc=f"{name}: held-out before", unit="answer") as bar,
     ):
         run = PPORun(config, model, reward_fn, chat, held_out, bar, chosen)
         order, done = run.rng.permutation(len(prompts)).tolist(), 0
@@ -441,13 +509,13 @@ def train(
             run.evaluate(0)
             run.check_spread()
         for step in range(done, config.steps):
-            bar.set_description(f"PPO: step {step + 1} of {config.steps}")
+            bar.set_description(f"{name}: step {step + 1} of {config.steps}")
             places = range(step * config.answers_per_step, (step + 1) * config.answers_per_step)
             turns = [i // config.answers_per_prompt % len(order) for i in places]
             minibatches, metrics = run.collect(step, [prompts[order[turn]] for turn in turns])
             run.record(step, metrics | run.update(step, minibatches))
             if step + 1 in evaluate_at:
-                bar.set_description(f"PPO: held-out prompts after step {step + 1}")
+                bar.set_description(f"{name}: held-out prompts after step {step + 1}")
                 run.evaluate(step + 1)
             if isinstance(reward, Path):
                 run.save(unfinished, key=key, step=step + 1)
