@@ -192,7 +192,9 @@ def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
     source = save_classifier(tmp_path / "one", tiny_directories["llama"])
     items = some_items(1)
     batched, alone = (
-        rm_bench.classifier_scores(source, items, tmp_path / f"kept {rows}", rows=rows)
+        rm_bench.classifier_scores(
+            source, rm_bench.dialogues(items), tmp_path / f"kept {rows}", rows=rows
+        ).reshape(-1, 2, 3)
         for rows in (8, 1)
     )
     np.testing.assert_allclose(batched, alone, atol=1e-4)
@@ -208,9 +210,8 @@ def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
     with torch.no_grad():  # at the end token, though the tokenizer would pad with it
         wanted = float(model.score(model.model(input_ids=ids).last_hidden_state)[0, -1, 0])
     assert int(ids[0, -1]) == tokenizer.eos_token_id
-    assert rm_bench.classifier_scores(ended, items, tmp_path)[0, 0, 0] == pytest.approx(
-        wanted, abs=1e-4
-    )
+    found = rm_bench.classifier_scores(ended, rm_bench.dialogues(items), tmp_path)
+    assert found[0] == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -224,19 +225,19 @@ def test_scores_of_a_sequence_classifier(tiny_directories, tmp_path):
 def test_what_is_no_reward_model_is_refused(tiny_directories, tmp_path, made, said):
     source = save_classifier(tmp_path / "made", tiny_directories["llama"], **made)
     with pytest.raises(StudyError, match=said):
-        rm_bench.classifier_scores(source, some_items(1), tmp_path)
+        rm_bench.classifier_scores(source, rm_bench.dialogues(some_items(1)), tmp_path)
 
 
 def test_scores_of_a_classifier_are_kept(tiny_directories, tmp_path, monkeypatch, capsys):
     source = save_classifier(tmp_path / "one", tiny_directories["llama"])
-    items, kept = some_items(1), tmp_path / "kept"
-    first = rm_bench.classifier_scores(source, items[:2], kept)
+    texts, kept = rm_bench.dialogues(some_items(1)), tmp_path / "kept"
+    first = rm_bench.classifier_scores(source, texts[:12], kept)
     read = []
     monkeypatch.setattr(decode, "pad_right", lambda *a, f=decode.pad_right: read.append(a) or f(*a))
-    again = rm_bench.classifier_scores(source, items, kept)
-    assert (again[:2] == first).all() and sum(len(ids) for ids, *_ in read) == 6 * 2
+    again = rm_bench.classifier_scores(source, texts, kept)
+    assert (again[:12] == first).all() and sum(len(ids) for ids, *_ in read) == 6 * 2
     assert capsys.readouterr().out == ""
-    rm_bench.classifier_scores(source, items, kept, max_length=5)
+    rm_bench.classifier_scores(source, texts, kept, max_length=5)
     assert "24 answers lose what is beyond 5 tokens" in capsys.readouterr().out
 
 
@@ -270,11 +271,11 @@ def test_scores_of_language_models(tiny_directories, tmp_path, monkeypatch, caps
         wanted = of_tokens(mine, count)
     found = rm_bench.policy_scores(
         mine,
-        items,
+        rm_bench.dialogues(items),
         tmp_path / "build" / "score",
         theirs if form == "reference" else "",
         form if form != "reference" else "average",
-    )
+    ).reshape(-1, 2, 3)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
     table = rm_bench.summary(items, rm_bench.wins(found), mine, released=False)
     saved = pd.read_csv(tmp_path / "table.csv")

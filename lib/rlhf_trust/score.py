@@ -125,11 +125,9 @@ def rm_bench_table(
         whole = len(answered) == len(asked) and all(len(some) == 1 for some in answers)
         require(whole, f"{model}: needs one answer to each of the {len(asked)} prompts asked")
         won = rm_bench.judged_wins(asked, [text for (text,) in answers], seed)
-    elif rm_bench.is_classifier(model):
-        require(not reference, f"{model}: a classifier has no reference; leave --reference out")
-        won = rm_bench.wins(rm_bench.classifier_scores(model, items, kept))
     else:
-        won = rm_bench.wins(rm_bench.policy_scores(model, items, kept, reference, form))
+        scores = rm_bench.scores_of(model, rm_bench.dialogues(items), kept, reference, form)
+        won = rm_bench.wins(scores.reshape(len(items), 2, 3))
     table = rm_bench.summary(items, won, model, released=source != "shipped")
     for sentence in rm_bench.words(table.assign(model=model)):
         print(sentence)

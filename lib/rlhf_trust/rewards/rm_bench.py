@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification
 
 from .. import StudyError, decode, require
 from ..artifacts import progress, sha256_of
-from ..chat import Chat, EncodedExample
+from ..chat import Chat, EncodedExample, messages
 from ..decode import Generations, Prompt
 from ..models import device, load_base, load_tokenizer, using
 from ..sources import NO_CODE, checked, field, listed, locate, model_directory, read_json
@@ -100,10 +100,19 @@ ROWS = 8
 """Answers read at once: they are long."""
 
 
+Dialogue = tuple[Sequence[str], str]
+"""Turns, the first and the last a user's, and an answer to them."""
+
+
+def dialogues(items: Sequence[Item]) -> list[Dialogue]:
+    """Every answer with its prompt, in the order of :func:`answers_of`."""
+    return [((i.prompt,), answer) for i in items for answer in i.chosen + i.rejected]
+
+
 def answers_of(items: Sequence[Item], chat: Chat) -> list[EncodedExample]:
     """Every answer as the model reads it, item by item: right ones in the three styles, then wrong
     ones."""
-    return [chat.sequence((i.prompt,), answer) for i in items for answer in i.chosen + i.rejected]
+    return [chat.sequence(*dialogue) for dialogue in dialogues(items)]
 
 
 def answer_lengths(items: Sequence[Item], chat: Chat) -> np.ndarray:
@@ -143,37 +152,51 @@ their mean, less their length as a vector (−‖·‖₂), or their sum, as Rew
 code has them."""
 
 
-def policy_scores(
-    source: str, items: Sequence[Item], kept: Path, reference: str = "", form: str = "average"
+def scores_of(
+    source: str,
+    asked: Sequence[Dialogue],
+    kept: Path,
+    reference: str = "",
+    form: str = "average",
 ) -> np.ndarray:
-    """Scores [items, 2, 3] of a language model (sources as of ``models.load_base``), kept in the
+    """:func:`classifier_scores` or, of a language model, :func:`policy_scores`."""
+    if not is_classifier(source):
+        return policy_scores(source, asked, kept, reference, form)
+    require(not reference, f"{source}: a classifier has no reference; leave it out")
+    return classifier_scores(source, asked, kept)
+
+
+def policy_scores(
+    source: str, asked: Sequence[Dialogue], kept: Path, reference: str = "", form: str = "average"
+) -> np.ndarray:
+    """Scores [dialogues] of a language model (sources as of ``models.load_base``), kept in the
     directory ``kept``: the implicit reward log π(y|x) − log π_ref(y|x) over a ``reference``, or
     without one of ``FORMS``. Each model is asked by its own chat template, or as a plain
     dialogue."""
     if reference:
-        both = (policy_scores(model, items, kept, form="sum") for model in (source, reference))
+        both = (policy_scores(model, asked, kept, form="sum") for model in (source, reference))
         return np.subtract(*both)
     base, power = load_base(source), 2 if form == "norm" else 1
     chat = Chat(base.tokenizer, "auto")
-    answers = answers_of(items, chat)
+    answers = [chat.sequence(*dialogue) for dialogue in asked]
 
     def measure(sequences, each):
-        decode.note_beyond_context(base.model, list(map(len, sequences)), f"RM-Bench, {source}")
-        options = (sequences, base.tokenizer.pad_token_id, ROWS, f"RM-Bench, {source}", each)
+        decode.note_beyond_context(base.model, list(map(len, sequences)), f"scores, {source}")
+        options = (sequences, base.tokenizer.pad_token_id, ROWS, f"scores, {source}", each)
         decode.answer_logps(base.model, *options, power=power)
 
     name = f"rm-bench.{power}"
     sums = Generations(kept, chat).numbers(base.fingerprint, name, answers, measure)
     if form == "average":
         sums = sums / [len(answer.answer_ids) for answer in answers]
-    return (-np.sqrt(sums) if form == "norm" else sums).reshape(len(items), 2, 3)
+    return -np.sqrt(sums) if form == "norm" else sums
 
 
 @torch.no_grad()
 def classifier_scores(
-    source: str, items: Sequence[Item], kept: Path, max_length: int = 2048, rows: int = 8
+    source: str, asked: Sequence[Dialogue], kept: Path, max_length: int = 2048, rows: int = 8
 ) -> np.ndarray:
-    """Scores [items, 2, 3] of a sequence classifier with one label, ``hub:<id>`` or
+    """Scores [dialogues] of a sequence classifier with one label, ``hub:<id>`` or
     ``path:<directory>``, read through its own chat template and kept in the directory ``kept``. A
     longer text is cut at ``max_length`` tokens, and the number of those is printed."""
     directory = model_directory(source)
@@ -189,12 +212,8 @@ def classifier_scores(
     require(tokenizer.chat_template, f"{has} no chat template, which says how it reads an answer")
     model = model.to(device()).eval()
     model.config.pad_token_id = pad = tokenizer.pad_token_id
-    dialogues = [
-        [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": answer}]
-        for item in items
-        for answer in item.chosen + item.rejected
-    ]
-    ids = tokenizer.apply_chat_template(dialogues, return_dict=True)["input_ids"]
+    said = [messages([*turns, answer]) for turns, answer in asked]
+    ids = tokenizer.apply_chat_template(said, return_dict=True)["input_ids"]
     if cut := sum(len(i) > max_length for i in ids):
         beyond = f"what is beyond {max_length} tokens, {tokenizer.truncation_side}"
         print(f"{source}: {cut} of {len(ids)} answers lose {beyond}")
@@ -202,7 +221,7 @@ def classifier_scores(
 
     def measure(sequences, each):
         batches = decode.batches_by_length(list(map(len, sequences)), rows)
-        for batch in progress(batches, desc=f"RM-Bench, {source}", unit="batch"):
+        for batch in progress(batches, desc=f"scores, {source}", unit="batch"):
             texts = [sequences[i].input_ids for i in batch]
             padded, mask = decode.pad_right(texts, pad, model.device)
             logits = model(input_ids=padded, attention_mask=mask).logits
@@ -210,8 +229,7 @@ def classifier_scores(
                 each(place, score)
 
     texts, generations = [EncodedExample(tuple(i[ends]), 0) for i in ids], Generations(kept, None)
-    scores = generations.numbers(sha256_of(directory, 16), "rm-bench.classifier", texts, measure)
-    return scores.reshape(len(items), 2, 3)
+    return generations.numbers(sha256_of(directory, 16), "rm-bench.classifier", texts, measure)
 
 
 def is_classifier(source: str) -> bool:
@@ -258,16 +276,19 @@ def _right_is_a(name: str, seed: int) -> bool:
     return bool(generator(f"rm-bench {seed} {name}").integers(2))
 
 
+def read_verdict(text: str) -> float:
+    """A judge's last verdict: 1 if A is better, 0 if B is, ½ of a tie, NaN without one."""
+    for better, how, _ in reversed(VERDICT.findall(text)):
+        return 0.5 if how == "=" else float(better == "A")
+    return np.nan
+
+
 def judged_wins(asked: Sequence[Prompt], judgements: Sequence[str], seed: int) -> np.ndarray:
     """:func:`wins` [items, 3, 3] by a judge's words on :func:`duels`: the last verdict counts. A
     tie is wrong; so is an answer without a verdict, of which the number is printed."""
-    found, unread = [], 0
-    for prompt, text in zip(asked, judgements, strict=True):
-        verdicts = VERDICT.findall(text)
-        unread += not verdicts
-        better, how, _ = verdicts[-1] if verdicts else ("", "=", "")
-        found.append(how != "=" and (better == "A") == _right_is_a(prompt.id, seed))
-    if unread:
+    read = np.array([read_verdict(text) for text in judgements])
+    found = [said == _right_is_a(prompt.id, seed) for prompt, said in zip(asked, read, strict=True)]
+    if unread := np.isnan(read).sum():
         print(f"{unread} of {len(asked)} answers have no verdict, and count as wrong")
     return np.array(found, dtype=float).reshape(-1, 3, 3)
 
