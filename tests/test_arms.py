@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import some_examples
-from rlhf_trust import StudyError, models
+from rlhf_trust import StudyError, models, training
 from rlhf_trust.align import arms, inpo, ppo
 from rlhf_trust.align.arms import PLACEBO, TRUE, Arm
 from rlhf_trust.artifacts import Build, Manifest
@@ -153,7 +153,7 @@ def save_random(base, folder, seed, head=None):
 def test_dpo_needs_no_reward_model(trainer):
     shutil.rmtree(trainer.reward)
     trainer.train(Arm("dpo", PLACEBO, 0))
-    assert (trainer.build.model("arms/dpo-placebo-seed0") / arms.NOTE).is_file()
+    assert (trainer.build.model("arms/dpo-placebo-seed0") / training.NOTE).is_file()
 
 
 def test_an_arm_is_trained_once_for_what_it_is_made_from(trainer, monkeypatch):
@@ -168,7 +168,7 @@ def test_an_arm_is_trained_once_for_what_it_is_made_from(trainer, monkeypatch):
     assert not hasattr(trainer.base.model, "peft_config")
     folder = placebo.folder(trainer.build)
     before = (folder / "adapter_model.safetensors").read_bytes()
-    (folder / arms.NOTE).unlink()  # as if interrupted before it was written
+    (folder / training.NOTE).unlink()  # as if interrupted before it was written
     trainer.train(placebo)
     assert calls[2:] == ["dpo-placebo-seed1"]
     assert (folder / "adapter_model.safetensors").read_bytes() == before
@@ -232,7 +232,7 @@ def test_grpo_is_ppo_with_another_advantage(trainer, kind):
     ppos = trainer.config(Arm("ppo", kind, 0))
     assert trainer.config(arm) == replace(ppos, advantage="grpo") and ppos.advantage == "gae"
     assert np.isfinite(trainer.train(arm))
-    assert (trainer.build.model(f"arms/{arm.name}") / arms.NOTE).is_file()
+    assert (trainer.build.model(f"arms/{arm.name}") / training.NOTE).is_file()
 
 
 def test_settings_come_from_the_stages_manifests(trainer):

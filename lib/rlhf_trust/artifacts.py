@@ -69,6 +69,10 @@ TABLES = {
             f"subset amount vertical arm baseline {CHANGE} {OVER_SEEDS} kl alpha measurable"
         ),
         "dose_trend": (f"subset contrast vertical {CHANGE} {OVER_SEEDS} clear_from measurable"),
+        "frontier": "method judge seed share kl score tokens ended n",
+        "winrate": (
+            "judge measure model baseline value ci_low ci_high p p_holm ties longer n seeds"
+        ),
         "checks": "stage check holds value ci_low ci_high n sentence",
     }.items()
 }
@@ -86,7 +90,8 @@ how far each training of a stage, true or placebo, moved from SFT, and how far i
 changed against start and against its placebo, over items and seeds (SFT against start alone), and
 ``validity`` whether the vertical's instrument measures anything on each model. ``dose``: every
 arm's headlines by amount and set of pairs; ``dose_change`` what an amount changed, ``dose_trend``
-how changes grow with it.
+how changes grow with it. ``frontier``: score by a reward model against KL to SFT, along each
+method's way from SFT, and ``winrate`` how often one method's answers are preferred to another's.
 """
 
 

@@ -20,7 +20,8 @@ import hashlib
 import io
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -50,6 +51,10 @@ from .sources import NO_CODE, model_directory, refusing
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
+
+NOTE = "manifest.json"
+"""Beside weights: the key of what they were made from, a number about the training, and their
+hash."""
 
 Pairs = Sequence[PreferencePair]
 """What a stage is trained on, or evaluated."""
@@ -239,6 +244,22 @@ def training_code(*more: str) -> str:
     """Of the modules that every training runs through, and others: part of the key of what is kept
     of one."""
     return artifacts.code_hash("chat", "decode", "losses", "models", "training", *more)
+
+
+def trained_once(out: Path, about: object, train: Callable[[], float]) -> float:
+    """What ``train``, which writes the folder ``out``, returns; if that is there as it was written,
+    and was made from the same (``about``), what it returned then."""
+    key, note = artifacts.content_key(*about), out / NOTE
+    with suppress(OSError, ValueError):  # not there, or damaged
+        kept = artifacts.read_record(note)
+        if kept["key"] == key and kept["weights"] == artifacts.sha256_of(out):
+            artifacts.note_written(out)
+            return kept["reward"]
+    found = train()
+    # Last, and inside the folder, which a new training replaces as a whole.
+    made = {"key": key, "reward": found, "weights": artifacts.sha256_of(out)}
+    artifacts.write_record(note, made)
+    return found
 
 
 def keep_state(path: Path, key: str, state: Mapping) -> None:

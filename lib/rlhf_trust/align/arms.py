@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +33,7 @@ from ..data.preferences import PreferencePair, Preferences
 from ..decode import Decoding, Example, LowerStates, Prompt
 from ..losses import DPOLoss, reference_logps
 from ..stats import generator
-from ..training import TrainConfig, fit, pair_examples, training_code
+from ..training import TrainConfig, fit, pair_examples, trained_once, training_code
 from . import inpo, ppo
 from .rollout import RewardFn, RewardFnMaker, RewardModel, before_and_after, sample_answers
 
@@ -51,10 +50,6 @@ SEED_STEP = 1000
 
 FEWER_HELD_OUT = 8
 """Held-out prompts of an INPO arm, which only watch it. (PPO's define its score unit: all stay.)"""
-
-NOTE = "manifest.json"
-"""Beside an arm's weights: the key of what it was made from, its held-out reward, and the weights'
-hash."""
 
 CLOSE, EXACT, MOST_STEPS = 0.05, 0.02, 12
 """Relative differences of KL that are left alone, and that a search ends at; its most steps."""
@@ -222,18 +217,9 @@ class Trainer:
         data = [asdict(p) for p in self.pairs.train], [asdict(p) for p in self.pairs.held_out]
         settings = self.parameters[arm.stage], asdict(config), self.chat.key
         code = training_code("align.rollout", "align.ppo", "align.inpo", "align.arms")
-        key, note = artifacts.content_key(asdict(arm), weights, data, settings, code), out / NOTE
-        with suppress(OSError, ValueError):  # not there, or damaged
-            kept = artifacts.read_record(note)
-            if kept["key"] == key and kept["weights"] == artifacts.sha256_of(out):
-                artifacts.note_written(out)
-                return kept["reward"]
         train = self._train_dpo if arm.stage == "dpo" else self._sampled
-        change = train(arm, config, out)
-        # Last, and inside the folder, which a new training replaces as a whole.
-        made = {"key": key, "reward": change, "weights": artifacts.sha256_of(out)}
-        artifacts.write_record(note, made)
-        return change
+        about = asdict(arm), weights, data, settings, code
+        return trained_once(out, about, lambda: train(arm, config, out))
 
     def _train_dpo(self, arm: Arm, config: TrainConfig, out: Path) -> float:
         given, pad = self.parameters["dpo"], self.chat.tokenizer.pad_token_id
@@ -310,20 +296,26 @@ def kl_to_sft(network, answers: Sequence[EncodedExample], pad: int) -> Callable[
     return kl
 
 
+def place_between(network, start: str, end: str, alpha: float, place: str) -> None:
+    """Put W(α) = (1 − α) · start + α · end, of two adapters' LoRA weights (A and B each), into a
+    third."""
+    first, last = (models.snapshot(network, name) for name in (start, end))
+    line = {name: torch.lerp(weight, last[name], alpha) for name, weight in first.items()}
+    models.restore(network, place, line)
+
+
 def match(network, adapter: str, between: str, distance: float, target: float, kl) -> tuple:
     """Bring ``adapter`` back to the KL ``target``, below its own ``distance``, as ``between``.
 
-    Along the line W(α) = (1 − α) · SFT + α · arm of LoRA weights (A and B each), α in [0, 1], which
-    ends in the arm and has KL 0 at its start. √KL grows almost in proportion to α, so the next α is
+    Along the line from SFT (:func:`place_between`), α in [0, 1], which ends in the arm and has KL 0
+    at its start. √KL grows almost in proportion to α, so the next α is
     interpolated in it within the bracket, until the KL is the target to 2 %. Returns (α, KL).
     """
-    start, end = models.snapshot(network, "sft"), models.snapshot(network, adapter)
     (low, low_kl), (high, high_kl) = (0.0, 0.0), (1.0, distance)
     for _ in range(MOST_STEPS):
         share = (target**0.5 - low_kl**0.5) / (high_kl**0.5 - low_kl**0.5)
         alpha = low + share * (high - low)
-        line = {name: torch.lerp(weight, end[name], alpha) for name, weight in start.items()}
-        models.restore(network, between, line)
+        place_between(network, "sft", adapter, alpha, between)
         found = kl(between)
         if abs(found - target) <= EXACT * target:
             break

@@ -59,23 +59,26 @@ def with_end(answers: Sequence[EncodedExample], eos: int) -> list[EncodedExample
 
 
 class RewardModel:
-    """The reward function of the adapter ``reward`` and its head, [hidden].
+    """The reward function of an adapter and its head, [hidden].
 
     EOS is appended to truncated answers.
     """
 
-    def __init__(self, model, head: torch.Tensor, chat: Chat, batch_size: int = 8):
+    def __init__(
+        self, model, head: torch.Tensor, chat: Chat, batch_size: int = 8, adapter: str = "reward"
+    ):
         width = model.config.hidden_size
         if head.shape != (width,):
             sizes = f"head of {head.shape[-1]} numbers for states of {width}"
             raise StudyError(f"reward model: {sizes}; run 02-reward again on this model")
         self.model, self.head, self.batch_size = model, head, batch_size
+        self.adapter = adapter
         self.eos, self.pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id
 
     @torch.no_grad()
     def __call__(self, answers: Sequence[EncodedExample]) -> torch.Tensor:
         ended = with_end(answers, self.eos)
-        with models.using(self.model, "reward"):
+        with models.using(self.model, self.adapter):
             rewards = decode.rewards(self.model, self.head, ended, self.pad, self.batch_size, "")
         return torch.tensor(rewards, dtype=torch.float32, device=self.model.device)
 
@@ -124,6 +127,17 @@ def answer_kl(model, answers: Sequence[EncodedExample], pad: int, batch_size: in
     return logps[0] - logps[1]
 
 
+def described(answers: Sequence[EncodedExample], chat: Chat) -> dict[str, list]:
+    """Columns tokens (end token included), ended (whether an answer stopped before the limit) and
+    answer (text)."""
+    eos = chat.tokenizer.eos_token_id
+    return {
+        "tokens": [len(answer.answer_ids) for answer in answers],
+        "ended": [answer.input_ids[-1] == eos for answer in answers],
+        "answer": [chat.decode(answer.answer_ids) for answer in answers],
+    }
+
+
 @dataclass
 class Run:
     """What PPO and INPO carry from step to step: model, reward, held-out prompts and measurements.
@@ -141,8 +155,7 @@ class Run:
         (step, metric, value) of everything measured.
     eval_history
         A table per evaluation, one row a prompt: step, id, reward (raw), kl (nats,
-        :func:`answer_kl`), tokens (of the answer, end token included), ended (whether it stopped
-        before the limit), answer (text).
+        :func:`answer_kl`) and what :func:`described` gives.
     """
 
     model: torch.nn.Module
@@ -187,14 +200,12 @@ class Run:
         keys = [prompt.id for prompt in self.held_out]
         answers = [answer for (answer,) in self.sample(self.held_out, keys, self.decoding)]
         rewards, kl = self.reward_fn(answers), torch.zeros(len(answers))
-        tokenizer = self.chat.tokenizer
         if step:
-            kl = answer_kl(self.model, answers, tokenizer.pad_token_id, self.batch_size)
+            pad = self.chat.tokenizer.pad_token_id
+            kl = answer_kl(self.model, answers, pad, self.batch_size)
         rows = pd.DataFrame({"step": step, "id": keys})
         rows["reward"], rows["kl"] = rewards.double().cpu().numpy(), kl.double().cpu().numpy()
-        rows["tokens"] = [len(answer.answer_ids) for answer in answers]
-        rows["ended"] = [answer.input_ids[-1] == tokenizer.eos_token_id for answer in answers]
-        rows["answer"] = [self.chat.decode(answer.answer_ids) for answer in answers]
+        rows = rows.assign(**described(answers, self.chat))
         self.check_kl(step, rows["kl"].mean())
         self.record(step, {f"held_out_{name}": rows[name].mean() for name in ("reward", "kl")})
         self.eval_history.append(rows)
