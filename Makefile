@@ -75,7 +75,7 @@ MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
 chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
 EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
 
-.PHONY: help setup fetch reproduce flagship quick evaluate card report params status appendix pdf latex crate lock lab lint format unit test verify compare parity soak bench clean resolve
+.PHONY: help setup fetch reproduce flagship dose methods quick evaluate card report params status appendix pdf latex crate lock lab lint format unit test verify compare parity soak bench clean resolve
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -98,7 +98,8 @@ build/.installed-%: lib/pyproject.toml lib/constraints.txt
 
 reproduce: ## run the whole study, then its report
 flagship: ## the same without the companion chapters (30 on)
-reproduce flagship: $(BUILD)/report.html $(BUILD)/appendix/index.html
+methods: ## the whole study and 17-methods, which is not part of it: reward against KL, win rates by another judge
+reproduce flagship methods: $(BUILD)/report.html $(BUILD)/appendix/index.html
 	@echo "report: $(BUILD)/report.html"
 
 quick: ## a first answer: SFT, DPO and its placebo, five verticals without written answers, report
@@ -161,7 +162,7 @@ clean: ## remove what PROFILE made (the model and .venv stay)
 
 # What the run needs from elsewhere is fetched. Parameters are checked, and written with a hash of the notebook's cells to
 # a file that changes only when they do: make then knows what to run again.
-resolve: export FETCH = $(READ) $(filter 90-%,$(STAGES))
+resolve status: export FETCH = $(READ) $(filter 90-%,$(STAGES))
 resolve: $(INSTALLED)
 	@$(LAUNCH) resolve $(OPTIONS)
 $(STAGES:%=$(BUILD)/params/%.yaml): resolve ;
@@ -174,7 +175,8 @@ nb = $(patsubst %,$(BUILD)/notebooks/%.ipynb,$(filter $(1),$(STAGES)))
 $(call nb,03-% 05-%): $(call nb,01-% 02-%)
 $(call nb,04-%): $(call nb,01-%)
 $(call nb,1%): $(call nb,01-% 03-% 04-% 05-%)
-$(call nb,16-%): $(call nb,02-%)
+$(call nb,16-% 17-methods): $(call nb,02-%)
+$(call nb,17-methods): $(call nb,16-%)
 $(call nb,20-%): $(call nb,02-% 10-% 11-% 12-% 13-% 14-%)
 $(call nb,21-% 22-% 23-%): $(call nb,10-%)
 $(call nb,30-%): $(call nb,02-% 04-% 05-%)
@@ -201,7 +203,7 @@ unit: $(INSTALLED) ## unit tests alone, without the slow ones and without any no
 
 test: lint ## lint, all unit tests, the smoke profile end to end, nbval on its notebooks
 	$(PYTEST) tests
-	$(MAKE) reproduce PROFILE=smoke DATA= SEED= SET= BEFORE= AFTER=
+	$(MAKE) methods PROFILE=smoke DATA= SEED= SET= BEFORE= AFTER=
 	$(BIN)/python tests/rerun.py smoke
 
 parity: .parity/.installed .bergson/.installed ## compare DataInf with dattri, scores through training with bergson, MC1 and MC2 with lm-evaluation-harness, win rates with AlpacaEval

@@ -118,12 +118,25 @@ def margins():
     return figures.margins({"unbiased at all depths": texts, "biased at all depths": texts}, depth)
 
 
+def frontier():
+    named = {"method": ["ppo", "dpo", "inpo", "grpo", "rloo"], "judge": ["reward", "judge"]}
+    walked = measured(60, **named, seed=range(3), share=[0.33, 0.67, 1.0])
+    walked = walked.assign(kl=7 * walked["share"] ** 2, score=walked["share"] + walked["value"])
+    at_sft = pd.DataFrame({"method": "sft", "judge": named["judge"], "seed": 0, "share": 1.0})
+    table = pd.concat([at_sft.assign(kl=0, score=0, n=60), walked.assign(tokens=30)])
+    table["tokens"] = table["tokens"].fillna(28)
+    labels = {method: f"{method} (128 answers)" for method in named["method"]}
+    titles = {"reward": "reward it was trained on", "judge": "another reward model"}
+    return figures.frontier(table, titles, labels)
+
+
 def intervals(labels, models=MODELS, over="items", title="Machine ethics", x="rate or area"):
     return figures.intervals(measured(9, 40, label=labels, model=models), title, x, over)
 
 
 MAPS = ["dpo", "SmolLM2 pruned in wheel", "start renamed", "gemma-3-270m-it", "start trained anew"]
 FIGURES = {
+    "frontier": frontier,
     "histogram": lambda: figures.histogram(
         RANDOM.normal(0, 1, 200), "Held-out margins after DPO", "margin", "held-out pairs"
     ),

@@ -4,16 +4,18 @@ answers along the way from SFT."""
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import same
+from conftest import run_cells, same
 from rlhf_trust import ROOT, models, training
 from rlhf_trust.align import arms
 from rlhf_trust.align.rollout import RewardModel, sample_answers
-from rlhf_trust.artifacts import Build
+from rlhf_trust.artifacts import Build, Manifest, read_manifests
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Decoding, Generations, Prompt
@@ -285,3 +287,36 @@ def test_a_judge_is_trained_once(study, monkeypatch):
         head = models.load_reward_head(out)
         chosen, rejected = training.pair_rewards(network, head, chat, pairs).T
     assert (chosen > rejected).all()
+
+
+@pytest.mark.slow
+def test_the_chapter_compares_methods(study, tmp_path):
+    """On a tiny model: both judges, every pair of methods, and what the report reads."""
+    base, _, build = study
+    shutil.rmtree(build.model("judge"))
+    row = {"chosen": "the answer is not wrong", "rejected": "no"}
+    lines = [json.dumps({"prompt": f"what is question {i}?"} | row) + "\n" for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    own = {"model": base.source, "dtype": "float32", "prompt_format": "chatml", "n_train": 12}
+    own |= {"preferences": f"path:{tmp_path / 'pairs.jsonl'}", "n_held_out": 12, "max_length": 200}
+    rollouts = {"n_prompts_held_out": 8, "max_new_tokens": 6, "learning_rate": 5e-3, "seed": 0}
+    rollouts |= {"steps": 1, "answers_per_step": 8, "answers_per_prompt": 4, "ppo_epochs": 1}
+    dpo = {"n_dpo": 8, "beta": 0.1, "batch_size": 4, "epochs": 1, "learning_rate": 0.01, "seed": 0}
+    lora = {"lora_rank": 4, "lora_alpha": 8, "target_modules": None, "lora_layers": "all"}
+    lora |= {"learning_rate": 1e-2, "batch_size": 4}
+    for stage, more in (("02-reward", lora), ("03-ppo", rollouts), ("04-dpo", dpo)):
+        Manifest(build, stage, own | {"seed": 0} | more).write()
+    given = {"methods": ["dpo", "grpo"], "seeds": 2, "n_prompts": 12, "n_judge": 12}
+    given |= {"shares": [0.5], "max_new_tokens": 6, "judge_epochs": 1, "n_samples": 1}
+    chapter = run_cells("17-methods", profile="tiny", **own, **given)
+    assert chapter["sampled"] == {"dpo": 0, "grpo": 8}
+    assert "12 pairs, prefers the chosen answer in" in chapter["asked"]
+    won, frontier = chapter["found"], chapter["frontier"]
+    assert len(won) == 2 * 2 * 6 and set(won["judge"]) == {"reward", "judge"}
+    assert (won.query("model == 'grpo' and baseline == 'dpo'")["seeds"] == 2).all()
+    assert len(frontier) == 2 * (2 + 2 * 2 * 2)
+    manifest = read_manifests(build)["17-methods"]
+    assert manifest["facts"]["sampled"]["grpo"] == 8
+    assert {"models/judge/head.safetensors", "tables/parts/winrate.17-methods.csv"} <= set(
+        manifest["outputs"]
+    )

@@ -567,6 +567,32 @@ def style_matrices(matrices: dict[str, np.ndarray], styles: Sequence[str]):
     return figure
 
 
+def frontier(table: pd.DataFrame, judges: dict[str, str], labels: dict[str, str]):
+    """Score by each judge and length of answers (panels) against KL to SFT, along each method's way
+    from SFT; a line a seed, the larger point where it ends.
+
+    Columns as of the table ``frontier``. ``judges``: name → title of its panel. ``labels``: method
+    → what the legend calls it.
+    """
+    at_sft, walked = table[table["method"] == "sft"], table[table["method"].isin(labels)]
+    figure, axes = _panels(len(judges) + 1, len(judges) + 1, 2.1, 0.6, sharex=True)
+    panels = [(judge, "score", title) for judge, title in judges.items()]
+    panels.append((next(iter(judges)), "tokens", "length of answers"))
+    for axis, (judge, column, title) in zip(axes, panels):
+        for (method, _), rows in walked[walked["judge"] == judge].groupby(["method", "seed"]):
+            own = pd.concat([at_sft[at_sft["judge"] == judge], rows.sort_values("share")])
+            axis.plot(own["kl"], own[column], "-o", color=colour(method), markersize=2)
+            axis.plot(*own[["kl", column]].iloc[-1], "o", color=colour(method))
+        what = "tokens" if column == "tokens" else "SD of SFT's answers"
+        axis.set(title=_wrapped(f"{title}, {what}", 24), xlabel="KL to SFT, nats an answer")
+        axis.locator_params(nbins=4)
+    _dot_legend(figure, {label: {"color": colour(m)} for m, label in labels.items()})
+    n, seeds = table["n"].max(), walked.groupby("method")["seed"].nunique()
+    title = f"What each method gains for its distance, n = {n} prompts, {_span(seeds)} seeds"
+    titles(figure, title)
+    return figure
+
+
 # --- lineage -------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,7 @@ WRITTEN = {
     "10 11 12 13 14": ("trust", "trust_change"),
     "16": ("headline", "validity"),
     "60": ("dose", "dose_change", "dose_trend"),
+    "61": ("frontier", "winrate"),
 }
 """First digits of stages → the tables that each of them writes."""
 

@@ -16,8 +16,8 @@
     lay out notebooks with these parameters to step through, and print the folder.
 
 What a profile is run with comes from the environment, as make hands it on: ``DATA``, ``SEED``,
-``SET``, ``BEFORE`` and ``AFTER``; and ``FETCH``, the notebooks that will run (by default all, but
-then resolve fetches nothing).
+``SET``, ``BEFORE`` and ``AFTER``; and ``FETCH``, the notebooks that will run, or whose status is
+asked for (by default all, but then resolve fetches nothing).
 
 Exit codes: 0 done, 1 a notebook failed, 2 a parameter is wrong, 130 interrupted.
 """
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         print_estimate(parameters)
         return 0
     if task == "status":
-        print_status(run, parameters)
+        print_status(run, {stage: parameters[stage] for stage in named.split() or parameters})
         return 0
     accept_terms(profile, parameters)
     if task == "lab":
