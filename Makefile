@@ -6,6 +6,9 @@ PROFILE ?= embedded
 DATA ?=
 SEED ?=
 SET ?=
+# Where notebooks run, and what pieces of them can: none (here), local (child processes) or slurm, with sbatch's options.
+EXECUTOR ?=
+SLURM_ARGS ?=
 # For `make evaluate`: a model, those compared with it (<name>=<model>,…), and what is measured.
 BEFORE ?=
 AFTER ?=
@@ -15,8 +18,8 @@ APPENDIX_TEXT ?=
 # For `make soak`: 0.1 is a tenth of the trials.
 SHARE ?=
 # The launcher reads them from the environment, as they were written: neither make nor a shell runs what is in them.
-$(foreach name,PROFILE DATA SEED SET BEFORE AFTER CHAPTERS APPENDIX_TEXT A B SHARE,$(eval override $(name) := $$(value $(name))))
-export DATA SEED SET BEFORE AFTER
+$(foreach name,PROFILE DATA SEED SET EXECUTOR SLURM_ARGS BEFORE AFTER CHAPTERS APPENDIX_TEXT A B SHARE,$(eval override $(name) := $$(value $(name))))
+export DATA SEED SET EXECUTOR SLURM_ARGS BEFORE AFTER
 # Those that name folders, or stand in a recipe, are names.
 LETTERS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
 LETTERS += 0 1 2 3 4 5 6 7 8 9 _ . - ,
@@ -79,7 +82,7 @@ EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTER
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
-	@echo "  variables: PROFILE=$(PROFILE) (of: embedded $(sort $(basename $(notdir $(wildcard params/*.yaml))))), DATA=<directory>, SEED=<number>, SET=\"<notebook>.<parameter>=<value> …\", JOBS=$(JOBS), PIP_ARGS="
+	@echo "  variables: PROFILE=$(PROFILE) (of: embedded $(sort $(basename $(notdir $(wildcard params/*.yaml))))), DATA=<directory>, SEED=<number>, SET=\"<notebook>.<parameter>=<value> …\", JOBS=$(JOBS), EXECUTOR=<none, local or slurm>, SLURM_ARGS=, PIP_ARGS="
 
 setup: $(INSTALLED) fetch ## install everything into .venv, and fetch what PROFILE needs: it then runs without a network
 fetch: $(INSTALLED) ## fetch the models and data that PROFILE needs, which `make setup` does too
@@ -203,7 +206,7 @@ unit: $(INSTALLED) ## unit tests alone, without the slow ones and without any no
 
 test: lint ## lint, all unit tests, the smoke profile end to end, nbval on its notebooks
 	$(PYTEST) tests
-	$(MAKE) methods PROFILE=smoke DATA= SEED= SET= BEFORE= AFTER=
+	$(MAKE) reproduce PROFILE=smoke DATA= SEED= SET= EXECUTOR= BEFORE= AFTER=
 	$(BIN)/python tests/rerun.py smoke
 
 parity: .parity/.installed .bergson/.installed ## compare DataInf with dattri, scores through training with bergson, MC1 and MC2 with lm-evaluation-harness, win rates with AlpacaEval

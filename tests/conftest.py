@@ -32,7 +32,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-for name in "DATA SEED SET BEFORE AFTER FETCH".split():  # of a study, which make hands on
+for name in (
+    "DATA SEED SET EXECUTOR SLURM_ARGS BEFORE AFTER FETCH".split()
+):  # of a study, which make hands on
     os.environ.pop(name, None)
 torch.set_num_threads(1)  # tiny tensors gain nothing from threads
 

@@ -33,8 +33,9 @@ from . import ROOT, StudyError, check_name, require
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = ROOT / "params"
-ACCEPTS, EXTENDS = "accept_gemma_terms", "extends"
-"""Keys of a profile beside its parameters: are terms accepted, and which profile does it change?"""
+ACCEPTS, EXTENDS, RESOURCES = "accept_gemma_terms", "extends", "resources"
+"""Keys of a profile beside its parameters: are terms accepted, which profile does it change, and
+what does each notebook need as a job (:func:`resources`)?"""
 
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
@@ -115,6 +116,31 @@ def _fits(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "bool"
     return kind in TYPES and isinstance(value, TYPES[kind])
+
+
+NEEDS = {
+    "minutes": Parameter("minutes", "int", None, "> 0"),
+    "memory": Parameter("memory", "float", None, "> 0"),  # GB
+    "gpus": Parameter("gpus", "int", None, "0 or more"),
+    "processes": Parameter("processes", "int", None, "> 0"),
+}
+"""What ``resources:`` may say of a notebook, or under ``all:`` of each."""
+
+
+def resources(profile: str) -> dict[str, dict[str, float]]:
+    """Notebook → what it needs as a job, as far as the profile says: minutes until it is stopped
+    (and started anew), memory in GB, GPUs, processes. Raises :class:`StudyError` as
+    :func:`resolve`."""
+    file, asked = f"params/{profile}.yaml: {RESOURCES}", {}
+    for name, values in read_profile(profile).items():
+        if name.startswith(f"{RESOURCES}: "):
+            asked[name.removeprefix(f"{RESOURCES}: ")] = values
+    _refuse_unknown(f"{file}: no notebook", asked, [*stages(), "all"])
+    for section, values in asked.items():
+        for name in values:
+            _refuse_unknown(f"{file}: {section}: unknown", [name], NEEDS)
+            values[name] = NEEDS[name].check(values[name], f"{file}: {section}")
+    return {stage: asked.get("all", {}) | asked.get(stage, {}) for stage in stages()}
 
 
 def stages() -> list[str]:
@@ -220,6 +246,10 @@ def read_profile(profile: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     except OSError as error:
         raise StudyError(f"{file}: cannot be read ({error.strerror})") from None
     content = {} if content is None else content
+    if isinstance(content, dict) and isinstance(asked := content.get(RESOURCES), dict):
+        # Sections of their own, so that they lie over another profile's as all others do.
+        content |= {f"{RESOURCES}: {name}": values for name, values in asked.items()}
+        del content[RESOURCES]
     if not isinstance(content, dict) or any(not isinstance(name, str) for name in content):
         raise StudyError(f"{file}: must map `all` or a notebook's name to its parameters")
     for name, values in content.items():
@@ -265,6 +295,7 @@ def resolve(
     known = {stage: notebook_parameters(NOTEBOOKS / f"{stage}.ipynb") for stage in stages()}
     content, file, overrides = read_profile(profile), f"params/{profile}.yaml", overrides or {}
     content.pop(ACCEPTS, None)
+    content = {name: of for name, of in content.items() if name.split(": ")[0] != RESOURCES}
     for section, values in (settings or {}).items():
         file = f"SET, or params/{profile}.yaml"
         content[section] = content.get(section, {}) | values

@@ -16,8 +16,9 @@
     lay out notebooks with these parameters to step through, and print the folder.
 
 What a profile is run with comes from the environment, as make hands it on: ``DATA``, ``SEED``,
-``SET``, ``BEFORE`` and ``AFTER``; and ``FETCH``, the notebooks that will run, or whose status is
-asked for (by default all, but then resolve fetches nothing).
+``SET``, ``BEFORE`` and ``AFTER``; and ``FETCH``, the notebooks that will run, or that are asked
+about (by default all, but then resolve fetches nothing). ``EXECUTOR`` and ``SLURM_ARGS`` say where
+(:mod:`.fan_out`).
 
 Exit codes: 0 done, 1 a notebook failed, 2 a parameter is wrong, 130 interrupted.
 """
@@ -34,15 +35,16 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from itertools import cycle
+from contextlib import contextmanager, suppress
+from math import ceil
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from . import ROOT, StudyError, build_root, check_name, command, require, sources, visible
+from . import ROOT, StudyError, build_root, check_name, command, params, require, sources, visible
 from .artifacts import (
     Build,
     changed_files,
@@ -58,6 +60,7 @@ from .artifacts import (
     write_record,
     write_text,
 )
+from .fan_out import MOST, OPTIONS, Call, executor, job_options, place, run_as_job, slurm_options
 from .params import NOTEBOOKS, notebook_parameters, read_cells, read_yaml, resolve, terms_accepted
 from .sources import ACCEPTED, BASE, DOWNLOADS, TERMS, WHEELS, first_line, locate, model_directory
 
@@ -82,12 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     data, seed, changed, before, after, named = (
         os.environ.get(name, "") for name in "DATA SEED SET BEFORE AFTER FETCH".split()
     )
+    where, _ = executor(), slurm_options()
     given = settings(changed)
     overrides = data_overrides(data) | model_overrides(before, after)
     run = f"{profile}-seed{seed}" if seed else profile
     if seed:
         overrides |= seed_overrides(seed, profile, resolve(profile, overrides, run, given))
-    parameters = resolve(profile, overrides, run, given)
+    parameters, needs = resolve(profile, overrides, run, given), params.resources(profile)
     if task == "params":
         print_parameters(run, parameters)
         print_estimate(parameters)
@@ -111,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
             if made_since(began, Build(run), arguments.stage, parameters[arguments.stage]):
                 print(f"{arguments.stage}: made by another run just now")
                 return 0
+            if where:
+                return submit_stage(arguments.stage, run, parameters, needs[arguments.stage])
             return run_stage(arguments.stage, run, parameters[arguments.stage])
     # Before any stage computes, not after an hour.
     look_for_sources(run, {stage: parameters[stage] for stage in wanted})
@@ -451,6 +457,27 @@ def print_status(run: str, parameters: dict[str, dict]) -> None:
     )
 
 
+LIKELY, FEWEST = 3, 30
+"""A factor to which an estimate is good, and the minutes that a notebook is given at least."""
+
+
+def submit_stage(stage: str, run: str, parameters: dict[str, dict], needs: dict) -> int:
+    """:func:`run_stage` as a job of ``EXECUTOR``, whose notebook may submit others like it."""
+    minutes, build = MOST, Build(run)
+    if executor() == "slurm" and "minutes" not in needs:
+        found = estimated(parameters)
+        require(found, f"{stage}: name its minutes in the profile's resources:")
+        hours = found[0].set_index("stage")["hours"].reindex([stage]).fillna(0)[stage]
+        minutes = max(FEWEST, ceil(60 * LIKELY * hours))
+    options = job_options(needs, minutes)
+    os.environ[OPTIONS] = json.dumps(options)
+    # By its name, as this module may be __main__.
+    function = resolve_name(f"{__package__}.run:run_stage")
+    with _follow(stage, build.path("notebooks", f".{stage}.part.progress")):
+        call = Call(function, stage, run, parameters[stage])
+        return run_as_job(call, build.root / "jobs" / stage, options)
+
+
 def run_stage(stage: str, run: str, values: dict[str, Any]) -> int:
     """Execute one notebook with these values; move it into place only when every cell ran."""
     import nbformat
@@ -528,22 +555,6 @@ def kernel_environment(values: dict, progress: Path) -> dict[str, str]:
     """A stage's environment variables: no network unless a parameter names the hub."""
     online = any("hub:" in str(value) for value in values.values())
     return {"RLHF_TRUST_PROGRESS": str(progress)} | ({} if online else {"HF_HUB_OFFLINE": "1"})
-
-
-@contextmanager
-def place(folder: Path) -> Iterator[None]:
-    """Hold one of ``JOBS`` places while a notebook runs: ``make -j8`` overrides the Makefile's own
-    ``--jobs``, and would load eight models at once. Without ``JOBS`` nothing is waited for."""
-    jobs = os.environ.get("JOBS") or "0"
-    require(jobs.isdecimal(), f"JOBS={jobs}: must be the number of notebooks that run at a time")
-    folder.mkdir(parents=True, exist_ok=True)
-    held = nullcontext()
-    for lock in cycle([FileLock(folder / f".place-{number}.lock") for number in range(int(jobs))]):
-        with suppress(Timeout):
-            held = lock.acquire(timeout=0.2)
-            break
-    with held:
-        yield
 
 
 def latest_bar(path: Path) -> str:
