@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import some_examples
-from rlhf_trust import StudyError, models, training
+from rlhf_trust import StudyError, fan_out, models, training
 from rlhf_trust.align import arms, inpo, ppo
 from rlhf_trust.align.arms import PLACEBO, TRUE, Arm
-from rlhf_trust.artifacts import Build, Manifest
+from rlhf_trust.artifacts import Build, Manifest, sha256_of
 from rlhf_trust.chat import Chat, EncodedExample
 from rlhf_trust.data.preferences import PreferencePair, Preferences
 from rlhf_trust.decode import Example, Prompt
@@ -177,6 +177,25 @@ def test_an_arm_is_trained_once_for_what_it_is_made_from(trainer, monkeypatch):
     save_random(trainer.base, trainer.sft, 5)
     trainer.train(placebo)
     assert calls[3:] == ["dpo-seed1", "dpo-placebo-seed1"]
+
+
+@pytest.mark.slow
+def test_another_process_trains_the_same_arms(trainer, monkeypatch):
+    some = [Arm("dpo", TRUE, 0), Arm("dpo", PLACEBO, 0), Arm("ppo", TRUE, 1)]
+    folders = [arm.folder(trainer.build) for arm in some[1:]]
+    here = trainer.train_all(some)
+    hashes = [sha256_of(folder) for folder in folders]
+    shutil.rmtree(folders[0].parent)
+    monkeypatch.setenv("EXECUTOR", "local")
+    monkeypatch.setenv("JOBS", "2")
+    monkeypatch.delenv(fan_out.PLACES, raising=False)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(fan_out, "compute", lambda *_: False)  # not here
+        elsewhere.setattr(arms.Trainer, "_train_dpo", None)
+        there = trainer.train_all(some)
+    assert [sha256_of(folder) for folder in folders] == hashes
+    assert there == pytest.approx(here, abs=0, nan_ok=True) and np.isfinite(there["ppo-seed1"])
+    assert not trainer.build.path("jobs", "arms").exists()
 
 
 @pytest.mark.parametrize("stage", ["ppo", "inpo"])

@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 
 from . import StudyError
+from .artifacts import content_key
 from .decode import Generations
+from .fan_out import fan_out
 from .models import ModelSet
 from .stats import (
     FEW,
@@ -43,9 +45,15 @@ def measure_all(
     models: ModelSet, generations: Generations, benchmarks: str, sizes: Mapping[str, int], seed: int
 ) -> ByVertical:
     """Vertical → every model's measures by its instrument. ``sizes``: vertical → items (0: all)."""
-    modules = {name: import_module(f".verticals.{name}", __package__) for name in sizes}
-    asked = models, generations, benchmarks
-    return {name: modules[name].instrument(*asked, n, seed) for name, n in sizes.items()}
+
+    def measure(name: str) -> ByModel:
+        instrument = import_module(f".verticals.{name}", __package__).instrument
+        return instrument(models, generations, benchmarks, sizes[name], seed)
+
+    own = benchmarks, generations.chat.key, seed, models.fingerprints
+    keys = {content_key(name, n, *own): name for name, n in sizes.items()}
+    found = dict(fan_out(measure, keys, generations.directory.parents[1] / "jobs" / "headline"))
+    return {name: found[key] for key, name in keys.items()}
 
 
 def one_measure(measures: Measures, metric: str, condition: str) -> Measure:

@@ -23,11 +23,12 @@ from rlhf_trust import models, params
 from rlhf_trust.align import ppo
 from rlhf_trust.align.arms import CHAPTERS
 from rlhf_trust.align.rollout import before_and_after
-from rlhf_trust.artifacts import Build
+from rlhf_trust.artifacts import Build, progress
 from rlhf_trust.attribution.metric import training_examples
 from rlhf_trust.chat import Chat
 from rlhf_trust.data.preferences import load_preferences
 from rlhf_trust.decode import LowerStates, Prompt
+from rlhf_trust.fan_out import fan_out
 from rlhf_trust.losses import DPOLoss, reference_logps
 from rlhf_trust.report import rise_at_equal_length
 from rlhf_trust.run import data_overrides
@@ -105,16 +106,17 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="add to tests/reference/rates.csv")
     given = parser.parse_args()
     sweep, rows = Sweep(given.profile, given.stage, given.data), []
-    for rate in given.rates:
-        for seed in given.seeds:
-            what = {"profile": given.profile, "stage": given.stage, "learning_rate": rate}
-            what["seed"] = seed
-            found = getattr(sweep, given.stage)(rate, seed)
-            for metric, i in found.items():
-                row = {"metric": metric, "value": i.value, "ci_low": i.low, "ci_high": i.high}
-                note = str(sweep.base.model.dtype).removeprefix("torch.")
-                rows.append(what | row | {"n": i.n, "note": note})
-            print(pd.DataFrame(rows[-len(found) :]).to_string(index=False), flush=True)
+    points = {f"{rate:g}-{seed}": (rate, seed) for rate in given.rates for seed in given.seeds}
+    measure, folder = getattr(sweep, given.stage), sweep.build.path("jobs", "rates")
+    found = fan_out(lambda point: measure(*point), points, folder)
+    found = dict(progress(found, given.stage, len(points)))
+    for point, (rate, seed) in points.items():
+        what = {"profile": given.profile, "stage": given.stage, "learning_rate": rate}
+        for metric, i in found[point].items():
+            row = {"metric": metric, "value": i.value, "ci_low": i.low, "ci_high": i.high}
+            note = str(sweep.base.model.dtype).removeprefix("torch.")
+            rows.append(what | {"seed": seed} | row | {"n": i.n, "note": note})
+    print(pd.DataFrame(rows).to_string(index=False))
     if given.save:
         table = pd.concat([pd.read_csv(REFERENCE), pd.DataFrame(rows)], ignore_index=True)
         table.to_csv(REFERENCE, index=False, float_format="%.6g")

@@ -31,6 +31,7 @@ from ..artifacts import Build
 from ..chat import Chat, EncodedExample
 from ..data.preferences import PreferencePair, Preferences
 from ..decode import Decoding, Example, LowerStates, Prompt
+from ..fan_out import fan_out
 from ..losses import DPOLoss, reference_logps
 from ..stats import generator
 from ..training import TrainConfig, fit, pair_examples, trained_once, training_code
@@ -210,16 +211,25 @@ class Trainer:
         """
         if arm.is_stage:
             return np.nan
-        out, config = arm.folder(self.build), self.config(arm)
+        train = self._train_dpo if arm.stage == "dpo" else self._sampled
+        out = arm.folder(self.build)
+        return trained_once(out, self.about(arm), lambda: train(arm, self.config(arm), out))
+
+    def train_all(self, arms: Sequence[Arm]) -> dict[str, float]:
+        """:meth:`train` all arms, spread where there is an executor: name → what it returns."""
+        pieces = {artifacts.content_key(*self.about(arm)): arm for arm in arms}
+        found = dict(fan_out(self.train, pieces, self.build.path("jobs", "arms")))
+        return {arm.name: found[key] for key, arm in pieces.items()}
+
+    def about(self, arm: Arm) -> tuple:
+        """All that an arm is made from, as JSON."""
         weights = [models.adapter_fingerprint(self.base, self.sft)]
         if arm.stage != "dpo":
             weights.append(artifacts.sha256_of(self.reward))
         data = [asdict(p) for p in self.pairs.train], [asdict(p) for p in self.pairs.held_out]
-        settings = self.parameters[arm.stage], asdict(config), self.chat.key
+        settings = self.parameters[arm.stage], asdict(self.config(arm)), self.chat.key
         code = training_code("align.rollout", "align.ppo", "align.inpo", "align.arms")
-        train = self._train_dpo if arm.stage == "dpo" else self._sampled
-        about = asdict(arm), weights, data, settings, code
-        return trained_once(out, about, lambda: train(arm, config, out))
+        return asdict(arm), weights, data, settings, code
 
     def _train_dpo(self, arm: Arm, config: TrainConfig, out: Path) -> float:
         given, pad = self.parameters["dpo"], self.chat.tokenizer.pad_token_id

@@ -33,6 +33,7 @@ from .. import StudyError, stats
 from ..artifacts import ResultCache, content_key, progress
 from ..data.preferences import PreferencePair
 from ..decode import Example, LowerStates
+from ..fan_out import fan_out
 from ..losses import Loss
 from ..training import training_code
 from .gradients import per_example_gradients
@@ -82,19 +83,19 @@ def retrained(
         bool [count, n]: the examples to train on.
     measure
         ``measure(indices, seed)`` → name → values [items]. It must depend on nothing but its
-        arguments (restore the start!): then results are the same with and without an interruption.
+        arguments (restore the start!): then results are the same with and without an interruption,
+        and whichever process they come from (:mod:`..fan_out`).
         Subset s gets the seed ``seed + s``.
     """
     kept = ResultCache(directory / f"{name}.{content_key(name, key, seed, training_code())}.jsonl")
-    rows = []
-    for number, subset in enumerate(progress(subsets, desc=name, unit="retraining")):
-        indices = np.flatnonzero(subset)
-        own_key = content_key(number, indices.tolist())
-        if own_key not in kept:
-            values = measure(indices, seed + number).items()
-            outcomes = {what: np.asarray(some, float).tolist() for what, some in values}
-            kept.add(own_key, outcomes=outcomes)
-        rows.append(kept[own_key]["outcomes"])
+    trained_on = [(np.flatnonzero(subset), seed + s) for s, subset in enumerate(subsets)]
+    keys = [content_key(s, some.tolist()) for s, (some, _) in enumerate(trained_on)]
+    missing = {own: given for own, given in zip(keys, trained_on) if own not in kept}
+    found = fan_out(lambda given: measure(*given), missing, kept.path.with_suffix(""))
+    for own, values in progress(found, desc=name, total=len(missing), unit="retraining"):
+        outcomes = {what: np.asarray(some, float).tolist() for what, some in values.items()}
+        kept.add(own, outcomes=outcomes)
+    rows = [kept[own]["outcomes"] for own in keys]
     return {what: np.array([row[what] for row in rows]) for what in rows[0]}
 
 
