@@ -41,6 +41,22 @@ def test_every_profile_has_its_sizes():
         assert (found["hours"] > 0).all() and (twice["hours"] > found["hours"]).all()
 
 
+def test_what_trains_nothing_costs_by_its_models():
+    """40-rag-trust with ``align: false``, whatever else it would have trained on."""
+
+    def minutes(**changed):
+        parameters = params.resolve("evaluate")
+        parameters["40-rag-trust"] |= {"trained": ["mine=path:x"]} | changed
+        found = estimate.hours(parameters, 134.5e6, 0.28).set_index("stage").loc["40-rag-trust"]
+        return 60 * found["hours"] - estimate.START_UP, found["scaled_from"]
+
+    two, source = minutes()
+    assert source == "evaluate" and minutes(n_train=500) == (two, source)
+    assert minutes(trained=["a=path:x", "b=path:y", "c=path:z"])[0] == pytest.approx(2 * two)
+    trains, source = minutes(align=True)
+    assert source == "embedded" and trains > 3 * two
+
+
 def test_an_unknown_size_gives_no_estimate():
     parameters = params.resolve("embedded")
     parameters["12-ethics"]["n_items"] = 0  # all

@@ -1,12 +1,13 @@
 """What a profile will cost: hours of each notebook, scaled from the minutes of a measured run.
 
 ``tests/reference/minutes.json`` holds, for each reference run, the minutes of its notebooks, the
-main sizes that they ran with (``embedded`` has those of every notebook), the model's number of
-weights and the speed of its machine. Minutes are scaled by the product of these sizes (of a list of
-adapters its length, with start), by the number of weights and by the speed of a large matrix
-product here and there. Not scaled: everything else, such as the other parameters,
-lengths of answers and memory bandwidth. Of two reference runs that differ in processor and sizes,
-one predicts the other to a factor of three, and 30-reward-models to a factor of seven.
+main sizes that they ran with (``embedded`` has those of every notebook, ``evaluate`` those of
+40-rag-trust where it trains nothing), the model's number of weights and the speed of its machine.
+Minutes are scaled by the product of these sizes (of a list of adapters its length, with start), by
+the number of weights and by the speed of a large matrix product here and there. Not scaled:
+everything else, such as the other parameters, lengths of answers and memory bandwidth. Of two
+reference runs that differ in processor and sizes, one predicts the other to a factor of three, and
+30-reward-models to a factor of seven.
 """
 
 from __future__ import annotations
@@ -61,17 +62,25 @@ def hours(parameters: dict[str, dict], weights: float, tflops: float) -> pd.Data
     for stage in runs["embedded"]["sizes"].keys() & parameters.keys():
         best = (inf, nan, (nan, "unknown: a size of 0 means all"))
         for name, run in runs.items():
-            measured = run["sizes"].get(stage, {})
-            sizes = [parameters[stage][parameter] for parameter in measured]
-            own = prod(len(n) + 1 if isinstance(n, list) else n for n in sizes)  # start as well
+            measured, given = run["sizes"].get(stage, {}), parameters[stage]
+            if any(given[name] is not n for name, n in measured.items() if isinstance(n, bool)):
+                continue
+            own = prod(_size(given[name]) for name in measured)
             if own and stage in run["minutes"]:
-                ratio = own / prod(measured.values())
+                ratio = own / prod(map(_size, measured.values()))
                 slower = weights / run["weights"] * run["tflops"] / tflops
                 minutes = START_UP + (run["minutes"][stage] - START_UP) * ratio * slower
                 best = min(best, (abs(log(ratio)), minutes, (ratio, name)))
         rows.append((stage, best[1] / 60, *best[2]))
     found = pd.DataFrame(rows, columns=["stage", "hours", "sizes", "scaled_from"])
     return found.sort_values("stage", ignore_index=True)
+
+
+def _size(value: int | bool | list) -> int:
+    """Of a parameter; of a switch 1, since a run that has it otherwise is not taken."""
+    if isinstance(value, bool):
+        return 1
+    return len(value) + 1 if isinstance(value, list) else value  # start as well
 
 
 def machine_tflops(dtype: torch.dtype, repeats: int = 20) -> float:
