@@ -65,17 +65,18 @@ endif
 BIN := $(ENVIRONMENT)/bin
 RUN := $(PROFILE)$(if $(SEED),-seed$(SEED))
 BUILD := build/$(RUN)
+NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]-*.ipynb))))
 # Those from 60 on have targets of their own. They belong to a run in which they are done, and to the tests'.
-STAGES := $(sort $(filter-out %.failed,$(basename $(notdir $(wildcard notebooks/[0-57-9][0-9]-*.ipynb \
-  $(if $(filter smoke,$(PROFILE)),notebooks,$(BUILD)/notebooks)/6[0-9]-*.ipynb)))))
+DONE := $(basename $(notdir $(wildcard $(BUILD)/notebooks/6[0-9]-*.ipynb)))
+STAGES := $(filter-out $(if $(filter smoke,$(PROFILE)$(DATA)),,$(filter-out $(DONE),$(filter 6%,$(NOTEBOOKS)))),$(NOTEBOOKS))
 LAUNCH := $(BIN)/python -m rlhf_trust.run
 OPTIONS := --profile $(PROFILE)
 PYTEST := $(BIN)/python -m pytest -q --strict-markers --numprocesses $(JOBS) --dist worksteal
 RUFF := $(BIN)/ruff --config lib/pyproject.toml
 
 COMMA := ,
-MEASURE := toxicity stereotype ethics truthfulness privacy rag-trust lineage
-chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(STAGES)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
+MEASURE := toxicity stereotype ethics truthfulness privacy sycophancy refusal rag-trust lineage
+chapter = $(or $(filter %-$(filter $(1),$(MEASURE)),$(NOTEBOOKS)),$(error CHAPTERS: no $(1); there are $(MEASURE)))
 EVALUATED = $(foreach name,$(patsubst rag,rag-trust,$(subst $(COMMA), ,$(CHAPTERS))),$(call chapter,$(name)))
 
 .PHONY: help setup fetch reproduce flagship dose methods quick evaluate card report params status appendix pdf latex crate lock lab lint format unit test verify compare parity soak bench clean resolve
@@ -101,8 +102,7 @@ build/.installed-%: lib/pyproject.toml lib/constraints.txt
 
 reproduce: ## run the whole study, then its report
 flagship: ## the same without the companion chapters (30 on)
-methods: ## the whole study and 17-methods, which is not part of it: reward against KL, win rates by another judge
-reproduce flagship methods: $(BUILD)/report.html $(BUILD)/appendix/index.html
+reproduce flagship: $(BUILD)/report.html $(BUILD)/appendix/index.html
 	@echo "report: $(BUILD)/report.html"
 
 quick: ## a first answer: SFT, DPO and its placebo, five verticals without written answers, report
@@ -115,7 +115,10 @@ dose: ## how do effects grow with the amount of preference pairs? Beside the who
 	$(BIN)/python -m rlhf_trust.render appendix $(RUN)
 	@echo "chapter: $(BUILD)/appendix/60-dose.html"
 
-evaluate: ## measure models as they are: BEFORE=<model> AFTER=<name>=<model>,… CHAPTERS=toxicity,…,rag,lineage
+methods: ## the whole study, and which method gains most: reward against KL, win rates by another judge
+	$(MAKE) reproduce STAGES="$(sort $(STAGES) 61-methods)"
+
+evaluate: ## measure models as they are: BEFORE=<model> AFTER=<name>=<model>,… CHAPTERS=toxicity,…,sycophancy,refusal,rag,lineage
 	$(MAKE) card PROFILE=$(if $(filter embedded,$(PROFILE)),evaluate,$(PROFILE)) STAGES="$(EVALUATED) 90-report"
 
 card: $(BUILD)/report.html ## what the report found, on one page for a model card
@@ -148,6 +151,7 @@ lock: .lock/.installed ## after a change of lib/constraints.txt: lib/hashes.txt 
 params: $(INSTALLED) ## print what every notebook would run with (* = changed by the profile)
 	@$(LAUNCH) params $(OPTIONS)
 
+params status: export FETCH = $(STAGES)
 status: $(INSTALLED) ## which notebooks of a run are done, and about how many minutes the others will take
 	@$(LAUNCH) status $(OPTIONS)
 
@@ -165,7 +169,7 @@ clean: ## remove what PROFILE made (the model and .venv stay)
 
 # What the run needs from elsewhere is fetched. Parameters are checked, and written with a hash of the notebook's cells to
 # a file that changes only when they do: make then knows what to run again.
-resolve status: export FETCH = $(READ) $(filter 90-%,$(STAGES))
+resolve: export FETCH = $(READ) $(filter 90-%,$(STAGES))
 resolve: $(INSTALLED)
 	@$(LAUNCH) resolve $(OPTIONS)
 $(STAGES:%=$(BUILD)/params/%.yaml): resolve ;
@@ -177,9 +181,9 @@ $(BUILD)/notebooks/%.ipynb: $(BUILD)/params/%.yaml
 nb = $(patsubst %,$(BUILD)/notebooks/%.ipynb,$(filter $(1),$(STAGES)))
 $(call nb,03-% 05-%): $(call nb,01-% 02-%)
 $(call nb,04-%): $(call nb,01-%)
-$(call nb,1%): $(call nb,01-% 03-% 04-% 05-%)
-$(call nb,16-% 17-methods): $(call nb,02-%)
-$(call nb,17-methods): $(call nb,16-%)
+$(call nb,1% 61-% 62-% 63-%): $(call nb,01-% 03-% 04-% 05-%)
+$(call nb,16-% 61-%): $(call nb,02-%)
+$(call nb,61-%): $(call nb,16-%)
 $(call nb,20-%): $(call nb,02-% 10-% 11-% 12-% 13-% 14-%)
 $(call nb,21-% 22-% 23-%): $(call nb,10-%)
 $(call nb,30-%): $(call nb,02-% 04-% 05-%)
@@ -188,7 +192,7 @@ $(call nb,50-%): $(call nb,01-% 03-% 04-% 05-% 40-%)
 $(call nb,60-%): $(call nb,01-% 04-%)
 # The long ones are started first, so that no core waits for them at the end.
 READ := $(filter $(if $(filter flagship,$(MAKECMDGOALS)),0% 1% 2%,%),$(filter-out 90-%,$(STAGES)))
-$(call nb,90-%): $(foreach some,05-% 16-% 60-% 30-% 40-% 22-% 21-% 23-% %,$(call nb,$(filter $(some),$(READ))))
+$(call nb,90-%): $(foreach some,05-% 16-% 60-% 61-% 30-% 40-% 22-% 21-% 23-% %,$(call nb,$(filter $(some),$(READ))))
 $(call nb,90-%): $(if $(SEED),,$(wildcard $(BUILD)-seed*/tables/trust_change.csv))
 
 # --- checks -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rlhf_trust import card, lineage
 from rlhf_trust.artifacts import TABLES, Build, Manifest
 from rlhf_trust.headline import headline_words
 from rlhf_trust.report import Conditions, checkpoint_changes, validity_of
-from rlhf_trust.verticals import HEADLINE
+from rlhf_trust.verticals import FIVE, HEADLINE
 
 EVIL = '<script>alert(1)</script> | [x](http://evil.example) `a` "b": {c}'
 HOW = Conditions("hub:a/base@1", {"mine": "hub:a/model@2"}, {}, "chatml", "float32", "shipped", 0)
@@ -33,7 +33,8 @@ def tables(models=("mine",), validity=None, told=0.0, **more) -> dict[str, pd.Da
     change of the stereotype's instrument, ± 0.05."""
     validity = {("privacy", model): 0.1 for model in ("start", *models)} | (validity or {})
     trust, changes = [], []
-    for vertical, of in HEADLINE.items():
+    for vertical in FIVE:
+        of = HEADLINE[vertical]
         change, low, high, p_holm, n = CHANGES[vertical]
         key = {"vertical": vertical, "seed": 0}
         for model in ("start", *models):

@@ -36,7 +36,7 @@ def test_every_profile_has_its_sizes():
     for profile in ("smoke", "pythia-1.4b", "gemma3-270m"):
         parameters = params.resolve(profile)
         found = estimate.hours(parameters, 1e9, 1.0).set_index("stage")
-        assert set(found.index) == set(parameters) - {"60-dose", "90-report"}
+        assert set(found.index) == {s for s in parameters if s < "60"}
         twice = estimate.hours(parameters, 1e9, 0.5).set_index("stage")
         assert (found["hours"] > 0).all() and (twice["hours"] > found["hours"]).all()
 

@@ -9,8 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import NAN, REAL_DATA, same
+from rlhf_trust.sources import SHIPPED, read_jsonl
 from rlhf_trust.stats import corrected_rate
-from rlhf_trust.verticals import ethics, privacy, stereotype, toxicity, truthfulness
+from rlhf_trust.verticals import (
+    ethics,
+    privacy,
+    refusal,
+    stereotype,
+    sycophancy,
+    toxicity,
+    truthfulness,
+)
 from rlhf_trust.verticals.common import Measure, answers_table, reader_counts
 from rlhf_trust.verticals.privacy import PrivateFact
 from rlhf_trust.verticals.scorers import MeanScorer, make_scorers
@@ -149,6 +158,35 @@ def test_further_answers_are_read(vertical, bound):
     rows = [row for row in labelled("further") if row["vertical"] == vertical]
     misread = [found != row["label"] for row, found in zip(rows, readings(vertical, rows))]
     assert len(rows) >= 70 and np.mean(misread) <= bound
+
+
+@pytest.mark.parametrize("vertical", ["sycophancy", "refusal"])
+def test_answers_of_the_optional_verticals_are_read(vertical):
+    """Labelled by one annotator, and none of them looked at when the readers were made."""
+    rows = [row for row in labelled("optional") if row["vertical"] == vertical]
+    users = {user.id: user for user in sycophancy.load_sycophancy("shipped")}
+    pairs = list(read_jsonl(SHIPPED / "hh-rlhf" / "harmless-base.test.jsonl"))
+    seen, truth = [], []
+    for row in rows:
+        if vertical == "sycophancy":
+            user = users[row["item"]]
+            told = {user.answers[user.held]: 1.0, "none": NAN}
+            seen.append(sycophancy.read(row["answer"], user))
+            truth.append(told.get(row["label"], 0.0))
+            continue
+        if "answer" not in row:  # of a shipped pair
+            dialogue = pairs[int(row["item"].split(":")[1]) - 1][1][row["model"]]
+            row["answer"] = dialogue.rsplit("\n\nAssistant:", 1)[1]
+        seen.append(refusal.read(row["answer"]))
+        truth.append(float(row["label"] == "refuses"))
+    seen, truth = np.array(seen), np.array(truth)
+    right = (seen == truth) | (np.isnan(seen) & np.isnan(truth))
+    read = ~np.isnan(seen)
+    sides = [read & (truth == side) for side in (1, 0)]
+    found = [n for side in sides for n in ((side & right).sum(), side.sum())]
+    known = reader_counts(vertical)
+    assert known["misread":"others"].tolist() == [(~right).sum(), len(rows), *found]
+    assert known["unseen"] == 0 and len(rows) >= 48
 
 
 def test_the_readers_error_is_taken_out():

@@ -32,6 +32,7 @@ from rlhf_trust.verticals import HEADLINE, PUBLISHED
 
 NAN = float("nan")
 START = {"toxicity": 0.5, "stereotype": 0.2, "ethics": 0.25, "truthfulness": 0.4, "privacy": 0.0}
+START |= {"sycophancy": 0.5, "refusal": 0.1}
 
 
 def trust(unparsable=0.25):
@@ -81,7 +82,7 @@ def test_what_was_published_stands_beside_what_could_be_read():
     rows = [("sft", v, 0.1, -0.05, 0.2, 1.0) for v in PUBLISHED]
     rows.append(("dpo", "ethics", -0.25, -0.25, -0.1, 0.01))
     found = as_published(trust(), changes(rows)).set_index(["vertical", "model"])
-    assert len(found) == 6
+    assert len(found) == len(PUBLISHED) + 1
     assert found["start"].to_dict() == {key: START[key[0]] for key in found.index}
     assert found["readable"].eq(0.75).all() and not found["mostly_unreadable"].any()
     unread = as_published(trust(unparsable=0.9), changes(rows)).set_index(["vertical", "model"])
@@ -303,7 +304,7 @@ def test_an_instrument_is_valid_above_its_own_chance_over_enough_items():
         "truthfulness",  # chance 0
         "privacy",  # 0.25; the others' is 0.5
     ]
-    assert len(found) == 10 and not found.query("model == 'mine'")["valid"].any()
+    assert len(found) == 2 * len(HEADLINE) and not found.query("model == 'mine'")["valid"].any()
 
 
 def test_single_checkpoints_make_a_headline_table():

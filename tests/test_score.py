@@ -19,6 +19,10 @@ def ideal(vertical, item) -> str:
         return "not wrong"
     if vertical == "truthfulness":
         return f"{item.options.index(item.right) + 1}. {item.right}"
+    if vertical == "sycophancy":
+        return item.answers[item.held]
+    if vertical == "refusal":
+        return "I can't help with that."
     return f"It is {item.value}." if vertical == "privacy" else "I agree."
 
 
@@ -29,6 +33,8 @@ def ideal(vertical, item) -> str:
         ("ethics", "false_negative_rate"),
         ("truthfulness", "accuracy"),
         ("privacy", "leak_rate"),
+        ("sycophancy", "agreement_with_user"),
+        ("refusal", "over_refusal_rate"),
     ],
 )
 def test_answers_of_another_program_are_scored(tmp_path, capsys, vertical, metric):
@@ -47,8 +53,9 @@ def test_answers_of_another_program_are_scored(tmp_path, capsys, vertical, metri
     (found,) = (
         pd.read_csv(table).query(f"metric == '{metric}' and condition == 'main'").itertuples()
     )
-    wrong = sum(getattr(items[r["id"]], "wrong", True) is True for r in answered)
-    assert found.value == 1 and found.n == (wrong if vertical == "ethics" else 31)
+    of = {"ethics": lambda item: item.wrong, "refusal": lambda item: not item.harmful}
+    counted = of.get(vertical, lambda item: True)
+    assert found.value == 1 and found.n == sum(counted(items[r["id"]]) for r in answered)
 
 
 def test_toxicity_needs_a_scorer_alone(tmp_path, capsys):

@@ -308,15 +308,15 @@ def test_the_chapter_compares_methods(study, tmp_path):
         Manifest(build, stage, own | {"seed": 0} | more).write()
     given = {"methods": ["dpo", "grpo"], "seeds": 2, "n_prompts": 12, "n_judge": 12}
     given |= {"shares": [0.5], "max_new_tokens": 6, "judge_epochs": 1, "n_samples": 1}
-    chapter = run_cells("17-methods", profile="tiny", **own, **given)
+    chapter = run_cells("61-methods", profile="tiny", **own, **given)
     assert chapter["sampled"] == {"dpo": 0, "grpo": 8}
     assert "12 pairs, prefers the chosen answer in" in chapter["asked"]
     won, frontier = chapter["found"], chapter["frontier"]
     assert len(won) == 2 * 2 * 6 and set(won["judge"]) == {"reward", "judge"}
     assert (won.query("model == 'grpo' and baseline == 'dpo'")["seeds"] == 2).all()
     assert len(frontier) == 2 * (2 + 2 * 2 * 2)
-    manifest = read_manifests(build)["17-methods"]
+    manifest = read_manifests(build)["61-methods"]
     assert manifest["facts"]["sampled"]["grpo"] == 8
-    assert {"models/judge/head.safetensors", "tables/parts/winrate.17-methods.csv"} <= set(
+    assert {"models/judge/head.safetensors", "tables/parts/winrate.61-methods.csv"} <= set(
         manifest["outputs"]
     )

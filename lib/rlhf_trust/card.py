@@ -45,6 +45,8 @@ PUBLIC = {
     "ethics": ("hendrycks/ethics", "ETHICS, commonsense"),
     "truthfulness": ("truthfulqa/truthful_qa", "TruthfulQA, multiple choice"),
     "privacy": ("AI-Secure/DecodingTrust", "DecodingTrust, Enron's names, other values made up"),
+    "sycophancy": ("Anthropic/model-written-evals", "Model-written evaluations, sycophancy"),
+    "refusal": ("Paul/XSTest", "XSTest"),
 }
 """Vertical → the public benchmark's id on the hub and its name."""
 SHIPPED = "more-rlhf-more-trust"

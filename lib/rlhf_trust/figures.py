@@ -49,6 +49,8 @@ TITLES = {
     "ethics": "Machine ethics",
     "truthfulness": "Truthfulness",
     "privacy": "Privacy",
+    "sycophancy": "Sycophancy",
+    "refusal": "Over-refusal",
     "grounding": "Grounded answers",
     "agreement": "Planted: agreeing",
 }

@@ -41,9 +41,11 @@ HALF = 0.5
 # --- the report's tables -------------------------------------------------------------------------
 
 
+CHAPTERS = "10 11 12 13 14 62 63"
+"""First digits of the verticals' chapters."""
 WRITTEN = {
     "0": ("training", "checks"),
-    "10 11 12 13 14": ("trust", "trust_change"),
+    CHAPTERS: ("trust", "trust_change"),
     "16": ("headline", "validity"),
     "60": ("dose", "dose_change", "dose_trend"),
     "61": ("frontier", "winrate"),
@@ -252,11 +254,12 @@ class Conditions(NamedTuple):
 
 
 def conditions(manifests: Mapping[str, dict]) -> Conditions:
-    """From the manifests of 10 to 14; raises :class:`StudyError` if there is none of them, or if
-    they compared different models."""
-    verticals = "10 11 12 13 14".split()
-    chapters = {stage: made for stage, made in manifests.items() if stage[:2] in verticals}
-    require(chapters, "no manifest of a vertical's chapter (10 to 14), so nothing was compared")
+    """From the manifests of the verticals; raises :class:`StudyError` if there is none of them, or
+    if they compared different models."""
+    of_verticals = CHAPTERS.split()
+    chapters = {stage: made for stage, made in manifests.items() if stage[:2] in of_verticals}
+    problem = f"no manifest of a vertical's chapter ({', '.join(of_verticals)})"
+    require(chapters, f"{problem}, so nothing was compared")
     first, others, facts, hashes = next(iter(chapters)), {}, {}, {}
     settings = chapters[first]["parameters"]
     for stage, made in chapters.items():

@@ -92,21 +92,22 @@ def main(argv: list[str] | None = None) -> int:
     if seed:
         overrides |= seed_overrides(seed, profile, resolve(profile, overrides, run, given))
     parameters, needs = resolve(profile, overrides, run, given), params.resources(profile)
+    wanted = [arguments.stage] if task == "stage" else named.split() or list(parameters)
+    for stage in wanted:
+        known = stage in parameters
+        require(known, f"no notebook {stage!r}; there are {', '.join(parameters)}")
+    shown = {stage: parameters[stage] for stage in wanted}
     if task == "params":
-        print_parameters(run, parameters)
-        print_estimate(parameters)
+        print_parameters(run, shown)
+        print_estimate(shown)
         return 0
     if task == "status":
-        print_status(run, {stage: parameters[stage] for stage in named.split() or parameters})
+        print_status(run, shown)
         return 0
     accept_terms(profile, parameters)
     if task == "lab":
         print(os.path.relpath(lay_out(run, parameters), ROOT))
         return 0
-    wanted = [arguments.stage] if task == "stage" else named.split() or list(parameters)
-    for stage in wanted:
-        known = stage in parameters
-        require(known, f"no notebook {stage!r}; there are {', '.join(parameters)}")
     if task == "stage":
         fetch(parameters, wanted)
         lock = build_root(run) / f".{arguments.stage}.lock"
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
                 return submit_stage(arguments.stage, run, parameters, needs[arguments.stage])
             return run_stage(arguments.stage, run, parameters[arguments.stage])
     # Before any stage computes, not after an hour.
-    look_for_sources(run, {stage: parameters[stage] for stage in wanted})
+    look_for_sources(run, shown)
     if named or task == "fetch":
         fetch(parameters, wanted)
     if task == "resolve":
@@ -129,12 +130,15 @@ def main(argv: list[str] | None = None) -> int:
 
 SETS = {"preferences": "hh-rlhf/", "also": "hh-rlhf/", "questions": "trust-score/"}
 """Which of ``HUB_FILES`` a parameter ``hub:`` means; ``benchmarks``: all others."""
+OPTIONAL = {"62": "sycophancy/", "63": "xstest/"}
+"""Notebook → those that it alone reads."""
 
 
 def fetch(parameters: dict[str, dict], wanted: Iterable[str]) -> None:
     """Get, and rebuild, what the wanted stages read from elsewhere and is not here yet."""
-    needed = set()
-    for stage in parameters.keys() & set(wanted):
+    needed, stages = set(), parameters.keys() & set(wanted)
+    unread = [OPTIONAL[number] for number in OPTIONAL.keys() - {stage[:2] for stage in stages}]
+    for stage in stages:
         if "sentence_encoder" in (NOTEBOOKS / f"{stage}.ipynb").read_text(encoding="utf-8"):
             sources.sentence_directory()
         for name, value in parameters[stage].items():
@@ -142,7 +146,7 @@ def fetch(parameters: dict[str, dict], wanted: Iterable[str]) -> None:
             needed |= {(name, re.sub(r"^[\w.-]+=|#.*", "", str(entry))) for entry in entries}
     for name, source in sorted(needed):
         if source == "hub:":
-            others = () if name in SETS else tuple(SETS.values())
+            others = () if name in SETS else (*SETS.values(), *unread)
             for file in sources.HUB_FILES:
                 if file.startswith(SETS.get(name, "")) and not file.startswith(others):
                     sources.locate(source, file.removesuffix(".gz"))

@@ -124,6 +124,7 @@ UNHASHED = (
     "bbq/Race_",
     "bbq/SES",
     "bbq/additional_metadata",
+    "sycophancy/",
 )
 
 
@@ -248,7 +249,12 @@ def test_what_each_parameter_needs_is_fetched(fetched, values, wanted):
 
 def test_benchmarks_are_all_other_files(fetched):
     run.fetch({"12-ethics": {"benchmarks": "hub:"}}, ["12-ethics"])
-    assert fetched == {f for f in sources.HUB_FILES if not f.startswith(("hh-", "trust-"))}
+    others = {f for f in sources.HUB_FILES if not f.startswith(("hh-", "trust-"))}
+    optional = {f for f in others if f.startswith(("sycophancy/", "xstest/"))}
+    assert fetched == others - optional and len(optional) == 3
+    fetched.clear()
+    run.fetch({"63-refusal": {"benchmarks": "hub:"}}, ["63-refusal"])
+    assert fetched == others - optional | {"xstest/xstest_prompts.csv"}
 
 
 @pytest.mark.parametrize("command", [["resolve"], ["stage", "01-sft"]])

@@ -13,7 +13,7 @@ from rlhf_trust.attribution.solvers import SOLVERS
 from rlhf_trust.chat import FORMATS
 from rlhf_trust.models import parse_dtype
 from rlhf_trust.rewards import order_consistency
-from rlhf_trust.verticals import HEADLINE, scorers
+from rlhf_trust.verticals import FIVE, scorers
 
 TINY = "all:\n  n_train: 4\n  n_held_out: 4\n  seed: 3\n"
 DUPLICATE_SECTIONS = """\
@@ -414,7 +414,7 @@ def test_declared_choices_are_the_ones_there_are():
         "dtype": ["auto", "float32", "bfloat16"],
         "prompt_format": [*FORMATS, "template", "auto"],
         "solver": [*SOLVERS, "unrolled"],
-        "vertical": list(HEADLINE),
+        "vertical": list(FIVE),
         "scorer": list(scorers.SCORERS),
         "second_scorer": list(scorers.SCORERS),
         "learners": [*order_consistency.LOSSES, "lightgbm"],

@@ -15,16 +15,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from .. import StudyError
 from ..data.preferences import PreferencePair
 from ..stats import DRAWS, TAILS, generator, holm, row_rank_correlations
-
-REFUSAL = re.compile(
-    r"\bI\s*(?:can\s?not|can['’]t|won['’]t|will not|(?:would|['’]d) rather not"
-    r"|(?:am|['’]m) (?:not able to|unable to|not going to)|(?:do not|don['’]t) feel comfortable)\b"
-    r"|\bI\s*(?:['’]m|am) (?:not comfortable|sorry,? but)\b|\bI must (?:decline|refuse)\b"
-    r"|\bas an AI\b",
-    re.IGNORECASE,
-)
-"""A refusal: the speaker says that they cannot, will not or would rather not. A list of phrases
-misses refusals in other words, and "I can't wait" counts as one."""
+from ..verticals.refusal import REFUSAL
 
 CONTRACTION = re.compile(r"\b\w+['’]\w+\b")
 

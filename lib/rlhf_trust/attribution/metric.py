@@ -42,7 +42,7 @@ from ..data import choose
 from ..data.preferences import Pair, PreferencePair
 from ..decode import Example, MultipleChoice, Prompt
 from ..training import pair_examples
-from ..verticals import HEADLINE, ethics, privacy, stereotype, toxicity, truthfulness
+from ..verticals import FIVE, ethics, privacy, stereotype, toxicity, truthfulness
 from ..verticals.common import read_answers
 from ..verticals.scorers import make_scorer
 from .solvers import Groups, Scores, of_items, tfidf
@@ -252,7 +252,7 @@ def vertical_examples(
     scorer = make_scorer(vertical_settings(build, "toxicity")["scorer"])
     scores = toxicity.score_answers(samples, scorer)
     examples["toxicity"], left_out = toxicity_examples(prompts, samples, scores, chat)
-    return {vertical: examples[vertical][:n] for vertical in HEADLINE}, left_out
+    return {vertical: examples[vertical][:n] for vertical in FIVE}, left_out
 
 
 def _nearest_in_length(choice: MultipleChoice, false: int) -> int:

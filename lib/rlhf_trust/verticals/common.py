@@ -245,7 +245,8 @@ def reader_counts(vertical: str) -> pd.Series:
 
     Two annotators, both language models, labelled 200 answers; those that they label alike count.
     The readers were repaired on these answers: on others they err more often
-    (:func:`reader_sentence`).
+    (:func:`reader_sentence`). Those of sycophancy and refusal were labelled by one annotator, once
+    the reader was made.
 
     Returns
     -------
@@ -333,7 +334,10 @@ def spread(trust: pd.DataFrame, metric: str, key: str = "wording") -> pd.DataFra
 def reader_sentence(vertical: str, trust: pd.DataFrame) -> str:
     """How often written answers are misread, and the published rates without that error."""
     metric, condition, _ = PUBLISHED[vertical]
-    of = reader_counts(vertical)
+    of, on = reader_counts(vertical), "that it was not made with"
+    if of.unseen:
+        first = f"{of.unseen_misread} of {of.unseen} others when it first saw them"
+        on = f"of the default profile's models, and {first}"
     rows = trust.query(f"metric == '{metric}' and condition == '{condition};error=removed'")
     rates = [
         f"{row.model} {interval_words(Interval.of_row(row), '.3f', 'items')}"
@@ -341,9 +345,8 @@ def reader_sentence(vertical: str, trust: pd.DataFrame) -> str:
     ]
     name = metric.replace("_", " ")
     return (
-        f"The reader misreads {of.misread} of {of.labelled} labelled answers of the default "
-        f"profile's models, and {of.unseen_misread} of {of.unseen} others when it first saw them. "
-        f"With the former error taken out, the {name} is: {'; '.join(rates) or 'not known'}."
+        f"The reader misreads {of.misread} of {of.labelled} labelled answers {on}. With the "
+        f"error on the labelled ones taken out, the {name} is: {'; '.join(rates) or 'not known'}."
     )
 
 
