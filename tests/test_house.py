@@ -17,9 +17,9 @@ from rlhf_trust import params
 
 PACKAGE = Path(rlhf_trust.__file__).parent
 ROOMS = (
-    "__init__ masking params artifacts fan_out stats sources chat data decode models losses "
-    "training align verticals headline dose attribution rewards rag lineage distance figures "
-    "render report reference card pdf latex crate score estimate study run"
+    "__init__ masking params artifacts fan_out distributed stats sources chat data decode models "
+    "losses training align verticals headline dose attribution rewards rag lineage distance "
+    "figures render report reference card pdf latex crate score estimate study run"
 ).split()
 """From the ground up."""
 

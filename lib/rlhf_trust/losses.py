@@ -37,6 +37,7 @@ from .decode import (
     packed_length,
     wide,
 )
+from .distributed import gathered, share
 from .models import lora_weights, using
 
 
@@ -253,14 +254,14 @@ def reference_logps(
 ) -> dict[str, tuple[float, float]]:
     """Summed answer log-probabilities of each pair under one adapter: id → (chosen, rejected), for
     :class:`DPOLoss`. ``rows``: texts in one pass."""
-    found: dict[str, tuple[float, float]] = {}
+    examples, found = share(examples), {}
     batches = batches_by_length([packed_length(e.sequences) for e in examples], max(1, rows // 2))
     with using(model, adapter), torch.no_grad():
         for batch in progress(batches, desc="reference", unit="batch"):
             some = [examples[i] for i in batch]
             sums = summed_logps(model, some, pad, kept).double().tolist()
             found |= {example.id: tuple(pair) for example, pair in zip(some, sums)}
-    return found
+    return {key: pair for part in gathered(found) for key, pair in part.items()}
 
 
 def training_loss(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from . import ROOT, StudyError, require
+from . import ROOT, StudyError, distributed, require
 from .artifacts import READ, atomic_write, checked, content_key, file_hash, sha256_of
 from .chat import Chat, choose_pad
 from .sources import NO_CODE, first_line, is_adapter, model_directory, refusing
@@ -63,6 +65,22 @@ class Base:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> str:
+        """The weights' number format, as :func:`load_base` takes it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def __reduce__(self):
+        """Goes to another process as its source, which is read again there."""
+        return _read_again, (self.source, self.dtype, self.fingerprint)
+
+
+def _read_again(source: str, dtype: str, fingerprint: str) -> Base:
+    base = load_base(source, dtype)
+    same = base.fingerprint == fingerprint  # not of a model into which an adapter was merged
+    require(same, f"{source}: other weights than in the process that asks for a part of its work")
+    return base
+
 
 Loader = Callable[[], Base]
 """Loads a model when it is needed."""
@@ -71,9 +89,11 @@ Loader = Callable[[], Base]
 def device() -> torch.device:
     """Where everything runs, TRL's trainers too: one GPU that CUDA (or ROCm) sees, else the CPU.
 
-    Of several GPUs it is the first; CUDA_VISIBLE_DEVICES=1 makes another one so. Apple's GPU is
-    left out: many sums are in float64, which it does not have."""
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    Of several GPUs it is the first; CUDA_VISIBLE_DEVICES=1 makes another one so. Of several
+    processes that train together each has its own. Apple's GPU is left out: many sums are in
+    float64, which it does not have."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(own if torch.cuda.is_available() else "cpu")
 
 
 def auto_dtype() -> torch.dtype:
@@ -388,6 +408,9 @@ def save_adapter(
     :func:`load_adapters` holds them to that. ``head``: a reward model's weight, shape [1, hidden],
     kept beside it as ``head.safetensors``. ``files``: name → text of what else belongs to it."""
     weights = {name: weight.float() for name, weight in snapshot(wrapped, adapter).items()}
+    head = None if head is None else whole(head).float()
+    if not distributed.writes():
+        return
     config = wrapped.peft_config[adapter]
     facts = {
         "peft_type": "LORA",
@@ -408,7 +431,7 @@ def save_adapter(
         save_file(weights, aside / "adapter_model.safetensors", {"base_weights": base.weights})
         (aside / "adapter_config.json").write_text(json.dumps(facts, indent=1))
         if head is not None:
-            save_file({"weight": head.detach().float()}, aside / "head.safetensors")
+            save_file({"weight": head}, aside / "head.safetensors")
         for name, text in (files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
 
@@ -599,10 +622,15 @@ def lora_weights(network, adapter: str) -> dict[str, torch.nn.Parameter]:
     return {name: layer.weight for name, layer in lora_layers(network, adapter).items()}
 
 
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight, of which several processes may each hold a part (FSDP)."""
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
+
+
 def snapshot(network, adapter: str) -> dict[str, torch.Tensor]:
     """A copy of an adapter's LoRA weights, for :func:`restore`."""
-    weights = lora_weights(network, adapter)
-    return {name: weight.detach().clone() for name, weight in weights.items()}
+    return {name: whole(weight) for name, weight in lora_weights(network, adapter).items()}
 
 
 def restore(network, adapter: str, saved: dict[str, torch.Tensor]) -> None:

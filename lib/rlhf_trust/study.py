@@ -5,7 +5,7 @@ Nothing is loaded before it is asked for, so a chapter that needs no model opens
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import inf
@@ -17,7 +17,7 @@ import torch
 from IPython.display import Image
 from transformers import AutoConfig
 
-from . import StudyError, figures, models, render, require
+from . import StudyError, distributed, figures, models, render, require
 from .artifacts import NOTES, Build, Manifest, note, sha256_of, versions, write_table
 from .chat import Chat
 from .data.preferences import Preferences, load_preferences
@@ -141,6 +141,17 @@ class Study:
         if not models.more_than_lora(config):
             return directory
         return partial(models.load_merged, backbone, directory, dtype)
+
+    def train(
+        self, function: Callable, *arguments: Any, base: Base | None = None, **more: Any
+    ) -> Any:
+        """A training, ``function(base, chat, *arguments, **more)``: here, on ``base`` or else a
+        backbone of its own, or in as many processes as ``processes`` says (:mod:`.distributed`)."""
+        (processes,) = self._need("processes")
+        if processes == 1:
+            return function(base or self.load_base(), self.chat, *arguments, **more)
+        how = {"processes": processes, "options": self.parameters.get("accelerate", [])}
+        return distributed.launched(function, self.base, self.chat, *arguments, **how, **more)
 
     def write(self, table: str, rows: pd.DataFrame, part: str = "") -> pd.DataFrame:
         """Write this chapter's rows of a study table and return them as written."""

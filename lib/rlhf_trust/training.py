@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -41,7 +42,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from . import StudyError, artifacts, decode, models, require
+from . import StudyError, artifacts, decode, distributed, models, require
 from .chat import Chat
 from .data.preferences import PreferencePair, pair_tokens
 from .decode import Example, LowerStates
@@ -121,7 +122,8 @@ def fit(
     weights: Sequence[float] | None = None,
     trajectory: Trajectory | None = None,
 ) -> pd.DataFrame:
-    """Minimise the mean loss of ``examples`` over one adapter's LoRA weights, in place.
+    """Minimise the mean loss of ``examples`` over one adapter's LoRA weights, in place. Of a step's
+    examples each process (:mod:`.distributed`) takes its share.
 
     Parameters
     ----------
@@ -175,6 +177,8 @@ def fit(
             for places in artifacts.progress(batches, desc=desc, unit="step") if desc else batches:
                 batch, own = [examples[i] for i in places], factors[places]
                 value = _accumulate(network, batch, own, loss, pad, config.micro_batch_size, kept)
+                value = sum(distributed.gathered(value))
+                distributed.add_up_gradients(parameters)
                 if trajectory is not None:
                     trajectory.keep(trained, optimizer)
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))
@@ -223,12 +227,13 @@ def training_content(
 def _accumulate(
     network, batch: Sequence[Example], factors: np.ndarray, loss: Loss, pad, at_once: int, kept
 ) -> float:
-    """Add the gradient of a batch's weighted mean loss to the weights'; returns that mean.
+    """Add the gradient of a batch's weighted mean loss to the weights'; returns that mean. Of both
+    this process's part.
 
     Examples of weight 0 do not run, but for the first of a batch in which all are: its gradient is
     0 times something."""
     total, denominator = 0.0, loss.denominator(batch)
-    run = np.flatnonzero(factors) if factors.any() else [0]
+    run = distributed.share(np.flatnonzero(factors) if factors.any() else [0])
     for start in range(0, len(run), at_once):
         some = run[start : start + at_once]
         values = loss.loss(network, [batch[i] for i in some], pad, kept)
@@ -264,6 +269,8 @@ def trained_once(out: Path, about: object, train: Callable[[], float]) -> float:
 
 def keep_state(path: Path, key: str, state: Mapping) -> None:
     """Write where a computation stands, with its hash, for :func:`kept_state`."""
+    if not distributed.writes():
+        return
     saved = io.BytesIO()
     torch.save({"key": key, **state}, saved)
     with artifacts.atomic_write(path) as aside:
@@ -385,19 +392,29 @@ def example_losses(
 
 
 def trl_arguments(kind: type, config: TrainConfig, examples: int, **more):
-    """A TRL configuration for one process: no mixed precision, no checkpointing, no checkpoints, no
-    reports, no shuffling (:func:`training_order` has done it).
+    """A TRL configuration: no mixed precision, no gradient checkpointing, no reports, no shuffling
+    (:func:`training_order` has done it).
 
-    TRL's own defaults are bf16 and gradient checkpointing, on a CPU too.
+    TRL's own defaults are bf16 and gradient checkpointing, on a CPU too. Several processes take the
+    same examples a step as one; where they cannot share them equally, TRL would train on some
+    twice, and it is a StudyError.
     """
-    together = math.gcd(config.batch_size, config.micro_batch_size)
+    processes, left = distributed.size(), examples % config.batch_size
+    together = math.gcd(config.batch_size // processes, config.micro_batch_size)
+    if processes > 1:
+        problem = f"batch_size: must be a multiple of the {processes} processes"
+        require(config.batch_size % processes == 0, f"{problem}, got {config.batch_size}")
+        problem = f"{examples} training examples: {processes} processes cannot share the {left} of"
+        remedy = f"the last step equally; train on {examples - left % processes}"
+        require(left % processes == 0, f"{problem} {remedy}")
+        together = math.gcd(together, left // processes)
     arguments = kind(
         output_dir=tempfile.gettempdir(),
         use_cpu=models.device().type == "cpu",  # where a trainer would take Apple's GPU
         learning_rate=config.learning_rate,
         seed=config.seed,
         per_device_train_batch_size=together,
-        gradient_accumulation_steps=config.batch_size // together,
+        gradient_accumulation_steps=config.batch_size // processes // together,
         num_train_epochs=config.epochs,
         warmup_steps=config.warmup_steps(examples),
         lr_scheduler_type="cosine",
@@ -422,14 +439,15 @@ def trl_arguments(kind: type, config: TrainConfig, examples: int, **more):
 
 
 class Curve(TrainerCallback):
-    """Keeps what the trainer logs as rows (step, metric, value), shows a bar, and stops at a loss
-    that is no number."""
+    """Makes a table of what the trainer logs, shows a bar, and stops at a loss that is no
+    number."""
 
     def __init__(self, stage: str, metrics: Sequence[str]):
-        self.stage, self.metrics, self.rows, self._bar = stage, metrics, [], None
+        self.stage, self.metrics, self._bar = stage, metrics, None
 
     def on_train_begin(self, args, state, control, **_):
         self._bar = artifacts.progress(total=state.max_steps, desc=self.stage, unit="step")
+        self._bar.update(state.global_step)
 
     def on_step_end(self, args, state, control, **_):
         self._bar.update(1)
@@ -438,28 +456,82 @@ class Curve(TrainerCallback):
         self._bar.close()
 
     def on_log(self, args, state, control, logs=None, **_):
-        for metric in self.metrics:
-            if metric in (logs or {}):
-                value = float(logs[metric])
-                if not math.isfinite(value) and metric in ("loss", "grad_norm"):
-                    raise StudyError(
-                        f"{self.stage}: {metric} is {value} at step {state.global_step}; "
-                        "lower learning_rate, or look for a broken row in that batch"
-                    )
-                self.rows.append((self.stage, state.global_step, metric, value))
+        for metric in ("loss", "grad_norm"):
+            value = float((logs or {}).get(metric, 0.0))
+            if not math.isfinite(value):
+                raise StudyError(
+                    f"{self.stage}: {metric} is {value} at step {state.global_step}; "
+                    "lower learning_rate, or look for a broken row in that batch"
+                )
 
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows, columns=["stage", "step", "metric", "value"])
+    def table(self, history: Sequence[Mapping]) -> pd.DataFrame:
+        """Rows (stage, step, metric, value) of a trainer's log."""
+        rows = [
+            (self.stage, logs["step"], metric, float(logs[metric]))
+            for logs in history
+            for metric in self.metrics
+            if metric in logs
+        ]
+        return pd.DataFrame(rows, columns=["stage", "step", "metric", "value"])
 
 
-def run_trl(trainer: Trainer, curve: Curve) -> pd.DataFrame:
+class Checkpoints(TrainerCallback):
+    """TRL's checkpoints in a ``folder``, one every so many ``steps`` (0: none). A training that was
+    killed goes on from the last that is whole and was made under the same ``key``."""
+
+    def __init__(self, folder: Path, key: str, steps: int):
+        self.folder, self.key, self.steps = folder, key, steps
+
+    def on_save(self, args, state, control, **_):
+        distributed.gathered(None)  # every process has written its part
+        if distributed.writes():
+            made = self.folder / f"checkpoint-{state.global_step}"
+            keep_state(made.with_suffix(".pt"), self.key, {"hash": artifacts.sha256_of(made)})
+
+    def last(self) -> Path | None:
+        """The one to go on from. Without one, what lies there is removed."""
+        for note in sorted(self.folder.glob("*.pt"), key=lambda path: -path.stat().st_mtime_ns):
+            kept, made = kept_state(note, self.key), note.with_suffix("")
+            if kept and made.is_dir() and kept["hash"] == artifacts.sha256_of(made):
+                return made
+        return self.remove()
+
+    def remove(self) -> None:
+        distributed.gathered(None)  # no process reads it any more
+        if distributed.writes():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_trl(trainer: Trainer, curve: Curve, checkpoints: Checkpoints | None = None) -> pd.DataFrame:
     """Train with the curve as the only thing that is shown."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(curve)
+    last = None
+    if checkpoints and checkpoints.steps:
+        trainer.add_callback(checkpoints)
+        args, last = trainer.args, checkpoints.last()
+        args.output_dir, args.save_steps = str(checkpoints.folder), checkpoints.steps
+        args.save_strategy, args.save_total_limit = "steps", 2
     with decode.plainly(trainer.model):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=last and str(last))
     trainer.model.eval()
-    return curve.table()
+    return curve.table(trainer.state.log_history)
+
+
+def _train(
+    trainer: Trainer, curve: Curve, base: Base, chat: Chat, about: list, out: Path, save_steps: int
+) -> pd.DataFrame:
+    """Train, save the adapter to ``out`` (a reward model's head with it), and give the curve.
+    ``about``: what the training depends on besides model and format."""
+    about = [curve.stage, base.fingerprint, chat.key, distributed.size(), training_code(), *about]
+    folder, key = out.with_name(f"{out.name}.unfinished"), artifacts.content_key(*about)
+    checkpoints = Checkpoints(folder, key, save_steps)
+    table = run_trl(trainer, curve, checkpoints)
+    score = getattr(trainer.model.base_model.model, "score", None)
+    head = None if score is None else score.modules_to_save["default"].weight
+    models.save_adapter(base, trainer.model, out, head)
+    checkpoints.remove()
+    return table
 
 
 def in_order(columns: Mapping[str, list], lengths: list[int], config: TrainConfig) -> Dataset:
@@ -487,13 +559,16 @@ def sft_trainer(
 
 
 def train_sft(
-    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, lora: LoRA, out: Path
+    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, lora: LoRA, out: Path, save_steps=0
 ) -> pd.DataFrame:
-    """Train a fresh adapter with :func:`sft_trainer` and save it to ``out``; returns the curve."""
+    """Train a fresh adapter with :func:`sft_trainer` and save it to ``out``; returns the curve.
+
+    With ``save_steps`` it is kept beside ``out`` after every so many steps, and a training that was
+    killed goes on from there, to the same bytes.
+    """
     trainer = sft_trainer(base, chat, pairs, config, lora)
-    curve = run_trl(trainer, Curve("sft", ("loss", "grad_norm", "learning_rate")))
-    models.save_adapter(base, trainer.model, out)
-    return curve
+    curve = Curve("sft", ("loss", "grad_norm", "learning_rate"))
+    return _train(trainer, curve, base, chat, [pairs, config, lora], out, save_steps)
 
 
 def held_out_loss(model, chat: Chat, pairs: Pairs) -> np.ndarray:
@@ -533,15 +608,13 @@ def reward_trainer(
 
 
 def train_reward(
-    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, lora: LoRA, out: Path
+    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, lora: LoRA, out: Path, save_steps=0
 ) -> pd.DataFrame:
     """Train an adapter and its head with :func:`reward_trainer`, from the start model, and save
-    both to ``out``; returns the curve."""
+    both to ``out``; returns the curve. ``save_steps`` as in :func:`train_sft`."""
     trainer = reward_trainer(base, chat, pairs, config, lora)
-    curve = run_trl(trainer, Curve("reward", ("loss", "accuracy", "margin", "grad_norm")))
-    score = trainer.model.base_model.model.score.modules_to_save["default"]
-    models.save_adapter(base, trainer.model, out, head=score.weight)
-    return curve
+    curve = Curve("reward", ("loss", "accuracy", "margin", "grad_norm"))
+    return _train(trainer, curve, base, chat, [pairs, config, lora], out, save_steps)
 
 
 def pair_rewards(model, head: torch.Tensor, chat: Chat, pairs: Pairs) -> np.ndarray:
@@ -591,15 +664,21 @@ def dpo_trainer(
 
 
 def train_dpo(
-    base: Base, chat: Chat, pairs: Pairs, config: TrainConfig, beta: float, sft: Path, out: Path
+    base: Base,
+    chat: Chat,
+    pairs: Pairs,
+    config: TrainConfig,
+    beta: float,
+    sft: Path,
+    out: Path,
+    save_steps: int = 0,
 ) -> pd.DataFrame:
     """Train with :func:`dpo_trainer` from the SFT adapter in ``sft`` and save the policy's adapter
-    to ``out``; returns the curve."""
+    to ``out``; returns the curve. ``save_steps`` as in :func:`train_sft`."""
     trainer = dpo_trainer(base, chat, pairs, config, beta, sft)
     logged = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-    curve = run_trl(trainer, Curve("dpo", (*logged, "grad_norm")))
-    models.save_adapter(base, trainer.model, out)
-    return curve
+    curve, weights = Curve("dpo", (*logged, "grad_norm")), artifacts.sha256_of(sft)
+    return _train(trainer, curve, base, chat, [pairs, config, beta, weights], out, save_steps)
 
 
 def pair_logps(model, chat: Chat, pairs: Pairs) -> np.ndarray:

@@ -59,12 +59,13 @@ from scipy.optimize import root
 from scipy.special import log_softmax, softmax
 
 from .. import StudyError, models, require
-from ..artifacts import progress
+from ..artifacts import content_key, progress, sha256_of
 from ..chat import Chat, EncodedExample
 from ..data.preferences import PAIRS, Pair
 from ..decode import Decoding, Example, LowerStates, MultipleChoice, Prompt, option_logps
+from ..distributed import gathered, size
 from ..losses import INPOLoss, reference_logps
-from ..training import TrainConfig, fit
+from ..training import TrainConfig, fit, keep_state, kept_state, training_code
 from . import rollout
 from .rollout import RewardFn, RewardFnMaker
 
@@ -315,6 +316,10 @@ def train(
     """Train the SFT adapter with INPO and save it to ``out``, its pairs beside it
     (``preferences.load_pairs``), whole or not at all.
 
+    Where it stands is kept beside ``out`` after every round, and an interrupted run with the same
+    weights, prompts and settings resumes from there, to the same bytes. With a reward or oracle of
+    the caller's it starts over.
+
     Parameters
     ----------
     sft
@@ -347,7 +352,8 @@ def train(
     decoding = Decoding(config.max_new_tokens, 1.0, seed=config.seed)
     sampling = replace(decoding, samples=config.answers_per_prompt)
     sizes = {"batch_size": config.batch_size, "epochs": config.epochs}
-    pairs: list[Pair] = []
+    lines, done, key = "", 0, ""
+    unfinished = out.with_name(f"{out.name}.unfinished.pt")
     sampled_a_round = config.prompts_per_round * config.answers_per_prompt
     answers_in_all = config.rounds * sampled_a_round + (config.rounds + 1) * len(held_out)
     with (
@@ -356,13 +362,26 @@ def train(
     ):
         limits = config.batch_size, config.max_kl
         run = rollout.Run(model, reward_fn, chat, held_out, decoding, *limits, bar)
-        run.evaluate(0)
+        if isinstance(reward, Path) and oracle is None:
+            weights = models.adapter_fingerprint(base, sft), sha256_of(reward)
+            code = training_code("align.rollout", "align.inpo", "data.preferences")
+            key = content_key(config, weights, prompts, held_out, chat.key, code, size())
+            if state := kept_state(unfinished, key):
+                run.restore(state)
+                lines, done, step = state["lines"], state["round"], state["step"]
+                rng.bit_generator.state = state["rng"]
+                bar.update(done * sampled_a_round + sum(map(len, run.eval_history)))
+            gathered(None)  # before one of them replaces the file
+        if not done:
+            run.evaluate(0)
         if oracle is None:
             run.check_spread()
             oracle = reward_oracle(reward_fn)
         for number in range(1, config.rounds + 1):
-            bar.set_description(f"INPO: round {number} of {config.rounds}")
             drawn = [prompts[next(order)] for _ in range(config.prompts_per_round)]
+            if number <= done:
+                continue
+            bar.set_description(f"INPO: round {number} of {config.rounds}")
             asked = list({prompt.id: prompt for prompt in drawn}.values())  # few prompts recur
             keys = [f"inpo {number} {prompt.id}" for prompt in asked]
             sampled = run.sample(asked, keys, sampling)
@@ -392,8 +411,12 @@ def train(
             learned = reference_logps(model, "policy", examples, pad, kept=kept)
             gaps = [np.subtract(learned[e.id], mixed[e.id]) @ (1, -1) for e in examples]
             run.record(step, {"dropped": 1 - len(examples) / len(asked), "gap": np.mean(gaps)})
-            pairs += [replace(pair, reference=mixed[pair.id]) for pair in of_round]
+            for pair in of_round:
+                lines += json.dumps(asdict(replace(pair, reference=mixed[pair.id]))) + "\n"
             run.evaluate(step)
-        lines = "".join(json.dumps(asdict(pair)) + "\n" for pair in pairs)
+            if key:
+                state = {"round": number, "step": step, "rng": rng.bit_generator.state}
+                keep_state(unfinished, key, run.state() | state | {"lines": lines})
         models.save_adapter(base, model, out, adapter="policy", files={PAIRS: lines})
+        unfinished.unlink(missing_ok=True)
     return run.tables()

@@ -77,6 +77,7 @@ from .. import StudyError, models, require
 from ..artifacts import content_key, progress, sha256_of
 from ..chat import Chat, EncodedExample
 from ..decode import Decoding, LowerStates, Prompt, batches_by_length, token_logps
+from ..distributed import add_up, add_up_gradients, gathered, share, size
 from ..training import CLIP, keep_state, kept_state, training_code
 from . import rollout
 from .rollout import RewardFnMaker
@@ -276,7 +277,8 @@ def token_pass(
 
     Values are 0 without a value ``head``. ``batches`` are the update's minibatches, as indices:
     equal shapes round equally, so that the ratio starts at exactly 1 and the KL at exactly 0.
-    ``kept``: ``decode.LowerStates`` that several passes share.
+    ``kept``: ``decode.LowerStates`` that several passes share. Of several processes each brings the
+    answers in its batches.
     """
     longest = max(len(a.answer_ids) for a in answers)
     whole = torch.zeros(3, len(answers), longest, device=model.device)
@@ -288,12 +290,13 @@ def token_pass(
             if head is not None:
                 values = predicted_values(head, states) * mask
             whole[:, batch, : mask.shape[1]] = torch.stack([logps, mask, values])
-    return whole
+    return add_up(whole)
 
 
 class Minibatch(NamedTuple):
-    """What an update needs; tensors are [answers, longest answer], a group's advantages [answers,
-    1]."""
+    """What an update needs of this process's answers; tensors are [answers, longest answer], a
+    group's advantages [answers, 1]. ``weight``: the answers' share of what the loss is a mean
+    over, tokens or (of groups) answers."""
 
     answers: list[EncodedExample]
     old_logps: Tensor
@@ -301,6 +304,7 @@ class Minibatch(NamedTuple):
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+    weight: float
 
 
 class PPORun(rollout.Run):
@@ -331,7 +335,8 @@ class PPORun(rollout.Run):
             scores = scores - self.reward_fn([self.chosen[prompt.id] for prompt in prompts])
         batches = batches_by_length([len(a) for a in answers], config.minibatch)
         self.kept = LowerStates(model)  # for all passes over this step's answers
-        given, head = (answers, batches, tokenizer.pad_token_id), self.critic
+        own_batches = [share(batch) for batch in batches]
+        given, head = (answers, own_batches, tokenizer.pad_token_id), self.critic
         reference_logps, _, _ = token_pass(model, "reference", *given, kept=self.kept)
         old_logps, mask, old_values = token_pass(model, "policy", *given, head, self.kept)
         kl = float((old_logps - reference_logps).sum(1).mean())
@@ -358,10 +363,13 @@ class PPORun(rollout.Run):
             advantages = whiten(advantages, mask)
         tensors = (old_logps, reference_logps, old_values, advantages, returns)
         minibatches = []
-        for batch in batches:
-            rows = [answers[i] for i in batch]
+        for batch, own in zip(batches, own_batches):
+            rows = [answers[i] for i in own]
             width = max(len(answer.answer_ids) for answer in rows)
-            minibatches.append(Minibatch(rows, *(x[batch, :width] for x in tensors)))
+            weight = len(own) / len(batch)
+            if self.critic is not None:
+                weight = float(mask[own].sum() / mask[batch].sum())
+            minibatches.append(Minibatch(rows, *(x[own, :width] for x in tensors), weight))
         return minibatches, {
             "reward": float(scores.mean()),
             "kl": kl,
@@ -380,10 +388,12 @@ class PPORun(rollout.Run):
             for _ in range(self.config.epochs):
                 for index in self.rng.permutation(len(minibatches)).tolist():
                     losses.append(self.update_once(step, minibatches[index]))
-        return dict(zip(("policy_loss", "value_loss", "clip_fraction"), np.mean(losses, axis=0)))
+        means = np.mean(np.sum(gathered(losses), axis=0), axis=0)
+        return dict(zip(("policy_loss", "value_loss", "clip_fraction"), means))
 
     def update_once(self, step: int, batch: Minibatch) -> list[float]:
-        """One clipped update: policy loss, value loss, share of tokens clipped."""
+        """One clipped update: policy loss, value loss, share of tokens clipped, each this process's
+        part of it."""
         pad, clip_range = self.chat.tokenizer.pad_token_id, self.config.clip_range
         logps, mask, states = token_logps(self.model, batch.answers, pad, True, self.kept)
         if self.critic is None:
@@ -396,7 +406,8 @@ class PPORun(rollout.Run):
             value_error = value_loss(values, batch.old_values, batch.returns, mask)
         loss = surrogate + VALUE_WEIGHT * value_error
         self.optimizer.zero_grad()
-        loss.backward()
+        (batch.weight * loss).backward()
+        add_up_gradients(self.weights)
         groups = self.optimizer.param_groups
         norms = [clip_grad_norm_(group["params"], CLIP) for group in groups]  # policy, value head
         numbers = torch.stack([loss.detach(), *norms])
@@ -406,30 +417,27 @@ class PPORun(rollout.Run):
                 "lower learning_rate or raise kl_coef"
             )
         self.optimizer.step()
-        return [float(x.detach()) for x in (surrogate, value_error, clipped)]
+        return [batch.weight * float(x.detach()) for x in (surrogate, value_error, clipped)]
 
     # --- interrupted runs -------------------------------------------------------------------------
 
     def save(self, path: Path, key: str, step: int) -> None:
         """Keep where the run ``key`` stands: the steps made and everything that changes."""
         state = {
-            "curve": self.curve,
-            "eval_history": [rows.to_dict("list") for rows in self.eval_history],
-            "weights": [weight.detach() for weight in self.weights],
+            "step": step,
+            "value_head": self.value_head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": self.rng.bit_generator.state,
         }
-        keep_state(path, key, {"step": step} | state)
+        keep_state(path, key, self.state() | state)
 
     def resume(self, path: Path, key: str) -> int:
         """Return to where the run ``key`` was interrupted; gives the steps made, 0 without one."""
         state = kept_state(path, key)
         if not state:
             return 0
-        self.curve = state["curve"]
-        self.eval_history = [pd.DataFrame(rows) for rows in state["eval_history"]]
-        for weight, saved in zip(self.weights, state["weights"], strict=True):
-            weight.data.copy_(saved)
+        self.restore(state)
+        self.value_head.load_state_dict(state["value_head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
         answers = state["step"] * self.config.answers_per_step
@@ -491,6 +499,9 @@ def train(
         If the loss or a score is not finite, all held-out scores are alike, or the KL exceeds
         ``config.max_kl``; nothing is written then.
     """
+    for name in ("minibatch", "answers_per_step"):
+        problem = f"{name}: must be a multiple of the {size()} processes, got"
+        require(getattr(config, name) % size() == 0, f"{problem} {getattr(config, name)}")
     evaluate_at = {*range(0, config.steps, config.evaluate_every or config.steps), config.steps}
     answers_in_all = len(held_out) * len(evaluate_at) + config.answers_per_step * config.steps
     unfinished, name = out.with_name(f"{out.name}.unfinished.pt"), config.name
@@ -503,8 +514,9 @@ def train(
         if isinstance(reward, Path):
             weights = models.adapter_fingerprint(base, sft), sha256_of(reward)
             code = training_code("align.rollout", "align.ppo")
-            key = content_key(config, weights, prompts, held_out, chat.key, chosen, code)
+            key = content_key(config, weights, prompts, held_out, chat.key, chosen, code, size())
             done = run.resume(unfinished, key)
+            gathered(None)  # before one of them replaces the file
         if not done:
             run.evaluate(0)
             run.check_spread()

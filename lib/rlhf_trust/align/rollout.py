@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .. import StudyError, decode, models, require
 from ..chat import Chat, EncodedExample
 from ..decode import Decoding, Prompt
+from ..distributed import shared
 
 SAMPLED_AT_ONCE = 64
 """Most answers that are sampled in one batch."""
@@ -77,9 +78,11 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, answers: Sequence[EncodedExample]) -> torch.Tensor:
-        ended = with_end(answers, self.eos)
+        def read(some):
+            return decode.rewards(self.model, self.head, some, self.pad, self.batch_size, "")
+
         with models.using(self.model, self.adapter):
-            rewards = decode.rewards(self.model, self.head, ended, self.pad, self.batch_size, "")
+            rewards = shared(read, with_end(answers, self.eos))
         return torch.tensor(rewards, dtype=torch.float32, device=self.model.device)
 
 
@@ -116,15 +119,19 @@ def answer_kl(model, answers: Sequence[EncodedExample], pad: int, batch_size: in
 
     Its mean over answers of π estimates KL(π‖π_ref).
     """
-    batches = decode.batches_by_length([len(a) for a in answers], batch_size)
-    logps = torch.zeros(2, len(answers), device=model.device)
     kept = decode.LowerStates(model)
-    for row, adapter in zip(logps, ("policy", "reference")):
-        with models.using(model, adapter):
-            for batch in batches:
-                some = [answers[i] for i in batch]
-                row[batch] = decode.token_logps(model, some, pad, kept=kept)[0].sum(1)
-    return logps[0] - logps[1]
+
+    def log_ratios(own: Sequence[EncodedExample]) -> list[float]:
+        batches = decode.batches_by_length([len(a) for a in own], batch_size)
+        logps = torch.zeros(2, len(own), device=model.device)
+        for row, adapter in zip(logps, ("policy", "reference")):
+            with models.using(model, adapter):
+                for batch in batches:
+                    some = [own[i] for i in batch]
+                    row[batch] = decode.token_logps(model, some, pad, kept=kept)[0].sum(1)
+        return (logps[0] - logps[1]).tolist()
+
+    return torch.tensor(shared(log_ratios, answers), device=model.device)
 
 
 def described(answers: Sequence[EncodedExample], chat: Chat) -> dict[str, list]:
@@ -171,7 +178,13 @@ class Run:
 
     def sample(self, prompts, keys, decoding: Decoding) -> list[list[EncodedExample]]:
         """:func:`sample_answers` from the policy."""
-        return sample_answers(self.model, "policy", self.chat, prompts, keys, decoding, self.bar)
+
+        def answer(own: Sequence[int]) -> list[list[EncodedExample]]:
+            asked = [prompts[i] for i in own], [keys[i] for i in own]
+            self.bar.update((len(prompts) - len(own)) * decoding.samples)  # the others'
+            return sample_answers(self.model, "policy", self.chat, *asked, decoding, self.bar)
+
+        return shared(answer, range(len(prompts)))
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         self.curve += [(step, metric, float(value)) for metric, value in metrics.items()]
@@ -209,6 +222,18 @@ class Run:
         self.check_kl(step, rows["kl"].mean())
         self.record(step, {f"held_out_{name}": rows[name].mean() for name in ("reward", "kl")})
         self.eval_history.append(rows)
+
+    def state(self) -> dict:
+        """What changes while the policy is trained, for ``keep_state``."""
+        history = [rows.to_dict("list") for rows in self.eval_history]
+        weights = models.snapshot(self.model, "policy")
+        return {"curve": self.curve, "eval_history": history, "policy": weights}
+
+    def restore(self, state: dict) -> None:
+        """Go back to where :meth:`state` was asked for."""
+        self.curve = state["curve"]
+        self.eval_history = [pd.DataFrame(rows) for rows in state["eval_history"]]
+        models.restore(self.model, "policy", state["policy"])
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """``curve`` (columns step, metric, value) and ``eval_history`` as one table each."""
