@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, product
-from textwrap import wrap
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -111,10 +111,8 @@ def _panels(count: int, columns: int, height: float, extra: float = 0.0, **share
 
 
 def _wrapped(text: str, width: int) -> str:
-    """At most ``width`` characters a line, with the line breaks that it has. Those that are made
-    here follow a space, and are made anew for another width."""
-    lines = text.replace(" \n", " ").split("\n")
-    return "\n".join(" \n".join(wrap(line, width)) for line in lines)
+    """At most ``width`` characters a line, with the line breaks that it has."""
+    return "\n".join(fill(line, width) for line in text.split("\n"))
 
 
 def _fitting(figure, characters: int) -> int:
@@ -193,8 +191,8 @@ def narrow(figure) -> bool:
         axis.set_subplotspec(place)
         axis.tick_params(labelleft=True, labelbottom=True)
         axis.xaxis.get_major_locator().set_params(nbins=4)
-        axis.set_xlabel(_wrapped(axis.get_xlabel(), _fitting(figure, 46)))
-        axis.set_ylabel(_wrapped(axis.get_ylabel(), 36))
+        axis.set_xlabel(fill(axis.get_xlabel(), _fitting(figure, 46)))
+        axis.set_ylabel(fill(axis.get_ylabel(), 36))
         axis.set_title(_wrapped(axis.get_title("left"), _fitting(figure, 62)))
     drawn = [zip(*axis.get_legend_handles_labels()) for axis in panels]
     whole = {label: handle for of_axis in drawn for handle, label in of_axis}
@@ -204,7 +202,8 @@ def narrow(figure) -> bool:
         looks = {text.get_text(): whole.get(text.get_text(), part) for text, part in shown}
         title = legend.get_title().get_text()
         legend_below(figure, [*looks.values()], [*looks], title=title, title_fontsize=7.5)
-    titles(figure, figure.get_suptitle(), figure.get_supxlabel())
+    broken = figure.get_suptitle(), figure.get_supxlabel()
+    titles(figure, *(text.replace("\n", " ") for text in broken))
     return True
 
 
@@ -311,7 +310,7 @@ def forest(
         _row_labels(axis, names)
     kinds = zip(("solid", "dashed", "dotted"), lines or ())
     legend = "; ".join(f"{kind} line: {label}" for kind, label in kinds)
-    titles(figure, title, f"{xlabel}\n{legend}" if lines else xlabel)
+    titles(figure, title, f"{xlabel}\n({legend})" if lines else xlabel)
     return figure
 
 
