@@ -145,7 +145,7 @@ crate: $(BUILD)/notebooks/90-report.ipynb ## describe a run's files, data and pa
 	$(BIN)/python -m rlhf_trust.crate $(RUN)
 
 lock: .lock/.installed ## after a change of lib/constraints.txt: lib/hashes.txt anew, to install by hash
-	.lock/bin/uv pip compile --quiet --universal --python-version 3.11.5 --extra dev --constraint lib/constraints.txt \
+	.lock/bin/uv pip compile --quiet --universal --python-version 3.11.2 --extra dev --constraint lib/constraints.txt \
 	  --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock" --output-file lib/hashes.txt lib/pyproject.toml
 
 params: $(INSTALLED) ## print what every notebook would run with (* = changed by the profile)
