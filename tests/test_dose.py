@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from rlhf_trust import StudyError, dose, figures, models
+from rlhf_trust import StudyError, dose, figures, models, training
 from rlhf_trust.align import arms
 from rlhf_trust.align.arms import PLACEBO, TRUE
 from rlhf_trust.artifacts import NOTES, TABLES, Build, write_table
@@ -135,7 +135,7 @@ def test_a_stopped_study_carries_on_to_the_same_bytes(study, monkeypatch):
     assert calls == everyone and len(set(whole)) == len(everyone)
     assert run(everyone) == whole and calls == everyone
     for arm in everyone[5:]:  # as if stopped within the sixth
-        (arm.folder(study[2]) / arms.NOTE).unlink()
+        (arm.folder(study[2]) / training.NOTE).unlink()
     assert run(everyone[::-1]) == whole and calls[len(everyone) :] == everyone[:4:-1]
     other = dose.trainer(*study, sets | {"all": PAIRS[::2]}, SETTINGS)
     other(everyone[-1])

@@ -60,7 +60,7 @@ def workers(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition, seconds: float = 240):
+def wait_for(condition, seconds: float = 600):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "nothing happened"
@@ -154,7 +154,7 @@ assert "torch" not in sys.modules
         killed.add(str(victim.pid))
         victim.kill()
     (tmp_path / "enough").touch()
-    assert parent.wait(240) == 0
+    assert parent.wait(600) == 0
     rows = ResultCache(tmp_path / "rows.jsonl")
     assert {key: row["square"] for key, row in rows.items()} == {f"k{n}": n * n for n in range(600)}
     assert (tmp_path / "rows.jsonl").read_text().count("\n") == 600
@@ -258,13 +258,13 @@ def test_a_disturbed_notebook_ends_in_the_same_bytes(where, study, way):
         if where == "slurm":  # which waits for two minutes before it starts a job anew
             (job,) = wait_for(lambda: queue("--states=PENDING"))
             subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
-    out, errors = first.communicate(timeout=240)
+    out, errors = first.communicate(timeout=600)
     assert first.returncode == 0, errors
     assert "01-x: done in" in out and not study.jobs.exists()
     assert ("was killed; its log: build/small/jobs/01-x/" in errors) == (way != "out of time")
     disturbed = content_of(study.made)
     if not UNDISTURBED:
-        assert study(EXECUTOR="none").wait(240) == 0
+        assert study(EXECUTOR="none").wait(600) == 0
         UNDISTURBED.extend(content_of(study.made))
     assert "steps 9" in str(disturbed) and disturbed == UNDISTURBED
 
@@ -284,7 +284,7 @@ def test_an_interrupted_launcher_cancels_its_job(where, study):
 @pytest.mark.slow
 def test_a_failed_notebook_shows_the_end_of_its_log_and_where_it_is(where, study):
     launcher = study("from rlhf_trust import StudyError\nraise StudyError('hh.jsonl:3: no chosen')")
-    out, errors = launcher.communicate(timeout=240)
+    out, errors = launcher.communicate(timeout=600)
     *_, said, last = errors.splitlines()
     assert launcher.returncode == 2
     assert "hh.jsonl:3: no chosen (see " in said and said.startswith("01-x: job ")

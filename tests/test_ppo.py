@@ -255,7 +255,7 @@ def test_group_losses_and_their_gradients_are_trls(tiny_llama, tmp_path, kind):
     move()
     model.set_adapter("default")
     theirs = trl.compute_loss(trl.model, made)
-    batch = ppo.Minibatch(ids, old, reference, zeros, made["advantages"][:, None], zeros)
+    batch = ppo.Minibatch(ids, old, reference, zeros, made["advantages"][:, None], zeros, 1.0)
     logps, mask = decode.token_logps(model, ids, 2)
     ours, clipped = ppo.group_loss(logps, mask, batch, config)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
@@ -637,7 +637,7 @@ def test_a_run_that_goes_astray_stops_in_one_line(tiny_llama, tmp_path, trouble)
         pattern = f"^the rewards of all {len(HELD_OUT)} held-out .* alike .* at the reward model$"
     elif trouble == "learning_rate":
         config = dataclasses.replace(QUICK, learning_rate=1e30)
-        pattern = "^(ppo )?step [01]: .*nan.*; lower learning_rate"
+        pattern = "^(PPO )?step [01]: .*nan.*; lower learning_rate"
     else:
         config = dataclasses.replace(QUICK, learning_rate=0.1, max_kl=0.01, steps=6)
         pattern = r"^step \d: the KL to the SFT model is .* \(max_kl 0.01\); lower learning_rate"

@@ -312,7 +312,7 @@ def findings_markdown(read: Read) -> str:
         rows = tested[tested["baseline"] == baseline]
         clear = [
             f"{row.stage} on {row.vertical} {interval_words(Interval.of_row(row, 'change'))}, "
-            f"{found}"
+            f"{found}{' (one checkpoint)' if row.seeds < 2 else ''}"
             for row in rows.itertuples()
             if (found := clear_verdict(row)) != UNCLEAR
         ]
