@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -43,6 +44,7 @@ def where(request, monkeypatch):
     """Each executor in turn, three processes at a time."""
     if request.param == "slurm":
         monkeypatch.setenv("SLURM_CONF", request.getfixturevalue("slurm"))
+        request.addfinalizer(lambda: subprocess.run(["scancel", "--me"], check=True))
     monkeypatch.setenv("EXECUTOR", request.param)
     monkeypatch.setenv("JOBS", "3")
     monkeypatch.delenv(fan_out.PLACES, raising=False)
@@ -235,33 +237,51 @@ def content_of(path: Path) -> list[tuple]:
 UNDISTURBED: list[tuple] = []
 """What the notebook holds without an executor, once it has run."""
 
-WAYS = ["killed", "out of time", "cancelled", "its node's process killed"]
+WAYS = ["killed", "cancelled", "out of time", "its node lost"]
+REQUEUED = WAYS[2:]
+"""After these the same job starts anew; submitit sees to the time, Slurm to the node."""
+
+
+def lose_node() -> None:
+    """Kill all that runs on Slurm's node, without a word; say that it is down, as Slurm itself would
+    after minutes; and start the node's daemon again."""
+    daemon = int(Path(os.environ["SLURM_CONF"]).with_name("slurmd.pid").read_text())
+    steps = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "slurmstepd"]
+    for process in [psutil.Process(daemon), *steps]:
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    (node,) = subprocess.check_output(["sinfo", "--noheader", "--format=%n"], text=True).split()
+    down = ["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost"]
+    subprocess.run(down, check=True)
+    wait_for(lambda: not psutil.pid_exists(daemon), 30)
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    subprocess.run([shutil.which("slurmd", path=path)], check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_disturbed_notebook_ends_in_the_same_bytes(where, study, way):
-    if where == "local" and way in WAYS[2:]:
+    if where == "local" and way in ("cancelled", "its node lost"):
         pytest.skip("of Slurm alone")
     first = study()
     wait_for(study.begun.exists)
     (worker,) = workers(study.jobs)
     if way == "killed":
         worker.kill()
-    elif way == "its node's process killed":
-        (steps,) = [p for p in worker.parents() if "slurmstepd" in p.name()][:1]
-        steps.kill()
+    elif way == "its node lost":
+        lose_node()
     elif way == "cancelled":
         subprocess.run(["scancel", *queue()], check=True)
     else:  # as submitit is told that the time is nearly up
         worker.send_signal(signal.SIGUSR2)
-        if where == "slurm":  # which waits for two minutes before it starts a job anew
-            (job,) = wait_for(lambda: queue("--states=PENDING"))
-            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+    if where == "slurm" and way in REQUEUED:  # it waits for two minutes before it starts them
+        (job,) = wait_for(lambda: queue("--states=PENDING"))
+        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
     out, errors = first.communicate(timeout=600)
     assert first.returncode == 0, errors
     assert "01-x: done in" in out and not study.jobs.exists()
-    assert ("was killed; its log: build/small/jobs/01-x/" in errors) == (way != "out of time")
+    assert ("was killed; its log: build/small/jobs/01-x/" in errors) == (way not in REQUEUED)
     disturbed = content_of(study.made)
     if not UNDISTURBED:
         assert study(EXECUTOR="none").wait(600) == 0
