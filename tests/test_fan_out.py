@@ -245,8 +245,11 @@ REQUEUED = WAYS[2:]
 def lose_node() -> None:
     """Kill all that runs on Slurm's node, without a word; say that it is down, as Slurm itself would
     after minutes; and start the node's daemon again."""
-    daemon = int(Path(os.environ["SLURM_CONF"]).with_name("slurmd.pid").read_text())
+    own = os.environ["SLURM_CONF"]
+    daemon = int(Path(own).with_name("slurmd.pid").read_text())
     steps = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "slurmstepd"]
+    steps = [p for p in steps if p.environ().get("SLURM_CONF") == own]
+    assert steps
     for process in [psutil.Process(daemon), *steps]:
         for one in [process, *process.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
