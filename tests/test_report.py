@@ -25,6 +25,7 @@ from rlhf_trust.report import (
     readable_answers,
     runs_of_seeds,
     trade_offs,
+    unrolled_words,
     validation_words,
     validity_of,
 )
@@ -152,6 +153,30 @@ def test_datainf_is_worth_what_it_foretold():
     validation = pd.DataFrame(rows, columns=["test", "target", "solver", "value", "ci_low"])
     said = foretelling_words(validation)
     assert "in 2 of 3 comparisons" in said and "correlations of -0.12 to 0.70" in said
+
+
+def test_scores_through_training_are_said_in_the_orders_that_were_tried():
+    rows = [
+        ("same order", "sft", "unrolled", 0.9),
+        ("same order", "sft", "random", 0.0),
+        ("same order", "dpo", "unrolled", 0.8),
+        ("same order", "dpo", "gradient_dot", 0.5),
+        ("other orders", "dpo", "unrolled", 0.7),
+        ("other orders", "dpo", "gradient_dot", 0.6),
+        ("other orders", "dpo", "noise ceiling", 0.95),
+    ]
+    table = pd.DataFrame(rows, columns=["test", "target", "solver", "value"])
+    table = table.assign(
+        test="through training, " + table["test"],
+        ci_low=table["value"] - 0.1,
+        ci_high=table["value"] + 0.1,
+        n=6,
+    )
+    sft, dpo = unrolled_words(table)
+    assert "0.90 (0.80 to 1.00) in the same order (best of the others: random 0.00).\n\n" in sft
+    assert "0.80 (0.70 to 0.90) in the same order (best of the others: gradient dot 0.50)" in dpo
+    assert "0.70 (0.60 to 0.80) in other orders (best of the others: gradient dot 0.60)" in dpo
+    assert "; in other orders perfect scores would reach 0.95 (0.85 to 1.05).\n\n" in dpo
 
 
 def test_attribution_words():

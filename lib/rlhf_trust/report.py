@@ -500,21 +500,25 @@ def foretelling_words(validation: pd.DataFrame) -> str:
 
 def unrolled_words(validation: pd.DataFrame) -> list[str]:
     """Does attribution through training predict retraining, in the same order of examples and in
-    others? The rows of ``23-through-training``."""
+    others, if there were any? The rows of ``23-through-training``."""
     rows = validation.set_index(["test", "target", "solver"])
     words = []
     for stage in validation["target"].unique():
-        said = []
+        said, limit = [], ""
         for order, test in (("the same order", "same order"), ("other orders", "other orders")):
+            if (f"through training, {test}", stage) not in rows.index.droplevel("solver"):
+                continue
             found = rows.loc[f"through training, {test}"].loc[stage]
             others = found.drop(["unrolled", "noise ceiling"], errors="ignore")["value"]
             own = interval_words(Interval.of_row(found.loc["unrolled"]), ".2f", label="")
             best = f"{others.idxmax().replace('_', ' ')} {others.max():.2f}"
             said.append(f"{own} in {order} (best of the others: {best})")
-        limit = interval_words(Interval.of_row(found.loc["noise ceiling"]), ".2f", label="")
+        if "noise ceiling" in found.index:
+            limit = interval_words(Interval.of_row(found.loc["noise ceiling"]), ".2f", label="")
+            limit = f"; in other orders perfect scores would reach {limit}"
         words.append(
             f"**{stage}**: scores through training correlate with retraining by "
-            f"{' and '.join(said)}; in other orders perfect scores would reach {limit}.\n\n"
+            f"{' and '.join(said)}{limit}.\n\n"
         )
     return words
 
