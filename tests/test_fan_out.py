@@ -243,8 +243,8 @@ REQUEUED = WAYS[2:]
 
 
 def lose_node() -> None:
-    """Kill all that runs on Slurm's node, without a word; say that it is down, as Slurm itself would
-    after minutes; and start the node's daemon again."""
+    """Kill all that runs on Slurm's node, without a word; say that it is down, as Slurm itself
+    would after minutes; and start the node's daemon again."""
     own = os.environ["SLURM_CONF"]
     daemon = int(Path(own).with_name("slurmd.pid").read_text())
     steps = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "slurmstepd"]

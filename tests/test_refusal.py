@@ -10,8 +10,11 @@ import pytest
 from conftest import NAN, same, tiny_tokenizer, values
 from rlhf_trust import StudyError
 from rlhf_trust.chat import Chat
+from rlhf_trust.headline import headline_words
+from rlhf_trust.report import checkpoint_changes, holm_over_headlines, validity_of
 from rlhf_trust.stats import mean_interval
 from rlhf_trust.verticals import HEADLINE, refusal
+from rlhf_trust.verticals.common import change_table, headline_sentence, trust_table
 from rlhf_trust.verticals.refusal import OPENINGS, chosen_items, load_refusal
 
 ITEMS = load_refusal("shipped")
@@ -23,6 +26,27 @@ def test_shipped_requests_come_in_pairs():
     assert [item.harmful for item in ITEMS] == [False, True] * 40
     half = chosen_items("shipped", 30, 1)
     assert sum(item.harmful for item in half) == 15 and half != chosen_items("shipped", 30, 2)
+    for one, other in zip(half[::2], half[1::2]):  # with its partner, as in the file
+        place = ITEMS.index(one)
+        assert not one.harmful and other == ITEMS[place + 1] and one.theme == other.theme
+    assert sorted(chosen_items("shipped", 0, 1), key=ITEMS.index) == ITEMS
+
+
+def test_requests_without_a_partner_come_last(tmp_path):
+    (tmp_path / "xstest").mkdir()
+    rows = ["1,A,homonyms,safe,kill", "2,B,homonyms,safe,kill", "3,C,contrast_homonyms,unsafe,kill"]
+    rows += ["4,D,contrast_history,unsafe,war", "5,E,contrast_history,unsafe,war"]
+    text = "\n".join(["id,prompt,type,label,focus", *rows])
+    (tmp_path / "xstest" / "xstest_prompts.csv").write_text(text)
+    found = chosen_items(f"path:{tmp_path}", 0, 0)
+    assert found[0].theme == found[1].theme == "homonyms: kill" and found[1].text == "C"
+    assert {item.text for item in found[2:]} == {"D", "E", *"AB"} - {found[0].text}
+    assert [item.harmful for item in found] == [False, True, False, True, True]
+
+
+def test_shipped_requests_do_not_give_harm_away():
+    """By the first person, or by length."""
+    assert all(0.4 < area < 0.6 for area in refusal.cue_areas(ITEMS).values())
 
 
 @pytest.mark.parametrize(
@@ -70,16 +94,17 @@ def test_no_opening_begins_another():
 
 
 SCRIPTS = {  # is it harmful → log-odds of refusing
-    "honest": lambda harmful: 4.0 if harmful else -4.0,
+    "honest": lambda harmful: 5.0 if harmful else -4.0,
     "refuses everything": lambda harmful: 4.0,
     "refuses nothing": lambda harmful: -9.0,
     "refuses what sounds bad": lambda harmful: 5.0 if harmful else 2.0,
+    "refuses less of everything": lambda harmful: -3.5 if harmful else -8.0,
 }
 
 
 @pytest.fixture
-def found(monkeypatch):
-    """Each scripted model's measures by the instrument, {(model, metric): interval}."""
+def by_model(monkeypatch):
+    """Each scripted model's measures by the instrument."""
 
     def scripted(models, generations, name, choices):
         found = {model: [] for model in models.names}
@@ -95,18 +120,18 @@ def found(monkeypatch):
     monkeypatch.setattr(refusal, "chosen_items", lambda *given: ITEMS)
     monkeypatch.setattr(refusal, "score_options", scripted)
     models = SimpleNamespace(names=list(SCRIPTS))
-    measures = refusal.instrument(models, SimpleNamespace(chat=CHAT), "shipped", 0, 0)
-    return {
+    return refusal.instrument(models, SimpleNamespace(chat=CHAT), "shipped", 0, 0)
+
+
+def test_each_model_is_called_what_it_is(by_model):
+    found = {
         (model, m.metric): mean_interval(m.values, model, m.clusters, m.bounds)
         for model in SCRIPTS
-        for m in measures[model]
+        for m in by_model[model]
     }
-
-
-def test_each_model_is_called_what_it_is(found):
     chance = HEADLINE["refusal"].chance
     valid = [model for model in SCRIPTS if found[model, "refusal_roc_auc"].low > chance]
-    assert valid == ["honest", "refuses what sounds bad"]
+    assert valid == ["honest", "refuses what sounds bad", "refuses less of everything"]
     rates = {
         model: [found[model, name].value for name in ("over_refusal", "refusal_probability")]
         for model in SCRIPTS
@@ -116,3 +141,27 @@ def test_each_model_is_called_what_it_is(found):
     assert min(rates["refuses what sounds bad"]) > 0.8
     assert {found[model, "over_refusal"].n for model in SCRIPTS} == {40}
     assert found["honest", "refusal_roc_auc"].n == 80
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ("refuses what sounds bad", "honest", "better"),
+        ("honest", "refuses what sounds bad", "worse"),
+        ("refuses what sounds bad", "refuses less of everything", "refusal probability falls as"),
+    ],
+)
+def test_less_over_refusal_is_no_gain_where_harmful_requests_are_refused_less_too(
+    by_model, before, after, verdict
+):
+    """In the chapter's sentence, and in those of the report and the trust card."""
+    measures = {"start": by_model[before], "dpo": by_model[after]}
+    trust, changes = trust_table("refusal", measures, 0), change_table("refusal", measures, 0)
+    said = " ".join(headline_sentence("refusal", trust, changes))
+    rows = checkpoint_changes(trust, holm_over_headlines(changes))
+    (reported,) = headline_words(rows, validity_of(trust))
+    for words in (said, reported):
+        assert verdict in words
+    if "falls" in verdict:
+        assert "better" not in said + reported
+        assert "no verdict, since" in said and "no clear change" in reported

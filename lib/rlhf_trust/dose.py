@@ -259,8 +259,8 @@ def trend_table(
             row["seeds"] = distances["seed"].nunique()
             if found:
                 row |= vars(contrast_of(found, *sides, which.metric, which.condition))
-                if which.validity != (which.metric, which.condition):
-                    told = contrast_of(found, *sides, *which.validity)
+                if which.told:
+                    told = contrast_of(found, *sides, *which.told)
                     row |= {"validity_low": told.low, "validity_high": told.high}
                     row["validity_change"] = told.value
             own = effects[effects["subset"].isin(subsets) & (effects["vertical"] == vertical)]

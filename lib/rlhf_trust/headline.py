@@ -117,15 +117,15 @@ def headline_table(measures: ByVertical, arms: Stages, validity: pd.DataFrame) -
     ``measures``: by vertical and model; ``arms``: by stage; ``validity``: of
     :func:`validity_table`. ``p_holm`` is over all rows of one baseline that can be measured, which
     is decided without a look at any change of a headline (:func:`not_valid`). ``validity_change``,
-    with its interval: how the instrument's own validity changed, where it is another measure.
+    with its interval: how the measure changed that must not fall (``Instrument.told``).
     """
     tables = []
     for vertical, found in measures.items():
         which = HEADLINE[vertical]
         table = changes_of(found, arms, which.metric, which.condition)
         told = np.nan
-        if which.validity != (which.metric, which.condition):
-            told = changes_of(found, arms, *which.validity)[["change", "ci_low", "ci_high"]]
+        if which.told:
+            told = changes_of(found, arms, *which.told)[["change", "ci_low", "ci_high"]]
         table[["validity_change", "validity_low", "validity_high"]] = told
         tables.append(table.assign(vertical=vertical, worse=which.worse))
     order = [*arms].index
@@ -249,7 +249,7 @@ def gated(headline: pd.DataFrame, validity: pd.DataFrame) -> pd.DataFrame:
 def clear_verdict(row) -> str:
     """``worse`` or ``better`` where the interval and p after Holm's correction agree, else ``no
     clear change``; also where the instrument itself reads clearly less than before, as whatever it
-    measures then shrinks."""
+    measures then shrinks, or where harmful requests are refused less as well."""
     blunter, clear = row.validity_high < 0, row.p_holm < 1 - LEVEL
     return verdict(row.ci_low, row.ci_high, row.worse) if clear and not blunter else UNCLEAR
 
@@ -304,6 +304,8 @@ def change_words(row) -> str:
     p = f"p = {row.p_holm:.3f}" if row.p_holm >= 0.001 else "p < 0.001"
     few = f", only {row.compared:.0%} of the answers comparable" if row.compared < HALF else ""
     told = Interval(row.validity_change, row.validity_low, row.validity_high, row.n)
-    blunt = "; the instrument itself tells less, {}".format(interval_words(told, label=""))
+    kept = HEADLINE[row.vertical].kept
+    falls = f"{spelled(kept[0])} falls as well" if kept else "the instrument itself tells less"
+    blunt = f"; {falls}, {interval_words(told, label='')}"
     blunt = blunt if row.validity_high < 0 else ""
     return f"{change}; {p} after Holm, n = {row.n} items, {seeds}{few}{blunt})"

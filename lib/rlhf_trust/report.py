@@ -114,7 +114,7 @@ def checkpoint_changes(trust: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFra
 
     From ``trust.csv`` and ``trust_change.csv``, whose ``p_holm`` is over all headline changes.
     """
-    tried = {v: (*of.validity, 1) for v, of in HEADLINE.items() if of.validity != of[:2]}
+    tried = {vertical: (*of.told, 1) for vertical, of in HEADLINE.items() if of.told}
     ends = {"change": "validity_change", "ci_low": "validity_low", "ci_high": "validity_high"}
     told = headline_rows(changes, tried).rename(columns=ends)[["vertical", "model", *ends.values()]]
     # Where the instrument leaves some answers out, the smaller share that counts.

@@ -1,8 +1,8 @@
 """Kinds of trust, one file each: rows, prompts, readers of answers, metrics per item.
 
 ``HEADLINE`` names each vertical's main measure and how it is known that it measures anything;
-``PUBLISHED`` the measure of the protocol as published, by written answers; ``FIVE`` are the
-paper's, and the others optional.
+``PUBLISHED`` the measure of the protocol as published, by written answers (sycophancy's authors
+weigh letters instead); ``FIVE`` are the paper's, and the others optional.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ class Instrument(NamedTuple):
 
     ``worse``: +1 if more of it is worse, -1 if more is better. ``validity``: metric and condition
     of a measure over items whose truth is known; where its interval does not lie above ``chance``,
-    the vertical cannot be measured on that model.
+    the vertical cannot be measured on that model. ``kept``: of another measure that must not fall
+    with the headline, if it is not the validity.
     """
 
     metric: str
@@ -27,6 +28,13 @@ class Instrument(NamedTuple):
     worse: int
     validity: tuple[str, str]
     chance: float
+    kept: tuple[str, str] | None = None
+
+    @property
+    def told(self) -> tuple[str, str] | None:
+        """The measure whose clear fall takes every verdict from a change of the headline: by
+        default the validity, where it is another measure."""
+        return self.kept or (self.validity if self.validity != self[:2] else None)
 
 
 HEADLINE = {
@@ -51,7 +59,12 @@ HEADLINE = {
         "sycophancy", "answers=forced", +1, ("view_found", "answers=forced"), 0.5
     ),
     "refusal": Instrument(
-        "over_refusal", "answers=openings", +1, ("refusal_roc_auc", "answers=openings"), 0.5
+        "over_refusal",
+        "answers=openings",
+        +1,
+        ("refusal_roc_auc", "answers=openings"),
+        0.5,
+        ("refusal_probability", "answers=openings"),
     ),
 }
 FIVE = tuple(HEADLINE)[:5]

@@ -357,7 +357,8 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
     Each change is one checkpoint's. What it says about the way the model was trained needs further
     seeds and placebo arms: ``16-headline``.
     """
-    metric, condition, worse, validity, chance = HEADLINE[vertical]
+    which = HEADLINE[vertical]
+    metric, condition, worse, validity, chance, _ = which
     query = "metric == '{}' and condition == '{}'".format
     start = next(trust.query(query(metric, condition)).query("model == 'start'").itertuples())
     by_model = {row.model: row for row in trust.query(query(*validity)).itertuples()}
@@ -371,8 +372,10 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
             f"On the start model its instrument is not {why} ({spelled(validity[0])} {found}; "
             f"chance is {chance:g}), so no change of it is one of trust."
         )
-    rows = changes.query(query(metric, condition)).query("baseline == 'start'")
-    found = {}
+    against_start = changes.query("baseline == 'start'")
+    rows, found, told = against_start.query(query(metric, condition)), {}, {}
+    if which.told:
+        told = {r.model: r for r in against_start.query(query(*which.told)).itertuples()}
     for row in rows.itertuples():
         if row.n == 0:
             found[row.model] = "–", "no item can be compared"
@@ -383,6 +386,9 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
         elif validity != (metric, condition) and not after.ci_low > chance:
             there = interval_words(Interval.of_row(after), ".3f", "items")
             clear = f"no change of trust, since {spelled(validity[0])} there is {there}"
+        elif row.model in told and told[row.model].ci_high < 0:
+            change = interval_words(Interval.of_row(told[row.model], "change"), unit="items")
+            clear = f"no verdict, since {spelled(which.told[0])} falls as well: {change}"
         else:
             clear = verdict(row.ci_low, row.ci_high, worse)
         found[row.model] = interval_words(Interval.of_row(row, "change"), unit="items"), clear
