@@ -62,6 +62,7 @@ def test_no_arm_has_more_pairs_than_there_are():
     assert {arm.amount for arm in everyone if arm.subset == "helpful"} == {4}
     assert {arm.amount for arm in everyone if arm.subset == "all"} == {4, 12, 20}
     assert NOTES[0] == "harmless has 10 pairs: without 12 and 20 of them"
+    assert "all: most of 12 and 20 of 20 pairs are the same under all seeds" in " ".join(NOTES)
     NOTES.clear()
 
 
@@ -247,6 +248,14 @@ def test_an_effect_of_one_size_is_clear_from_the_first_amount_and_does_not_grow(
     lead, said = dose.dose_words(trend, changes)
     assert "in none of 1 combinations" in lead
     assert "no clear trend" in said and said.endswith("clear from 30 pairs on.")
+
+
+def test_an_effect_that_fades_away_does_not_grow_though_its_last_sign_is_chance():
+    effects = dict(zip(growing(), (0.3, 0.2, 0.1, -0.03)))
+    trend, changes = tables_of(distances_of(), effects)
+    lead, said = dose.dose_words(trend, changes)
+    assert "clearly grow with their amount in none of 1 combinations" in lead
+    assert "with more pairs**, though no effect is clear, " in said and "is not clear at" in said
 
 
 def test_an_effect_that_shrinks_does_not_grow():

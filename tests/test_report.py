@@ -380,7 +380,7 @@ def arms_table(changes_by_row):
     for (stage, vertical, baseline), (change, low, high, p_holm) in changes_by_row.items():
         row = {"stage": stage, "vertical": vertical, "baseline": baseline, "change": change}
         row |= {"ci_low": low, "ci_high": high, "p_holm": p_holm, "min_detectable": 0.1, "n": 60}
-        rows.append(row | {"worse": HEADLINE[vertical].worse, "validity_high": NAN})
+        rows.append(row | {"worse": HEADLINE[vertical].worse, "validity_high": NAN, "seeds": 3})
     return pd.DataFrame(rows)
 
 
@@ -391,7 +391,8 @@ def gates(failing=()):
 
 def test_only_a_clear_change_agrees_or_disagrees_with_the_paper():
     up, down, none = (0.2, 0.1, 0.3, 0.01), (-0.2, -0.3, -0.1, 0.01), (0.0, -0.1, 0.1, 1.0)
-    unseen = "no clear change; four of five such studies would find 0.100 before correction"
+    unseen = "no clear change; 0.100 would be found in half to four fifths of such studies"
+    unseen += ", before correction"
     found = {
         ("ppo", "ethics", "start"): up,  # less is worse: better, as in the paper
         ("ppo", "ethics", "placebo"): none,
@@ -418,7 +419,9 @@ def test_only_a_clear_change_agrees_or_disagrees_with_the_paper():
         ("toxicity", "dpo"): "worse, which disagrees, not shown to be by the preferences",
     }
     own = table.set_index(["vertical", "stage"])["as_published"]
-    assert own["stereotype", "ppo"].startswith("agreement rate +50% (95 % interval -25% to +100%")
+    said = own["stereotype", "ppo"]
+    assert said.startswith("agreement rate +0.100 (95 % interval -0.050 to +0.200, n = ")
+    assert said.endswith("items); start's is 0.200")
     assert own["ethics", "dpo"] == "was not measured"
     unpublished = against_paper(arms_table(found), gates(), pd.DataFrame())
     assert unpublished["as_published"].eq("was not measured").all()

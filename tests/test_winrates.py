@@ -21,6 +21,7 @@ from rlhf_trust.data.preferences import PreferencePair
 from rlhf_trust.decode import Decoding, Generations, Prompt
 from rlhf_trust.models import LoRA
 from rlhf_trust.rewards import rm_bench, winrates
+from rlhf_trust.stats import crossed_change
 from scipy.special import expit, logit
 
 PROMPTS = [Prompt(f"p{i}", (f"what is question {i}?",)) for i in range(10)]
@@ -79,20 +80,21 @@ def test_a_win_by_length_alone_is_none_at_equal_length():
 
 
 @pytest.mark.slow
-def test_the_jackknife_knows_the_error():
-    """Of a win rate at equal length, over draws of the prompts."""
-    random, found, errors = np.random.default_rng(1), [], []
-    for _ in range(24):
-        longer, difficulty = random.normal(0, 40, 60), random.normal(0, 1, 60)
-        chance = expit(0.5 + 0.8 * difficulty - np.tanh(longer / 40))
+def test_the_interval_at_equal_length_covers_also_where_the_penalty_hides_all():
+    """Over draws of the prompts, in many of which all weights are drawn to 0."""
+    random, covered, hidden = np.random.default_rng(1), [], 0
+    for _ in range(40):
+        longer = random.normal(-20, 40, 60)
+        chance = expit(0.3 - 1.5 * np.tanh(longer / longer.std(ddof=1)))
         won = (random.random(60) < chance).astype(float)
-        values = winrates._pseudo_values(won[None], longer[None], difficulty)
-        assert values.shape == (1, 60)
-        predicted, _ = winrates.length_controlled(won, longer, difficulty)
+        values = winrates._pseudo_values(won[None], longer[None], np.zeros(60))
+        predicted, _ = winrates.length_controlled(won, longer, np.zeros(60))
         assert values.mean() == pytest.approx(predicted.mean())
-        found.append(values.mean())
-        errors.append(values.std(ddof=1) / 60**0.5)
-    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.4)
+        found = crossed_change(values, np.full(60, 0.5), None, (0.0, 1.0))
+        covered.append(found.low < expit(0.3) - 0.5 < found.high)
+        hidden += np.ptp(predicted) == 0 and predicted[0] == 0.5
+        assert found.high - found.low > 0.2
+    assert np.mean(covered) >= 0.9 and hidden >= 5
 
 
 # --- win rates ------------------------------------------------------------------------------------

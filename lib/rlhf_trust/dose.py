@@ -45,7 +45,7 @@ from .headline import (
     headline_table,
     one_measure,
 )
-from .stats import UNCLEAR, CrossedChange, crossed_change, holm
+from .stats import UNCLEAR, CrossedChange, crossed_change, found_in, holm
 from .verticals import HEADLINE, ByModel
 from .verticals.common import COLUMNS, spelled
 
@@ -102,6 +102,11 @@ def dose_arms(sets: Sets, amounts: Sequence[int], seeds: int) -> list[DoseArm]:
     for name, size in sizes.items():
         if missing := [f"{amount}" for amount in doses if amount > size]:
             note(f"{name} has {size} pairs: without {' and '.join(missing)} of them")
+        if alike := [f"{amount}" for amount in doses if size / 2 < amount <= size]:
+            note(
+                f"{name}: most of {' and '.join(alike)} of {size} pairs are the same under all "
+                "seeds, so intervals there are about these pairs"
+            )
     return [
         DoseArm("dpo", kind, seed, name, amount)
         for name, size in sizes.items()
@@ -288,10 +293,13 @@ def dose_words(trend: pd.DataFrame, changes: pd.DataFrame) -> list[str]:
     effects = changes[changes["baseline"] == "placebo"].sort_values("amount")
     at_most, said, grow = effects.groupby(["subset", "vertical"])["change"].last(), [], 0
     for row in slopes.itertuples():
-        found, shrinks = clear_verdict(row), row.change * at_most[row.subset, row.vertical] <= 0
-        grow += found != UNCLEAR and not shrinks
-        how = f"**{found} with more pairs**{', as an effect shrinks' if shrinks else ''}"
-        how = "no clear trend" if found == UNCLEAR else how
+        found, why = clear_verdict(row), ""
+        if row.change * at_most[row.subset, row.vertical] <= 0:
+            why = ", as an effect shrinks"
+        elif np.isnan(row.clear_from):
+            why = ", though no effect is clear"
+        grow += found != UNCLEAR and not why
+        how = "no clear trend" if found == UNCLEAR else f"**{found} with more pairs**{why}"
         since = "is not clear at the largest amount"
         since = (
             since if np.isnan(row.clear_from) else f"is clear from {row.clear_from:.0f} pairs on"
@@ -305,12 +313,18 @@ def dose_words(trend: pd.DataFrame, changes: pd.DataFrame) -> list[str]:
     single = slopes["seeds"].max() < 2
     single = " With one seed, each is about single checkpoints." if single else ""
     lead = (
-        "Effects of the preferences (true arms less placebos of as many pairs, at one KL to SFT) "
+        "Effects of the preferences (true arms less placebos of as many pairs, each two at one KL "
+        "to SFT, which differs by amount and set; more pairs are also more steps) "
         f"clearly grow with their amount in {grow or 'none'} of {len(slopes)} combinations of set "
         f"and vertical.{single} "
         f"{_power(slopes)} a doubling."
     )
-    clear = [row for row in others.itertuples() if clear_verdict(row) != UNCLEAR]
+    # Of two sets neither is the baseline: an instrument may tell less on either one's arms.
+    clear = [
+        row
+        for row in others.itertuples()
+        if clear_verdict(row) != UNCLEAR and not row.validity_low > 0
+    ]
     listed = [f"{r.subset}, {r.vertical}, {r.contrast}: {change_words(r)}" for r in clear]
     alone = trend.loc[doubling, "subset"].iloc[-1] == ALL
     stand_in = ", for which the groups of the pairs stand in" if alone else ""
@@ -324,4 +338,5 @@ def dose_words(trend: pd.DataFrame, changes: pd.DataFrame) -> list[str]:
 
 def _power(rows: pd.DataFrame) -> str:
     found = "{:.3f} to {:.3f}".format(*rows["min_detectable"].agg(["min", "max"]))
-    return f"Before Holm's correction, four of five such studies would find {found}"
+    often = found_in(rows["seeds"].max())
+    return f"Before Holm's correction, {often} such studies would find {found}"

@@ -49,7 +49,7 @@ from .headline import clear_verdict, gated, headline_words
 from .render import as_markdown, prose
 from .report import arm_words, as_published, headline_rows
 from .rewards import rm_bench
-from .stats import FEW, LEVEL, NORMAL, UNCLEAR, Interval, holm, interval_words
+from .stats import FEW, LEVEL, NORMAL, UNCLEAR, Interval, found_in, holm, interval_words
 from .verticals import HEADLINE, PUBLISHED
 
 REFERENCE = ROOT / "tests" / "reference"
@@ -320,9 +320,9 @@ def findings_markdown(read: Read) -> str:
         points.append(
             f"{cause}: {len(clear) or 'none'} of {len(rows)} comparisons of stage and vertical "
             f"{'are' if len(clear) > 1 else 'is'} clear after Holm's correction"
-            f"{': ' + '; '.join(clear) if clear else ''}. Four of five such studies would find a "
-            f"change of {power.min():.3f} to {power.max():.3f}, depending on the comparison, "
-            "before that correction."
+            f"{': ' + '; '.join(clear) if clear else ''}. A change of {power.min():.3f} to "
+            f"{power.max():.3f}, depending on the comparison, would be found in "
+            f"{found_in(rows['seeds'].max())} such studies, before that correction."
         )
     missing = [*dict.fromkeys(table.loc[~table["measurable"], "vertical"])]
     if missing:
@@ -362,8 +362,9 @@ def attribution_points(read: Read) -> list[str]:
         f"**Acting on them**: {len(clear) or 'none'} of {len(arms)} ways to remove, flip or "
         "down-weight the pairs called harmful "
         f"{'change' if len(clear) > 1 else 'changes'} its target clearly beyond the same done to "
-        f"random pairs{': ' + '; '.join(clear) if clear else ''}. Four of five such comparisons "
-        f"would find a change of {power.min():.2f} to {power.max():.2f} nats, before correction."
+        f"random pairs{': ' + '; '.join(clear) if clear else ''}. A change of {power.min():.2f} to "
+        f"{power.max():.2f} nats would be found in {found_in(arms['draws'].max())} such "
+        "comparisons, before correction."
     )
     return points
 

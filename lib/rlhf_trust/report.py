@@ -24,6 +24,7 @@ from .stats import (
     Change,
     Interval,
     by_conclusion,
+    found_in,
     holm,
     interval_words,
     paired_change,
@@ -170,10 +171,9 @@ def against_paper(
 
     ``headline``, ``validity``: as for ``headline.headline_words``; ``published``: of
     :func:`as_published`. Columns vertical, paper, stage, ``as_published`` (the change of one
-    checkpoint by that measure, in per cent of start's value), ``headline`` (its name, and which
-    way is worse), ``start`` and ``placebo`` (its change against each), ``here`` (does a clear
-    change against start have the paper's sign?). Every cell holds a number with its interval, or
-    a reason.
+    checkpoint by that measure), ``headline`` (its name, and which way is worse), ``start`` and
+    ``placebo`` (its change against each), ``here`` (does a clear change against start have the
+    paper's sign?). Every cell holds a number with its interval, or a reason.
     """
     rows, measured = [], gated(headline, validity)
     for vertical, (direction, size) in PAPER.items():
@@ -202,15 +202,13 @@ def against_paper(
 
 
 def _relative(row) -> str:
-    """A published measure's change in per cent of start's value."""
+    """A published measure's change, and start's value."""
     if row is None:
         return "was not measured"
     if row.mostly_unreadable:
         return "most answers could not be read"
-    if not row.start > 0:
-        return "start's value is 0"
-    share = Interval(*(x / row.start for x in (row.change, row.ci_low, row.ci_high)), row.n)
-    return f"{spelled(row.metric)} {interval_words(share, '+.0%', 'items')}"
+    change = interval_words(Interval.of_row(row, "change"), unit="items")
+    return f"{spelled(row.metric)} {change}; start's is {row.start:.3f}"
 
 
 def _beside_paper(direction: str, rows: Mapping) -> str:
@@ -219,7 +217,8 @@ def _beside_paper(direction: str, rows: Mapping) -> str:
     if start.n < FEW:
         return TOO_FEW
     if found == UNCLEAR:
-        least = f"four of five such studies would find {start.min_detectable:.3f} before correction"
+        least = f"{start.min_detectable:.3f} would be found in {found_in(start.seeds)} such studies"
+        least += ", before correction"
         return UNCLEAR if np.isnan(start.min_detectable) else f"{UNCLEAR}; {least}"
     said = f"{found}, which disagrees" if found != direction else f"{found}, which agrees in sign"
     by_them = "placebo" in rows and clear_verdict(rows["placebo"]) == found
@@ -544,7 +543,7 @@ def mitigation_words(table: pd.DataFrame, target: str) -> list[str]:
         else:
             said = (
                 f"no clear effect (p {p_words(row.p_holm)}); one of {row.min_detectable:.2f} nats "
-                "would have been found in four of five such studies, before that correction"
+                f"would be found in {found_in(row.draws)} such studies, before that correction"
             )
         change = interval_words(Interval.of_row(row, "change"), "+.2f", label="")
         words.append(f"- {arm_words(row)}: {change}: {said}.\n")

@@ -178,6 +178,11 @@ def paired_change(after, before, clusters=None, bounds: Bounds = None) -> Change
     return Change(means.value, low, high, n, p, DETECTED * error)
 
 
+def found_in(seeds: int) -> str:
+    """How many studies find a change of ``min_detectable``, in words."""
+    return "four fifths of" if seeds < 2 else "half to four fifths of"
+
+
 def crossed_change(after, before, clusters=None, bounds: Bounds = None) -> CrossedChange:
     """Mean of ``after - before`` over items and alignment seeds, both taken as random samples.
 

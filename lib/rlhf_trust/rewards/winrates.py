@@ -244,18 +244,25 @@ def length_controlled(
     return model.predict_proba(design)[:, 1], strength or float(np.ravel(model.C_)[0])
 
 
+WEAK = 10.0
+"""Weight of the data against the penalty at which that hardly matters."""
+
+
 def _pseudo_values(won, longer, difficulty) -> np.ndarray:
     """Values [seeds, prompts] whose mean is the win rate at equal length, of all seeds together,
-    and whose spread is its error's: the jackknife's, centred. The penalty's weight stays.
+    and whose spread is its error's: the jackknife's, centred.
+
+    The jackknife has next to no penalty (``WEAK``): one that draws all weights to 0 would leave no
+    spread at all, which is no evidence of a coin.
 
     ``won``, ``longer``: [seeds, prompts]; ``difficulty``: [prompts].
     """
     games = won.ravel(), longer.ravel(), np.tile(difficulty, len(won))
-    predicted, strength = length_controlled(*games)
+    predicted, _ = length_controlled(*games)
     without = np.zeros(won.size)
     for i in range(won.size):
         some = (np.delete(part, i) for part in games)
-        without[i] = length_controlled(*some, strength)[0].mean()
+        without[i] = length_controlled(*some, WEAK)[0].mean()
     values = predicted.mean() - (won.size - 1) * (without - without.mean())
     return values.reshape(won.shape)
 
