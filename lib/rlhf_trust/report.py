@@ -352,8 +352,8 @@ def _signed(rows: pd.DataFrame) -> pd.DataFrame:
 def over_runs(found: pd.DataFrame) -> pd.DataFrame:
     """Means over runs of :func:`trade_offs`.
 
-    With several runs Student's interval over runs (each seed draws items and trains anew, so it
-    covers both), and n counts runs; with one run the interval over its items.
+    With several runs Student's interval over runs (each seed trains anew, and draws other items
+    where a chapter does not use all), and n counts runs; with one run the interval over its items.
     """
     rows = []
     for (vertical, model), part in found.groupby(["vertical", "model"], sort=False):
