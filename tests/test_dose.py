@@ -126,9 +126,7 @@ def test_a_stopped_study_carries_on_to_the_same_bytes(study, monkeypatch):
     monkeypatch.setattr(arms.Trainer, "_train_dpo", note)
 
     def run(some):
-        train = dose.trainer(*study, sets, SETTINGS)
-        for arm in some:
-            train(arm)
+        dose.train_all(*study, sets, SETTINGS, some)
         weights = (arm.folder(study[2]) / "adapter_model.safetensors" for arm in everyone)
         return [path.read_bytes() if path.exists() else b"" for path in weights]
 
@@ -138,8 +136,7 @@ def test_a_stopped_study_carries_on_to_the_same_bytes(study, monkeypatch):
     for arm in everyone[5:]:  # as if stopped within the sixth
         (arm.folder(study[2]) / training.NOTE).unlink()
     assert run(everyone[::-1]) == whole and calls[len(everyone) :] == everyone[:4:-1]
-    other = dose.trainer(*study, sets | {"all": PAIRS[::2]}, SETTINGS)
-    other(everyone[-1])
+    dose.train_all(*study, sets | {"all": PAIRS[::2]}, SETTINGS, everyone[-1:])
     assert calls[-1] == everyone[-1] and run(everyone) == whole
 
 
@@ -147,9 +144,7 @@ def test_a_tiny_study_from_training_to_words(study, tmp_path):
     base, chat, build = study
     sets = dose.preference_sets(PAIRS, {"mine": PAIRS[:8]})
     everyone = dose.dose_arms(sets, [0, 4, 8], seeds=2)
-    train = dose.trainer(*study, sets, SETTINGS)
-    for arm in everyone:
-        train(arm)
+    dose.train_all(*study, sets, SETTINGS, everyone)
     distances = dose.distances_of(*study, everyone, PAIRS[:3], 0)
     assert set(distances["name"]) >= {arm.name for arm in everyone}
     assert not hasattr(base.model, "peft_config")

@@ -20,7 +20,7 @@ study has: with three there are eight ways.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -29,10 +29,12 @@ import pandas as pd
 
 from . import models, require
 from .align.arms import PLACEBO, SEED_STEP, TRUE, Arm, Trainer, match_arms
-from .artifacts import TABLES, Build, note
+from .artifacts import TABLES, Build, content_key, note
 from .chat import Chat
 from .data import choose
 from .data.preferences import PreferencePair, Preferences
+from .decode import LowerStates
+from .fan_out import fan_out
 from .headline import (
     ByVertical,
     arm_names,
@@ -123,24 +125,37 @@ def pairs_of(arm: DoseArm, sets: Sets, seed: int) -> list[PreferencePair]:
     return choose(sets[arm.subset], arm.amount, order, by=lambda pair: pair.source)
 
 
-def trainer(
-    base: models.Base, chat: Chat, build: Build, sets: Sets, settings: Mapping
-) -> Callable[[DoseArm], None]:
-    """A function that trains one arm, unless it is there (``arms.Trainer.train``).
+def train_all(
+    base: models.Base,
+    chat: Chat,
+    build: Build,
+    sets: Sets,
+    settings: Mapping,
+    arms: Sequence[DoseArm],
+) -> None:
+    """Train the arms that are not there (``Trainer.train``), spread where there is an executor.
 
     ``settings``: of DPO's chapter, whose epochs, batch and learning rate all arms have.
     """
-    kept = {}  # of the set and seed before, whose other arms have the same texts
 
-    def train(arm: DoseArm) -> None:
-        pairs, shared = pairs_of(arm, sets, settings["seed"]), (arm.subset, arm.seed)
+    def trainer(arm: DoseArm, kept: LowerStates | None = None) -> Trainer:
         own = {"dpo": dict(settings) | {"n_dpo": arm.amount}}
-        one = Trainer(base, chat, build, Preferences(pairs, []), own, kept.get(shared))
-        one.train(arm)
-        kept.clear()
-        kept[shared] = one.kept
+        pairs = Preferences(pairs_of(arm, sets, settings["seed"]), [])
+        return Trainer(base, chat, build, pairs, own, kept)
 
-    return train
+    def train(some: Sequence[DoseArm]) -> None:
+        kept = None  # the texts of a set and seed are the same in all of its arms
+        for arm in some:
+            one = trainer(arm, kept)
+            one.train(arm)
+            kept = one.kept
+
+    groups: dict[tuple, list[DoseArm]] = {}
+    for arm in arms:
+        groups.setdefault((arm.subset, arm.seed), []).append(arm)
+    pieces = {content_key(*(trainer(a).about(a) for a in of)): of for of in groups.values()}
+    for _ in fan_out(train, pieces, build.path("jobs", "dose")):
+        pass
 
 
 def distances_of(base, chat, build, arms, prompts, seed) -> pd.DataFrame:
