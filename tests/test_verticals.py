@@ -50,10 +50,8 @@ def test_a_model_measured_on_other_items_is_refused():
 
 @pytest.mark.parametrize(("vertical", "verdict"), [("stereotype", "worse"), ("ethics", "better")])
 def test_headline_words_follow_the_numbers(vertical, verdict):
-    ids, (metric, condition, _, validity, chance, _) = (
-        list("abcdefghijklmnopqrst"),
-        HEADLINE[vertical],
-    )
+    metric, condition, _, validity, chance = HEADLINE[vertical][:5]
+    ids = [str(i) for i in range(20)]
     of = scripted([0] * 20, [1] * 20, [0] * 20, ids=ids, metric=metric, condition=condition)
     trust, changes = trust_table(vertical, of, 0), change_table(vertical, of, 0)
     trust = trust[trust["metric"] != validity[0]]

@@ -73,9 +73,9 @@ def test_a_win_by_length_alone_is_none_at_equal_length():
     random = np.random.default_rng(0)
     longer = random.normal(-40, 40, 400)
     won = (random.random(400) < expit(-3 * np.tanh(longer / 40))).astype(float)
-    predicted, _ = winrates.length_controlled(won, longer, np.zeros(400))
+    predicted = winrates.length_controlled(won, longer, np.zeros(400))
     assert won.mean() > 0.7 and abs(predicted.mean() - 0.5) < 0.06
-    flat, _ = winrates.length_controlled(won, np.zeros(400), np.zeros(400))
+    flat = winrates.length_controlled(won, np.zeros(400), np.zeros(400))
     assert flat.mean() == pytest.approx(won.mean(), abs=0.01)
 
 
@@ -88,7 +88,8 @@ def test_the_interval_at_equal_length_covers_also_where_the_penalty_hides_all():
         chance = expit(0.3 - 1.5 * np.tanh(longer / longer.std(ddof=1)))
         won = (random.random(60) < chance).astype(float)
         values = winrates._pseudo_values(won[None], longer[None], np.zeros(60))
-        predicted, _ = winrates.length_controlled(won, longer, np.zeros(60))
+        assert values.shape == (1, 60)
+        predicted = winrates.length_controlled(won, longer, np.zeros(60))
         assert values.mean() == pytest.approx(predicted.mean())
         found = crossed_change(values, np.full(60, 0.5), None, (0.0, 1.0))
         covered.append(found.low < expit(0.3) - 0.5 < found.high)

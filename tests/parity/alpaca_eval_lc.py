@@ -75,7 +75,7 @@ def ours(given: pd.DataFrame) -> float:
     longer = (given["baseline"] - given["model"]).to_numpy(float)
     with sklearn.config_context(enable_metadata_routing=False):  # which the package switches on
         numbers = given["won"].to_numpy(), longer, given["difficulty"].to_numpy()
-        return float(length_controlled(*numbers)[0].mean())
+        return float(length_controlled(*numbers).mean())
 
 
 def main() -> int:

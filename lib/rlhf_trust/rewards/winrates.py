@@ -207,8 +207,9 @@ def judge_of(
 
 def length_controlled(
     won: np.ndarray, longer: np.ndarray, difficulty: np.ndarray, strength: float = 0.0
-) -> tuple[np.ndarray, float]:
-    """What a model would win at equal length, by prompt (module docstring).
+) -> np.ndarray:
+    """What a model would win at equal length, [prompts] (module docstring); the mean is the win
+    rate.
 
     Parameters
     ----------
@@ -220,13 +221,6 @@ def length_controlled(
         γ, [prompts].
     strength
         Weight of the data against the L1 penalty; by default from cross-validation.
-
-    Returns
-    -------
-    predictions
-        [prompts]; their mean is the win rate.
-    strength
-        As it was chosen.
     """
     n, spread = len(won), longer.std(ddof=1) or 1.0
     design = np.column_stack([np.tanh(longer / spread), difficulty, np.ones(n)])
@@ -241,7 +235,7 @@ def length_controlled(
         model = LogisticRegressionCV(l1_ratios=(1.0,), **how)
     model.fit(rows, labels, sample_weight=np.array(weights))
     design[:, 0] = 0.0
-    return model.predict_proba(design)[:, 1], strength or float(np.ravel(model.C_)[0])
+    return model.predict_proba(design)[:, 1]
 
 
 WEAK = 10.0
@@ -258,11 +252,11 @@ def _pseudo_values(won, longer, difficulty) -> np.ndarray:
     ``won``, ``longer``: [seeds, prompts]; ``difficulty``: [prompts].
     """
     games = won.ravel(), longer.ravel(), np.tile(difficulty, len(won))
-    predicted, _ = length_controlled(*games)
+    predicted = length_controlled(*games)
     without = np.zeros(won.size)
     for i in range(won.size):
         some = (np.delete(part, i) for part in games)
-        without[i] = length_controlled(*some, WEAK)[0].mean()
+        without[i] = length_controlled(*some, WEAK).mean()
     values = predicted.mean() - (won.size - 1) * (without - without.mean())
     return values.reshape(won.shape)
 

@@ -358,7 +358,7 @@ def headline_sentence(vertical: str, trust: pd.DataFrame, changes: pd.DataFrame)
     seeds and placebo arms: ``16-headline``.
     """
     which = HEADLINE[vertical]
-    metric, condition, worse, validity, chance, _ = which
+    metric, condition, worse, validity, chance = which[:5]
     query = "metric == '{}' and condition == '{}'".format
     start = next(trust.query(query(metric, condition)).query("model == 'start'").itertuples())
     by_model = {row.model: row for row in trust.query(query(*validity)).itertuples()}
