@@ -39,12 +39,17 @@ def slurm(tmp_path_factory):
     subprocess.run([SLURM / "down", folder], check=True)
 
 
+def cancel_all() -> None:
+    subprocess.run(["scancel", "--me"], check=True)
+    wait_for(lambda: not queue())
+
+
 @pytest.fixture(params=["local", pytest.param("slurm", marks=pytest.mark.slow)])
 def where(request, monkeypatch):
     """Each executor in turn, three processes at a time."""
     if request.param == "slurm":
         monkeypatch.setenv("SLURM_CONF", request.getfixturevalue("slurm"))
-        request.addfinalizer(lambda: subprocess.run(["scancel", "--me"], check=True))
+        request.addfinalizer(cancel_all)
     monkeypatch.setenv("EXECUTOR", request.param)
     monkeypatch.setenv("JOBS", "3")
     monkeypatch.delenv(fan_out.PLACES, raising=False)
@@ -202,6 +207,7 @@ def study(tmp_path):
     (tmp_path / "params").mkdir()
     needs = "resources: {all: {minutes: 60}, 01-x: {processes: 1}}"
     (tmp_path / "params" / "small.yaml").write_text(needs)
+    started = []
 
     def start(code: str = CODE, **environment: str) -> subprocess.Popen:
         cells = [new_code_cell("steps: int = 8  # how many", metadata={"tags": ["parameters"]})]
@@ -216,11 +222,14 @@ def study(tmp_path):
         environment = {"PYTHONPATH": f"{lib.parent}{added}", "BEGUN": str(begun)} | environment
         command = [sys.executable, "-m", "rlhf_trust.run", "stage", "01-x", "--profile", "small"]
         kinds = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        return subprocess.Popen(command, env=os.environ | environment, **kinds)
+        started.append(subprocess.Popen(command, env=os.environ | environment, **kinds))
+        return started[-1]
 
     start.begun, start.build = begun, tmp_path / "build" / "small"
     start.made, start.jobs = start.build / "notebooks/01-x.ipynb", start.build / "jobs/01-x"
-    return start
+    yield start
+    for launcher in started:  # of a test that failed: it would start its job again
+        launcher.kill()
 
 
 def queue(*more: str) -> list[str]:
@@ -248,9 +257,10 @@ def lose_node() -> None:
     own = os.environ["SLURM_CONF"]
     daemon = int(Path(own).with_name("slurmd.pid").read_text())
     steps = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "slurmstepd"]
-    steps = [p for p in steps if p.environ().get("SLURM_CONF") == own]
-    assert steps
-    for process in [psutil.Process(daemon), *steps]:
+    # By what a step has started: its title is written over its own environment.
+    ours = [p for p in steps if own in {c.environ().get("SLURM_CONF") for c in p.children(True)}]
+    assert ours, steps
+    for process in [psutil.Process(daemon), *ours]:
         for one in [process, *process.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
@@ -300,7 +310,7 @@ def test_an_interrupted_launcher_cancels_its_job(where, study):
     _, errors = launcher.communicate(timeout=120)
     assert launcher.returncode == 130 and errors.splitlines()[-1] == "error: interrupted"
     assert not workers(study.jobs) and not study.made.exists()
-    assert where == "local" or not queue()
+    wait_for(lambda: where == "local" or not queue(), 60)
     wait_for(lambda: not psutil.pid_exists(int(study.begun.read_text())), 30)  # its kernel
 
 
