@@ -20,13 +20,11 @@ from pathlib import Path
 
 import markupsafe
 import matplotlib.pyplot as plt
-import nbformat
 import nh3
 import pandas as pd
 import pypandoc
 from IPython.display import HTML, Image, Markdown
 from matplotlib.text import Text
-from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from . import ROOT, UNSEEN, StudyError, command, require, visible
 from .artifacts import Build, atomic_write, write_text
@@ -273,6 +271,8 @@ def page_cells(notebook, code: bool, pages: Collection[str] = (), folder: str = 
     (``pages``: the names of those there are) in ``folder``. Directories of this machine are
     shortened everywhere.
     """
+    from nbformat.v4 import new_code_cell, new_markdown_cell
+
     shown = _without_directories(notebook)
 
     def to_page(link: re.Match) -> str:
@@ -390,6 +390,8 @@ def clean(page: str, links: bool = True) -> str:
 
 def read_notebook(path: Path):
     """An executed notebook; a :class:`StudyError` if it is missing or broken."""
+    import nbformat  # it takes 3 s, which a notebook that renders no page need not wait
+
     try:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
@@ -472,6 +474,8 @@ def _with_anchors(body: Html) -> tuple[Html, list[tuple[str, str, Html, Html]]]:
 
 def page_body(notebook_path: Path, code: bool, folder: str = "") -> tuple[str, Html]:
     """An executed notebook's title, and what it shows as HTML that is safe."""
+    import nbformat
+
     notebook = read_notebook(notebook_path)
     title = _title(notebook, notebook_path.stem)
     pages = {path.stem for path in notebook_path.parent.glob("[0-9][0-9]-*.ipynb")}
