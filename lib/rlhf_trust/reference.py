@@ -415,7 +415,7 @@ def results_markdown(profile: str) -> str:
 
 
 def repeated_markdown(profile: str) -> str:
-    """Where another run of the same parameters, in ``<profile>-again``, differs from the reference
+    """Where another run of the same seeds, in ``<profile>-again``, differs from the reference
     (:func:`differences`)."""
     ours, theirs = (partial(reference_table, f"{profile}{end}") for end in ("-again", ""))
     points = []
@@ -435,7 +435,7 @@ def repeated_markdown(profile: str) -> str:
         for row in gated(headline, validity).query("measurable").itertuples()
         if (found := clear_verdict(row)) != UNCLEAR
     ]
-    points.append(f"Clear in the repetition: {'; '.join(clear) or 'nothing'}.")
+    points.append(f"Clear in that run: {'; '.join(clear) or 'nothing'}.")
     return "\n".join(f"- {prose(point)}" for point in points)
 
 
