@@ -256,9 +256,15 @@ def lose_node() -> None:
     would after minutes; and start the node's daemon again."""
     own = os.environ["SLURM_CONF"]
     daemon = int(Path(own).with_name("slurmd.pid").read_text())
+
+    def is_ours(started: psutil.Process) -> bool:
+        with suppress(psutil.Error):  # one that has just ended
+            return started.environ().get("SLURM_CONF") == own
+        return False
+
     steps = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "slurmstepd"]
     # By what a step has started: its title is written over its own environment.
-    ours = [p for p in steps if own in {c.environ().get("SLURM_CONF") for c in p.children(True)}]
+    ours = [p for p in steps if any(map(is_ours, p.children(recursive=True)))]
     assert ours, steps
     for process in [psutil.Process(daemon), *ours]:
         for one in [process, *process.children(recursive=True)]:
