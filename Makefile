@@ -213,8 +213,9 @@ test: lint ## lint, all unit tests, the smoke profile end to end, nbval on its n
 	$(MAKE) reproduce PROFILE=smoke DATA= SEED= SET= EXECUTOR= BEFORE= AFTER=
 	$(BIN)/python tests/rerun.py smoke
 
-parity: .parity/.installed .bergson/.installed ## compare DataInf with dattri, scores through training with bergson, MC1 and MC2 with lm-evaluation-harness, win rates with AlpacaEval
+parity: .parity/.installed .bergson/.installed ## compare DataInf with dattri, gradients of DPO with dattri-llm, scores through training with bergson, MC1 and MC2 with lm-evaluation-harness, win rates with AlpacaEval
 	.parity/bin/python tests/parity/dattri_datainf.py
+	PYTHONPATH=tests .parity/bin/python -m parity.dattri_llm_dpo
 	.parity/bin/python tests/parity/alpaca_eval_lc.py
 	.parity/bin/python tests/parity/truthfulqa.py --data "$(or $(DATA),shipped)"
 	.bergson/bin/python tests/parity/bergson_magic.py

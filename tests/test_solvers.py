@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import some_examples, tiny_tokenizer
+from parity import dattri_llm_dpo
+from parity.bergson_magic import tiny_network
 from parity.dattri_datainf import LAMBDAS, REFERENCE, gradients, own_scores
 from rlhf_trust import StudyError
 from rlhf_trust.attribution import solvers
@@ -150,6 +152,18 @@ def test_datainf_equals_dattris():
         wanted = rows_of_lam.loc[list(train.ids), list(queries.ids)].to_numpy()
         own = own_scores(train, queries, lam)
         assert own == pytest.approx(-wanted, rel=1e-5, abs=1e-6 * np.abs(wanted).max())
+
+
+def test_gradients_of_dpo_equal_dattri_llms():
+    """dattri-llm 0.1.0's products of the same pairs' gradients, kept by
+    ``tests/parity/dattri_llm_dpo.py``."""
+    theirs = pd.read_csv(dattri_llm_dpo.REFERENCE, index_col="pair")
+    train, asked = (
+        dattri_llm_dpo.some_pairs(*of) for of in ((len(theirs), 1), (theirs.shape[1], 2))
+    )
+    own = dattri_llm_dpo.own_scores(tiny_network(), train, asked)
+    wanted = theirs.loc[[p.id for p in train], [p.id for p in asked]].to_numpy()
+    assert own == pytest.approx(-wanted, rel=1e-4, abs=1e-5 * np.abs(wanted).max())
 
 
 def test_sign_and_scale_against_real_steps(tiny_llama):
