@@ -47,7 +47,14 @@ from .artifacts import (
 )
 from .headline import clear_verdict, gated, headline_words
 from .render import as_markdown, prose
-from .report import arm_words, as_published, headline_rows
+from .report import (
+    arm_words,
+    as_published,
+    headline_rows,
+    mitigation_words,
+    planted_words,
+    unrolled_words,
+)
 from .rewards import rm_bench
 from .stats import FEW, LEVEL, NORMAL, UNCLEAR, Interval, found_in, holm, interval_words
 from .verticals import HEADLINE, PUBLISHED
@@ -286,7 +293,8 @@ def save(profile: str) -> None:
     Minutes are those of each notebook's last run, which may have reused cached answers.
     """
     build, target = Build(profile), REFERENCE / profile
-    read_table(build, "trust")
+    if not any(build.table(table).exists() for table in SAVED):
+        read_table(build, "trust")  # says how to make it
     target.mkdir(parents=True, exist_ok=True)
     for table in SAVED:
         saved = target / f"{table}.csv"
@@ -439,6 +447,18 @@ def repeated_markdown(profile: str) -> str:
     return "\n".join(f"- {prose(point)}" for point in points)
 
 
+def attribution_markdown(profile: str) -> str:
+    """What the notebooks 22 and 23 of a kept run found, each in its own words."""
+    validation, acted = (reference_table(profile, name) for name in ("validation", "mitigation"))
+    through = validation["test"].str.startswith("through training")
+    words = [
+        *(f"- {said}" for said in unrolled_words(validation[through])),
+        *(said for target in acted["target"].unique() for said in mitigation_words(acted, target)),
+        *planted_words(validation),
+    ]
+    return "".join(words).replace(".\n\n- ", ".\n- ").strip()
+
+
 def with_results(text: str, profile: str) -> str:
     """A page with what stands between the profile's markers replaced."""
     read = partial(reference_table, profile)
@@ -446,6 +466,7 @@ def with_results(text: str, profile: str) -> str:
         "findings": partial(findings_markdown, read),
         "results": partial(results_markdown, profile),
         "repeated": partial(repeated_markdown, profile),
+        "attribution": partial(attribution_markdown, profile),
     }
     for kind, made in kinds.items():
         begin, end = f"<!-- {kind}:{profile} -->", f"<!-- end of {kind} -->"
