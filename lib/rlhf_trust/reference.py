@@ -452,11 +452,11 @@ def attribution_markdown(profile: str) -> str:
     validation, acted = (reference_table(profile, name) for name in ("validation", "mitigation"))
     through = validation["test"].str.startswith("through training")
     words = [
-        *(f"- {said}" for said in unrolled_words(validation[through])),
+        *unrolled_words(validation[through]),
         *(said for target in acted["target"].unique() for said in mitigation_words(acted, target)),
         *planted_words(validation),
     ]
-    return "".join(words).replace(".\n\n- ", ".\n- ").strip()
+    return "".join(words).strip()
 
 
 def with_results(text: str, profile: str) -> str:
